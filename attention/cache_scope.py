@@ -1,0 +1,222 @@
+"""The scope that carries caches to the layers of a model written once."""
+
+from __future__ import annotations
+
+import contextvars
+from typing import Any
+
+from attention.validation import describe
+
+_ACTIVE_SCOPE: contextvars.ContextVar[_Scope | None] = contextvars.ContextVar(
+    "keras_transformer_blocks_cache_scope", default=None
+)
+
+
+def active_scope() -> _Scope | None:
+    """Returns the innermost scope, or `None` when layers run without one."""
+    return _ACTIVE_SCOPE.get()
+
+
+class _Scope:
+    """What all scopes share: being active between `__enter__` and `__exit__`.
+
+    Every call of a `CachedLayer` that passes no `cache=` is handed to
+    `run(layer, call)`; `call` is the layer's own `__call__`, and runs outside
+    of this scope so that the layer's inner layers don't see it.
+    """
+
+    def __init__(self) -> None:
+        self._tokens: list[contextvars.Token[_Scope | None]] = []
+
+    def __enter__(self):
+        self._tokens.append(_ACTIVE_SCOPE.set(self))
+        return self
+
+    def __exit__(self, exc_type, exc_value, traceback) -> None:
+        _ACTIVE_SCOPE.reset(self._tokens.pop())
+
+    def run(self, layer: Any, call: Any) -> Any:
+        raise NotImplementedError
+
+
+class _NoScope(_Scope):
+    """Hides an outer scope from the layers called inside of it."""
+
+    def __enter__(self):
+        self._tokens.append(_ACTIVE_SCOPE.set(None))
+        return self
+
+
+def hide_scope() -> _Scope:
+    """Returns a context manager in which no scope is active."""
+    return _NoScope()
+
+
+class CacheScope(_Scope):
+    """Gives every cached layer called inside of it its slot of a cache.
+
+    A `CachedLayer` that is called without `cache=` while a scope is active
+    takes its cache from the scope and leaves the updated one there. Slots
+    belong to call sites, in call order: a layer called twice has two slots. So
+    any functional, Sequential or subclassed model made of cached layers is run
+    with a cache without a line of caching code in it.
+
+    The scope is a context variable, like `keras.StatelessScope`; it lives
+    within one function that is traced (`tf.function`, `jax.jit`) or run
+    eagerly. A composite cached layer takes one slot and opens a scope of its
+    own for its inner layers.
+
+    Args:
+        cache: a tuple of slots, as returned by `attention.create_cache` or by
+            the `cache` attribute of an earlier scope.
+        cache_update_index: int, integer scalar tensor, or integer tensor of
+            shape `(batch_size,)`. How many positions of the sequence the cache
+            has absorbed.
+
+    Attributes:
+        cache: after the scope is left, the updated cache: the same structure,
+            shapes and dtypes as the one given.
+
+    Raises:
+        TypeError: if `cache` is no tuple or list of slots.
+        ValueError: if the layers called inside do not match the slots, or when
+            `cache` is read before the scope was left.
+
+    Example:
+
+    >>> import keras, numpy as np
+    >>> from attention import CacheScope, MultiHeadAttention, create_cache
+    >>> model = keras.Sequential(
+    ...     [keras.Input((None, 8)), MultiHeadAttention(2), MultiHeadAttention(2)]
+    ... )
+    >>> cache = create_cache(model, batch_size=1, max_length=16)
+    >>> x = np.random.normal(size=(1, 5, 8)).astype("float32")
+    >>> with CacheScope(cache, 0) as scope:
+    ...     prefilled = model(x[:, :4])
+    >>> with CacheScope(scope.cache, 4) as scope:
+    ...     step = model(x[:, 4:])
+    >>> bool(np.allclose(step, model(x)[:, 4:], atol=1e-5))
+    True
+    """
+
+    def __init__(self, cache: Any, cache_update_index: Any) -> None:
+        super().__init__()
+        if not isinstance(cache, (tuple, list)):
+            raise TypeError(
+                "`cache` must be the tuple of slots that `create_cache` (or an "
+                f"earlier scope) returned. Received: cache={describe(cache)}"
+            )
+        if cache_update_index is None:
+            raise ValueError(
+                "`CacheScope` needs `cache_update_index`: how many positions "
+                "the cache has absorbed (0 for a new cache). Received: "
+                "cache_update_index=None"
+            )
+        self._slots = tuple(cache)
+        self._index = cache_update_index
+        self._updated: list[Any] = []
+        self._entered = False
+        self._complete = False
+
+    def __enter__(self):
+        if self._entered:
+            raise ValueError(
+                "A `CacheScope` can be entered once, as its slots are taken in "
+                "call order. Make a new one from `scope.cache`."
+            )
+        self._entered = True
+        return super().__enter__()
+
+    def run(self, layer: Any, call: Any) -> Any:
+        position = len(self._updated)
+        slot = self._take_slot(layer, position)
+        self._updated.append(slot)
+        outputs, self._updated[position] = call(slot, self._index)
+        return outputs
+
+    def _take_slot(self, layer: Any, position: int) -> Any:
+        if position >= len(self._slots):
+            raise ValueError(
+                f"Layer '{layer.name}' ({type(layer).__name__}) is cached call "
+                f"number {position + 1} in this scope, but the cache has "
+                f"{len(self._slots)} slots. It was made for another model: "
+                "create it with `create_cache` from the model you are calling."
+            )
+        return self._slots[position]
+
+    def __exit__(self, exc_type, exc_value, traceback) -> None:
+        super().__exit__(exc_type, exc_value, traceback)
+        if exc_type is not None:
+            return
+        self._check_complete()
+        self._complete = True
+
+    def _check_complete(self) -> None:
+        if len(self._updated) != len(self._slots):
+            raise ValueError(
+                f"The cache has {len(self._slots)} slots, but "
+                f"{len(self._updated)} cached layers were called in the scope. "
+                "It was made for another model, or the model does not call the "
+                "same layers each time."
+            )
+
+    @property
+    def cache(self) -> tuple:
+        if not self._complete:
+            raise ValueError(
+                "`scope.cache` can be read after the `with` block has ended "
+                "without an error."
+            )
+        return tuple(self._updated)
+
+
+class NewCacheScope(CacheScope):
+    """A `CacheScope` whose slots are created, empty, at their first use.
+
+    The first part of a sequence needs no cache made beforehand: within this
+    scope each cached layer starts from a new cache at index 0. It saves the
+    extra pass over the model that `create_cache` makes to find its call sites.
+
+    Args:
+        batch_size: int. The number of rows.
+        max_length: int. How many positions each row can hold.
+
+    Attributes:
+        layers: after the scope is left, the cached layers in call order; what
+            `grow_cache` needs.
+
+    Example:
+
+    >>> import keras, numpy as np
+    >>> from attention import MultiHeadAttention, NewCacheScope
+    >>> model = keras.Sequential([keras.Input((None, 8)), MultiHeadAttention(2)])
+    >>> with NewCacheScope(batch_size=1, max_length=16) as scope:
+    ...     outputs = model(np.zeros((1, 4, 8)))
+    >>> scope.cache[0]["key"].shape[2], len(scope.layers)
+    (16, 1)
+    """
+
+    def __init__(self, batch_size: int, max_length: int) -> None:
+        super().__init__((), 0)
+        self._batch_size = batch_size
+        self._max_length = max_length
+        self.layers: list[Any] = []
+
+    def _take_slot(self, layer: Any, position: int) -> Any:
+        self.layers.append(layer)
+        return layer.create_cache(self._batch_size, self._max_length)
+
+    def _check_complete(self) -> None:
+        """Every slot was made by the call that used it."""
+
+
+class RecordingScope(_Scope):
+    """Notes which cached layers are called, in call order, and runs them plain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers: list[Any] = []
+
+    def run(self, layer: Any, call: Any) -> Any:
+        self.layers.append(layer)
+        return call(None, None)

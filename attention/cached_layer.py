@@ -1,0 +1,366 @@
+"""The contract: one call signature for every layer that remembers a sequence."""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import inspect
+from typing import Any
+
+import keras
+from keras import ops, tree
+
+from attention.cache_scope import (
+    CacheScope,
+    RecordingScope,
+    active_scope,
+    hide_scope,
+)
+from attention.validation import (
+    check_cache,
+    check_updated_cache,
+    describe,
+    standardize_index,
+)
+
+# The padding mask of the composite layer that is running, for the inner cached
+# layers that are called without one: a forgotten mask would let padded tokens
+# into their caches.
+_PADDING_MASK: contextvars.ContextVar[Any] = contextvars.ContextVar(
+    "keras_transformer_blocks_padding_mask", default=None
+)
+
+
+@functools.lru_cache(maxsize=None)
+def _parameters(function: Any) -> tuple[str, ...]:
+    return tuple(inspect.signature(function).parameters)
+
+
+class CachedLayer(keras.layers.Layer):
+    """A layer whose outputs depend on the part of the sequence it saw before.
+
+    Subclasses write one `call`, which trains without a cache and decodes with
+    one:
+
+    - `create_cache(batch_size, max_length)` returns a pytree of zeros of fixed
+      shapes, batch axis first. `()` is a cache, too: of a layer that has no
+      state, but needs the position.
+    - `call(x, ..., padding_mask=None, cache=None, cache_update_index=None)`
+      returns the outputs where `cache` is `None`, otherwise `(outputs, cache)`
+      with the updated cache in the same structure, shapes and dtypes.
+
+    The meaning of the arguments:
+
+    - `cache_update_index`: how many positions of the sequence the cache has
+      absorbed; the inputs hold the next ones. An int, an integer scalar tensor
+      or an integer tensor of shape `(batch_size,)`: rows may stand at
+      different positions. A zero cache at index 0 means no past. Each token is
+      absorbed once. Without a cache, the inputs start at position 0.
+    - `padding_mask`: `(batch_size, length)`, true for the real tokens of the
+      inputs, which are padded on the right. A padded token is a no-op: it
+      enters no state, is attended by no token and moves no position.
+    - The whole sequence without a cache, one prefill, chunks of any sizes and
+      one token at a time give the same outputs.
+
+    A cache belongs to the layer that made it; nobody else looks into it. It is
+    created outside of the forward pass and never kept on the layer. A call
+    without `cache=` inside a `CacheScope` takes its cache from the scope.
+
+    Floating point inputs are cast to the layer's compute dtype, as everywhere
+    in Keras; the cache never is. A recurrent state may be float32 while the
+    layer computes in bfloat16. Such a layer's own weights are created with
+    `add_weight(..., autocast=False)` where they must stay float32.
+
+    Attributes:
+        max_sequence_length: int or `None`. The largest number of positions
+            the layer can represent; `None` where there is no limit.
+
+    Args:
+        **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
+
+    Example:
+
+    A layer that adds to each token the one before it.
+
+    >>> import keras, numpy as np
+    >>> from keras import ops
+    >>> from attention import CachedLayer
+    >>> class LagAndAdd(CachedLayer):
+    ...     def build(self, inputs_shape):
+    ...         self.width = inputs_shape[-1]
+    ...     def create_cache(self, batch_size, max_length):
+    ...         return ops.zeros((batch_size, 1, self.width), self.compute_dtype)
+    ...     def call(self, x, cache=None, cache_update_index=None):
+    ...         last = ops.zeros_like(x[:, :1]) if cache is None else cache
+    ...         seen = ops.concatenate([last, x], axis=1)
+    ...         outputs = x + seen[:, :-1]
+    ...         return outputs if cache is None else (outputs, seen[:, -1:])
+    >>> layer = LagAndAdd()
+    >>> x = np.arange(6, dtype="float32").reshape(1, 3, 2)
+    >>> full = layer(x)
+    >>> cache = layer.create_cache(batch_size=1, max_length=3)
+    >>> head, cache = layer(x[:, :2], cache=cache, cache_update_index=0)
+    >>> tail, cache = layer(x[:, 2:], cache=cache, cache_update_index=2)
+    >>> np.allclose(np.concatenate([head, tail], axis=1), full)
+    True
+
+    Reference:
+
+    - [keras-hub issue #1261](https://github.com/keras-team/keras-hub/issues/1261)
+    """
+
+    max_sequence_length: int | None = None
+
+    def __init__(self, **kwargs: Any) -> None:
+        # Keras would cast the cache, too, at every call: `__call__` casts the
+        # inputs instead.
+        super().__init__(autocast=False, **kwargs)
+        self.supports_masking = True
+
+    def create_cache(self, batch_size: int, max_length: int) -> Any:
+        """Creates an empty cache.
+
+        Args:
+            batch_size: int. The number of rows.
+            max_length: int. How many positions each row can hold.
+
+        Returns:
+            A pytree of zero tensors whose first axis is the batch.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} must implement `create_cache(batch_size, "
+            "max_length)`: a pytree of zeros of fixed shapes, batch axis first."
+        )
+
+    def grow_cache(self, cache: Any, max_length: int) -> Any:
+        """Copies a cache into a larger one.
+
+        The default copies each tensor to the origin of its larger counterpart.
+        A layer whose slots would move overrides it.
+
+        Args:
+            cache: a cache of this layer.
+            max_length: int. How many positions each row can hold from now on.
+
+        Returns:
+            A cache with the same contents.
+
+        Raises:
+            ValueError: if `max_length` is smaller than what `cache` holds.
+        """
+        leaves = tree.flatten(cache)
+        if not leaves:
+            return cache
+        larger = self.create_cache(int(leaves[0].shape[0]), max_length)
+
+        def copy(old: Any, new: Any) -> Any:
+            if any(a > b for a, b in zip(old.shape, new.shape)):
+                raise ValueError(
+                    f"`max_length={max_length}` is smaller than what the cache "
+                    f"of layer '{self.name}' holds: a {describe(old)} does not "
+                    f"fit into shape {tuple(new.shape)}."
+                )
+            if tuple(old.shape) == tuple(new.shape):
+                return old
+            return ops.slice_update(new, [0] * len(old.shape), old)
+
+        return tree.map_structure(copy, cache, larger)
+
+    def __call__(
+        self,
+        *args: Any,
+        cache: Any = None,
+        cache_update_index: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        def call(slot: Any, index: Any) -> Any:
+            return self._call_with(args, kwargs, slot, index)
+
+        if cache is not None:
+            return call(cache, cache_update_index)
+        if cache_update_index is not None:
+            raise ValueError(
+                f"Layer '{self.name}' was called with `cache_update_index` but "
+                "without `cache`. Pass a cache made by `create_cache`, or "
+                "neither of the two. Received: cache_update_index="
+                f"{describe(cache_update_index)}"
+            )
+        scope = active_scope()
+        return call(None, None) if scope is None else scope.run(self, call)
+
+    def _call_with(self, args: tuple, kwargs: dict, cache: Any, index: Any) -> Any:
+        args, kwargs = tree.map_structure(self._cast_input, (args, kwargs))
+        inputs = next((x for x in tree.flatten((args, kwargs)) if _is_tensor(x)), None)
+        shape = tuple(getattr(inputs, "shape", ()))
+        self._inherit_padding_mask(args, kwargs, shape)
+        if cache is None:
+            with hide_scope():
+                return super().__call__(*args, **kwargs)
+        batch_size = shape[0] if shape else None
+        check_cache(self.name, cache, *self._cache_examples(), batch_size)
+        if index is not None:
+            kwargs["cache_update_index"] = standardize_index(index, batch_size)
+        with hide_scope():
+            outputs = super().__call__(*args, cache=cache, **kwargs)
+        check_updated_cache(self.name, cache, outputs)
+        return outputs
+
+    def _cast_input(self, x: Any) -> Any:
+        if not _is_tensor(x):
+            return x
+        dtype = keras.backend.standardize_dtype(x.dtype)
+        if "float" not in dtype or dtype == self.compute_dtype:
+            return x
+        return ops.cast(x, self.compute_dtype)
+
+    def _inherit_padding_mask(self, args: tuple, kwargs: dict, shape: tuple) -> None:
+        """Fills in the padding mask of the composite layer this runs in."""
+        mask = _PADDING_MASK.get()
+        if mask is None or kwargs.get("padding_mask") is not None:
+            return
+        parameters = _parameters(type(self).call)[1:]
+        if "padding_mask" not in parameters:
+            return
+        if len(args) > parameters.index("padding_mask"):
+            return
+        # A layer that runs on another number of tokens has another mask.
+        lengths = {*shape[1:2], *tuple(mask.shape)[1:]} - {None}
+        if len(lengths) <= 1:
+            kwargs["padding_mask"] = mask
+
+    def _cache_examples(self) -> tuple[Any, Any]:
+        """Two small caches, from which `check_cache` reads what all share."""
+        examples = self.__dict__.get("_cache_example_memo")
+        if examples is None or examples.key != self.compute_dtype:
+            examples = _Untracked()
+            examples.key = self.compute_dtype
+            examples.value = (
+                tree.map_structure(_spec, self.create_cache(1, 1)),
+                tree.map_structure(_spec, self.create_cache(2, 2)),
+            )
+            self._cache_example_memo = examples
+        return examples.value
+
+
+class CompositeCachedLayer(CachedLayer):
+    """A cached layer made of other layers, cached or not.
+
+    A subclass writes `transform(x, padding_mask=None, training=None)` in plain
+    Keras. The caches of the cached layers it calls are created and passed
+    along by this class: `create_cache` runs `transform` on one token of zeros
+    to find the call sites, and `call` runs it in a `CacheScope`. A layer that
+    is called twice has two caches.
+
+    Inner cached layers that `transform` calls without a padding mask use the
+    one of this layer.
+
+    Args:
+        **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
+
+    Example:
+
+    >>> import keras, numpy as np
+    >>> from attention import CompositeCachedLayer, MultiHeadAttention
+    >>> class TwoAttentions(CompositeCachedLayer):
+    ...     def build(self, inputs_shape):
+    ...         self.first = MultiHeadAttention(num_heads=2)
+    ...         self.first.build(inputs_shape)
+    ...         self.second = MultiHeadAttention(num_heads=4)
+    ...         self.second.build(inputs_shape)
+    ...     def transform(self, x, padding_mask=None, training=None):
+    ...         return x + self.second(self.first(x))
+    >>> layer = TwoAttentions()
+    >>> x = np.random.normal(size=(1, 3, 8)).astype("float32")
+    >>> full = layer(x)
+    >>> cache = layer.create_cache(batch_size=1, max_length=3)
+    >>> head, cache = layer(x[:, :2], cache=cache, cache_update_index=0)
+    >>> tail, cache = layer(x[:, 2:], cache=cache, cache_update_index=2)
+    >>> bool(np.allclose(tail, full[:, 2:], atol=1e-5))
+    True
+    """
+
+    def transform(self, x: Any, padding_mask: Any = None, training: Any = None) -> Any:
+        """The computation, written once, without a word about caches."""
+        raise NotImplementedError(
+            f"{type(self).__name__} must implement `transform(x, "
+            "padding_mask=None, training=None)`."
+        )
+
+    def call(
+        self,
+        x: Any,
+        padding_mask: Any = None,
+        cache: Any = None,
+        cache_update_index: Any = None,
+        training: Any = None,
+    ) -> Any:
+        if cache is None:
+            return self._transform(x, padding_mask, training)
+        with CacheScope(cache, cache_update_index) as scope:
+            outputs = self._transform(x, padding_mask, training)
+        return outputs, scope.cache
+
+    def create_cache(self, batch_size: int, max_length: int) -> tuple:
+        return tuple(
+            layer.create_cache(batch_size, max_length) for layer in self._call_sites()
+        )
+
+    def grow_cache(self, cache: Any, max_length: int) -> tuple:
+        return tuple(
+            layer.grow_cache(slot, max_length)
+            for layer, slot in zip(self._call_sites(), cache, strict=True)
+        )
+
+    @property
+    def max_sequence_length(self) -> int | None:  # type: ignore[override]
+        limits = [layer.max_sequence_length for layer in self._call_sites()]
+        return min((x for x in limits if x is not None), default=None)
+
+    def _transform(self, x: Any, padding_mask: Any, training: Any) -> Any:
+        arguments = {"padding_mask": padding_mask, "training": training}
+        accepted = _parameters(type(self).transform)
+        arguments = {k: v for k, v in arguments.items() if k in accepted}
+        token = _PADDING_MASK.set(padding_mask)
+        try:
+            return self.transform(x, **arguments)
+        finally:
+            _PADDING_MASK.reset(token)
+
+    def _call_sites(self) -> tuple[CachedLayer, ...]:
+        """The cached layers that `transform` calls, in call order."""
+        sites = self.__dict__.get("_call_site_memo")
+        if sites is None:
+            sites = _Untracked()
+            sites.value = tuple(self._record_call_sites())
+            self._call_site_memo = sites
+        return sites.value
+
+    def _record_call_sites(self) -> list[CachedLayer]:
+        if not self.built:
+            raise ValueError(
+                f"Layer '{self.name}' has no weights yet, so its caches can't "
+                "be sized. Call it once, or call its `build` with the shape of "
+                "its inputs, before `create_cache`."
+            )
+        config = self.get_build_config() or {}
+        shapes = config.get("shapes_dict") or {"input": config.get("input_shape")}
+        shape = tuple(next(iter(shapes.values())))
+        zeros = ops.zeros((1, 1, *shape[2:]), dtype=self.compute_dtype)
+        with RecordingScope() as scope:
+            self._transform(zeros, None, False)
+        return scope.layers
+
+
+class _Untracked:
+    """Holds values on a layer without Keras taking them for its sublayers."""
+
+    key: Any = None
+    value: Any = None
+
+
+def _is_tensor(x: Any) -> bool:
+    return hasattr(x, "shape") and hasattr(x, "dtype")
+
+
+def _spec(x: Any) -> keras.KerasTensor:
+    return keras.KerasTensor(tuple(x.shape), dtype=keras.backend.standardize_dtype(x.dtype))

@@ -1,0 +1,163 @@
+"""Masks and the dot product attention of grouped heads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+# Finite: a row in which everything is masked must not become NaN.
+_MASKED = -1e30
+
+
+def combine_masks(
+    query_positions: Any,
+    key_positions: Any,
+    causal: bool,
+    key_padding_mask: Any = None,
+    attention_mask: Any = None,
+) -> Any:
+    """Combines all that says which key a query may attend to.
+
+    Args:
+        query_positions: `int32` tensor, `(query_length,)` or `(batch,
+            query_length)`.
+        key_positions: likewise for the keys.
+        causal: bool. Whether keys at later positions are hidden.
+        key_padding_mask: `None` or boolean tensor `(batch, key_length)`.
+        attention_mask: `None` or boolean tensor `(batch, query_length,
+            positions)`: its last axis counts positions of the sequence.
+            Positions beyond its end are hidden.
+
+    Returns:
+        `None` where every key may be attended, otherwise a boolean tensor that
+        broadcasts to `(batch, heads, query_length, key_length)`.
+    """
+    masks = []
+    if causal:
+        visible = key_positions[..., None, :] <= query_positions[..., :, None]
+        masks.append(visible[None] if len(visible.shape) == 2 else visible)
+    if key_padding_mask is not None:
+        masks.append(key_padding_mask[:, None, :])
+    if attention_mask is not None:
+        masks.append(_align(attention_mask, key_positions))
+    if not masks:
+        return None
+    combined = masks[0]
+    for mask in masks[1:]:
+        combined = ops.logical_and(combined, mask)
+    return combined[:, None]
+
+
+def _align(attention_mask: Any, key_positions: Any) -> Any:
+    """Picks the columns of `attention_mask` that belong to the keys."""
+    attention_mask = ops.cast(attention_mask, "bool")
+    length = attention_mask.shape[-1]
+    if length is None or length == 1 or len(key_positions.shape) != 1:
+        return attention_mask
+    capacity = key_positions.shape[0]
+    if capacity is None or capacity == length:
+        return attention_mask
+    columns = ops.minimum(key_positions, length - 1)
+    return ops.logical_and(
+        ops.take(attention_mask, columns, axis=-1), key_positions < length
+    )
+
+
+def grouped_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    mask: Any = None,
+    bias: Any = None,
+    scale: float = 1.0,
+    dropout: Any = None,
+) -> tuple[Any, Any]:
+    """Scaled dot product attention in which query heads share key/value heads.
+
+    The heads that share a key/value head are computed as one matrix; keys and
+    values are never repeated. Softmax is computed in float32.
+
+    Args:
+        query: tensor of shape `(batch, query_length, num_heads, key_dim)`.
+        key: tensor of shape `(batch, num_key_value_heads, key_length,
+            key_dim)`.
+        value: tensor of shape `(batch, num_key_value_heads, key_length,
+            value_dim)`.
+        mask: `None` or boolean tensor that broadcasts to `(batch, num_heads,
+            query_length, key_length)`, with a heads axis of 1.
+        bias: `None` or float tensor `([batch,] num_heads, query_length,
+            key_length)`.
+        scale: float. What the logits are multiplied with.
+        dropout: `None` or a callable applied to the weights.
+
+    Returns:
+        The outputs, `(batch, query_length, num_heads, value_dim)`, and the
+        attention weights, `(batch, num_heads, query_length, key_length)`.
+    """
+    shape = ops.shape(query)
+    heads, groups = query.shape[2], key.shape[1]
+    per_group = heads // groups
+    query = ops.reshape(query, (-1, shape[1], groups, per_group, query.shape[3]))
+    logits = ops.einsum("bqgnd,bgkd->bgnqk", query, key)
+    logits = ops.cast(logits, "float32") * scale
+    if bias is not None:
+        lead = (-1,) if len(bias.shape) == 4 else ()
+        bias_heads = bias.shape[-3]
+        split = (1, 1) if bias_heads == 1 else (groups, per_group)
+        logits = logits + ops.reshape(bias, (*lead, *split, *ops.shape(bias)[-2:]))
+    if mask is not None:
+        logits = ops.where(mask[:, :, None], logits, _MASKED)
+    weights = ops.softmax(logits, axis=-1)
+    dropped = weights if dropout is None else dropout(weights)
+    outputs = ops.einsum("bgnqk,bgkd->bqgnd", ops.cast(dropped, value.dtype), value)
+    outputs = ops.reshape(outputs, (-1, shape[1], heads, value.shape[3]))
+    key_length = ops.shape(key)[2]
+    return outputs, ops.reshape(weights, (-1, heads, shape[1], key_length))
+
+
+def fused_attention_applies(num_heads: int, num_key_value_heads: int) -> bool:
+    """Whether `keras.ops.dot_product_attention` computes these heads as they are.
+
+    Outside of JAX it repeats keys and values for grouped heads.
+    """
+    return num_heads == num_key_value_heads or keras.config.backend() == "jax"
+
+
+def fused_attention(
+    query: Any, key: Any, value: Any, mask: Any, bias: Any, scale: float
+) -> Any:
+    """Attention by the backend's fused kernel, where it has one.
+
+    Args:
+        query: tensor of shape `(batch, query_length, num_heads, key_dim)`.
+        key: tensor of shape `(batch, key_length, num_key_value_heads, key_dim)`.
+        value: tensor of shape `(batch, key_length, num_key_value_heads,
+            value_dim)`.
+        mask: as for `grouped_attention`.
+        bias: as for `grouped_attention`.
+        scale: float. What the logits are multiplied with.
+
+    Returns:
+        Outputs of shape `(batch, query_length, num_heads, value_dim)`.
+    """
+    if bias is not None:
+        # Not every backend takes a mask beside a bias.
+        bias = bias if len(bias.shape) == 4 else bias[None]
+        if mask is not None:
+            bias = ops.where(mask, bias, _MASKED)
+            mask = None
+        bias = ops.cast(ops.maximum(bias, _lowest(query.dtype)), query.dtype)
+        batch, length, heads = ops.shape(query)[:3]
+        bias = ops.broadcast_to(bias, (batch, heads, length, ops.shape(key)[1]))
+    return ops.dot_product_attention(
+        query, key, value, bias=bias, mask=mask, scale=scale
+    )
+
+
+def _lowest(dtype: Any) -> float:
+    """The lowest bias that stays finite in `dtype` when logits are added."""
+    dtype = keras.backend.standardize_dtype(dtype)
+    return float(np.finfo("float16").min) / 2 if dtype == "float16" else _MASKED

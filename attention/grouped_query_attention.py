@@ -1,0 +1,353 @@
+"""Cached dot product attention, from multi-head to multi-query."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from attention.cached_layer import CachedLayer
+from attention.dot_product import (
+    combine_masks,
+    fused_attention,
+    fused_attention_applies,
+    grouped_attention,
+)
+from attention.key_value_cache import FullCache, token_positions
+from attention.position_schemes import PositionScheme, check_position
+from attention.validation import check_fraction, check_positive_int, describe
+
+
+@keras.saving.register_keras_serializable(package="keras_transformer_blocks")
+class GroupedQueryAttention(CachedLayer):
+    """Attention in which groups of query heads share a key/value head.
+
+    ```
+    query ──► query_dense ──► encode ─────────────┐
+    value ─┬► key_dense ────► encode ─► cache ─► softmax(q·k + bias) ─┐
+           └► value_dense ────────────► cache ──────────────────────► × ► output_dense
+    ```
+
+    The same call trains (no cache), reads a prompt and decodes (with one), with
+    rows at the same position or each at its own. Causality is computed from
+    positions. Query heads and key/value heads are never repeated to match.
+
+    Args:
+        num_heads: int. The number of query heads.
+        num_key_value_heads: int. The number of key/value heads; divides
+            `num_heads`. As many as `num_heads` is multi-head attention, one is
+            multi-query attention.
+        key_dim: int or `None`. The size of each query and key head. `None`
+            means the width of the inputs divided by `num_heads`.
+        value_dim: int or `None`. The size of each value head; `None` means
+            `key_dim`.
+        dropout: float. The dropout rate of the attention weights.
+        use_bias: bool. Whether the projections have biases.
+        position: `None` or a position scheme, such as `RotaryPosition()`.
+        causal: bool. Whether a token attends to no later one. A layer that is
+            not causal has no cache, as each new token would change all earlier
+            outputs.
+        scale: float or `None`. What the logits are multiplied with; `None`
+            means `1 / sqrt(key_dim)`.
+        kernel_initializer: initializer of the projections.
+        bias_initializer: initializer of their biases.
+        **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
+
+    Call arguments:
+        query: tensor of shape `(batch, length, width)`.
+        value: tensor of shape `(batch, key_length, value_width)`; `None` means
+            `query`: self-attention.
+        key: tensor of shape `(batch, key_length, key_width)`; `None` means
+            `value`.
+        attention_mask: boolean tensor of shape `(batch, length, key_length)`:
+            which keys each query may attend to, in addition to causality. With
+            a cache its last axis counts the positions of the sequence from 0;
+            those beyond its end are hidden.
+        padding_mask: boolean tensor of shape `(batch, length)`: the real
+            tokens of `query`, padded on the right.
+        cache: a cache made by `create_cache`.
+        cache_update_index: how many positions the cache has absorbed: an int,
+            an integer scalar tensor or an integer tensor of shape `(batch,)`.
+        return_attention_scores: bool. Whether to return the weights, too.
+        training: bool. Whether to apply dropout.
+
+    Returns:
+        A tensor of shape `(batch, length, width)` in the compute dtype. With
+        `return_attention_scores`, `(outputs, scores)`, where `scores` are
+        `float32` of shape `(batch, num_heads, length, key_length)`; with a
+        cache `key_length` is the cache's, zero for what is not filled. With a
+        cache, `(what is said above, cache)`.
+
+    Raises:
+        TypeError: if an argument has the wrong type.
+        ValueError: if numbers of heads do not divide, shapes do not fit
+            together, or tokens do not fit into the cache.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from attention import GroupedQueryAttention
+    >>> layer = GroupedQueryAttention(num_heads=4, num_key_value_heads=2)
+    >>> x = np.random.normal(size=(2, 6, 16)).astype("float32")
+    >>> outputs = layer(x)
+    >>> cache = layer.create_cache(batch_size=2, max_length=8)
+    >>> head, cache = layer(x[:, :5], cache=cache, cache_update_index=0)
+    >>> tail, cache = layer(x[:, 5:], cache=cache, cache_update_index=5)
+    >>> bool(np.allclose(tail, outputs[:, 5:], atol=1e-5))
+    True
+
+    References:
+
+    - [Vaswani et al., 2017](https://arxiv.org/abs/1706.03762)
+    - [Ainslie et al., 2023](https://arxiv.org/abs/2305.13245)
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_key_value_heads: int,
+        key_dim: int | None = None,
+        value_dim: int | None = None,
+        dropout: float = 0.0,
+        use_bias: bool = True,
+        position: PositionScheme | None = None,
+        causal: bool = True,
+        scale: float | None = None,
+        kernel_initializer: Any = "glorot_uniform",
+        bias_initializer: Any = "zeros",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.num_heads = check_positive_int("num_heads", num_heads)
+        self.num_key_value_heads = check_positive_int(
+            "num_key_value_heads", num_key_value_heads
+        )
+        if num_heads % num_key_value_heads:
+            raise ValueError(
+                "`num_heads` must be divisible by `num_key_value_heads`, so that "
+                "each key/value head serves as many query heads. Received: "
+                f"num_heads={num_heads}, num_key_value_heads={num_key_value_heads}"
+            )
+        for name, size in (("key_dim", key_dim), ("value_dim", value_dim)):
+            if size is not None:
+                check_positive_int(name, size)
+        self.key_dim = key_dim
+        self.value_dim = value_dim
+        self.dropout = check_fraction("dropout", dropout)
+        self.use_bias = bool(use_bias)
+        self.position = check_position(position)
+        self.causal = bool(causal)
+        self.scale = scale
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.bias_initializer = keras.initializers.get(bias_initializer)
+        self.cache_policy = FullCache()
+
+    def build(
+        self,
+        query_shape: tuple,
+        value_shape: tuple | None = None,
+        key_shape: tuple | None = None,
+    ) -> None:
+        value_shape = value_shape or query_shape
+        key_shape = key_shape or value_shape
+        width = query_shape[-1]
+        if len(query_shape) != 3 or width is None:
+            raise ValueError(
+                f"Layer '{self.name}' needs inputs of shape (batch, length, "
+                f"width) with a known width. Received: shape {tuple(query_shape)}"
+            )
+        if self.key_dim is None and width % self.num_heads:
+            raise ValueError(
+                f"With `key_dim=None`, the width of the inputs of layer "
+                f"'{self.name}' must be divisible by `num_heads`. Received: "
+                f"num_heads={self.num_heads}, inputs of shape "
+                f"{tuple(query_shape)}. Pass `key_dim`, or another `num_heads`."
+            )
+        key_dim = self.key_dim or width // self.num_heads
+        value_dim = self.value_dim or key_dim
+        self._head_dims = (key_dim, value_dim)
+        self._logit_scale = key_dim**-0.5 if self.scale is None else self.scale
+        heads, groups = self.num_heads, self.num_key_value_heads
+        self.query_dense = self._project("query", (heads, key_dim), query_shape)
+        self.key_dense = self._project("key", (groups, key_dim), key_shape)
+        self.value_dense = self._project("value", (groups, value_dim), value_shape)
+        self.output_dense = keras.layers.EinsumDense(
+            "bqhd,hdw->bqw",
+            output_shape=(None, width),
+            bias_axes="w" if self.use_bias else None,
+            name="attention_output",
+            **self._initializers(),
+        )
+        self.output_dense.build((*query_shape[:2], heads, value_dim))
+        self.dropout_layer = keras.layers.Dropout(
+            self.dropout, dtype=self.dtype_policy, name="attention_dropout"
+        )
+        if self.position is not None and not self.position.built:
+            self.position.build(self.num_heads)
+
+    def _project(self, name: str, heads: tuple, shape: tuple) -> keras.layers.Layer:
+        dense = keras.layers.EinsumDense(
+            "blw,whd->blhd",
+            output_shape=(None, *heads),
+            bias_axes="hd" if self.use_bias else None,
+            name=name,
+            **self._initializers(),
+        )
+        dense.build(shape)
+        return dense
+
+    def _initializers(self) -> dict[str, Any]:
+        # A random initializer with a seed would give every kernel the same
+        # values if it were shared.
+        return {
+            "kernel_initializer": clone_initializer(self.kernel_initializer),
+            "bias_initializer": clone_initializer(self.bias_initializer),
+            "dtype": self.dtype_policy,
+        }
+
+    def create_cache(self, batch_size: int, max_length: int) -> Any:
+        if not self.built:
+            raise ValueError(
+                f"Layer '{self.name}' has no weights yet, so its cache can't be "
+                "sized. Call it once, or call `build` with the shape of its "
+                "inputs, before `create_cache`."
+            )
+        if not self.causal:
+            raise ValueError(
+                f"Layer '{self.name}' was made with `causal=False`: each new "
+                "token changes the outputs of all earlier ones, so there is "
+                "nothing to cache. Use it without a cache, or make it causal."
+            )
+        return self.cache_policy.create(
+            batch_size,
+            max_length,
+            self.num_key_value_heads,
+            *self._head_dims,
+            dtype=self.compute_dtype,
+        )
+
+    def call(
+        self,
+        query: Any,
+        value: Any = None,
+        key: Any = None,
+        attention_mask: Any = None,
+        padding_mask: Any = None,
+        cache: Any = None,
+        cache_update_index: Any = None,
+        return_attention_scores: bool = False,
+        training: bool | None = None,
+    ) -> Any:
+        self._check_call(value, key, cache, cache_update_index)
+        if padding_mask is not None:
+            padding_mask = ops.cast(padding_mask, "bool")
+            # Whatever stands in a padded token, zero times it is zero.
+            query = ops.where(padding_mask[..., None], query, 0)
+        source = query if value is None else value
+        q = self.query_dense(query)
+        k = self.key_dense(source if key is None else key)
+        v = self.value_dense(source)
+        positions = token_positions(cache_update_index, ops.shape(query)[1])
+        key_positions = positions
+        key_padding_mask = padding_mask
+        if value is not None or key is not None:
+            key_positions = token_positions(None, ops.shape(k)[1])
+            key_padding_mask = None
+        if self.position is not None:
+            q, k = self.position.encode(q, k, positions, key_positions)
+        # The contents of a cache are laid out with the heads in front.
+        heads_in_front = False
+        if cache is not None:
+            k_new, v_new = ops.swapaxes(k, 1, 2), ops.swapaxes(v, 1, 2)
+            cache = self.cache_policy.write(
+                cache, k_new, v_new, cache_update_index, padding_mask
+            )
+            # At index 0 there is no past: the new tokens attend to each other.
+            at_start = isinstance(cache_update_index, int) and cache_update_index == 0
+            if not at_start or return_attention_scores:
+                k, v, key_positions = self.cache_policy.read(cache)
+                key_padding_mask = None
+                heads_in_front = True
+        mask = combine_masks(
+            positions, key_positions, self.causal, key_padding_mask, attention_mask
+        )
+        bias = None
+        if self.position is not None:
+            bias = self.position.bias(positions, key_positions)
+        dropout = self.dropout_layer if training and self.dropout else None
+        fused = fused_attention_applies(self.num_heads, self.num_key_value_heads)
+        scores = None
+        if heads_in_front or return_attention_scores or dropout or not fused:
+            if not heads_in_front:
+                k, v = ops.swapaxes(k, 1, 2), ops.swapaxes(v, 1, 2)
+            outputs, scores = grouped_attention(
+                q, k, v, mask, bias, self._logit_scale, dropout
+            )
+        else:
+            outputs = fused_attention(q, k, v, mask, bias, self._logit_scale)
+        outputs = self.output_dense(outputs)
+        if return_attention_scores:
+            outputs = (outputs, scores)
+        return outputs if cache is None else (outputs, cache)
+
+    def _check_call(self, value: Any, key: Any, cache: Any, index: Any) -> None:
+        if cache is None:
+            return
+        if value is not None or key is not None:
+            raise ValueError(
+                f"Layer '{self.name}' was called with `cache` and with "
+                "`value` or `key`. Its cache holds the sequence it attends "
+                "to: pass the new tokens as `query` alone. Received: value="
+                f"{describe(value)}, key={describe(key)}"
+            )
+        if index is None:
+            raise ValueError(
+                f"Layer '{self.name}' was called with `cache` but without "
+                "`cache_update_index`, which would only read the cache; but "
+                "the positions of the queries are not known then. Pass the "
+                "number of positions that the cache has absorbed."
+            )
+
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        config.update(
+            num_heads=self.num_heads,
+            num_key_value_heads=self.num_key_value_heads,
+            key_dim=self.key_dim,
+            value_dim=self.value_dim,
+            dropout=self.dropout,
+            use_bias=self.use_bias,
+            position=keras.saving.serialize_keras_object(self.position),
+            causal=self.causal,
+            scale=self.scale,
+            kernel_initializer=keras.initializers.serialize(self.kernel_initializer),
+            bias_initializer=keras.initializers.serialize(self.bias_initializer),
+        )
+        return config
+
+
+def clone_initializer(initializer: Any) -> Any:
+    """Returns an initializer of the same configuration.
+
+    One initializer object draws the same numbers each time it is used; layers
+    that must differ need copies.
+
+    Args:
+        initializer: a `keras.initializers.Initializer`, or any other callable,
+            which is returned as it is.
+
+    Returns:
+        An initializer.
+
+    Example:
+
+    >>> import keras
+    >>> from attention import clone_initializer
+    >>> initializer = keras.initializers.RandomNormal(stddev=0.02)
+    >>> clone_initializer(initializer).stddev
+    0.02
+    """
+    if not isinstance(initializer, keras.initializers.Initializer):
+        return initializer
+    return type(initializer).from_config(initializer.get_config())

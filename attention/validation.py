@@ -1,0 +1,200 @@
+"""Checks of arguments, and the words for what was received."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops, tree
+
+
+def describe(value: Any) -> str:
+    """Describes a value by its types and shapes, never by a tensor's contents."""
+    if value is None or isinstance(value, (bool, numbers.Number, str)):
+        return repr(value)
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        dtype = keras.backend.standardize_dtype(value.dtype)
+        return f"{dtype} tensor of shape {tuple(value.shape)}"
+    if isinstance(value, dict):
+        inner = ", ".join(f"{k!r}: {describe(v)}" for k, v in value.items())
+        return f"{{{inner}}}"
+    if isinstance(value, (list, tuple)):
+        shown = ", ".join(describe(v) for v in value[:3])
+        more = f", ... {len(value)} in all" if len(value) > 3 else ""
+        return f"{type(value).__name__}({shown}{more})"
+    return f"an instance of {type(value).__name__}"
+
+
+def check_positive_int(name: str, value: Any) -> int:
+    """Returns `value` as an int, or says that `name` must be a positive one."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(
+            f"`{name}` must be a positive integer. Received: "
+            f"{name}={describe(value)}"
+        )
+    if value <= 0:
+        raise ValueError(
+            f"`{name}` must be a positive integer. Received: {name}={value}"
+        )
+    return int(value)
+
+
+def check_fraction(name: str, value: Any) -> float:
+    """Returns `value`, or says that `name` must be in `[0, 1)`."""
+    if not isinstance(value, numbers.Real) or not 0 <= value < 1:
+        raise ValueError(
+            f"`{name}` must be a number of at least 0 and below 1. Received: "
+            f"{name}={describe(value)}"
+        )
+    return float(value)
+
+
+def standardize_index(cache_update_index: Any, batch_size: int | None) -> Any:
+    """Checks a `cache_update_index` and makes Python ints of NumPy ones.
+
+    Args:
+        cache_update_index: int, integer scalar tensor or integer tensor of
+            shape `(batch_size,)`.
+        batch_size: int or `None`. The number of rows, where it is known.
+
+    Returns:
+        An `int` where the value is known without looking into a tensor,
+        otherwise an `int32` tensor of rank 0 or 1.
+
+    Raises:
+        TypeError: for anything that is no integer.
+        ValueError: for a negative index or one of another shape.
+    """
+    index = cache_update_index
+    if isinstance(index, bool) or isinstance(index, float):
+        raise TypeError(
+            "`cache_update_index` must be an integer, an integer scalar tensor "
+            "or an integer tensor of shape (batch_size,). Received: "
+            f"cache_update_index={describe(index)}"
+        )
+    if isinstance(index, np.ndarray) and index.ndim == 0:
+        index = index[()]
+    if isinstance(index, (int, np.integer)):
+        if index < 0:
+            raise ValueError(
+                "`cache_update_index` is the number of positions the cache has "
+                f"absorbed; it can't be negative. Received: {index}"
+            )
+        return int(index)
+    if isinstance(index, (list, tuple)):
+        index = np.asarray(index)
+    if not hasattr(index, "shape") or not hasattr(index, "dtype"):
+        raise TypeError(
+            "`cache_update_index` must be an integer, an integer scalar tensor "
+            "or an integer tensor of shape (batch_size,). Received: "
+            f"cache_update_index={describe(index)}"
+        )
+    dtype = keras.backend.standardize_dtype(index.dtype)
+    if "int" not in dtype:
+        raise TypeError(
+            "`cache_update_index` must have an integer dtype. Received: "
+            f"cache_update_index={describe(index)}"
+        )
+    shape = tuple(index.shape)
+    known = None not in shape and batch_size is not None
+    if len(shape) > 1 or (len(shape) == 1 and known and shape[0] != batch_size):
+        raise ValueError(
+            "`cache_update_index` must be one index for all rows or one for "
+            f"each of the {batch_size} rows. Received: "
+            f"cache_update_index={describe(index)}"
+        )
+    if isinstance(index, keras.KerasTensor):
+        return index
+    return ops.cast(index, "int32")
+
+
+def check_cache(
+    layer_name: str, cache: Any, expected: Any, larger: Any, batch_size: int | None
+) -> None:
+    """Says so when a cache was made by another layer or for another batch size.
+
+    What one layer's caches have in common is read off two of them: `expected`
+    (one row, one position) and `larger` (two rows, two positions). The
+    structure, ranks and dtypes are the same in all, and so are those
+    dimensions that are the same in these two.
+
+    Args:
+        layer_name: str. The layer that was called, for the message.
+        cache: the pytree that was received.
+        expected: what the layer creates for one row and one position.
+        larger: what the layer creates for two rows and two positions.
+        batch_size: int or `None`. The rows of the inputs, where known.
+
+    Raises:
+        ValueError: if it was made by another layer or for other rows.
+    """
+    try:
+        tree.assert_same_structure(cache, expected)
+        same_structure = True
+    except (ValueError, TypeError):
+        same_structure = False
+    if not same_structure:
+        raise ValueError(
+            f"`cache` was not made by layer '{layer_name}'. Received: "
+            f"cache={describe(cache)}; this layer's caches look like "
+            f"{describe(expected)}. Create it with `create_cache` of the layer "
+            "you are calling."
+        )
+    leaves = zip(
+        tree.flatten(cache), tree.flatten(expected), tree.flatten(larger)
+    )
+    for leaf, one, two in leaves:
+        shape = tuple(getattr(leaf, "shape", ()))
+        fixed = [
+            a if a == b else None for a, b in zip(tuple(one.shape), tuple(two.shape))
+        ]
+        dtype = keras.backend.standardize_dtype
+        matches = (
+            len(shape) == len(fixed)
+            and dtype(leaf.dtype) == dtype(one.dtype)
+            and all(
+                want is None or have is None or have == want
+                for have, want in zip(shape, fixed)
+            )
+        )
+        if not matches:
+            raise ValueError(
+                f"`cache` was not made by layer '{layer_name}': one of its "
+                f"tensors is a {describe(leaf)}, where this layer's have dtype "
+                f"{dtype(one.dtype)} and shape {tuple(fixed)} (None: any size). "
+                "Create it with `create_cache` of the layer you are calling, "
+                "and again after its dtype policy has changed."
+            )
+        rows = shape[0] if shape else None
+        if None not in (rows, batch_size) and rows != batch_size:
+            raise ValueError(
+                f"Layer '{layer_name}' was called with {batch_size} rows and a "
+                f"cache made for batch_size={rows}. Create the cache with "
+                f"batch_size={batch_size}."
+            )
+
+
+def check_updated_cache(layer_name: str, cache: Any, outputs: Any) -> None:
+    """Says so when a layer's `call` returned no cache like the one it got."""
+    if not isinstance(outputs, tuple) or len(outputs) != 2:
+        raise TypeError(
+            f"Layer '{layer_name}' was called with a cache; its `call` must "
+            f"then return `(outputs, cache)`. It returned {describe(outputs)}."
+        )
+    updated = outputs[1]
+    dtype = keras.backend.standardize_dtype
+    before, after = tree.flatten(cache), tree.flatten(updated)
+    same = len(before) == len(after) and all(
+        hasattr(b, "shape")
+        and tuple(a.shape) == tuple(b.shape)
+        and dtype(a.dtype) == dtype(b.dtype)
+        for a, b in zip(before, after)
+    )
+    if not same:
+        raise ValueError(
+            f"Layer '{layer_name}' must return the cache in the structure, "
+            f"shapes and dtypes in which it got it. It got {describe(cache)} and "
+            f"returned {describe(updated)}."
+        )
