@@ -21,6 +21,7 @@ from attention.validation import (
     check_updated_cache,
     describe,
     standardize_index,
+    static_size,
 )
 
 # The padding mask of the composite layer that is running, for the inner cached
@@ -31,7 +32,7 @@ _PADDING_MASK: contextvars.ContextVar[Any] = contextvars.ContextVar(
 )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _parameters(function: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(function).parameters)
 
@@ -193,6 +194,8 @@ class CachedLayer(keras.layers.Layer):
         inputs = next((x for x in tree.flatten((args, kwargs)) if _is_tensor(x)), None)
         shape = tuple(getattr(inputs, "shape", ()))
         self._inherit_padding_mask(args, kwargs, shape)
+        if self._has_position_limit:
+            self._check_length(inputs, kwargs, cache, index)
         if cache is None:
             with hide_scope():
                 return super().__call__(*args, **kwargs)
@@ -204,6 +207,29 @@ class CachedLayer(keras.layers.Layer):
             outputs = super().__call__(*args, cache=cache, **kwargs)
         check_updated_cache(self.name, cache, outputs)
         return outputs
+
+    @property
+    def _has_position_limit(self) -> bool:
+        # Not asked of composite layers: the inner layer speaks for itself.
+        return "max_sequence_length" in self.__dict__
+
+    def _check_length(self, inputs: Any, kwargs: dict, cache: Any, index: Any) -> None:
+        """Says so when tokens reach beyond the positions of this layer."""
+        length = static_size(inputs, 1)
+        known = index is None or isinstance(index, int)
+        # With a cache, padded tokens may reach beyond the end.
+        padded = cache is not None and kwargs.get("padding_mask") is not None
+        if self.max_sequence_length is None or not known or padded or not length:
+            return
+        end = (index or 0) + length
+        if end > self.max_sequence_length:
+            raise ValueError(
+                f"Layer '{self.name}' knows {self.max_sequence_length} positions, "
+                f"but the tokens reach position {end}. Shorten the sequences (the "
+                "preprocessor's `sequence_length`), or make the layer for more "
+                f"positions. Received: {describe(inputs)} at "
+                f"cache_update_index={index or 0}"
+            )
 
     def _cast_input(self, x: Any) -> Any:
         if not _is_tensor(x):
@@ -363,4 +389,6 @@ def _is_tensor(x: Any) -> bool:
 
 
 def _spec(x: Any) -> keras.KerasTensor:
-    return keras.KerasTensor(tuple(x.shape), dtype=keras.backend.standardize_dtype(x.dtype))
+    return keras.KerasTensor(
+        tuple(x.shape), dtype=keras.backend.standardize_dtype(x.dtype)
+    )

@@ -56,7 +56,11 @@ def call_sites(model: keras.Model, inputs: Any = None) -> tuple[CachedLayer, ...
 
 def _one_token(model: keras.Model) -> Any:
     """Zeros of batch size 1 and, where the length is free, of length 1."""
-    structure = getattr(model, "input", None) if isinstance(model, keras.Model) else None
+    structure = getattr(model, "input", None)
+    if structure is None:
+        # A Sequential model has no `input` before it was called symbolically.
+        flat = getattr(model, "inputs", None) or []
+        structure = flat[0] if len(flat) == 1 else flat
     specs = tree.flatten(structure)
     known = specs and all(
         isinstance(x, keras.KerasTensor) and None not in tuple(x.shape)[2:]

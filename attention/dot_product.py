@@ -8,6 +8,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from attention.validation import static_size
+
 # Finite: a row in which everything is masked must not become NaN.
 _MASKED = -1e30
 
@@ -54,10 +56,10 @@ def combine_masks(
 def _align(attention_mask: Any, key_positions: Any) -> Any:
     """Picks the columns of `attention_mask` that belong to the keys."""
     attention_mask = ops.cast(attention_mask, "bool")
-    length = attention_mask.shape[-1]
+    length = static_size(attention_mask, len(attention_mask.shape) - 1)
     if length is None or length == 1 or len(key_positions.shape) != 1:
         return attention_mask
-    capacity = key_positions.shape[0]
+    capacity = static_size(key_positions, 0)
     if capacity is None or capacity == length:
         return attention_mask
     columns = ops.minimum(key_positions, length - 1)
@@ -110,7 +112,9 @@ def grouped_attention(
         logits = logits + ops.reshape(bias, (*lead, *split, *ops.shape(bias)[-2:]))
     if mask is not None:
         logits = ops.where(mask[:, :, None], logits, _MASKED)
-    weights = ops.softmax(logits, axis=-1)
+    # Keras warns of a softmax over a single key, which is all right here.
+    one_key = static_size(key, 2) == 1
+    weights = ops.ones_like(logits) if one_key else ops.softmax(logits, axis=-1)
     dropped = weights if dropout is None else dropout(weights)
     outputs = ops.einsum("bgnqk,bgkd->bqgnd", ops.cast(dropped, value.dtype), value)
     outputs = ops.reshape(outputs, (-1, shape[1], heads, value.shape[3]))

@@ -6,7 +6,7 @@ from typing import Any
 
 from keras import ops
 
-from attention.validation import check_positive_int
+from attention.validation import check_positive_int, static_size
 
 
 def token_positions(cache_update_index: Any, length: Any) -> Any:
@@ -82,7 +82,7 @@ class FullCache:
             ValueError: if the new positions can't fit, where that is known
                 without looking into a tensor.
         """
-        capacity, new = cache["key"].shape[2], key.shape[2]
+        capacity, new = cache["key"].shape[2], static_size(key, 2)
         if new is not None and new > capacity:
             raise ValueError(
                 f"{new} tokens were given to a cache of {capacity} positions. "

@@ -83,23 +83,10 @@ class PositionEmbedding(CachedLayer):
         cache: Any = None,
         cache_update_index: Any = None,
     ) -> Any:
-        length = x.shape[1]
         if cache is not None and cache_update_index is None:
             raise ValueError(
                 f"Layer '{self.name}' was called with `cache` but without "
                 "`cache_update_index`, the position of its first token."
-            )
-        # Padded tokens may reach beyond the end.
-        known = cache_update_index is None or isinstance(cache_update_index, int)
-        start = cache_update_index or 0 if known else 0
-        end = None if length is None or not known else start + length
-        if padding_mask is None and end is not None and end > self.sequence_length:
-            raise ValueError(
-                f"Layer '{self.name}' has learned {self.sequence_length} "
-                f"positions, but the tokens reach position {end}. Shorten the "
-                "sequences (the preprocessor's `sequence_length`), or make the "
-                "layer with a larger `sequence_length`. Received: inputs of "
-                f"shape {tuple(x.shape)}, cache_update_index={start}"
             )
         positions = token_positions(cache_update_index, ops.shape(x)[1])
         positions = ops.minimum(positions, self.sequence_length - 1)

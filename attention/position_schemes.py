@@ -196,7 +196,7 @@ class RelativePositionBias(PositionScheme):
     >>> layer = MultiHeadAttention(num_heads=2, position=RelativePositionBias())
     >>> layer(np.zeros((1, 3, 8))).shape == (1, 3, 8)
     True
-    >>> layer.position.embeddings.shape  # (num_buckets, num_heads)
+    >>> tuple(layer.position.embeddings.shape)  # (num_buckets, num_heads)
     (32, 2)
 
     Reference:

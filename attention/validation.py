@@ -31,8 +31,7 @@ def check_positive_int(name: str, value: Any) -> int:
     """Returns `value` as an int, or says that `name` must be a positive one."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(
-            f"`{name}` must be a positive integer. Received: "
-            f"{name}={describe(value)}"
+            f"`{name}` must be a positive integer. Received: {name}={describe(value)}"
         )
     if value <= 0:
         raise ValueError(
@@ -49,6 +48,19 @@ def check_fraction(name: str, value: Any) -> float:
             f"{name}={describe(value)}"
         )
     return float(value)
+
+
+def static_size(x: Any, axis: int) -> int | None:
+    """The size of an axis, or `None` where it is not known, or a stand-in.
+
+    While Keras works out the outputs of a layer, unknown sizes are symbols on
+    JAX and made-up numbers on torch's meta device.
+    """
+    shape = getattr(x, "shape", ())
+    if len(shape) <= axis or getattr(getattr(x, "device", None), "type", "") == "meta":
+        return None
+    size = shape[axis]
+    return size if isinstance(size, int) else None
 
 
 def standardize_index(cache_update_index: Any, batch_size: int | None) -> Any:
@@ -68,7 +80,7 @@ def standardize_index(cache_update_index: Any, batch_size: int | None) -> Any:
         ValueError: for a negative index or one of another shape.
     """
     index = cache_update_index
-    if isinstance(index, bool) or isinstance(index, float):
+    if isinstance(index, (bool, float)):
         raise TypeError(
             "`cache_update_index` must be an integer, an integer scalar tensor "
             "or an integer tensor of shape (batch_size,). Received: "
@@ -142,9 +154,7 @@ def check_cache(
             f"{describe(expected)}. Create it with `create_cache` of the layer "
             "you are calling."
         )
-    leaves = zip(
-        tree.flatten(cache), tree.flatten(expected), tree.flatten(larger)
-    )
+    leaves = zip(tree.flatten(cache), tree.flatten(expected), tree.flatten(larger))
     for leaf, one, two in leaves:
         shape = tuple(getattr(leaf, "shape", ()))
         fixed = [

@@ -1,0 +1,19 @@
+"""Decoder blocks, backbones and language models that know no cache."""
+
+from attention import clone_initializer
+from blocks.causal_lm import CausalLM
+from blocks.custom_backbone import CustomBackbone
+from blocks.custom_decoder import CustomDecoder
+from blocks.feed_forward import FeedForward, GatedFeedForward, gelu_approximate
+from blocks.preprocessor import CausalLMPreprocessor
+
+__all__ = [
+    "CausalLM",
+    "CausalLMPreprocessor",
+    "CustomBackbone",
+    "CustomDecoder",
+    "FeedForward",
+    "GatedFeedForward",
+    "clone_initializer",
+    "gelu_approximate",
+]

@@ -1,0 +1,358 @@
+"""The causal language model, written once for every backbone."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import keras
+import keras_hub
+import numpy as np
+
+from attention import call_sites, max_positions
+from attention.validation import describe
+from blocks.generation import Generator
+from blocks.presets import check_registered, load_task
+from blocks.prompts import Prompts, normalize_inputs, read_prompts
+
+
+@keras.saving.register_keras_serializable(package="keras_transformer_blocks")
+class CausalLM(keras_hub.models.CausalLM):
+    """A causal language model on any backbone made of cached layers.
+
+    It trains with `fit` and generates with `generate`, as every KerasHub
+    `CausalLM`, and knows nothing of attention: it calls the backbone on tokens
+    without a cache, or inside of an `attention.CacheScope`. There is nothing to
+    write for a new backbone.
+
+    Args:
+        backbone: a `blocks.CustomBackbone`, or any functional
+            `keras_hub.models.Backbone` of cached layers with the inputs
+            `token_ids` and `padding_mask` and a `token_embedding` that can be
+            called with `reverse=True`.
+        preprocessor: a `blocks.CausalLMPreprocessor` or one of KerasHub's, for
+            strings in and strings out; `None` for tokens.
+        **kwargs: arguments of `keras_hub.models.CausalLM`.
+
+    Call arguments:
+        inputs: a dict of `token_ids` and `padding_mask`, both of shape
+            `(batch, length)`.
+
+    Returns:
+        Logits of shape `(batch, length, vocabulary_size)`.
+
+    Raises:
+        TypeError: if `backbone` is no Keras model.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from blocks import CausalLM, CustomBackbone
+    >>> backbone = CustomBackbone(
+    ...     vocabulary_size=50,
+    ...     num_layers=2,
+    ...     num_heads=2,
+    ...     hidden_dim=16,
+    ...     intermediate_dim=32,
+    ...     max_sequence_length=32,
+    ... )
+    >>> lm = CausalLM(backbone)
+    >>> lm.compile(optimizer="adam", sampler="greedy")
+    >>> tokens = np.arange(1, 9, dtype="int32")[None]
+    >>> x = {"token_ids": tokens, "padding_mask": np.ones_like(tokens)}
+    >>> _ = lm.fit(x, tokens, verbose=0)
+    >>> out = lm.generate(x, stop_token_ids=None, max_new_tokens=4)
+    >>> out["token_ids"].shape
+    (1, 12)
+    """
+
+    backbone_cls = None
+    preprocessor_cls = None
+
+    def __init__(self, backbone: Any, preprocessor: Any = None, **kwargs: Any) -> None:
+        if not isinstance(backbone, keras.Model):
+            raise TypeError(
+                "`backbone` must be a `blocks.CustomBackbone` or another Keras "
+                f"model of cached layers. Received: backbone={describe(backbone)}"
+            )
+        # === Layers ===
+        self.backbone = backbone
+        self.preprocessor = preprocessor
+        # === Functional model ===
+        inputs = backbone.input
+        outputs = self.compute_logits(backbone(inputs))
+        super().__init__(inputs=inputs, outputs=outputs, **kwargs)
+
+    def compute_logits(self, hidden_states: Any) -> Any:
+        """Computes the logits of the next token.
+
+        A subclass with another head overrides it.
+
+        Args:
+            hidden_states: tensor of shape `(batch, length, hidden_dim)`.
+
+        Returns:
+            A tensor of shape `(batch, length, vocabulary_size)`.
+        """
+        return self.backbone.token_embedding(hidden_states, reverse=True)
+
+    def compile(self, *args: Any, sampler: Any = "top_k", **kwargs: Any) -> None:
+        """Configures training and generation, as KerasHub's `compile`.
+
+        Args:
+            *args: see `keras_hub.models.CausalLM.compile`.
+            sampler: a name, such as `"greedy"`, or a `keras_hub.samplers`
+                object.
+            **kwargs: see `keras_hub.models.CausalLM.compile`.
+
+        Raises:
+            TypeError: if `sampler` is no sampler.
+        """
+        if not isinstance(sampler, (str, dict, keras_hub.samplers.Sampler)):
+            raise TypeError(
+                "`sampler` must be a name, such as 'greedy', or a "
+                f"`keras_hub.samplers.Sampler`. Received: {describe(sampler)}"
+            )
+        super().compile(*args, sampler=sampler, **kwargs)
+
+    def generate(
+        self,
+        inputs: Any,
+        max_length: int | None = None,
+        stop_token_ids: Any = "auto",
+        strip_prompt: bool = False,
+        max_new_tokens: int | None = None,
+    ) -> Any:
+        """Continues prompts.
+
+        Prompts of different lengths in one batch give what each gives alone.
+
+        Args:
+            inputs: a string, a list of strings, a dict of `token_ids` and
+                `padding_mask` (arrays of shape `(batch, length)`, padded on the
+                right), or a `tf.data.Dataset` of batches of either.
+            max_length: int or `None`. The length of prompt and new tokens
+                together, at which rows end. The default is the preprocessor's
+                `sequence_length` for text, the arrays' length for tokens, and
+                what `max_new_tokens` asks for where that is given.
+            stop_token_ids: the tokens at which a row ends: a list or tuple,
+                `None`, or `"auto"` for the preprocessor's end token.
+            strip_prompt: bool. Whether to return the new tokens only.
+            max_new_tokens: int or `None`. How many tokens each row may get,
+                whatever the length of its prompt.
+
+        Returns:
+            For a string a string, for strings a list of strings, for tokens a
+            dict of `token_ids` and `padding_mask` as NumPy arrays.
+
+        Raises:
+            TypeError: if an argument has the wrong type.
+            ValueError: if a prompt is empty or longer than allowed, holds
+                tokens outside of the vocabulary, or is not padded on the right.
+
+        Example:
+
+        >>> import numpy as np
+        >>> from blocks import CausalLM, CustomBackbone
+        >>> backbone = CustomBackbone(50, 1, 2, 16, 32, max_sequence_length=32)
+        >>> lm = CausalLM(backbone)
+        >>> lm.compile(sampler="greedy")
+        >>> prompts = {
+        ...     "token_ids": np.array([[1, 2, 3, 4], [5, 6, 0, 0]]),
+        ...     "padding_mask": np.array([[1, 1, 1, 1], [1, 1, 0, 0]]),
+        ... }
+        >>> out = lm.generate(prompts, stop_token_ids=None, max_new_tokens=3)
+        >>> out["padding_mask"].sum(axis=1).tolist()
+        [7, 5]
+        """
+        stops = self._resolve_stop_token_ids(stop_token_ids)
+        sampler = self.sampler
+        if isinstance(sampler, keras_hub.samplers.SpeculativeSampler):
+            raise ValueError(
+                "`SpeculativeSampler` needs a draft model, which `generate` does "
+                "not take yet. Compile with another sampler."
+            )
+        if getattr(sampler, "return_all_beams", False):
+            raise ValueError(
+                "`generate` returns one continuation for each prompt. Compile "
+                "with `BeamSampler(return_all_beams=False)`."
+            )
+        batches, is_single = normalize_inputs(inputs)
+        # All prompts are read before the first is continued: what is wrong with
+        # the last of them should not cost the others' work.
+        prompts = [
+            read_prompts(
+                batch,
+                self.preprocessor,
+                max_length,
+                max_new_tokens,
+                getattr(self.backbone, "vocabulary_size", None),
+                self._max_positions(),
+            )
+            for batch in batches
+        ]
+        outputs = [self._continue(x, stops, strip_prompt) for x in prompts]
+        return _join(outputs, is_single)
+
+    def _continue(
+        self, prompts: Prompts, stops: tuple[int, ...], strip_prompt: bool
+    ) -> Any:
+        """Continues one batch of prompts."""
+        new_tokens = self._generator().generate(
+            prompts.token_ids, prompts.lengths, prompts.limits, stops
+        )
+        shape = (len(new_tokens), prompts.width)
+        token_ids = np.full(shape, self._pad_token_id(), "int32")
+        padding_mask = np.zeros(shape, "bool")
+        for row, new in enumerate(new_tokens):
+            old = prompts.token_ids[row, : prompts.lengths[row]]
+            tokens = new if strip_prompt else np.concatenate([old, new])
+            token_ids[row, : len(tokens)] = tokens
+            padding_mask[row, : len(tokens)] = True
+        outputs = {"token_ids": token_ids, "padding_mask": padding_mask}
+        if not prompts.as_text:
+            return outputs
+        texts = self.preprocessor.generate_postprocess(outputs)
+        if hasattr(texts, "numpy"):
+            texts = texts.numpy()
+        return [x.decode("utf-8") if isinstance(x, bytes) else x for x in texts]
+
+    def _generator(self) -> Generator:
+        generator = self.__dict__.get("_token_generator")
+        if generator is None:
+            generator = self._token_generator = Generator(self)
+        return generator
+
+    def _max_positions(self) -> int | None:
+        limit = self.__dict__.get("_max_positions_memo")
+        if limit is None:
+            limit = (max_positions(call_sites(self.backbone)),)
+            self._max_positions_memo = limit
+        return limit[0]
+
+    def _resolve_stop_token_ids(self, stop_token_ids: Any) -> tuple[int, ...]:
+        if stop_token_ids is None:
+            return ()
+        if isinstance(stop_token_ids, str) and stop_token_ids == "auto":
+            if self.preprocessor is None:
+                raise ValueError(
+                    'With `stop_token_ids="auto"` rows end at the preprocessor\'s '
+                    "end token, but the model has no preprocessor. Pass "
+                    "`stop_token_ids=None` to end at `max_length`, or a tuple "
+                    "of token ids."
+                )
+            return _end_token_ids(self.preprocessor)
+        try:
+            stops = tuple(int(x) for x in stop_token_ids)
+        except (TypeError, ValueError):
+            raise TypeError(
+                '`stop_token_ids` must be None, "auto" or a list of token ids. '
+                f"Received: stop_token_ids={describe(stop_token_ids)}"
+            ) from None
+        return stops
+
+    def _pad_token_id(self) -> int:
+        tokenizer = getattr(self.preprocessor, "tokenizer", None)
+        for owner in (self.preprocessor, tokenizer):
+            pad = getattr(owner, "pad_token_id", None)
+            if pad is not None:
+                return int(pad)
+        return 0
+
+    def get_compile_config(self) -> dict[str, Any] | None:
+        config = super().get_compile_config()
+        if config is not None:
+            config["sampler"] = keras_hub.samplers.serialize(self.sampler)
+        return config
+
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        # Keras's own leaves a model with an overridden `compile` uncompiled.
+        config = keras.saving.deserialize_keras_object(config)
+        self.compile(**config)
+        if self.optimizer is not None and self.built:
+            self.optimizer.build(self.trainable_variables)
+
+    def save_to_preset(
+        self, preset_dir: str, max_shard_size: float | None = 10
+    ) -> None:
+        """Saves the model, its weights and its tokenizer to a folder.
+
+        Args:
+            preset_dir: str. The folder; it is made if need be.
+            max_shard_size: number or `None`. The largest size of a weights file
+                in GB.
+
+        Raises:
+            ValueError: if a class is not registered with Keras, so that the
+                preset could not be loaded again. Nothing is written then.
+        """
+        check_registered(self, self.backbone, self.preprocessor)
+        super().save_to_preset(preset_dir, max_shard_size=max_shard_size)
+
+    @classmethod
+    def from_preset(
+        cls, preset: str, load_weights: bool = True, **kwargs: Any
+    ) -> CausalLM:
+        """Loads a model from a preset.
+
+        Args:
+            preset: str. A folder written by `save_to_preset`, or a handle such
+                as `"hf://user/name"` or `"kaggle://user/model/keras/name"`.
+            load_weights: bool. Whether to load the weights.
+            **kwargs: `dtype`, for the backbone; other arguments replace those
+                the model was made with, such as `preprocessor`.
+
+        Returns:
+            A `CausalLM`, of the subclass that was saved.
+
+        Raises:
+            ValueError: if the folder is missing, incomplete or damaged, or
+                holds a class that is not registered with Keras.
+
+        Example:
+
+        >>> import tempfile
+        >>> from blocks import CausalLM, CustomBackbone
+        >>> lm = CausalLM(CustomBackbone(50, 1, 2, 16, 32, max_sequence_length=32))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     lm.save_to_preset(folder)
+        ...     restored = CausalLM.from_preset(folder)
+        >>> restored.backbone.num_layers
+        1
+        """
+        return load_task(cls, preset, load_weights, **kwargs)
+
+
+def _end_token_ids(preprocessor: Any) -> tuple[int, ...]:
+    """The end tokens of one of our preprocessors, or of KerasHub's tokenizers."""
+    tokenizer = getattr(preprocessor, "tokenizer", None)
+    ids = [
+        getattr(preprocessor, "end_token_id", None),
+        getattr(tokenizer, "end_token_id", None),
+        getattr(tokenizer, "end_token2_id", None),
+    ]
+    found = tuple(dict.fromkeys(int(x) for x in ids if x is not None))
+    if not found:
+        warnings.warn(
+            "The preprocessor has no end token, so rows end at `max_length` or "
+            "`max_new_tokens` only. Pass `stop_token_ids=None` to say so.",
+            stacklevel=4,
+        )
+    return found
+
+
+def _join(outputs: list[Any], is_single: bool) -> Any:
+    """Joins the outputs of batches; takes back the batch axis of a single row."""
+    if isinstance(outputs[0], list):
+        texts = [text for batch in outputs for text in batch]
+        return texts[0] if is_single else texts
+    width = max(batch["token_ids"].shape[1] for batch in outputs)
+
+    def join(key: str) -> np.ndarray:
+        padded = [
+            np.pad(x[key], ((0, 0), (0, width - x[key].shape[1]))) for x in outputs
+        ]
+        joined = np.concatenate(padded)
+        return joined[0] if is_single else joined
+
+    return {key: join(key) for key in ("token_ids", "padding_mask")}

@@ -1,0 +1,333 @@
+"""The backbone whose parts come from hooks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import keras_hub
+
+from attention import (
+    CachedLayer,
+    GroupedQueryAttention,
+    PositionEmbedding,
+)
+from attention.validation import check_fraction, check_positive_int
+from blocks.custom_decoder import CustomDecoder
+from blocks.feed_forward import FeedForward, gelu_approximate
+from blocks.hooks import dtype_policy_scope, name_layer, run_hook
+
+
+@keras.saving.register_keras_serializable(package="keras_transformer_blocks")
+class CustomBackbone(keras_hub.models.Backbone):
+    """A decoder-only backbone with a hook for each of its parts.
+
+    By default it is GPT-2's architecture. It is an ordinary functional KerasHub
+    backbone: `token_ids` and `padding_mask` in, hidden states out. Presets,
+    LoRA, quantization and `fit` work as for any other.
+
+    There are three ways to change it, from the least to the most:
+
+    - override `create_attention_layer(inputs_shape, layer_index)`,
+      `create_ffn(...)` or `create_norm(...)`: the same block with another part;
+    - override `create_decoder(layer_index)`: another block, for instance a
+      subclass of `blocks.CustomDecoder`;
+    - override `transform(x, padding_mask)`: another way through the blocks.
+
+    Hooks run inside `super().__init__(...)`: a subclass with attributes of its
+    own sets them before that call. Register a subclass with
+    `keras.saving.register_keras_serializable` to save and load it, and add its
+    own arguments to `get_config`.
+
+    Args:
+        vocabulary_size: int. The number of tokens.
+        num_layers: int. The number of blocks.
+        num_heads: int. The number of query heads of each block.
+        hidden_dim: int. The width.
+        intermediate_dim: int. The width inside the feed-forward layers.
+        num_key_value_heads: int or `None`. The number of key/value heads;
+            `None` means `num_heads`.
+        max_sequence_length: int. The number of learned positions.
+        dropout: float. The dropout rate.
+        layer_norm_epsilon: float. The epsilon of the norms.
+        learned_positions: bool. Whether there is a learned position embedding.
+            A model whose attention carries the positions (rotary, T5's bias,
+            ALiBi) passes `False`; its length then has no limit.
+        tie_word_embeddings: bool. Whether the embedding is used for the output
+            logits, too.
+        dtype: the dtype or dtype policy of all layers.
+        **kwargs: arguments of `keras_hub.models.Backbone`: `name`, `trainable`.
+
+    Call arguments:
+        inputs: a dict of `token_ids`, an integer tensor of shape `(batch,
+            length)`, and `padding_mask`, an integer or boolean tensor of the
+            same shape that is true for the real tokens, padded on the right.
+
+    Returns:
+        A tensor of shape `(batch, length, hidden_dim)`.
+
+    Raises:
+        TypeError: if a hook returns something that is no fitting layer.
+        ValueError: if an argument is out of range, or heads do not divide.
+        AttributeError: if a hook reads an attribute that is not yet set.
+
+    Example:
+
+    >>> import keras, numpy as np
+    >>> from attention import RotaryAttention
+    >>> from blocks import CustomBackbone
+    >>> @keras.saving.register_keras_serializable(package="doctest")
+    ... class RotaryBackbone(CustomBackbone):
+    ...     def create_attention_layer(self, inputs_shape, layer_index):
+    ...         return RotaryAttention(self.num_heads, self.num_key_value_heads)
+    >>> backbone = RotaryBackbone(
+    ...     vocabulary_size=100,
+    ...     num_layers=2,
+    ...     num_heads=4,
+    ...     num_key_value_heads=2,
+    ...     hidden_dim=16,
+    ...     intermediate_dim=32,
+    ...     learned_positions=False,
+    ... )
+    >>> tokens = np.ones((1, 5), dtype="int32")
+    >>> outputs = backbone({"token_ids": tokens, "padding_mask": tokens})
+    >>> outputs.shape == (1, 5, 16)
+    True
+
+    Reference:
+
+    - [Radford et al., 2019](https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf)
+    """
+
+    def __init__(
+        self,
+        vocabulary_size: int,
+        num_layers: int,
+        num_heads: int,
+        hidden_dim: int,
+        intermediate_dim: int,
+        num_key_value_heads: int | None = None,
+        max_sequence_length: int = 1024,
+        dropout: float = 0.0,
+        layer_norm_epsilon: float = 1e-5,
+        learned_positions: bool = True,
+        tie_word_embeddings: bool = True,
+        dtype: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        # === Config: hooks read it ===
+        self.vocabulary_size = check_positive_int("vocabulary_size", vocabulary_size)
+        self.num_layers = check_positive_int("num_layers", num_layers)
+        self.num_heads = check_positive_int("num_heads", num_heads)
+        self.hidden_dim = check_positive_int("hidden_dim", hidden_dim)
+        self.intermediate_dim = check_positive_int("intermediate_dim", intermediate_dim)
+        if num_key_value_heads is not None:
+            check_positive_int("num_key_value_heads", num_key_value_heads)
+        self.num_key_value_heads = num_key_value_heads
+        self.max_sequence_length = check_positive_int(
+            "max_sequence_length", max_sequence_length
+        )
+        self.dropout = check_fraction("dropout", dropout)
+        self.layer_norm_epsilon = layer_norm_epsilon
+        self.learned_positions = bool(learned_positions)
+        self.tie_word_embeddings = bool(tie_word_embeddings)
+
+        with dtype_policy_scope(keras.dtype_policies.get(dtype)):
+            # === Layers ===
+            self.token_embedding = name_layer(
+                run_hook(self, "create_embedding"), "token_embedding"
+            )
+            self.position_embedding = run_hook(
+                self, "create_position_embedding", optional=True
+            )
+            self.embeddings_dropout = keras.layers.Dropout(
+                self.dropout, name="embeddings_dropout"
+            )
+            self.transformer_layers = []
+            for i in range(self.num_layers):
+                decoder = run_hook(self, "create_decoder", i, cached=True)
+                # One block may be used at several depths.
+                if not any(decoder is other for other in self.transformer_layers):
+                    name_layer(decoder, f"transformer_layer_{i}")
+                self.transformer_layers.append(decoder)
+            self.layer_norm = name_layer(
+                run_hook(self, "create_final_norm"), "layer_norm"
+            )
+
+            # === Functional model ===
+            token_ids = keras.Input(shape=(None,), dtype="int32", name="token_ids")
+            padding_mask = keras.Input(
+                shape=(None,), dtype="int32", name="padding_mask"
+            )
+            x = self.token_embedding(token_ids)
+            if self.position_embedding is not None:
+                name_layer(self.position_embedding, "position_embedding")
+                self.embeddings_add = keras.layers.Add(name="embeddings_add")
+                positions = self.position_embedding(x, padding_mask=padding_mask)
+                x = self.embeddings_add((x, positions))
+            x = self.embeddings_dropout(x)
+            x = self.transform(x, padding_mask)
+            outputs = self.layer_norm(x)
+        super().__init__(
+            inputs={"token_ids": token_ids, "padding_mask": padding_mask},
+            outputs=outputs,
+            dtype=dtype,
+            **kwargs,
+        )
+
+    def create_embedding(self) -> keras.layers.Layer:
+        """Hook: makes the token embedding.
+
+        Returns:
+            A layer that embeds token ids and, called with `reverse=True`, turns
+            hidden states into logits, as `keras.layers.ReversibleEmbedding`.
+        """
+        return keras.layers.ReversibleEmbedding(
+            self.vocabulary_size,
+            self.hidden_dim,
+            tie_weights=self.tie_word_embeddings,
+            embeddings_initializer=keras.initializers.RandomNormal(stddev=0.02),
+        )
+
+    def create_position_embedding(self) -> CachedLayer | None:
+        """Hook: makes the layer whose outputs are added to the embeddings.
+
+        Returns:
+            A layer, or `None` where positions live in the attention.
+        """
+        if not self.learned_positions:
+            return None
+        return PositionEmbedding(
+            self.max_sequence_length,
+            initializer=keras.initializers.RandomNormal(stddev=0.02),
+        )
+
+    def create_decoder(self, layer_index: int) -> CachedLayer:
+        """Hook: makes a block.
+
+        Args:
+            layer_index: int. The depth, from 0.
+
+        Returns:
+            An `attention.CachedLayer`, for instance a `blocks.CustomDecoder`.
+        """
+        return _HookedDecoder(
+            self,
+            layer_index,
+            intermediate_dim=self.intermediate_dim,
+            num_heads=self.num_heads,
+            num_key_value_heads=self.num_key_value_heads,
+            dropout=self.dropout,
+            layer_norm_epsilon=self.layer_norm_epsilon,
+        )
+
+    def create_attention_layer(
+        self, inputs_shape: tuple, layer_index: int
+    ) -> CachedLayer:
+        """Hook: makes the self-attention layer of a block.
+
+        Args:
+            inputs_shape: tuple. The shape of the block's inputs.
+            layer_index: int. The block's depth, from 0.
+
+        Returns:
+            An `attention.CachedLayer`.
+        """
+        num_key_value_heads = self.num_key_value_heads
+        if num_key_value_heads is None:
+            num_key_value_heads = self.num_heads
+        return GroupedQueryAttention(
+            num_heads=self.num_heads,
+            num_key_value_heads=num_key_value_heads,
+            dropout=self.dropout,
+            kernel_initializer=keras.initializers.RandomNormal(stddev=0.02),
+        )
+
+    def create_ffn(self, inputs_shape: tuple, layer_index: int) -> keras.layers.Layer:
+        """Hook: makes the feed-forward layer of a block.
+
+        Args:
+            inputs_shape: tuple. The shape of the block's inputs.
+            layer_index: int. The block's depth, from 0.
+
+        Returns:
+            A layer that keeps the width.
+        """
+        return FeedForward(
+            self.intermediate_dim,
+            activation=gelu_approximate,
+            kernel_initializer=keras.initializers.RandomNormal(stddev=0.02),
+        )
+
+    def create_norm(self, inputs_shape: tuple, layer_index: int) -> keras.layers.Layer:
+        """Hook: makes a normalization layer of a block.
+
+        Args:
+            inputs_shape: tuple. The shape of the block's inputs.
+            layer_index: int. The block's depth, from 0.
+
+        Returns:
+            A layer that keeps the shape.
+        """
+        return keras.layers.LayerNormalization(epsilon=self.layer_norm_epsilon)
+
+    def create_final_norm(self) -> keras.layers.Layer:
+        """Hook: makes the normalization behind the last block."""
+        return self.create_norm((None, None, self.hidden_dim), self.num_layers)
+
+    def transform(self, x: Any, padding_mask: Any) -> Any:
+        """Runs the blocks, which are in `self.transformer_layers`.
+
+        Overridden where values flow between blocks: pass them on as arguments
+        and results, not as attributes, or the functional model misses them.
+
+        Args:
+            x: tensor of shape `(batch, length, hidden_dim)`.
+            padding_mask: integer tensor of shape `(batch, length)`.
+
+        Returns:
+            A tensor of the shape of `x`.
+        """
+        for decoder in self.transformer_layers:
+            x = decoder(x, padding_mask=padding_mask)
+        return x
+
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        config.update(
+            vocabulary_size=self.vocabulary_size,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            hidden_dim=self.hidden_dim,
+            intermediate_dim=self.intermediate_dim,
+            num_key_value_heads=self.num_key_value_heads,
+            max_sequence_length=self.max_sequence_length,
+            dropout=self.dropout,
+            layer_norm_epsilon=self.layer_norm_epsilon,
+            learned_positions=self.learned_positions,
+            tie_word_embeddings=self.tie_word_embeddings,
+        )
+        return config
+
+
+class _HookedDecoder(CustomDecoder):
+    """A decoder block whose parts come from its backbone's hooks."""
+
+    def __init__(self, backbone: CustomBackbone, layer_index: int, **kwargs: Any):
+        super().__init__(**kwargs)
+
+        def run(name: str, inputs_shape: tuple) -> keras.layers.Layer:
+            cached = name == "create_attention_layer"
+            return run_hook(backbone, name, inputs_shape, layer_index, cached=cached)
+
+        # A function, not the backbone: Keras would take it for a sublayer.
+        self._run_backbone_hook = run
+
+    def create_attention_layer(self, inputs_shape: tuple) -> CachedLayer:
+        return self._run_backbone_hook("create_attention_layer", inputs_shape)
+
+    def create_ffn(self, inputs_shape: tuple) -> keras.layers.Layer:
+        return self._run_backbone_hook("create_ffn", inputs_shape)
+
+    def create_norm(self, inputs_shape: tuple) -> keras.layers.Layer:
+        return self._run_backbone_hook("create_norm", inputs_shape)

@@ -1,0 +1,91 @@
+"""Running a user's hook: under the right dtype policy, and checked."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+
+from attention import CachedLayer
+
+
+@contextlib.contextmanager
+def dtype_policy_scope(policy: Any) -> Iterator[None]:
+    """Makes `policy` the global dtype policy while hooks run.
+
+    A layer that a hook creates without `dtype=` then has the policy of the
+    block it is for.
+    """
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def run_hook(
+    owner: Any, name: str, *args: Any, cached: bool = False, optional: bool = False
+) -> Any:
+    """Calls a hook and checks that it returned a layer.
+
+    Args:
+        owner: the block or backbone.
+        name: str. The hook's name.
+        *args: the hook's arguments.
+        cached: bool. Whether the layer must be a `CachedLayer`.
+        optional: bool. Whether `None` may be returned.
+
+    Returns:
+        The layer.
+
+    Raises:
+        TypeError: if the hook returned something else.
+        AttributeError: if the hook read an attribute that is not set yet.
+    """
+    hook: Callable = getattr(owner, name)
+    try:
+        layer = hook(*args)
+    except AttributeError as error:
+        missing = re.search(r"has no attribute '(\w+)'", str(error))
+        if missing is None or type(owner).__name__ not in str(error):
+            raise
+        raise AttributeError(
+            f"`{type(owner).__name__}.{name}` read `self.{missing[1]}`, which is "
+            "not set. Hooks run while the layer or backbone is being made: set "
+            f"`self.{missing[1]}` in `__init__` before `super().__init__(...)` "
+            "(in a backbone), or before the block is built."
+        ) from error
+    if layer is None and optional:
+        return None
+    where = f"`{type(owner).__name__}.{name}`"
+    if not isinstance(layer, keras.layers.Layer):
+        raise TypeError(
+            f"{where} must return a Keras layer. It returned "
+            f"{'a class' if isinstance(layer, type) else 'an instance of'} "
+            f"{layer.__name__ if isinstance(layer, type) else type(layer).__name__}."
+        )
+    if cached and not isinstance(layer, CachedLayer):
+        raise TypeError(
+            f"{where} must return a layer with `create_cache`, that is, a "
+            "subclass of `attention.CachedLayer`, or generation could not "
+            f"cache what it saw. It returned {type(layer).__name__}; "
+            "`attention.MultiHeadAttention` and its siblings can stand in for "
+            "Keras's own attention layers."
+        )
+    return layer
+
+
+def name_layer(layer: keras.layers.Layer, name: str) -> keras.layers.Layer:
+    """Gives a new layer the name of its place in a block.
+
+    Weights are saved, quantized and sharded by path. An automatic name such as
+    `dense_7` depends on what else the process has made. A layer that was built
+    before keeps its name: it is shared with another place.
+    """
+    if not layer.built:
+        layer.name = name
+    return layer

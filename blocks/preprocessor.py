@@ -1,0 +1,191 @@
+"""A preprocessor for any tokenizer: strings into `fit` and `generate`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+import keras_hub
+from keras import ops
+
+from attention.validation import check_positive_int, describe
+
+
+@keras.saving.register_keras_serializable(package="keras_transformer_blocks")
+class CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
+    """Turns strings into training samples and prompts, with any tokenizer.
+
+    KerasHub's preprocessors take the tokenizer of their model, which knows its
+    special tokens. This one takes any `keras_hub.tokenizers` tokenizer and is
+    told which tokens are special.
+
+    Called on strings, it returns `(x, y, sample_weight)` for `fit`: `x` is a
+    dict of `token_ids` and `padding_mask`, `y` the next token of each, and the
+    weights leave out padding.
+
+    Args:
+        tokenizer: a `keras_hub.tokenizers.Tokenizer`.
+        sequence_length: int. The length of training samples, and the default
+            `max_length` of `generate`.
+        start_token: str, int or `None`. The token (or its id) put before each
+            text. `None` takes the tokenizer's `start_token_id`, if it has one.
+        end_token: str, int or `None`. The token put behind each training
+            sample, at which `generate` stops. `None` takes the tokenizer's
+            `end_token_id`, if it has one.
+        pad_token_id: int or `None`. What fills up short samples. `None` takes
+            the tokenizer's `pad_token_id`, or else 0.
+        add_start_token: bool. Whether training samples and prompts begin with
+            the start token, if there is one.
+        add_end_token: bool. Whether training samples end with the end token, if
+            there is one.
+        **kwargs: arguments of `keras.layers.Layer`.
+
+    Raises:
+        TypeError: if `tokenizer` is no tokenizer that makes integers.
+        ValueError: if a token is not in the vocabulary.
+
+    Example:
+
+    >>> import keras_hub
+    >>> from blocks import CausalLMPreprocessor
+    >>> tokenizer = keras_hub.tokenizers.ByteTokenizer()
+    >>> preprocessor = CausalLMPreprocessor(tokenizer, sequence_length=8, end_token=1)
+    >>> x, y, sample_weight = preprocessor(["abc"])
+    >>> [int(t) for t in y[0]]
+    [98, 99, 1, 0, 0, 0, 0, 0]
+    >>> preprocessor.generate_postprocess(preprocessor.generate_preprocess(["abc"]))
+    ['abc']
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        sequence_length: int = 1024,
+        start_token: str | int | None = None,
+        end_token: str | int | None = None,
+        pad_token_id: int | None = None,
+        add_start_token: bool = True,
+        add_end_token: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(tokenizer, keras_hub.tokenizers.Tokenizer):
+            raise TypeError(
+                "`tokenizer` must be a `keras_hub.tokenizers.Tokenizer`. "
+                f"Received: tokenizer={describe(tokenizer)}"
+            )
+        if "int" not in str(getattr(tokenizer, "compute_dtype", "int32")):
+            raise TypeError(
+                "`tokenizer` must make integers, but it makes strings. Create "
+                'it with `dtype="int32"`.'
+            )
+        super().__init__(
+            tokenizer,
+            sequence_length=check_positive_int("sequence_length", sequence_length),
+            add_start_token=add_start_token,
+            add_end_token=add_end_token,
+            **kwargs,
+        )
+        self.start_token = start_token
+        self.end_token = end_token
+        self._given_pad_token_id = pad_token_id
+
+    def build(self, input_shape: Any) -> None:
+        # Made late, as the vocabulary of a restored tokenizer is loaded late.
+        self.packer = keras_hub.layers.StartEndPacker(
+            start_value=self.start_token_id,
+            end_value=self.end_token_id,
+            pad_value=self.pad_token_id,
+            sequence_length=self.sequence_length,
+            return_padding_mask=True,
+        )
+        self.built = True
+
+    @property
+    def start_token_id(self) -> int | None:
+        """The id of the start token, or `None`."""
+        return self._token_id("start_token", self.start_token)
+
+    @property
+    def end_token_id(self) -> int | None:
+        """The id of the end token, or `None`."""
+        return self._token_id("end_token", self.end_token)
+
+    @property
+    def pad_token_id(self) -> int:
+        """The id that fills up short samples."""
+        if self._given_pad_token_id is not None:
+            return self._given_pad_token_id
+        return getattr(self.tokenizer, "pad_token_id", None) or 0
+
+    def _token_id(self, name: str, token: str | int | None) -> int | None:
+        if token is None:
+            return getattr(self.tokenizer, f"{name}_id", None)
+        if isinstance(token, int):
+            return token
+        try:
+            token_id = self.tokenizer.token_to_id(token)
+        except (KeyError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"`{name}={token!r}` is not in the tokenizer's vocabulary."
+            ) from error
+        if token_id is None:
+            raise ValueError(
+                f"`{name}={token!r}` is not in the tokenizer's vocabulary."
+            )
+        return int(token_id)
+
+    def generate_preprocess(self, x: Any, sequence_length: int | None = None) -> Any:
+        """Turns prompts into tokens.
+
+        Args:
+            x: a string or a list of strings.
+            sequence_length: int or `None`. The length to pad or cut to.
+
+        Returns:
+            A dict of `token_ids` and `padding_mask`.
+        """
+        if not self.built:
+            self.build(None)
+        token_ids, padding_mask = self.packer(
+            self.tokenizer(x),
+            sequence_length=sequence_length or self.sequence_length,
+            add_start_value=self.add_start_token,
+            add_end_value=False,
+        )
+        return {"token_ids": token_ids, "padding_mask": padding_mask}
+
+    def generate_postprocess(self, x: Any) -> list[str]:
+        """Turns tokens back into strings, without special tokens.
+
+        Args:
+            x: a dict of `token_ids` and `padding_mask` of shape `(batch,
+                length)`.
+
+        Returns:
+            A list of strings.
+        """
+        token_ids = ops.convert_to_numpy(x["token_ids"])
+        mask = ops.convert_to_numpy(x["padding_mask"]).astype(bool)
+        special = {self.start_token_id, self.end_token_id} - {None}
+        texts = []
+        for tokens, real in zip(token_ids, mask):
+            kept = [int(t) for t in tokens[real] if int(t) not in special]
+            texts.append(_to_text(self.tokenizer.detokenize([kept])) if kept else "")
+        return texts
+
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        config.update(
+            start_token=self.start_token,
+            end_token=self.end_token,
+            pad_token_id=self._given_pad_token_id,
+        )
+        return config
+
+
+def _to_text(detokenized: Any) -> str:
+    """The one string of a batch of one, whatever the tokenizer returns."""
+    if hasattr(detokenized, "numpy"):
+        detokenized = detokenized.numpy()
+    text = detokenized if isinstance(detokenized, (str, bytes)) else detokenized[0]
+    return text.decode("utf-8", errors="replace") if isinstance(text, bytes) else text

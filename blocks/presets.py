@@ -1,0 +1,191 @@
+"""Presets: saving checks, and loading for backbones KerasHub has never seen."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import keras
+import keras_hub
+
+from attention.validation import describe
+
+
+def check_registered(*objects: Any) -> None:
+    """Says so when an object's class could not be found again on loading.
+
+    Args:
+        *objects: what is to be saved; `None` is skipped.
+
+    Raises:
+        ValueError: naming the class and what to do.
+    """
+    for item in objects:
+        if item is None:
+            continue
+        cls = type(item)
+        name = keras.saving.get_registered_name(cls)
+        if keras.saving.get_registered_object(name) is not cls:
+            raise ValueError(
+                f"{cls.__name__} is not registered with Keras, so a preset that "
+                "holds it could not be loaded. Put `@keras.saving."
+                'register_keras_serializable(package="my_package")` above the '
+                "class. Nothing was written."
+            )
+
+
+def load_task(cls: type, preset: str, load_weights: bool, **kwargs: Any) -> Any:
+    """Loads a task from a preset: the backbone, the preprocessor, the task.
+
+    KerasHub looks for a task class that was made for the very class of the
+    saved backbone, and so finds none for a user's subclass.
+
+    Args:
+        cls: the task class to load; a saved subclass of it wins.
+        preset: str. A folder or a handle.
+        load_weights: bool. Whether to load the weights.
+        **kwargs: see `CausalLM.from_preset`.
+
+    Returns:
+        The task.
+
+    Raises:
+        ValueError: if the preset is missing, incomplete or damaged.
+    """
+    folder = _local_folder(preset)
+    config = _read_json(folder, "config.json")
+    task_config = _read_json(folder, "task.json")
+    _find_class(folder, config)
+    task_cls = _find_class(folder, task_config)
+    if not issubclass(task_cls, cls):
+        raise ValueError(
+            f"The preset '{folder}' holds a {task_cls.__name__}, which is no "
+            f"{cls.__name__}. Load it with `{task_cls.__name__}.from_preset`."
+        )
+    arguments = {
+        key: value
+        for key, value in task_config["config"].items()
+        if key not in ("backbone", "preprocessor")
+    }
+    if "backbone" in kwargs:
+        backbone = kwargs.pop("backbone")
+    else:
+        dtype = kwargs.pop("dtype", None)
+        backbone = _load_backbone(folder, config, load_weights, dtype)
+    if "preprocessor" in kwargs:
+        preprocessor = kwargs.pop("preprocessor")
+    else:
+        preprocessor = _load_preprocessor(folder, task_config)
+    arguments.update(kwargs)
+    task = task_cls(backbone=backbone, preprocessor=preprocessor, **arguments)
+    if load_weights and task.has_task_weights():
+        weights = os.path.join(folder, "task.weights.h5")
+        _load(folder, "task.weights.h5", lambda: task.load_task_weights(weights))
+    return task
+
+
+def _local_folder(preset: str) -> str:
+    """Returns the folder of a preset, downloading it where it is a handle."""
+    if not isinstance(preset, (str, os.PathLike)):
+        raise TypeError(
+            "`preset` must be a folder or a handle such as 'hf://user/name'. "
+            f"Received: preset={describe(preset)}"
+        )
+    preset = os.fspath(preset)
+    scheme, _, handle = preset.partition("://")
+    if scheme == "hf" and handle:
+        import huggingface_hub
+
+        return huggingface_hub.snapshot_download(handle)
+    if scheme == "kaggle" and handle:
+        import kagglehub
+
+        return kagglehub.model_download(handle)
+    if not os.path.isdir(preset):
+        raise ValueError(
+            f"There is no preset folder '{preset}'. Pass a folder written by "
+            "`save_to_preset`, or a handle such as 'hf://user/name'."
+        )
+    return preset
+
+
+def _read_json(folder: str, name: str) -> dict[str, Any]:
+    path = os.path.join(folder, name)
+    if not os.path.exists(path):
+        raise ValueError(
+            f"The preset '{folder}' has no {name}, so it is incomplete or was "
+            "not written by `CausalLM.save_to_preset`. Save it again."
+        )
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{name} of the preset '{folder}' is damaged or truncated ({error}). "
+            "Save the preset again."
+        ) from error
+    if not isinstance(content, dict) or "registered_name" not in content:
+        raise ValueError(
+            f"{name} of the preset '{folder}' is no configuration written by "
+            "`save_to_preset`. Save the preset again."
+        )
+    return content
+
+
+def _find_class(folder: str, config: dict[str, Any]) -> type:
+    name = config["registered_name"]
+    cls = keras.saving.get_registered_object(name)
+    if cls is None:
+        raise ValueError(
+            f"The preset '{folder}' holds a {config.get('class_name', name)}, "
+            f"which is not registered with Keras as '{name}'. Import the module "
+            "that defines the class before loading; there it must stand below "
+            "`@keras.saving.register_keras_serializable(package="
+            f'"{name.partition(">")[0]}")`.'
+        )
+    return cls
+
+
+def _load_backbone(
+    folder: str, config: dict[str, Any], load_weights: bool, dtype: Any
+) -> Any:
+    saved = config["config"].get("dtype")
+    quantized = isinstance(saved, dict) and saved["class_name"] == "DTypePolicyMap"
+    if dtype is None and quantized:
+        # Quantized layers must be made as they were saved. A float dtype gives
+        # way to the user's global policy, as in KerasHub.
+        dtype = keras.dtype_policies.deserialize(saved)
+    return _load(
+        folder,
+        "model.weights.h5",
+        lambda: keras_hub.models.Backbone.from_preset(
+            folder, load_weights=load_weights, dtype=dtype
+        ),
+    )
+
+
+def _load_preprocessor(folder: str, task_config: dict[str, Any]) -> Any:
+    if task_config["config"].get("preprocessor") is None:
+        return None
+    config = _read_json(folder, "preprocessor.json")
+    _find_class(folder, config)
+    preprocessor = keras.saving.deserialize_keras_object(config)
+    if hasattr(preprocessor, "load_preset_assets"):
+        _load(
+            folder,
+            "the tokenizer's assets",
+            lambda: preprocessor.load_preset_assets(folder),
+        )
+    return preprocessor
+
+
+def _load(folder: str, what: str, load: Any) -> Any:
+    """Runs `load`; a file that is missing or damaged gets a clear message."""
+    try:
+        return load()
+    except (OSError, EOFError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{what} of the preset '{folder}' can't be read: a file is missing "
+            f"or truncated ({error}). Save the preset again."
+        ) from error

@@ -1,0 +1,18 @@
+"""Set-up for all tests and doctests: quiet logs, one seed, one dtype policy."""
+
+import os
+
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _same_start_for_each_test():
+    """Each test draws the same weights, and leaves the global policy alone."""
+    policy = keras.config.dtype_policy()
+    keras.utils.set_random_seed(0)
+    yield
+    keras.config.set_dtype_policy(policy)
