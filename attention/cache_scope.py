@@ -85,6 +85,7 @@ class CacheScope(_Scope):
     Example:
 
     >>> import keras, numpy as np
+    >>> from keras import ops
     >>> from attention import CacheScope, MultiHeadAttention, create_cache
     >>> model = keras.Sequential(
     ...     [keras.Input((None, 8)), MultiHeadAttention(2), MultiHeadAttention(2)]
@@ -95,7 +96,7 @@ class CacheScope(_Scope):
     ...     prefilled = model(x[:, :4])
     >>> with CacheScope(scope.cache, 4) as scope:
     ...     step = model(x[:, 4:])
-    >>> bool(np.allclose(step, model(x)[:, 4:], atol=1e-5))
+    >>> bool(ops.all(ops.isclose(step, model(x)[:, 4:], atol=1e-5)))
     True
     """
 

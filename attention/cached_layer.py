@@ -102,7 +102,7 @@ class CachedLayer(keras.layers.Layer):
     >>> cache = layer.create_cache(batch_size=1, max_length=3)
     >>> head, cache = layer(x[:, :2], cache=cache, cache_update_index=0)
     >>> tail, cache = layer(x[:, 2:], cache=cache, cache_update_index=2)
-    >>> np.allclose(np.concatenate([head, tail], axis=1), full)
+    >>> bool(ops.all(ops.isclose(ops.concatenate([head, tail], axis=1), full)))
     True
 
     Reference:
@@ -286,6 +286,7 @@ class CompositeCachedLayer(CachedLayer):
     Example:
 
     >>> import keras, numpy as np
+    >>> from keras import ops
     >>> from attention import CompositeCachedLayer, MultiHeadAttention
     >>> class TwoAttentions(CompositeCachedLayer):
     ...     def build(self, inputs_shape):
@@ -301,7 +302,7 @@ class CompositeCachedLayer(CachedLayer):
     >>> cache = layer.create_cache(batch_size=1, max_length=3)
     >>> head, cache = layer(x[:, :2], cache=cache, cache_update_index=0)
     >>> tail, cache = layer(x[:, 2:], cache=cache, cache_update_index=2)
-    >>> bool(np.allclose(tail, full[:, 2:], atol=1e-5))
+    >>> bool(ops.all(ops.isclose(tail, full[:, 2:], atol=1e-5)))
     True
     """
 

@@ -191,13 +191,14 @@ def call_with_cache(
     Example:
 
     >>> import keras, numpy as np
+    >>> from keras import ops
     >>> from attention import MultiHeadAttention, call_with_cache, create_cache
     >>> model = keras.Sequential([keras.Input((None, 8)), MultiHeadAttention(2)])
     >>> x = np.random.normal(size=(1, 5, 8)).astype("float32")
     >>> cache = create_cache(model, batch_size=1, max_length=8)
     >>> head, cache = call_with_cache(model, x[:, :3], cache, 0)
     >>> tail, cache = call_with_cache(model, x[:, 3:], cache, 3)
-    >>> bool(np.allclose(tail, model(x)[:, 3:], atol=1e-5))
+    >>> bool(ops.all(ops.isclose(tail, model(x)[:, 3:], atol=1e-5)))
     True
     """
     with CacheScope(cache, cache_update_index) as scope:

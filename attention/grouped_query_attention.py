@@ -87,6 +87,7 @@ class GroupedQueryAttention(CachedLayer):
     Example:
 
     >>> import numpy as np
+    >>> from keras import ops
     >>> from attention import GroupedQueryAttention
     >>> layer = GroupedQueryAttention(num_heads=4, num_key_value_heads=2)
     >>> x = np.random.normal(size=(2, 6, 16)).astype("float32")
@@ -94,7 +95,7 @@ class GroupedQueryAttention(CachedLayer):
     >>> cache = layer.create_cache(batch_size=2, max_length=8)
     >>> head, cache = layer(x[:, :5], cache=cache, cache_update_index=0)
     >>> tail, cache = layer(x[:, 5:], cache=cache, cache_update_index=5)
-    >>> bool(np.allclose(tail, outputs[:, 5:], atol=1e-5))
+    >>> bool(ops.all(ops.isclose(tail, outputs[:, 5:], atol=1e-5)))
     True
 
     References:

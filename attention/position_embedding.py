@@ -42,12 +42,13 @@ class PositionEmbedding(CachedLayer):
     Example:
 
     >>> import numpy as np
+    >>> from keras import ops
     >>> from attention import PositionEmbedding
     >>> layer = PositionEmbedding(sequence_length=16)
     >>> x = np.zeros((2, 5, 8))
     >>> embedded = layer(x)
     >>> next_ones, _ = layer(x[:, :1], cache=(), cache_update_index=4)
-    >>> bool(np.allclose(next_ones, embedded[:, 4:5]))
+    >>> bool(ops.all(ops.isclose(next_ones, embedded[:, 4:5])))
     True
 
     Reference:
