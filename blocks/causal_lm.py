@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
+import inspect
+import operator
 from typing import Any
 
 import keras
@@ -12,8 +13,9 @@ import numpy as np
 from attention import call_sites, max_positions
 from attention.validation import describe
 from blocks.generation import Generator
+from blocks.preprocessor import end_token_ids
 from blocks.presets import check_registered, load_task
-from blocks.prompts import Prompts, normalize_inputs, read_prompts
+from blocks.prompts import Prompts, join_outputs, normalize_inputs, read_prompts
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
@@ -75,6 +77,7 @@ class CausalLM(keras_hub.models.CausalLM):
                 "`backbone` must be a `blocks.CustomBackbone` or another Keras "
                 f"model of cached layers. Received: backbone={describe(backbone)}"
             )
+        _check_embedding(type(self), backbone)
         # === Layers ===
         self.backbone = backbone
         self.preprocessor = preprocessor
@@ -114,6 +117,20 @@ class CausalLM(keras_hub.models.CausalLM):
                 f"`keras_hub.samplers.Sampler`. Received: {describe(sampler)}"
             )
         super().compile(*args, sampler=sampler, **kwargs)
+        # As in Keras, compiling is how to make changes to a model take effect.
+        self.__dict__.pop("_token_generator", None)
+
+    def enable_lora(self, rank: int, target_layer_names: Any = None) -> None:
+        """Freezes the backbone and adds trainable low-rank updates to it.
+
+        Compile again before the next `fit`, as other weights are trained then.
+
+        Args:
+            rank: int. The rank of the updates.
+            target_layer_names: list of str or `None`. The names of the layers
+                to update; `None` means the attention's query and value.
+        """
+        self.backbone.enable_lora(rank, target_layer_names)
 
     def generate(
         self,
@@ -166,7 +183,12 @@ class CausalLM(keras_hub.models.CausalLM):
         [7, 5]
         """
         stops = self._resolve_stop_token_ids(stop_token_ids)
-        sampler = self.sampler
+        sampler = getattr(self, "sampler", None)
+        if sampler is None:
+            raise ValueError(
+                "The model is not compiled, so there is no sampler. Call "
+                '`compile(sampler="greedy")`, or with another sampler.'
+            )
         if isinstance(sampler, keras_hub.samplers.SpeculativeSampler):
             raise ValueError(
                 "`SpeculativeSampler` needs a draft model, which `generate` does "
@@ -192,7 +214,7 @@ class CausalLM(keras_hub.models.CausalLM):
             for batch in batches
         ]
         outputs = [self._continue(x, stops, strip_prompt) for x in prompts]
-        return _join(outputs, is_single)
+        return join_outputs(outputs, is_single, self._pad_token_id())
 
     def _continue(
         self, prompts: Prompts, stops: tuple[int, ...], strip_prompt: bool
@@ -226,7 +248,15 @@ class CausalLM(keras_hub.models.CausalLM):
     def _max_positions(self) -> int | None:
         limit = self.__dict__.get("_max_positions_memo")
         if limit is None:
-            limit = (max_positions(call_sites(self.backbone)),)
+            sites = call_sites(self.backbone)
+            if not sites:
+                raise ValueError(
+                    f"`backbone` '{self.backbone.name}' calls no cached layer, so "
+                    "`generate` can't remember what it read. Make it of "
+                    "`attention.CachedLayer`s, for instance as a "
+                    "`blocks.CustomBackbone`."
+                )
+            limit = (max_positions(sites),)
             self._max_positions_memo = limit
         return limit[0]
 
@@ -241,9 +271,9 @@ class CausalLM(keras_hub.models.CausalLM):
                     "`stop_token_ids=None` to end at `max_length`, or a tuple "
                     "of token ids."
                 )
-            return _end_token_ids(self.preprocessor)
+            return end_token_ids(self.preprocessor)
         try:
-            stops = tuple(int(x) for x in stop_token_ids)
+            stops = tuple(operator.index(x) for x in stop_token_ids)
         except (TypeError, ValueError):
             raise TypeError(
                 '`stop_token_ids` must be None, "auto" or a list of token ids. '
@@ -323,36 +353,21 @@ class CausalLM(keras_hub.models.CausalLM):
         return load_task(cls, preset, load_weights, **kwargs)
 
 
-def _end_token_ids(preprocessor: Any) -> tuple[int, ...]:
-    """The end tokens of one of our preprocessors, or of KerasHub's tokenizers."""
-    tokenizer = getattr(preprocessor, "tokenizer", None)
-    ids = [
-        getattr(preprocessor, "end_token_id", None),
-        getattr(tokenizer, "end_token_id", None),
-        getattr(tokenizer, "end_token2_id", None),
-    ]
-    found = tuple(dict.fromkeys(int(x) for x in ids if x is not None))
-    if not found:
-        warnings.warn(
-            "The preprocessor has no end token, so rows end at `max_length` or "
-            "`max_new_tokens` only. Pass `stop_token_ids=None` to say so.",
-            stacklevel=4,
+def _check_embedding(cls: type, backbone: Any) -> None:
+    """Says so when the logits can't be made with the embedding."""
+    if cls.compute_logits is not CausalLM.compute_logits:
+        return
+    embedding = getattr(backbone, "token_embedding", None)
+    parameters: Any = ()
+    if isinstance(embedding, keras.layers.Layer):
+        parameters = inspect.signature(embedding.call).parameters
+    takes_any = any(
+        parameters[name].kind is inspect.Parameter.VAR_KEYWORD for name in parameters
+    )
+    if "reverse" not in parameters and not takes_any:
+        raise TypeError(
+            "`backbone.token_embedding` must be a layer that turns hidden states "
+            "into logits when called with `reverse=True`, such as "
+            "`keras.layers.ReversibleEmbedding`; or override `compute_logits`. "
+            f"Received: token_embedding={describe(embedding)}"
         )
-    return found
-
-
-def _join(outputs: list[Any], is_single: bool) -> Any:
-    """Joins the outputs of batches; takes back the batch axis of a single row."""
-    if isinstance(outputs[0], list):
-        texts = [text for batch in outputs for text in batch]
-        return texts[0] if is_single else texts
-    width = max(batch["token_ids"].shape[1] for batch in outputs)
-
-    def join(key: str) -> np.ndarray:
-        padded = [
-            np.pad(x[key], ((0, 0), (0, width - x[key].shape[1]))) for x in outputs
-        ]
-        joined = np.concatenate(padded)
-        return joined[0] if is_single else joined
-
-    return {key: join(key) for key in ("token_ids", "padding_mask")}

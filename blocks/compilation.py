@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import numbers
 from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops, tree
 
 
@@ -123,8 +125,9 @@ class CompiledFunctions:
         layers = task.backbone.layers
         policies = tuple(layer.dtype_policy.name for layer in layers)
         # Objects are compared by identity, and kept so that they stay distinct.
-        objects = [task.sampler, *task.variables]
-        return objects, (settings, policies, repr(_settings(task.sampler)))
+        sampler_settings, sampler_objects = _settings(task.sampler)
+        objects = [task.sampler, *sampler_objects, *task.variables]
+        return objects, (settings, policies, sampler_settings)
 
 
 def _same(a: tuple, b: tuple) -> bool:
@@ -133,6 +136,32 @@ def _same(a: tuple, b: tuple) -> bool:
     return all(x is y for x, y in zip(a[0], b[0]))
 
 
-def _settings(sampler: Any) -> dict[str, Any]:
-    """The attributes of a sampler that its user may have set."""
-    return {k: v for k, v in sorted(vars(sampler).items()) if not k.startswith("_")}
+def _settings(sampler: Any) -> tuple[list[Any], list[Any]]:
+    """The attributes of a sampler that its user may have set.
+
+    Args:
+        sampler: a `keras_hub.samplers.Sampler`.
+
+    Returns:
+        What is compared by value, and what is compared by identity.
+    """
+    values: list[Any] = []
+    objects: list[Any] = []
+
+    def add(value: Any) -> None:
+        if isinstance(value, dict):
+            value = list(value.items())
+        if isinstance(value, (list, tuple)):
+            values.append(len(value))
+            for item in value:
+                add(item)
+        elif isinstance(value, np.ndarray):
+            # The printed form of a large array leaves most of it out.
+            values.append((value.dtype.str, value.shape, value.tobytes()))
+        elif value is None or isinstance(value, (bool, str, bytes, numbers.Number)):
+            values.append((type(value).__name__, repr(value)))
+        else:
+            objects.append(value)
+
+    add({k: v for k, v in sorted(vars(sampler).items()) if not k.startswith("_")})
+    return values, objects

@@ -12,8 +12,9 @@ from attention import (
     GroupedQueryAttention,
     clone_initializer,
 )
+from attention.validation import check_fraction, check_positive_int
 from blocks.feed_forward import FeedForward
-from blocks.hooks import dtype_policy_scope, name_layer, run_hook
+from blocks.hooks import build_layer, dtype_policy_scope, name_layer, run_hook
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
@@ -69,6 +70,7 @@ class CustomDecoder(CompositeCachedLayer):
     A block with grouped-query attention and rotary positions.
 
     >>> import numpy as np
+    >>> from keras import ops
     >>> from attention import RotaryAttention
     >>> from blocks import CustomDecoder
     >>> class RotaryDecoder(CustomDecoder):
@@ -82,7 +84,7 @@ class CustomDecoder(CompositeCachedLayer):
     >>> cache = decoder.create_cache(batch_size=1, max_length=6)
     >>> head, cache = decoder(x[:, :5], cache=cache, cache_update_index=0)
     >>> tail, cache = decoder(x[:, 5:], cache=cache, cache_update_index=5)
-    >>> bool(np.allclose(tail, outputs[:, 5:], atol=1e-5))
+    >>> bool(ops.all(ops.isclose(tail, outputs[:, 5:], atol=1e-5)))
     True
 
     References:
@@ -105,13 +107,15 @@ class CustomDecoder(CompositeCachedLayer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.intermediate_dim = intermediate_dim
-        self.num_heads = num_heads
+        self.intermediate_dim = check_positive_int("intermediate_dim", intermediate_dim)
+        self.num_heads = check_positive_int("num_heads", num_heads)
+        if num_key_value_heads is not None:
+            check_positive_int("num_key_value_heads", num_key_value_heads)
         self.num_key_value_heads = num_key_value_heads
-        self.dropout = dropout
+        self.dropout = check_fraction("dropout", dropout)
         self.activation = keras.activations.get(activation)
         self.layer_norm_epsilon = layer_norm_epsilon
-        self.normalize_first = normalize_first
+        self.normalize_first = bool(normalize_first)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
 
@@ -185,8 +189,7 @@ class CustomDecoder(CompositeCachedLayer):
             self.ffn,
             self.ffn_norm,
         ):
-            if not layer.built:
-                layer.build(inputs_shape)
+            build_layer(layer, inputs_shape, self.compute_dtype)
 
     def transform(self, x: Any, padding_mask: Any = None, training: Any = None) -> Any:
         """The block's topology, written once, in plain Keras.

@@ -8,6 +8,7 @@ import keras
 from keras import ops
 
 from attention import clone_initializer
+from attention.validation import check_positive_int
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
@@ -36,12 +37,7 @@ class _FeedForwardBase(keras.layers.Layer):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if not isinstance(intermediate_dim, int) or intermediate_dim <= 0:
-            raise ValueError(
-                "`intermediate_dim` must be a positive integer. Received: "
-                f"intermediate_dim={intermediate_dim!r}"
-            )
-        self.intermediate_dim = intermediate_dim
+        self.intermediate_dim = check_positive_int("intermediate_dim", intermediate_dim)
         self.activation = keras.activations.get(activation)
         self.use_bias = bool(use_bias)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
@@ -94,7 +90,8 @@ class FeedForward(_FeedForwardBase):
         A tensor of the same shape, in the compute dtype.
 
     Raises:
-        ValueError: if `intermediate_dim` is no positive integer.
+        TypeError: if `intermediate_dim` is no integer.
+        ValueError: if it is not positive.
 
     Example:
 
@@ -151,7 +148,8 @@ class GatedFeedForward(_FeedForwardBase):
         A tensor of the same shape, in the compute dtype.
 
     Raises:
-        ValueError: if `intermediate_dim` is no positive integer.
+        TypeError: if `intermediate_dim` is no integer.
+        ValueError: if it is not positive.
 
     Example:
 

@@ -93,6 +93,8 @@ class Generator:
         if room.max() <= 0:
             return
         longest, total = int(lengths.max()), int(limits.max())
+        # A row that is shorter than the others may have further to go than they.
+        most_steps = int(room.max()) - 1
         width = round_up(longest, MIN_PROMPT_LENGTH)
         prompts = np.zeros((len(lengths), width), "int32")
         prompts[:, :longest] = token_ids[:, :longest]
@@ -100,7 +102,7 @@ class Generator:
         stops = np.array(stop_token_ids or (-1,), "int32")
 
         # The last token is never absorbed.
-        needed = min(longest + BLOCK_STEPS, total - 1)
+        needed = min(longest + min(BLOCK_STEPS, most_steps), total - 1)
         capacity = round_up(max(width, needed), MIN_CAPACITY)
         prefill = self._compiled.get(
             ("prefill", capacity), lambda: self._make_prefill(capacity)
@@ -112,17 +114,19 @@ class Generator:
         index: Any = lengths.astype("int32")
         if (lengths == longest).all():
             index = np.int32(longest)
-        absorbed = longest
+        # No row stands beyond this position.
+        reached = longest
         while not _to_numpy(finished).all():
-            steps = min(BLOCK_STEPS, total - 1 - absorbed)
-            if absorbed + steps > capacity:
-                capacity = round_up(absorbed + steps, MIN_CAPACITY)
+            steps = min(BLOCK_STEPS, most_steps)
+            reached = min(reached + steps, total - 1)
+            if reached > capacity:
+                capacity = round_up(reached, MIN_CAPACITY)
                 cache = grow_cache(self._sites, cache, capacity)
             decode = self._compiled.get("decode", self._make_decode, donate=(0,))
             cache, token, index, room, finished, tokens, valid = decode(
                 cache, token, index, room, finished, np.int32(steps), stops
             )
-            absorbed += steps
+            most_steps -= steps
             yield _to_numpy(tokens), _to_numpy(valid)
 
     def _make_prefill(self, capacity: int) -> Any:

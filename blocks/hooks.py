@@ -89,3 +89,21 @@ def name_layer(layer: keras.layers.Layer, name: str) -> keras.layers.Layer:
     if not layer.built:
         layer.name = name
     return layer
+
+
+def build_layer(layer: keras.layers.Layer, inputs_shape: tuple, dtype: str) -> None:
+    """Makes the weights of a layer that a hook returned.
+
+    Args:
+        layer: the layer; one that is built already is left alone.
+        inputs_shape: tuple. The shape of its inputs.
+        dtype: str. The dtype of its inputs.
+    """
+    if layer.built:
+        return
+    if type(layer).build is not keras.layers.Layer.build:
+        layer.build(inputs_shape)
+        return
+    # A layer that leaves building to its sublayers: Keras makes their weights
+    # in a symbolic call, whereas `build` would only say that there are some.
+    layer(keras.KerasTensor(inputs_shape, dtype=dtype))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+import warnings
 from typing import Any
 
 import keras
@@ -88,6 +90,25 @@ class CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         self.start_token = start_token
         self.end_token = end_token
         self._given_pad_token_id = pad_token_id
+        self._check_special_tokens()
+
+    def _check_special_tokens(self) -> None:
+        try:
+            size = self.tokenizer.vocabulary_size()
+        except Exception:
+            # The vocabulary of a tokenizer that is being restored comes later.
+            return
+        special = {
+            "start_token": self.start_token_id,
+            "end_token": self.end_token_id,
+            "pad_token_id": self.pad_token_id,
+        }
+        for name, token_id in special.items():
+            if token_id is not None and not 0 <= token_id < size:
+                raise ValueError(
+                    f"`{name}` must be in the tokenizer's vocabulary of {size} "
+                    f"tokens. Received: {name}={token_id}"
+                )
 
     def build(self, input_shape: Any) -> None:
         # Made late, as the vocabulary of a restored tokenizer is loaded late.
@@ -120,8 +141,8 @@ class CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
     def _token_id(self, name: str, token: str | int | None) -> int | None:
         if token is None:
             return getattr(self.tokenizer, f"{name}_id", None)
-        if isinstance(token, int):
-            return token
+        if isinstance(token, numbers.Integral):
+            return int(token)
         try:
             token_id = self.tokenizer.token_to_id(token)
         except (KeyError, ValueError, TypeError) as error:
@@ -154,18 +175,21 @@ class CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         )
         return {"token_ids": token_ids, "padding_mask": padding_mask}
 
-    def generate_postprocess(self, x: Any) -> list[str]:
+    def generate_postprocess(self, x: Any) -> list[str] | str:
         """Turns tokens back into strings, without special tokens.
 
         Args:
             x: a dict of `token_ids` and `padding_mask` of shape `(batch,
-                length)`.
+                length)`, or `(length,)` for one text.
 
         Returns:
-            A list of strings.
+            A list of strings, or a string for one text.
         """
         token_ids = ops.convert_to_numpy(x["token_ids"])
         mask = ops.convert_to_numpy(x["padding_mask"]).astype(bool)
+        if token_ids.ndim == 1:
+            one = {"token_ids": token_ids[None], "padding_mask": mask[None]}
+            return self.generate_postprocess(one)[0]
         special = {self.start_token_id, self.end_token_id} - {None}
         texts = []
         for tokens, real in zip(token_ids, mask):
@@ -189,3 +213,21 @@ def _to_text(detokenized: Any) -> str:
         detokenized = detokenized.numpy()
     text = detokenized if isinstance(detokenized, (str, bytes)) else detokenized[0]
     return text.decode("utf-8", errors="replace") if isinstance(text, bytes) else text
+
+
+def end_token_ids(preprocessor: Any) -> tuple[int, ...]:
+    """The end tokens of one of our preprocessors, or of KerasHub's tokenizers."""
+    tokenizer = getattr(preprocessor, "tokenizer", None)
+    end = getattr(preprocessor, "end_token_id", None)
+    ids = [end]
+    if getattr(preprocessor, "end_token", None) is None:
+        # Llama 3 has two: of a message and of a text.
+        ids += [getattr(tokenizer, f"end_token{i}_id", None) for i in ("", "2")]
+    found = tuple(dict.fromkeys(int(x) for x in ids if x is not None))
+    if not found:
+        warnings.warn(
+            "The preprocessor has no end token, so rows end at `max_length` or "
+            "`max_new_tokens` only. Pass `stop_token_ids=None` to say so.",
+            stacklevel=4,
+        )
+    return found

@@ -97,8 +97,15 @@ def _normalize_tokens(inputs: dict) -> tuple[dict[str, np.ndarray], bool]:
             f"`padding_mask`. Missing: {sorted(missing)}. Received: "
             f"inputs={describe(inputs)}"
         )
-    tokens = ops.convert_to_numpy(inputs["token_ids"])
-    mask = ops.convert_to_numpy(inputs["padding_mask"]).astype(bool)
+    try:
+        tokens = ops.convert_to_numpy(inputs["token_ids"])
+        mask = ops.convert_to_numpy(inputs["padding_mask"]).astype(bool)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            "`token_ids` and `padding_mask` must be arrays of shape (batch, "
+            "length): pad rows of different lengths on the right. Received: "
+            f"inputs={describe(inputs)}"
+        ) from error
     if tokens.shape != mask.shape or tokens.ndim not in (1, 2):
         raise ValueError(
             "`token_ids` and `padding_mask` must both have the shape (batch, "
@@ -179,7 +186,9 @@ def read_prompts(
             "the backbone with a larger `max_sequence_length`."
         )
     width = total if as_text or max_length else max(total, default)
-    return Prompts(tokens[:, :longest].astype("int32"), lengths, limits, width, as_text)
+    # What stands in padded places need not be a token, so it can't be embedded.
+    tokens = np.where(mask, tokens, 0)[:, :longest].astype("int32")
+    return Prompts(tokens, lengths, limits, width, as_text)
 
 
 def _tokenize(
@@ -192,13 +201,18 @@ def _tokenize(
             "turn it into tokens. Pass a dict of `token_ids` and "
             "`padding_mask`, or make the model with a preprocessor."
         )
+    whole = length is None
     if length is None:
-        # A token stands for at least one byte, special tokens aside.
+        # A token stands for about one byte or more, special tokens aside.
         length = max(len(text.encode("utf-8")) for text in texts) + 8
-    encoded = preprocessor.generate_preprocess(texts, sequence_length=length + 1)
-    tokens = ops.convert_to_numpy(encoded["token_ids"])
-    mask = ops.convert_to_numpy(encoded["padding_mask"]).astype(bool)
-    return tokens, mask
+    while True:
+        encoded = preprocessor.generate_preprocess(texts, sequence_length=length + 1)
+        tokens = ops.convert_to_numpy(encoded["token_ids"])
+        mask = ops.convert_to_numpy(encoded["padding_mask"]).astype(bool)
+        if not whole or not mask.all(axis=1).any():
+            return tokens, mask
+        # A tokenizer that normalizes may make more tokens than there were bytes.
+        length *= 2
 
 
 def _check_rows(
@@ -234,3 +248,22 @@ def _check_rows(
             f"{row} is outside of the model's vocabulary of {vocabulary_size} "
             f"tokens{source}."
         )
+
+
+def join_outputs(outputs: list[Any], is_single: bool, pad_token_id: int) -> Any:
+    """Joins the outputs of batches; takes back the batch axis of a single row."""
+    if isinstance(outputs[0], list):
+        texts = [text for batch in outputs for text in batch]
+        return texts[0] if is_single else texts
+    width = max(batch["token_ids"].shape[1] for batch in outputs)
+
+    def join(key: str) -> np.ndarray:
+        fill = pad_token_id if key == "token_ids" else 0
+        padded = [
+            np.pad(x[key], ((0, 0), (0, width - x[key].shape[1])), constant_values=fill)
+            for x in outputs
+        ]
+        joined = np.concatenate(padded)
+        return joined[0] if is_single else joined
+
+    return {key: join(key) for key in ("token_ids", "padding_mask")}
