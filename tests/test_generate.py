@@ -1,0 +1,480 @@
+"""`CausalLM.generate` against loops over the same model without a cache."""
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import ops
+
+import blocks.generation
+from tests.models import (
+    RAGGED,
+    VARIANTS,
+    VOCABULARY_SIZE,
+    brute_force_greedy,
+    byte_preprocessor,
+    log_softmax,
+    make_backbone,
+    make_lm,
+    make_variant,
+    next_token_logits,
+    prompts,
+    rows_of,
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_sizes():
+    """Sizes at which short sequences take many blocks of steps, and growth."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks.generation, "BLOCK_STEPS", 4)
+        patch.setattr(blocks.generation, "MIN_PROMPT_LENGTH", 4)
+        patch.setattr(blocks.generation, "MIN_CAPACITY", 8)
+        yield
+
+
+@pytest.fixture(scope="module")
+def lm():
+    keras.utils.set_random_seed(0)
+    return make_lm()
+
+
+@pytest.fixture(scope="module")
+def text_lm():
+    keras.utils.set_random_seed(0)
+    backbone = make_backbone(vocabulary_size=256)
+    return make_lm(backbone, byte_preprocessor())
+
+
+@pytest.fixture(scope="module")
+def expected(lm):
+    """The greedy continuation of the ragged prompts to 20 tokens."""
+    return brute_force_greedy(lm, RAGGED, [20] * 3)
+
+
+# === Greedy, against brute force ===
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_equals_brute_force(variant):
+    lm = make_lm(make_variant(variant))
+    outputs = lm.generate(prompts(RAGGED), stop_token_ids=None, max_length=13)
+    assert rows_of(outputs) == brute_force_greedy(lm, RAGGED, [13] * 3)
+
+
+def test_rows_at_different_positions_grow_through_several_capacities(
+    lm, expected, monkeypatch
+):
+    capacities = []
+    grow = blocks.generation.grow_cache
+
+    def spy(sites, cache, max_length):
+        capacities.append(max_length)
+        return grow(sites, cache, max_length)
+
+    monkeypatch.setattr(blocks.generation, "grow_cache", spy)
+    outputs = lm.generate(prompts(RAGGED), stop_token_ids=None, max_length=20)
+    assert rows_of(outputs) == expected
+    # Seven tokens and a block of four fill 16 places.
+    assert capacities == [32]
+
+
+@pytest.mark.parametrize("row", range(3))
+def test_each_prompt_alone_gives_the_same(lm, expected, row):
+    outputs = lm.generate(
+        prompts([RAGGED[row]], width=7), stop_token_ids=None, max_length=20
+    )
+    assert rows_of(outputs) == [expected[row]]
+
+
+def test_prompts_of_one_length_share_an_index(lm):
+    rows = [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
+    outputs = lm.generate(prompts(rows), stop_token_ids=None, max_length=13)
+    assert rows_of(outputs) == brute_force_greedy(lm, rows, [13] * 3)
+
+
+def test_what_stands_in_padded_places_plays_no_role(lm, expected):
+    x = prompts(RAGGED)
+    x["token_ids"] = np.where(x["padding_mask"], x["token_ids"], -100)
+    outputs = lm.generate(x, stop_token_ids=None, max_length=20)
+    assert rows_of(outputs) == expected
+    assert x["token_ids"].min() == -100  # what the user passed is left alone
+
+
+def test_untrained_lengths_between_prompt_buckets(lm):
+    # 33 tokens are padded to 64, which are all the positions there are.
+    row = np.random.default_rng(0).integers(0, VOCABULARY_SIZE, 33).tolist()
+    outputs = lm.generate(prompts([row]), stop_token_ids=None, max_length=38)
+    assert rows_of(outputs) == brute_force_greedy(lm, [row], [38], width=64)
+
+
+# === Lengths ===
+
+
+def test_max_new_tokens_counts_per_row(lm, expected):
+    outputs = lm.generate(prompts(RAGGED), stop_token_ids=None, max_new_tokens=6)
+    wanted = [row[: len(p) + 6] for row, p in zip(expected, RAGGED)]
+    assert rows_of(outputs) == wanted
+    assert outputs["token_ids"].shape == (3, 13)
+
+
+def test_max_length_and_max_new_tokens_together(lm, expected):
+    outputs = lm.generate(
+        prompts(RAGGED), stop_token_ids=None, max_length=9, max_new_tokens=6
+    )
+    wanted = [row[: min(9, len(p) + 6)] for row, p in zip(expected, RAGGED)]
+    assert rows_of(outputs) == wanted
+    assert outputs["token_ids"].shape == (3, 9)
+
+
+def test_room_in_the_arrays_is_the_default_length(lm, expected):
+    outputs = lm.generate(prompts(RAGGED, width=20), stop_token_ids=None)
+    assert rows_of(outputs) == expected
+
+
+def test_a_prompt_without_room_is_returned_as_it_is(lm, expected):
+    outputs = lm.generate(prompts(RAGGED), stop_token_ids=None)
+    assert rows_of(outputs) == [row[:7] for row in expected]
+    full = prompts([RAGGED[1]])
+    outputs = lm.generate(full, stop_token_ids=None)
+    np.testing.assert_array_equal(outputs["token_ids"], full["token_ids"])
+    for sampler in ("greedy", "beam"):
+        other = make_lm(lm.backbone, sampler=sampler)
+        outputs = other.generate(full, stop_token_ids=None, max_length=7)
+        np.testing.assert_array_equal(outputs["token_ids"], full["token_ids"])
+
+
+# === Stop tokens ===
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array])
+def test_rows_end_with_their_first_new_stop_token(lm, expected, kind):
+    stops = [expected[0][9], expected[2][4]]
+    outputs = lm.generate(prompts(RAGGED), stop_token_ids=kind(stops), max_length=20)
+    wanted = []
+    for row, prompt in zip(expected, RAGGED):
+        end = next(
+            (i + 1 for i, t in enumerate(row) if i >= len(prompt) and t in stops), 20
+        )
+        wanted.append(row[:end])
+    assert len({len(row) for row in wanted}) > 1
+    assert rows_of(outputs) == wanted
+    assert (outputs["token_ids"][~outputs["padding_mask"].astype(bool)] == 0).all()
+
+
+def test_a_stop_token_in_the_prompt_does_not_stop(lm, expected):
+    stop = RAGGED[1][2]
+    assert stop not in expected[1][7:]
+    x = prompts([RAGGED[1]])
+    outputs = lm.generate(x, stop_token_ids=[stop], max_length=20)
+    assert rows_of(outputs) == [expected[1]]
+
+
+def test_auto_is_the_end_token_of_the_preprocessor(text_lm):
+    x = prompts([[97, 98, 99], [100], [101, 102]])
+    free = rows_of(text_lm.generate(x, stop_token_ids=None, max_length=16))
+    end = free[0][6]
+    stopping = make_lm(text_lm.backbone, byte_preprocessor(end_token=end))
+    rows = rows_of(stopping.generate(x, max_length=16))
+    assert rows[0] == free[0][: free[0].index(end, 3) + 1]
+    assert end not in rows[0][3:-1]
+    no_end = make_lm(text_lm.backbone, byte_preprocessor(end_token=None))
+    with pytest.warns(UserWarning, match="no end token"):
+        assert rows_of(no_end.generate(x, max_length=16)) == free
+
+
+# === What goes in, and what comes out ===
+
+
+def decode(tokens):
+    kept = [t for t in tokens if t != 1]
+    return bytes(kept).decode("utf-8", errors="replace")
+
+
+@pytest.fixture(scope="module")
+def text_rows(text_lm):
+    rows = [list(b"abc"), list(b"defghij"), list(b"z")]
+    rows = brute_force_greedy(text_lm, rows, [16] * 3, width=16)
+    ended = []
+    for row in rows:
+        ended.append(row[: row.index(1) + 1] if 1 in row else row)
+    return ended
+
+
+TEXTS = ["abc", "defghij", "z"]
+
+
+def test_texts_in_texts_out(text_lm, text_rows):
+    wanted = [decode(row) for row in text_rows]
+    for inputs in (
+        TEXTS,
+        tuple(TEXTS),
+        np.array(TEXTS),
+        np.array(TEXTS, dtype=object),
+        tf.constant(TEXTS),
+        tf.data.Dataset.from_tensor_slices(TEXTS).batch(3),
+    ):
+        outputs = text_lm.generate(inputs)
+        assert isinstance(outputs, list)
+        assert outputs == wanted
+
+
+def test_one_text_in_one_text_out(text_lm, text_rows):
+    wanted = decode(text_rows[0])
+    for inputs in ("abc", np.array("abc"), tf.constant("abc")):
+        assert text_lm.generate(inputs) == wanted
+    assert text_lm.generate(["abc"]) == [wanted]
+
+
+def test_datasets_are_continued_batch_by_batch(text_lm, text_rows):
+    wanted = [decode(row) for row in text_rows]
+    dataset = tf.data.Dataset.from_tensor_slices(TEXTS)
+    assert text_lm.generate(dataset.batch(2)) == wanted
+    assert text_lm.generate(dataset) == wanted
+
+
+def test_datasets_of_tokens(lm, expected):
+    dataset = tf.data.Dataset.from_tensor_slices(prompts(RAGGED)).batch(3)
+    outputs = lm.generate(dataset, stop_token_ids=None, max_length=20)
+    assert rows_of(outputs) == expected
+    # Batches of different widths are padded to the widest.
+    outputs = lm.generate(
+        tf.data.Dataset.from_tensor_slices(prompts(RAGGED)).batch(1),
+        stop_token_ids=None,
+        max_new_tokens=13,
+    )
+    wanted = [row[: len(p) + 13] for row, p in zip(expected, RAGGED)]
+    assert outputs["token_ids"].shape == (3, 20)
+    assert rows_of(outputs) == wanted
+
+
+def test_one_row_of_tokens(lm, expected):
+    x = {key: value[1] for key, value in prompts(RAGGED).items()}
+    outputs = lm.generate(x, stop_token_ids=None, max_length=20)
+    assert outputs["token_ids"].shape == outputs["padding_mask"].shape == (20,)
+    assert outputs["token_ids"].tolist() == expected[1]
+
+
+def test_arrays_of_every_kind(lm, expected):
+    x = prompts(RAGGED)
+    for convert in (ops.convert_to_tensor, lambda a: a.tolist(), tf.constant):
+        inputs = {key: convert(value) for key, value in x.items()}
+        outputs = lm.generate(inputs, stop_token_ids=None, max_length=20)
+        assert isinstance(outputs["token_ids"], np.ndarray)
+        assert rows_of(outputs) == expected
+    inputs = {**x, "token_ids": x["token_ids"].astype("uint8")}
+    outputs = lm.generate(inputs, stop_token_ids=None, max_length=20)
+    assert rows_of(outputs) == expected
+
+
+def test_tokens_with_a_preprocessor(text_lm, text_rows):
+    x = prompts([list(t.encode()) for t in TEXTS])
+    assert rows_of(text_lm.generate(x, max_length=16)) == text_rows
+
+
+def test_strip_prompt(text_lm, text_rows, lm, expected):
+    stripped = text_lm.generate(TEXTS, strip_prompt=True)
+    pairs = zip(text_rows, TEXTS)
+    assert stripped == [decode(row[len(text) :]) for row, text in pairs]
+    outputs = lm.generate(
+        prompts(RAGGED), stop_token_ids=None, strip_prompt=True, max_length=20
+    )
+    assert rows_of(outputs) == [row[len(p) :] for row, p in zip(expected, RAGGED)]
+
+
+def test_texts_that_grow_when_tokenized_are_not_cut():
+    @keras.saving.register_keras_serializable(package="tests")
+    class Doubling(keras_hub.tokenizers.ByteTokenizer):
+        def tokenize(self, inputs):
+            return super().tokenize(tf.strings.join([inputs] * 3))
+
+    lm = make_lm(
+        make_backbone(vocabulary_size=256),
+        byte_preprocessor(),
+    )
+    lm.preprocessor = type(lm.preprocessor)(
+        Doubling(), sequence_length=16, end_token=1
+    )
+    outputs = lm.generate("abcdefghij", max_new_tokens=2, stop_token_ids=None)
+    assert outputs.startswith("abcdefghij" * 3)
+
+
+# === Samplers ===
+
+
+def sample(lm, sampler, rows=RAGGED, stop_token_ids=None, **kwargs):
+    lm.compile(sampler=sampler, **kwargs)
+    outputs = lm.generate(
+        prompts(rows), stop_token_ids=stop_token_ids, max_length=13
+    )
+    return rows_of(outputs)
+
+
+@pytest.fixture(scope="module")
+def sampling_lm():
+    """A model that tests may compile anew."""
+    keras.utils.set_random_seed(0)
+    return make_lm()
+
+
+@pytest.mark.parametrize("name", ["greedy", "top_k", "top_p", "random"])
+def test_samplers_by_name(sampling_lm, name, expected):
+    rows = sample(sampling_lm, name)
+    assert [len(row) for row in rows] == [13] * 3
+    assert [row[: len(p)] for row, p in zip(rows, RAGGED)] == RAGGED
+    assert all(0 <= t < VOCABULARY_SIZE for row in rows for t in row)
+    assert (rows == [row[:13] for row in expected]) == (name == "greedy")
+
+
+def test_a_seed_gives_the_same_tokens_again(sampling_lm):
+    def make():
+        return keras_hub.samplers.RandomSampler(temperature=3.0, seed=7)
+
+    first = sample(sampling_lm, make())
+    x = prompts(RAGGED)
+    second = rows_of(sampling_lm.generate(x, stop_token_ids=None, max_length=13))
+    assert first != second  # the seed moves on
+    again = sample(sampling_lm, make())
+    assert again == first
+
+
+def brute_force_beams(lm, row, length, num_beams):
+    """Beam search over the model without a cache."""
+    beams = [(0.0, list(row))]
+    while len(beams[0][1]) < length:
+        rows = [tokens for _, tokens in beams]
+        rows += [rows[0]] * (num_beams - len(rows))
+        scores = log_softmax(next_token_logits(lm, rows, 32))
+        candidates = [
+            (total + scores[i, token], [*tokens, token])
+            for i, (total, tokens) in enumerate(beams)
+            for token in range(VOCABULARY_SIZE)
+        ]
+        beams = sorted(candidates, key=lambda beam: -beam[0])[:num_beams]
+    return beams[0][1]
+
+
+def test_beam_search_equals_brute_force(sampling_lm):
+    wanted = [brute_force_beams(sampling_lm, row, 13, 3) for row in RAGGED]
+    sampler = keras_hub.samplers.BeamSampler(num_beams=3)
+    assert sample(sampling_lm, sampler) == wanted
+    greedy = brute_force_greedy(sampling_lm, RAGGED, [13] * 3)
+    assert wanted != greedy
+    # With stop tokens, rows end where they would end alone.
+    stop = wanted[0][8]
+    batch = sample(sampling_lm, sampler, stop_token_ids=[stop])
+    alone = [
+        sample(sampling_lm, sampler, [row], stop_token_ids=[stop])[0] for row in RAGGED
+    ]
+    assert batch == alone
+    assert stop not in [t for row, p in zip(batch, RAGGED) for t in row[len(p) : -1]]
+
+
+def test_contrastive_search_of_a_batch_equals_each_alone(sampling_lm):
+    rows = [[1, 2, 3], [4, 5, 6, 7, 8], [9, 10, 11]]
+    sampler = keras_hub.samplers.ContrastiveSampler(k=3, alpha=0.3)
+    batch = sample(sampling_lm, sampler, rows)
+    assert batch == [sample(sampling_lm, sampler, [row])[0] for row in rows]
+    assert batch != brute_force_greedy(sampling_lm, rows, [13] * 3)
+
+
+class ForbiddingSampler(keras_hub.samplers.Sampler):
+    """A user's own sampler, which changes how a token is chosen."""
+
+    def __init__(self, forbidden, **kwargs):
+        super().__init__(**kwargs)
+        self.forbidden = np.asarray(forbidden, "float32")
+
+    def get_next_token(self, probabilities):
+        allowed = 1.0 - ops.convert_to_tensor(self.forbidden)
+        return ops.argmax(probabilities * allowed, axis=-1)
+
+
+class RepeatingSampler(keras_hub.samplers.Sampler):
+    """A user's own sampler with a loop of its own: the last token again."""
+
+    def __call__(self, next, prompt, cache=None, index=0, **kwargs):
+        last = ops.slice(prompt, (0, index - 1), (prompt.shape[0], 1))
+        positions = ops.arange(prompt.shape[1])[None, :]
+        return ops.where(positions < index, prompt, last)
+
+
+def test_a_users_sampler(sampling_lm, expected):
+    forbidden = np.zeros(VOCABULARY_SIZE)
+    first = [row[len(p)] for row, p in zip(expected, RAGGED)]
+    forbidden[first] = 1
+    sampler = ForbiddingSampler(forbidden)
+    rows = sample(sampling_lm, sampler)
+    new = {t for row, p in zip(rows, RAGGED) for t in row[len(p) :]}
+    assert not new & set(first)
+    # Another array on the same sampler counts from the next call on.
+    sampler.forbidden = np.zeros(VOCABULARY_SIZE, "float32")
+    x = prompts(RAGGED)
+    rows = rows_of(sampling_lm.generate(x, stop_token_ids=None, max_length=13))
+    assert rows == [row[:13] for row in expected]
+
+
+def test_a_users_loop(sampling_lm):
+    rows = sample(sampling_lm, RepeatingSampler())
+    assert rows == [[*row, *[row[-1]] * (13 - len(row))] for row in RAGGED]
+
+
+# === Compiling ===
+
+
+@pytest.mark.parametrize("how", [{"run_eagerly": True}, {"jit_compile": False}])
+def test_without_compilation(sampling_lm, expected, how):
+    rows = sample(sampling_lm, "greedy", **how)
+    assert rows == [row[:13] for row in expected]
+
+
+class CountingDense(keras.layers.Dense):
+    calls = 0
+
+    def call(self, *args, **kwargs):
+        type(self).calls += 1
+        return super().call(*args, **kwargs)
+
+
+@pytest.mark.skipif(keras.config.backend() == "torch", reason="torch compiles nothing")
+def test_nothing_is_compiled_twice():
+    from blocks import CustomBackbone
+
+    class CountingBackbone(CustomBackbone):
+        def create_ffn(self, inputs_shape, layer_index):
+            return CountingDense(inputs_shape[-1])
+
+    lm = make_lm(make_backbone(CountingBackbone, num_layers=1))
+
+    def generate(rows, **kwargs):
+        before = CountingDense.calls
+        lm.generate(prompts(rows), stop_token_ids=None, **kwargs)
+        return CountingDense.calls - before
+
+    assert generate(RAGGED, max_length=20) > 0
+    assert generate(RAGGED, max_length=20) == 0
+    # Other lengths of the same buckets, other prompts, other limits.
+    other = [[1, 2, 3, 4, 5, 6], [7, 8], [9]]
+    assert generate(other, max_length=18) == 0
+    assert generate(other, max_new_tokens=12) == 0
+    before = CountingDense.calls
+    lm.generate(prompts(other), stop_token_ids=(3, 4), max_length=18)
+    lm.generate(prompts(other), stop_token_ids=(5, 6), max_length=18)
+    # How many stop tokens there are is a shape.
+    traced = CountingDense.calls - before
+    lm.generate(prompts(other), stop_token_ids=(7, 8), max_length=18)
+    assert CountingDense.calls - before == traced
+
+
+# === Dtypes ===
+
+
+@pytest.mark.parametrize("dtype", ["mixed_bfloat16", "bfloat16"])
+def test_lower_precision_generates(dtype):
+    lm = make_lm(make_backbone(dtype=dtype, num_layers=1))
+    assert lm.backbone.transformer_layers[0].compute_dtype == "bfloat16"
+    for sampler in ("greedy", "beam"):
+        lm.compile(sampler=sampler)
+        outputs = lm.generate(prompts(RAGGED), stop_token_ids=None, max_length=13)
+        assert [len(row) for row in rows_of(outputs)] == [13] * 3

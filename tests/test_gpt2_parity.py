@@ -1,0 +1,123 @@
+"""The default backbone is GPT-2: the same numbers as KerasHub's, from the same weights."""
+
+import keras_hub
+import numpy as np
+import pytest
+
+from blocks import CausalLM, CustomBackbone
+from tests.models import (
+    RAGGED,
+    VOCABULARY_SIZE,
+    brute_force_greedy,
+    make_backbone,
+    make_lm,
+    prompts,
+    randomize,
+    rows_of,
+    to_numpy,
+)
+
+# KerasHub's names of the parts of a block, and ours.
+NAMES = {
+    "self_attention_layer_norm": "attention_norm",
+    "feedforward_intermediate_dense": "ffn/intermediate",
+    "feedforward_output_dense": "ffn/output",
+    "feedforward_layer_norm": "ffn_norm",
+}
+
+
+def our_path(path: str) -> str:
+    for theirs, ours in NAMES.items():
+        path = path.replace(f"/{theirs}/", f"/{ours}/")
+    return path
+
+
+@pytest.fixture(scope="module")
+def models():
+    reference = keras_hub.models.GPT2Backbone(
+        vocabulary_size=VOCABULARY_SIZE,
+        num_layers=2,
+        num_heads=4,
+        hidden_dim=16,
+        intermediate_dim=32,
+        dropout=0.0,
+        max_sequence_length=64,
+    )
+    randomize(reference)
+    backbone = make_backbone()
+    ours = {w.path: w for w in backbone.weights}
+    assert {our_path(w.path) for w in reference.weights} == set(ours)
+    for weight in reference.weights:
+        ours[our_path(weight.path)].assign(weight)
+    reference_lm = keras_hub.models.GPT2CausalLM(reference)
+    reference_lm.compile(sampler="greedy")
+    return reference_lm, make_lm(backbone)
+
+
+def test_hidden_states_and_logits_are_equal(models):
+    reference_lm, lm = models
+    x = prompts(RAGGED)
+    real = x["padding_mask"].astype(bool)
+    for theirs, ours in (
+        (reference_lm.backbone, lm.backbone),
+        (reference_lm, lm),
+    ):
+        expected, outputs = to_numpy(theirs(x)), to_numpy(ours(x))
+        assert expected.shape == outputs.shape
+        assert np.abs(expected[real]).max() > 0.5
+        np.testing.assert_allclose(outputs[real], expected[real], atol=1e-4)
+
+
+def test_greedy_tokens_are_equal(models):
+    reference_lm, lm = models
+    x = prompts(RAGGED, width=20)
+    expected = reference_lm.generate(
+        {k: v.copy() for k, v in x.items()}, stop_token_ids=None
+    )
+    outputs = lm.generate(x, stop_token_ids=None)
+    assert set(outputs) == set(expected)
+    for key in expected:
+        assert outputs[key].dtype == expected[key].dtype
+    np.testing.assert_array_equal(outputs["token_ids"], expected["token_ids"])
+    np.testing.assert_array_equal(outputs["padding_mask"], expected["padding_mask"])
+    # Not one token again and again, which would show little.
+    assert len(np.unique(outputs["token_ids"][0, 3:])) > 3
+
+
+def test_greedy_tokens_of_a_single_prompt_are_equal(models):
+    reference_lm, lm = models
+    x = prompts(RAGGED[1:2], width=20)
+    expected = reference_lm.generate(
+        {k: v.copy() for k, v in x.items()}, stop_token_ids=None
+    )
+    outputs = lm.generate(x, stop_token_ids=None)
+    np.testing.assert_array_equal(outputs["token_ids"], expected["token_ids"])
+
+
+def test_stopped_rows_are_masked_as_in_keras_hub(models):
+    reference_lm, lm = models
+    x = prompts(RAGGED, width=20)
+    free = lm.generate(x, stop_token_ids=None)["token_ids"]
+    stops = [int(free[0, 6]), int(free[1, 9])]
+    expected = reference_lm.generate(
+        {k: v.copy() for k, v in x.items()}, stop_token_ids=stops
+    )
+    outputs = lm.generate(x, stop_token_ids=stops)
+    np.testing.assert_array_equal(outputs["padding_mask"], expected["padding_mask"])
+    assert rows_of(outputs) == rows_of(expected)
+
+
+def test_untied_embeddings():
+    lm = make_lm(make_backbone(tie_word_embeddings=False))
+    names = [w.path for w in lm.weights if "token_embedding" in w.path]
+    assert len(names) == 2
+    outputs = lm.generate(prompts(RAGGED, width=20), stop_token_ids=None)
+    assert rows_of(outputs) == brute_force_greedy(lm, RAGGED, [20] * 3)
+
+
+def test_default_arguments_are_gpt2s():
+    backbone = CustomBackbone(VOCABULARY_SIZE, 1, 2, 8, 16)
+    assert backbone.max_sequence_length == 1024
+    assert isinstance(backbone, keras_hub.models.Backbone)
+    assert isinstance(CausalLM(backbone), keras_hub.models.CausalLM)
+    assert set(backbone.input) == {"token_ids", "padding_mask"}
