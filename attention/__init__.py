@@ -1,7 +1,7 @@
 """Cached sequence mixers: what one layer needs to know about the past."""
 
 from attention.cache_scope import CacheScope, NewCacheScope
-from attention.cached_layer import CachedLayer, CompositeCachedLayer
+from attention.cached_layer import CachedLayer
 from attention.cached_model import (
     call_sites,
     call_with_cache,
@@ -9,6 +9,7 @@ from attention.cached_model import (
     grow_cache,
     max_positions,
 )
+from attention.composite_cached_layer import CompositeCachedLayer
 from attention.grouped_query_attention import (
     GroupedQueryAttention,
     clone_initializer,

@@ -204,6 +204,13 @@ class NewCacheScope(CacheScope):
         self.layers: list[Any] = []
 
     def _take_slot(self, layer: Any, position: int) -> Any:
+        if not layer.built:
+            # Building a model calls its layers, too: each would have two slots.
+            raise ValueError(
+                f"Layer '{layer.name}' has no weights yet, so its cache can't be "
+                "created. Call the model once on an example of its inputs before "
+                "it is called in a `NewCacheScope`."
+            )
         self.layers.append(layer)
         return layer.create_cache(self._batch_size, self._max_length)
 

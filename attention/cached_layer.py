@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import functools
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import keras
 from keras import ops, tree
 
-from attention.cache_scope import (
-    CacheScope,
-    RecordingScope,
-    active_scope,
-    hide_scope,
-)
+from attention.cache_scope import active_scope, hide_scope
 from attention.validation import (
     check_cache,
+    check_padding_mask,
     check_updated_cache,
     describe,
     standardize_index,
@@ -32,9 +30,20 @@ _PADDING_MASK: contextvars.ContextVar[Any] = contextvars.ContextVar(
 )
 
 
+@contextlib.contextmanager
+def share_padding_mask(padding_mask: Any) -> Iterator[None]:
+    """Gives a mask to all cached layers that are called inside without one."""
+    token = _PADDING_MASK.set(padding_mask)
+    try:
+        yield
+    finally:
+        _PADDING_MASK.reset(token)
+
+
 @functools.cache
-def _parameters(function: Any) -> tuple[str, ...]:
-    return tuple(inspect.signature(function).parameters)
+def parameters(function: Any) -> tuple[str, ...]:
+    """The names of a method's parameters, without `self`."""
+    return tuple(inspect.signature(function).parameters)[1:]
 
 
 class CachedLayer(keras.layers.Layer):
@@ -191,15 +200,26 @@ class CachedLayer(keras.layers.Layer):
 
     def _call_with(self, args: tuple, kwargs: dict, cache: Any, index: Any) -> Any:
         args, kwargs = tree.map_structure(self._cast_input, (args, kwargs))
-        inputs = next((x for x in tree.flatten((args, kwargs)) if _is_tensor(x)), None)
+        names = parameters(type(self).call)
+        given = {**dict(zip(names, args)), **kwargs}
+        if given.get("cache") is not None:
+            raise TypeError(
+                f"Layer '{self.name}' takes `cache` and `cache_update_index` by "
+                "keyword only: `layer(x, cache=cache, cache_update_index=index)`."
+            )
+        # What is sized by the batch is measured by the first argument.
+        inputs = next(filter(_is_tensor, tree.flatten(given.get(names[0]))), None)
         shape = tuple(getattr(inputs, "shape", ()))
-        self._inherit_padding_mask(args, kwargs, shape)
+        if given.get("padding_mask") is not None:
+            check_padding_mask(self.name, given["padding_mask"], inputs)
+        elif "padding_mask" in names[len(args) :]:
+            self._inherit_padding_mask(kwargs, shape)
         if self._has_position_limit:
             self._check_length(inputs, kwargs, cache, index)
         if cache is None:
             with hide_scope():
                 return super().__call__(*args, **kwargs)
-        batch_size = shape[0] if shape else None
+        batch_size = static_size(inputs, 0)
         check_cache(self.name, cache, *self._cache_examples(), batch_size)
         if index is not None:
             kwargs["cache_update_index"] = standardize_index(index, batch_size)
@@ -239,26 +259,21 @@ class CachedLayer(keras.layers.Layer):
             return x
         return ops.cast(x, self.compute_dtype)
 
-    def _inherit_padding_mask(self, args: tuple, kwargs: dict, shape: tuple) -> None:
+    def _inherit_padding_mask(self, kwargs: dict, shape: tuple) -> None:
         """Fills in the padding mask of the composite layer this runs in."""
         mask = _PADDING_MASK.get()
-        if mask is None or kwargs.get("padding_mask") is not None:
+        if mask is None:
             return
-        parameters = _parameters(type(self).call)[1:]
-        if "padding_mask" not in parameters:
-            return
-        if len(args) > parameters.index("padding_mask"):
-            return
-        # A layer that runs on another number of tokens has another mask.
-        lengths = {*shape[1:2], *tuple(mask.shape)[1:]} - {None}
-        if len(lengths) <= 1:
+        # A layer that runs on other rows or numbers of tokens has another mask.
+        sizes = zip(shape[:2], tuple(mask.shape))
+        if all(None in pair or pair[0] == pair[1] for pair in sizes):
             kwargs["padding_mask"] = mask
 
     def _cache_examples(self) -> tuple[Any, Any]:
         """Two small caches, from which `check_cache` reads what all share."""
         examples = self.__dict__.get("_cache_example_memo")
         if examples is None or examples.key != self.compute_dtype:
-            examples = _Untracked()
+            examples = Untracked()
             examples.key = self.compute_dtype
             examples.value = (
                 tree.map_structure(_spec, self.create_cache(1, 1)),
@@ -268,117 +283,7 @@ class CachedLayer(keras.layers.Layer):
         return examples.value
 
 
-class CompositeCachedLayer(CachedLayer):
-    """A cached layer made of other layers, cached or not.
-
-    A subclass writes `transform(x, padding_mask=None, training=None)` in plain
-    Keras. The caches of the cached layers it calls are created and passed
-    along by this class: `create_cache` runs `transform` on one token of zeros
-    to find the call sites, and `call` runs it in a `CacheScope`. A layer that
-    is called twice has two caches.
-
-    Inner cached layers that `transform` calls without a padding mask use the
-    one of this layer.
-
-    Args:
-        **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
-
-    Example:
-
-    >>> import keras, numpy as np
-    >>> from keras import ops
-    >>> from attention import CompositeCachedLayer, MultiHeadAttention
-    >>> class TwoAttentions(CompositeCachedLayer):
-    ...     def build(self, inputs_shape):
-    ...         self.first = MultiHeadAttention(num_heads=2)
-    ...         self.first.build(inputs_shape)
-    ...         self.second = MultiHeadAttention(num_heads=4)
-    ...         self.second.build(inputs_shape)
-    ...     def transform(self, x, padding_mask=None, training=None):
-    ...         return x + self.second(self.first(x))
-    >>> layer = TwoAttentions()
-    >>> x = np.random.normal(size=(1, 3, 8)).astype("float32")
-    >>> full = layer(x)
-    >>> cache = layer.create_cache(batch_size=1, max_length=3)
-    >>> head, cache = layer(x[:, :2], cache=cache, cache_update_index=0)
-    >>> tail, cache = layer(x[:, 2:], cache=cache, cache_update_index=2)
-    >>> bool(ops.all(ops.isclose(tail, full[:, 2:], atol=1e-5)))
-    True
-    """
-
-    def transform(self, x: Any, padding_mask: Any = None, training: Any = None) -> Any:
-        """The computation, written once, without a word about caches."""
-        raise NotImplementedError(
-            f"{type(self).__name__} must implement `transform(x, "
-            "padding_mask=None, training=None)`."
-        )
-
-    def call(
-        self,
-        x: Any,
-        padding_mask: Any = None,
-        cache: Any = None,
-        cache_update_index: Any = None,
-        training: Any = None,
-    ) -> Any:
-        if cache is None:
-            return self._transform(x, padding_mask, training)
-        with CacheScope(cache, cache_update_index) as scope:
-            outputs = self._transform(x, padding_mask, training)
-        return outputs, scope.cache
-
-    def create_cache(self, batch_size: int, max_length: int) -> tuple:
-        return tuple(
-            layer.create_cache(batch_size, max_length) for layer in self._call_sites()
-        )
-
-    def grow_cache(self, cache: Any, max_length: int) -> tuple:
-        return tuple(
-            layer.grow_cache(slot, max_length)
-            for layer, slot in zip(self._call_sites(), cache, strict=True)
-        )
-
-    @property
-    def max_sequence_length(self) -> int | None:  # type: ignore[override]
-        limits = [layer.max_sequence_length for layer in self._call_sites()]
-        return min((x for x in limits if x is not None), default=None)
-
-    def _transform(self, x: Any, padding_mask: Any, training: Any) -> Any:
-        arguments = {"padding_mask": padding_mask, "training": training}
-        accepted = _parameters(type(self).transform)
-        arguments = {k: v for k, v in arguments.items() if k in accepted}
-        token = _PADDING_MASK.set(padding_mask)
-        try:
-            return self.transform(x, **arguments)
-        finally:
-            _PADDING_MASK.reset(token)
-
-    def _call_sites(self) -> tuple[CachedLayer, ...]:
-        """The cached layers that `transform` calls, in call order."""
-        sites = self.__dict__.get("_call_site_memo")
-        if sites is None:
-            sites = _Untracked()
-            sites.value = tuple(self._record_call_sites())
-            self._call_site_memo = sites
-        return sites.value
-
-    def _record_call_sites(self) -> list[CachedLayer]:
-        if not self.built:
-            raise ValueError(
-                f"Layer '{self.name}' has no weights yet, so its caches can't "
-                "be sized. Call it once, or call its `build` with the shape of "
-                "its inputs, before `create_cache`."
-            )
-        config = self.get_build_config() or {}
-        shapes = config.get("shapes_dict") or {"input": config.get("input_shape")}
-        shape = tuple(next(iter(shapes.values())))
-        zeros = ops.zeros((1, 1, *shape[2:]), dtype=self.compute_dtype)
-        with RecordingScope() as scope:
-            self._transform(zeros, None, False)
-        return scope.layers
-
-
-class _Untracked:
+class Untracked:
     """Holds values on a layer without Keras taking them for its sublayers."""
 
     key: Any = None

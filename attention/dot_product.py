@@ -8,10 +8,47 @@ import keras
 import numpy as np
 from keras import ops
 
-from attention.validation import static_size
+from attention.validation import describe, static_size
 
 # Finite: a row in which everything is masked must not become NaN.
 _MASKED = -1e30
+
+
+def check_attention_mask(attention_mask: Any, query: Any, keys: Any) -> None:
+    """Says so when an attention mask does not fit the queries and keys.
+
+    Args:
+        attention_mask: what was received.
+        query: the queries, `(batch, query_length, width)`.
+        keys: likewise, or `None` where a cache holds the keys: the mask may
+            then have any number of columns.
+
+    Raises:
+        TypeError: if it is of a floating dtype: such masks are added to logits
+            elsewhere, where zero means that a key is seen.
+        ValueError: if it is of another shape.
+    """
+    dtype = str(getattr(attention_mask, "dtype", "unknown"))
+    if "bool" not in dtype and "int" not in dtype:
+        raise TypeError(
+            "`attention_mask` must be boolean: true where a query may attend to a "
+            f"key. Received: attention_mask={describe(attention_mask)}. Turn a mask "
+            "that is added to logits into one with `mask == 0`."
+        )
+    wanted = [(1, static_size(query, 0)), (1, static_size(query, 1))]
+    if keys is not None:
+        wanted.append((1, static_size(keys, 1)))
+    rank_fits = len(attention_mask.shape) == 3
+    sizes = [static_size(attention_mask, axis) for axis in range(3)]
+    if not rank_fits or any(
+        None not in (size, *fitting) and size not in fitting
+        for size, fitting in zip(sizes, wanted)
+    ):
+        raise ValueError(
+            "`attention_mask` must be of shape (batch, query_length, key_length). "
+            f"Received: attention_mask={describe(attention_mask)}, query="
+            f"{describe(query)}, keys={describe(keys)}"
+        )
 
 
 def combine_masks(
@@ -122,12 +159,28 @@ def grouped_attention(
     return outputs, ops.reshape(weights, (-1, heads, shape[1], key_length))
 
 
-def fused_attention_applies(num_heads: int, num_key_value_heads: int) -> bool:
+def scale_query(query: Any, scale: float) -> tuple[Any, float]:
+    """Scales the queries where the products could overflow without it.
+
+    Returns:
+        The queries, and what remains to multiply the logits with.
+    """
+    if keras.backend.standardize_dtype(query.dtype) != "float16":
+        return query, scale
+    return query * scale, 1.0
+
+
+def fused_attention_applies(
+    num_heads: int, num_key_value_heads: int, key_dim: int, value_dim: int
+) -> bool:
     """Whether `keras.ops.dot_product_attention` computes these heads as they are.
 
-    Outside of JAX it repeats keys and values for grouped heads.
+    Outside of JAX it repeats keys and values for grouped heads. On JAX it takes
+    no values of another size than the keys.
     """
-    return num_heads == num_key_value_heads or keras.config.backend() == "jax"
+    if keras.config.backend() == "jax":
+        return key_dim == value_dim
+    return num_heads == num_key_value_heads
 
 
 def fused_attention(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any
 
 import keras
@@ -9,14 +10,21 @@ from keras import ops
 
 from attention.cached_layer import CachedLayer
 from attention.dot_product import (
+    check_attention_mask,
     combine_masks,
     fused_attention,
     fused_attention_applies,
     grouped_attention,
+    scale_query,
 )
 from attention.key_value_cache import FullCache, token_positions
 from attention.position_schemes import PositionScheme, check_position
-from attention.validation import check_fraction, check_positive_int, describe
+from attention.validation import (
+    check_fraction,
+    check_positive_int,
+    describe,
+    static_size,
+)
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
@@ -130,16 +138,22 @@ class GroupedQueryAttention(CachedLayer):
                 "each key/value head serves as many query heads. Received: "
                 f"num_heads={num_heads}, num_key_value_heads={num_key_value_heads}"
             )
-        for name, size in (("key_dim", key_dim), ("value_dim", value_dim)):
-            if size is not None:
-                check_positive_int(name, size)
+        if key_dim is not None:
+            key_dim = check_positive_int("key_dim", key_dim)
+        if value_dim is not None:
+            value_dim = check_positive_int("value_dim", value_dim)
         self.key_dim = key_dim
         self.value_dim = value_dim
         self.dropout = check_fraction("dropout", dropout)
         self.use_bias = bool(use_bias)
         self.position = check_position(position)
         self.causal = bool(causal)
-        self.scale = scale
+        if scale is not None and not isinstance(scale, numbers.Real):
+            raise TypeError(
+                "`scale` must be a number or None, which means 1 / sqrt(key_dim). "
+                f"Received: scale={describe(scale)}"
+            )
+        self.scale = scale if scale is None else float(scale)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
         self.cache_policy = FullCache()
@@ -241,6 +255,9 @@ class GroupedQueryAttention(CachedLayer):
         training: bool | None = None,
     ) -> Any:
         self._check_call(value, key, cache, cache_update_index)
+        if attention_mask is not None:
+            keys = next((x for x in (key, value) if x is not None), query)
+            check_attention_mask(attention_mask, query, keys if cache is None else None)
         if padding_mask is not None:
             padding_mask = ops.cast(padding_mask, "bool")
             # Whatever stands in a padded token, zero times it is zero.
@@ -276,23 +293,46 @@ class GroupedQueryAttention(CachedLayer):
         bias = None
         if self.position is not None:
             bias = self.position.bias(positions, key_positions)
+            self._check_bias(bias)
         dropout = self.dropout_layer if training and self.dropout else None
-        fused = fused_attention_applies(self.num_heads, self.num_key_value_heads)
+        fused = fused_attention_applies(
+            self.num_heads, self.num_key_value_heads, *self._head_dims
+        )
+        q, scale = scale_query(q, self._logit_scale)
         scores = None
         if heads_in_front or return_attention_scores or dropout or not fused:
             if not heads_in_front:
                 k, v = ops.swapaxes(k, 1, 2), ops.swapaxes(v, 1, 2)
-            outputs, scores = grouped_attention(
-                q, k, v, mask, bias, self._logit_scale, dropout
-            )
+            outputs, scores = grouped_attention(q, k, v, mask, bias, scale, dropout)
         else:
-            outputs = fused_attention(q, k, v, mask, bias, self._logit_scale)
+            outputs = fused_attention(q, k, v, mask, bias, scale)
+        if attention_mask is not None:
+            # A query that may attend to nothing attends to nothing. Softmax
+            # would have given it the mean of all values, later ones too.
+            some = ops.any(mask, axis=-1, keepdims=True)
+            outputs = ops.where(ops.swapaxes(some, 1, 2), outputs, 0)
+            scores = None if scores is None else ops.where(some, scores, 0)
         outputs = self.output_dense(outputs)
         if return_attention_scores:
             outputs = (outputs, scores)
         return outputs if cache is None else (outputs, cache)
 
+    def _check_bias(self, bias: Any) -> None:
+        heads = None if bias is None else bias.shape[-3]
+        if heads not in (None, 1, self.num_heads):
+            raise ValueError(
+                f"`position` of layer '{self.name}' gave biases for {heads} heads, "
+                f"but the layer has num_heads={self.num_heads}. Layers that share "
+                "a position scheme need the same number of heads."
+            )
+
     def _check_call(self, value: Any, key: Any, cache: Any, index: Any) -> None:
+        lengths = {static_size(x, 1) for x in (value, key) if x is not None}
+        if len(lengths - {None}) > 1:
+            raise ValueError(
+                f"Layer '{self.name}' needs as many keys as values. Received: "
+                f"value={describe(value)}, key={describe(key)}"
+            )
         if cache is None:
             return
         if value is not None or key is not None:

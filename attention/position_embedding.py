@@ -68,6 +68,12 @@ class PositionEmbedding(CachedLayer):
         self.initializer = keras.initializers.get(initializer)
 
     def build(self, inputs_shape: tuple) -> None:
+        if len(inputs_shape) != 3 or inputs_shape[-1] is None:
+            raise ValueError(
+                f"Layer '{self.name}' needs inputs of shape (batch, length, "
+                "width) with a known width: the token embeddings, not the token "
+                f"ids. Received: shape {tuple(inputs_shape)}"
+            )
         self.position_embeddings = self.add_weight(
             name="embeddings",
             shape=(self.sequence_length, inputs_shape[-1]),

@@ -41,9 +41,9 @@ def rotary_frequencies(
             "Rotary positions rotate pairs of dimensions, so the size of a head "
             f"must be even. Received: key_dim={dim}"
         )
-    if not isinstance(max_wavelength, numbers.Real) or max_wavelength <= 0:
+    if not _is_positive(max_wavelength) or max_wavelength == 1:
         raise ValueError(
-            "`max_wavelength` must be a positive number. Received: "
+            "`max_wavelength` must be a positive number other than 1. Received: "
             f"max_wavelength={describe(max_wavelength)}"
         )
     frequencies = float(max_wavelength) ** (-np.arange(0, dim, 2) / dim)
@@ -62,20 +62,20 @@ def rotary_frequencies(
                 f"Received: scaling={describe(scaling)}"
             )
         required = _SCALINGS[kind][1]
-        missing = [k for k in required if not isinstance(scaling.get(k), numbers.Real)]
-        if missing:
+        given = [k for k in _OPTIONAL_NUMBERS if scaling.get(k) is not None]
+        wrong = [k for k in (*required, *given) if not _is_positive(scaling.get(k))]
+        if wrong:
             raise ValueError(
-                f"`scaling` of type {kind!r} needs numbers for {missing}. "
+                f"`scaling` of type {kind!r} needs positive numbers for {wrong}. "
                 f"Received: scaling={describe(scaling)}"
-            )
-        if scaling["factor"] <= 0:
-            raise ValueError(
-                '`scaling["factor"]` must be positive. Received: '
-                f"scaling={describe(scaling)}"
             )
         scale = _SCALINGS[kind][0]
         frequencies, magnitude = scale(frequencies, max_wavelength, scaling)
     return frequencies.astype("float32"), magnitude
+
+
+def _is_positive(x: Any) -> bool:
+    return isinstance(x, numbers.Real) and math.isfinite(x) and x > 0
 
 
 def _linear(
@@ -149,3 +149,4 @@ _SCALINGS = {
     ),
     "yarn": (_yarn, ("factor", "original_max_position_embeddings")),
 }
+_OPTIONAL_NUMBERS = ("beta_fast", "beta_slow", "attention_factor")

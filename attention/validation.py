@@ -15,7 +15,10 @@ def describe(value: Any) -> str:
     if value is None or isinstance(value, (bool, numbers.Number, str)):
         return repr(value)
     if hasattr(value, "shape") and hasattr(value, "dtype"):
-        dtype = keras.backend.standardize_dtype(value.dtype)
+        try:
+            dtype = keras.backend.standardize_dtype(value.dtype)
+        except ValueError:  # NumPy's strings and objects are no dtypes of Keras.
+            dtype = str(value.dtype)
         return f"{dtype} tensor of shape {tuple(value.shape)}"
     if isinstance(value, dict):
         inner = ", ".join(f"{k!r}: {describe(v)}" for k, v in value.items())
@@ -97,14 +100,19 @@ def standardize_index(cache_update_index: Any, batch_size: int | None) -> Any:
         return int(index)
     if isinstance(index, (list, tuple)):
         index = np.asarray(index)
+    if isinstance(index, np.ndarray) and index.dtype.kind == "i" and (index < 0).any():
+        raise ValueError(
+            "`cache_update_index` holds the numbers of positions the rows have "
+            "absorbed; they can't be negative. Received: cache_update_index="
+            f"{describe(index)} with a negative entry"
+        )
     if not hasattr(index, "shape") or not hasattr(index, "dtype"):
         raise TypeError(
             "`cache_update_index` must be an integer, an integer scalar tensor "
             "or an integer tensor of shape (batch_size,). Received: "
             f"cache_update_index={describe(index)}"
         )
-    dtype = keras.backend.standardize_dtype(index.dtype)
-    if "int" not in dtype:
+    if "int" not in str(index.dtype):
         raise TypeError(
             "`cache_update_index` must have an integer dtype. Received: "
             f"cache_update_index={describe(index)}"
@@ -120,6 +128,24 @@ def standardize_index(cache_update_index: Any, batch_size: int | None) -> Any:
     if isinstance(index, keras.KerasTensor):
         return index
     return ops.cast(index, "int32")
+
+
+def check_padding_mask(layer_name: str, padding_mask: Any, inputs: Any) -> None:
+    """Says so when a padding mask is not one of these inputs.
+
+    A mask of other sizes might broadcast, to something nobody meant.
+    """
+    shape = getattr(padding_mask, "shape", None)
+    pairs = [(static_size(padding_mask, i), static_size(inputs, i)) for i in (0, 1)]
+    fits = shape is not None and len(shape) == 2
+    if fits and all(None in pair or pair[0] == pair[1] for pair in pairs):
+        return
+    raise ValueError(
+        f"`padding_mask` of layer '{layer_name}' must be a boolean tensor of "
+        "shape (batch, length) that marks the real tokens of these inputs, and "
+        f"of no others. Received: padding_mask={describe(padding_mask)}, inputs="
+        f"{describe(inputs)}"
+    )
 
 
 def check_cache(
@@ -142,12 +168,7 @@ def check_cache(
     Raises:
         ValueError: if it was made by another layer or for other rows.
     """
-    try:
-        tree.assert_same_structure(cache, expected)
-        same_structure = True
-    except (ValueError, TypeError):
-        same_structure = False
-    if not same_structure:
+    if not _same_structure(cache, expected):
         raise ValueError(
             f"`cache` was not made by layer '{layer_name}'. Received: "
             f"cache={describe(cache)}; this layer's caches look like "
@@ -162,12 +183,9 @@ def check_cache(
         ]
         dtype = keras.backend.standardize_dtype
         matches = (
-            len(shape) == len(fixed)
+            hasattr(leaf, "dtype")
             and dtype(leaf.dtype) == dtype(one.dtype)
-            and all(
-                want is None or have is None or have == want
-                for have, want in zip(shape, fixed)
-            )
+            and _same_shape(shape, tuple(fixed))
         )
         if not matches:
             raise ValueError(
@@ -195,12 +213,12 @@ def check_updated_cache(layer_name: str, cache: Any, outputs: Any) -> None:
         )
     updated = outputs[1]
     dtype = keras.backend.standardize_dtype
-    before, after = tree.flatten(cache), tree.flatten(updated)
-    same = len(before) == len(after) and all(
+    same = _same_structure(cache, updated) and all(
         hasattr(b, "shape")
-        and tuple(a.shape) == tuple(b.shape)
+        and hasattr(b, "dtype")
+        and _same_shape(tuple(a.shape), tuple(b.shape))
         and dtype(a.dtype) == dtype(b.dtype)
-        for a, b in zip(before, after)
+        for a, b in zip(tree.flatten(cache), tree.flatten(updated))
     )
     if not same:
         raise ValueError(
@@ -208,3 +226,18 @@ def check_updated_cache(layer_name: str, cache: Any, outputs: Any) -> None:
             f"shapes and dtypes in which it got it. It got {describe(cache)} and "
             f"returned {describe(updated)}."
         )
+
+
+def _same_structure(first: Any, second: Any) -> bool:
+    try:
+        tree.assert_same_structure(first, second)
+    except (ValueError, TypeError):
+        return False
+    return True
+
+
+def _same_shape(first: tuple, second: tuple) -> bool:
+    """Whether two shapes agree; `None` is a size that is not known."""
+    return len(first) == len(second) and all(
+        a is None or b is None or a == b for a, b in zip(first, second)
+    )

@@ -1,0 +1,165 @@
+"""What the tests of `attention/` share: variants, and ways of running them."""
+
+import keras
+import numpy as np
+from keras import ops
+
+from attention import (
+    AlibiBias,
+    CompositeCachedLayer,
+    GroupedQueryAttention,
+    MultiHeadAttention,
+    MultiQueryAttention,
+    PositionEmbedding,
+    RelativePositionBias,
+    RotaryAttention,
+    T5Attention,
+)
+
+BATCH, LENGTH, WIDTH = 3, 12, 16
+
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class EmbedAndAttendTwice(CompositeCachedLayer):
+    """A composite with learned positions, and one attention called twice."""
+
+    def build(self, inputs_shape):
+        self.positions = PositionEmbedding(LENGTH, initializer="random_normal")
+        self.positions.build(inputs_shape)
+        self.norm = keras.layers.LayerNormalization()
+        self.norm.build(inputs_shape)
+        self.attend = RotaryAttention(4, 2)
+        self.attend.build(inputs_shape)
+
+    def transform(self, x, padding_mask=None, training=None):
+        x = x + self.positions(x)
+        x = x + self.attend(self.norm(x))
+        return x + self.attend(x)
+
+
+VARIANTS = {
+    "multi_head": lambda: MultiHeadAttention(4),
+    "multi_query": lambda: MultiQueryAttention(4),
+    "grouped": lambda: GroupedQueryAttention(4, 2),
+    "rotary": lambda: RotaryAttention(4),
+    "rotary_grouped": lambda: RotaryAttention(4, 2, max_wavelength=50, use_bias=False),
+    "rotary_linear": lambda: RotaryAttention(4, 2, scaling=LINEAR),
+    "rotary_llama3": lambda: RotaryAttention(4, 2, scaling=LLAMA3),
+    "rotary_yarn": lambda: RotaryAttention(4, 2, scaling=YARN),
+    "t5": lambda: T5Attention(4, num_buckets=8, max_distance=10),
+    "t5_grouped": lambda: GroupedQueryAttention(
+        4, 2, position=RelativePositionBias(8, 10)
+    ),
+    "alibi": lambda: MultiHeadAttention(4, position=AlibiBias()),
+    "alibi_grouped_6": lambda: GroupedQueryAttention(
+        6, 3, key_dim=4, position=AlibiBias()
+    ),
+    "value_dim": lambda: GroupedQueryAttention(4, 2, value_dim=6),
+    "value_dim_multi_head": lambda: MultiHeadAttention(4, value_dim=6),
+    "position_embedding": lambda: PositionEmbedding(LENGTH, "random_normal"),
+    "composite": EmbedAndAttendTwice,
+}
+ATTENTIONS = [
+    name for name in VARIANTS if name not in ("position_embedding", "composite")
+]
+
+
+def make(name, seed=0):
+    """A built layer in which all weights, biases too, are random."""
+    layer = VARIANTS[name]()
+    layer.build((None, None, WIDTH))
+    return randomize(layer, seed)
+
+
+def randomize(layer, seed=0):
+    rng = np.random.default_rng(seed)
+    for variable in layer.weights:
+        variable.assign(rng.normal(scale=0.4, size=tuple(variable.shape)))
+    return layer
+
+
+def sample(batch=BATCH, length=LENGTH, width=WIDTH, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(batch, length, width)).astype("float32")
+
+
+def to_numpy(x):
+    """Also of torch tensors with gradients, and of bfloat16."""
+    x = ops.convert_to_numpy(x)
+    return x if x.dtype.kind in "biu" else x.astype("float32")
+
+
+def assert_close(actual, expected, atol=2e-5):
+    np.testing.assert_allclose(to_numpy(actual), to_numpy(expected), atol=atol, rtol=0)
+
+
+def as_index(kind, position, batch=BATCH):
+    """An index as an int, an integer scalar tensor or one entry per row."""
+    if kind == "int":
+        return position
+    if kind == "scalar":
+        return ops.convert_to_tensor(position, dtype="int32")
+    return ops.convert_to_tensor(np.full((batch,), position), dtype="int32")
+
+
+def run_chunks(layer, x, sizes, kinds=("int",), capacity=LENGTH, **kwargs):
+    """Runs the sequence in chunks; returns the joined outputs and the cache."""
+    cache = layer.create_cache(x.shape[0], capacity)
+    outputs, start = [], 0
+    for i, size in enumerate(sizes):
+        index = as_index(kinds[i % len(kinds)], start, x.shape[0])
+        chunk, cache = layer(
+            x[:, start : start + size], cache=cache, cache_update_index=index, **kwargs
+        )
+        outputs.append(to_numpy(chunk))
+        start += size
+    return np.concatenate(outputs, axis=1), cache
+
+
+def compiled(function):
+    """The function compiled by the backend, where it has a compiler for it."""
+    backend = keras.config.backend()
+    if backend == "jax":
+        import jax
+
+        return jax.jit(function)
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(function, jit_compile=True)
+    return function
+
+
+def gradients(layer, x, **kwargs):
+    """The gradients of the sum of squared outputs for the trainable weights."""
+    backend = keras.config.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            loss = ops.sum(ops.square(layer(x, **kwargs)))
+        values = [v.value for v in layer.trainable_variables]
+        return [to_numpy(g) for g in tape.gradient(loss, values)]
+    if backend == "jax":
+        import jax
+
+        def loss(trainable, fixed):
+            outputs, _ = layer.stateless_call(trainable, fixed, x, **kwargs)
+            return ops.sum(ops.square(outputs))
+
+        trainable = [v.value for v in layer.trainable_variables]
+        fixed = [v.value for v in layer.non_trainable_variables]
+        return [to_numpy(g) for g in jax.grad(loss)(trainable, fixed)]
+    layer.zero_grad()
+    ops.sum(ops.square(layer(x, **kwargs))).backward()
+    return [to_numpy(v.value.grad) for v in layer.trainable_variables]
