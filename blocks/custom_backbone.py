@@ -138,7 +138,7 @@ class CustomBackbone(keras_hub.models.Backbone):
                 run_hook(self, "create_embedding"), "token_embedding"
             )
             self.position_embedding = run_hook(
-                self, "create_position_embedding", optional=True
+                self, "create_position_embedding", cached=True, optional=True
             )
             self.embeddings_dropout = keras.layers.Dropout(
                 self.dropout, name="embeddings_dropout"
@@ -193,7 +193,8 @@ class CustomBackbone(keras_hub.models.Backbone):
         """Hook: makes the layer whose outputs are added to the embeddings.
 
         Returns:
-            A layer, or `None` where positions live in the attention.
+            An `attention.CachedLayer`, which follows the positions while
+            decoding, or `None` where positions live in the attention.
         """
         if not self.learned_positions:
             return None
@@ -273,7 +274,8 @@ class CustomBackbone(keras_hub.models.Backbone):
 
     def create_final_norm(self) -> keras.layers.Layer:
         """Hook: makes the normalization behind the last block."""
-        return self.create_norm((None, None, self.hidden_dim), self.num_layers)
+        shape = (None, None, self.hidden_dim)
+        return run_hook(self, "create_norm", shape, self.num_layers)
 
     def transform(self, x: Any, padding_mask: Any) -> Any:
         """Runs the blocks, which are in `self.transformer_layers`.
@@ -291,6 +293,29 @@ class CustomBackbone(keras_hub.models.Backbone):
         for decoder in self.transformer_layers:
             x = decoder(x, padding_mask=padding_mask)
         return x
+
+    def enable_lora(self, rank: int, target_layer_names: Any = None) -> None:
+        """Freezes all weights and adds trainable low-rank updates.
+
+        Args:
+            rank: int. The rank of the updates.
+            target_layer_names: list of str or `None`. The names of the layers
+                to update; `None` means the attention's query and value.
+
+        Raises:
+            ValueError: if there is no layer of such a name.
+        """
+        super().enable_lora(rank, target_layer_names)
+        for weight in self.trainable_weights:
+            # `save_lora_weights` would leave out what else was trained.
+            weight.trainable = "lora" in weight.name
+        if not self.trainable_weights:
+            names = target_layer_names or self.default_lora_layer_names()
+            raise ValueError(
+                f"No layer that LoRA applies to is named one of {list(names)}, so "
+                "nothing is left to train. Pass the names of dense layers as "
+                "`target_layer_names`."
+            )
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()

@@ -73,8 +73,8 @@ def run_hook(
             f"{where} must return a layer with `create_cache`, that is, a "
             "subclass of `attention.CachedLayer`, or generation could not "
             f"cache what it saw. It returned {type(layer).__name__}; "
-            "`attention.MultiHeadAttention` and its siblings can stand in for "
-            "Keras's own attention layers."
+            "`attention.MultiHeadAttention`, its siblings and "
+            "`attention.PositionEmbedding` can stand in for Keras's layers."
         )
     return layer
 

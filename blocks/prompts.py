@@ -154,6 +154,12 @@ def read_prompts(
         check_positive_int("max_new_tokens", max_new_tokens)
     as_text = not isinstance(batch, dict)
     if as_text:
+        if preprocessor is None:
+            raise ValueError(
+                "`generate` received text, but the model has no `preprocessor` to "
+                "turn it into tokens. Pass a dict of `token_ids` and "
+                "`padding_mask`, or make the model with a preprocessor."
+            )
         default = preprocessor.sequence_length
         given = max_length or (None if max_new_tokens else default)
         tokens, mask = _tokenize(batch, preprocessor, given)
@@ -195,12 +201,6 @@ def _tokenize(
     texts: list[str], preprocessor: Any, length: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokenizes with room for one token more than `length`, to notice that."""
-    if preprocessor is None:
-        raise ValueError(
-            "`generate` received text, but the model has no `preprocessor` to "
-            "turn it into tokens. Pass a dict of `token_ids` and "
-            "`padding_mask`, or make the model with a preprocessor."
-        )
     whole = length is None
     if length is None:
         # A token stands for about one byte or more, special tokens aside.

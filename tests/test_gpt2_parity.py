@@ -107,6 +107,65 @@ def test_stopped_rows_are_masked_as_in_keras_hub(models):
     assert rows_of(outputs) == rows_of(expected)
 
 
+def test_contrastive_search_is_keras_hubs(models):
+    reference_lm, lm = models
+    tokens = []
+    for model in (reference_lm, lm):
+        sampler = keras_hub.samplers.ContrastiveSampler(k=3, alpha=0.3)
+        other = type(model)(model.backbone)
+        other.compile(sampler=sampler)
+        outputs = other.generate(prompts(RAGGED[1:2], width=16), stop_token_ids=None)
+        tokens.append(outputs["token_ids"].tolist())
+    assert tokens[0] == tokens[1]
+
+
+# === Text, with KerasHub's own tokenizer and preprocessor ===
+
+
+@pytest.fixture(scope="module")
+def text_models(models):
+    letters = [chr(ord("a") + i) for i in range(26)] + [
+        chr(ord("A") + i) for i in range(26)
+    ]
+    vocabulary = [*letters, "Ġ", "th", "he", "Ġt", ".", ",", "!", "<|endoftext|>"]
+    tokenizer = keras_hub.tokenizers.GPT2Tokenizer(
+        vocabulary={token: i for i, token in enumerate(vocabulary)},
+        merges=["t h", "h e", "Ġ t"],
+    )
+    assert len(vocabulary) == VOCABULARY_SIZE
+    made = []
+    for model in models:
+        preprocessor = keras_hub.models.GPT2CausalLMPreprocessor(
+            tokenizer, sequence_length=20
+        )
+        other = type(model)(model.backbone, preprocessor)
+        other.compile(sampler="greedy")
+        made.append(other)
+    return made
+
+
+@pytest.mark.parametrize("strip_prompt", [False, True])
+def test_texts_are_equal(text_models, strip_prompt):
+    reference_lm, lm = text_models
+    texts = ["the", "to be,", "a"]
+    expected = reference_lm.generate(texts, strip_prompt=strip_prompt)
+    outputs = lm.generate(texts, strip_prompt=strip_prompt)
+    assert outputs == expected
+    assert isinstance(outputs, list)
+    assert len(set(outputs)) == 3
+    one = lm.generate("to be,", strip_prompt=strip_prompt)
+    assert one == expected[1]
+    assert len(one) > 6
+
+
+def test_where_keras_hub_cuts_a_prompt_we_say_so(text_models):
+    reference_lm, lm = text_models
+    text = "abcdefghijklmnopqrstuvwxyz"
+    assert len(reference_lm.generate([text])[0]) < len(text)
+    with pytest.raises(ValueError, match="Prompt 0 has"):
+        lm.generate([text])
+
+
 def test_untied_embeddings():
     lm = make_lm(make_backbone(tie_word_embeddings=False))
     names = [w.path for w in lm.weights if "token_embedding" in w.path]

@@ -1,0 +1,312 @@
+"""Bad input to blocks, backbones and `generate`: clear errors, nothing lost."""
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from blocks import (
+    CausalLM,
+    CustomBackbone,
+    CustomDecoder,
+    FeedForward,
+    GatedFeedForward,
+)
+from tests.models import (
+    RAGGED,
+    byte_preprocessor,
+    make_backbone,
+    make_lm,
+    prompts,
+    rows_of,
+)
+
+# === Hooks ===
+
+
+def decoder_whose(hook, value):
+    cls = type("MyDecoder", (CustomDecoder,), {hook: lambda self, shape: value()})
+    return cls(32, 4)
+
+
+@pytest.mark.parametrize(
+    "hook", ["create_attention_layer", "create_ffn", "create_norm"]
+)
+@pytest.mark.parametrize(
+    ("value", "received"),
+    [
+        (lambda: None, "NoneType"),
+        (lambda: "gelu", "str"),
+        (lambda: keras.layers.Dense, "a class Dense"),
+        (lambda: keras.ops.gelu, "function"),
+    ],
+)
+def test_a_hook_that_returns_no_layer(hook, value, received):
+    with pytest.raises(TypeError) as error:
+        decoder_whose(hook, value)(np.zeros((1, 2, 16)))
+    message = str(error.value)
+    assert f"`MyDecoder.{hook}` must return a Keras layer" in message
+    assert received in message
+
+
+@pytest.mark.parametrize(
+    "value", [lambda: keras.layers.MultiHeadAttention(2, 4), lambda: FeedForward(8)]
+)
+def test_an_attention_layer_without_a_cache(value):
+    with pytest.raises(TypeError, match="`create_cache`") as error:
+        decoder_whose("create_attention_layer", value)(np.zeros((1, 2, 16)))
+    assert "attention.MultiHeadAttention" in str(error.value)
+
+
+def backbone_whose(hook, value):
+    cls = type("MyBackbone", (CustomBackbone,), {hook: lambda self, *args: value()})
+    return cls(60, 1, 4, 16, 32)
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        "create_attention_layer",
+        "create_ffn",
+        "create_norm",
+        "create_embedding",
+        "create_decoder",
+        "create_final_norm",
+    ],
+)
+def test_the_hooks_of_a_backbone(hook):
+    with pytest.raises(TypeError, match=f"`MyBackbone.{hook}` must return"):
+        backbone_whose(hook, lambda: None)
+
+
+def test_a_block_without_a_cache():
+    with pytest.raises(TypeError, match=r"`MyBackbone.create_decoder`.*create_cache"):
+        backbone_whose("create_decoder", lambda: FeedForward(8))
+    with pytest.raises(TypeError, match=r"create_attention_layer`.*create_cache"):
+        backbone_whose(
+            "create_attention_layer", lambda: keras.layers.MultiHeadAttention(2, 4)
+        )
+
+
+def test_a_position_embedding_that_knows_no_index():
+    def position_embedding():
+        return keras_hub.layers.PositionEmbedding(32)
+
+    with pytest.raises(TypeError, match=r"create_position_embedding`.*create_cache"):
+        backbone_whose("create_position_embedding", position_embedding)
+
+
+def test_an_embedding_that_makes_no_logits():
+    backbone = backbone_whose(
+        "create_embedding", lambda: keras.layers.Embedding(60, 16)
+    )
+    with pytest.raises(TypeError, match="reverse=True"):
+        CausalLM(backbone)
+
+
+# === Arguments ===
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        ("intermediate_dim", 0, ValueError),
+        ("intermediate_dim", "32", TypeError),
+        ("num_heads", -4, ValueError),
+        ("num_heads", 4.0, TypeError),
+        ("num_key_value_heads", 0, ValueError),
+        ("dropout", 1.5, ValueError),
+    ],
+)
+def test_arguments_out_of_range(name, value, kind):
+    arguments = {"intermediate_dim": 32, "num_heads": 4, name: value}
+    with pytest.raises(kind, match=f"`{name}`.*Received: {name}="):
+        CustomDecoder(**arguments)
+    with pytest.raises(kind, match=f"`{name}`.*Received: {name}="):
+        make_backbone(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["vocabulary_size", "num_layers", "hidden_dim"])
+def test_sizes_of_a_backbone(name):
+    with pytest.raises(ValueError, match=f"`{name}`.*Received: {name}=0"):
+        make_backbone(**{name: 0})
+
+
+@pytest.mark.parametrize("cls", [FeedForward, GatedFeedForward])
+def test_sizes_of_feed_forward_layers(cls):
+    with pytest.raises(ValueError, match="`intermediate_dim`"):
+        cls(0)
+    with pytest.raises(TypeError, match="`intermediate_dim`"):
+        cls(None)
+    assert cls(np.int64(8)).intermediate_dim == 8
+
+
+def test_heads_that_do_not_divide():
+    with pytest.raises(ValueError, match="divisible by `num_key_value_heads`"):
+        make_backbone(num_key_value_heads=3)
+    with pytest.raises(ValueError, match="divisible by `num_heads`"):
+        make_backbone(hidden_dim=18)
+
+
+def test_wrong_backbones():
+    with pytest.raises(TypeError, match="`backbone` must be"):
+        CausalLM("gpt2")
+    uncached = keras_hub.models.GPT2Backbone(60, 1, 2, 8, 16, max_sequence_length=16)
+    lm = make_lm(uncached)
+    with pytest.raises(ValueError, match="calls no cached layer"):
+        lm.generate(prompts(RAGGED), stop_token_ids=None, max_new_tokens=2)
+
+
+# === Generation ===
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return make_lm(make_backbone(num_layers=1, max_sequence_length=16))
+
+
+@pytest.fixture(scope="module")
+def text_lm():
+    backbone = make_backbone(num_layers=1, vocabulary_size=256, max_sequence_length=16)
+    return make_lm(backbone, byte_preprocessor(sequence_length=8))
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_lost(request):
+    """Whatever was refused, the next call gives what the first gave."""
+    if "lm" not in request.fixturenames:
+        yield
+        return
+    model = request.getfixturevalue("lm")
+    x = prompts([[1, 2, 3]])
+    before = rows_of(model.generate(x, stop_token_ids=None, max_length=9))
+    yield
+    assert rows_of(model.generate(x, stop_token_ids=None, max_length=9)) == before
+
+
+def refuse(model, inputs, kind, *words, **kwargs):
+    kwargs.setdefault("stop_token_ids", None)
+    with pytest.raises(kind) as error:
+        model.generate(inputs, **kwargs)
+    message = str(error.value)
+    for word in words:
+        assert word in message, message
+    # Types and shapes are told, never contents.
+    assert "[[" not in message
+    assert "array(" not in message
+    assert "numpy=" not in message
+
+
+def test_prompts_that_are_too_long(lm, text_lm):
+    x = prompts([[1, 2], [1, 2, 3, 4, 5]])
+    refuse(
+        lm, x, ValueError, "Prompt 1 has 5 tokens", "`max_length` of 4", max_length=4
+    )
+    refuse(
+        text_lm,
+        ["a", "abcdefghijkl"],
+        ValueError,
+        "Prompt 1",
+        "`sequence_length` of 8",
+        "larger `max_length`",
+    )
+    refuse(text_lm, "abcdef", ValueError, "Prompt 0", "`max_length` of 3", max_length=3)
+
+
+def test_more_than_the_learned_positions(lm):
+    x = prompts([[1, 2, 3]])
+    words = ("16 positions", "sequences of 17 tokens", "`max_sequence_length`")
+    refuse(lm, x, ValueError, *words, max_length=17)
+    refuse(lm, x, ValueError, *words, max_new_tokens=14)
+    refuse(lm, prompts([list(range(17))]), ValueError, *words)
+    outputs = lm.generate(x, stop_token_ids=None, max_length=16)
+    assert len(rows_of(outputs)[0]) == 16
+
+
+@pytest.mark.parametrize("token", [-1, 60, 2**33])
+def test_tokens_outside_of_the_vocabulary(lm, token):
+    x = prompts([[1, 2], [3, 4]])
+    x["token_ids"] = x["token_ids"].astype("int64")
+    x["token_ids"][1, 1] = token
+    refuse(
+        lm,
+        x,
+        ValueError,
+        f"Token {token} at position 1 of prompt 1",
+        "vocabulary of 60",
+        max_length=8,
+    )
+
+
+def test_a_tokenizer_of_another_model(lm):
+    other = CausalLM(lm.backbone, byte_preprocessor())
+    other.compile(sampler="greedy")
+    refuse(other, "abc", ValueError, "Token 97", "tokenizer belong to this model?")
+
+
+def test_empty_prompts(lm, text_lm):
+    refuse(text_lm, "", ValueError, "Prompt 0 has no tokens", "start token")
+    refuse(text_lm, ["a", ""], ValueError, "Prompt 1 has no tokens")
+    refuse(lm, prompts([[1], []]), ValueError, "Prompt 1 has no tokens", "padding_mask")
+    refuse(text_lm, [], ValueError, "`inputs` is empty")
+    empty = {k: v[:0] for k, v in prompts(RAGGED).items()}
+    refuse(lm, empty, ValueError, "`inputs` is empty")
+    dataset = tf.data.Dataset.from_tensor_slices(["a"]).take(0)
+    refuse(text_lm, dataset, ValueError, "dataset without elements")
+
+
+def test_prompts_that_are_padded_on_the_left(lm):
+    x = {key: value[:, ::-1] for key, value in prompts(RAGGED).items()}
+    refuse(lm, x, ValueError, "Row 0 of `padding_mask`", "padded on the right")
+    x = prompts([[1, 2, 3, 4]])
+    x["padding_mask"][0, 1] = 0
+    refuse(lm, x, ValueError, "Row 0 of `padding_mask`")
+
+
+def test_wrong_inputs(lm, text_lm):
+    refuse(lm, 3, TypeError, "`inputs` must be", "inputs=3")
+    refuse(lm, None, TypeError, "`inputs` must be", "inputs=None")
+    refuse(text_lm, [1, 2], TypeError, "`inputs` must be strings")
+    refuse(text_lm, np.array([[1, 2]]), TypeError, "`inputs` must be strings")
+    refuse(lm, "text", ValueError, "no `preprocessor`")
+    x = prompts(RAGGED)
+    refuse(lm, {"token_ids": x["token_ids"]}, ValueError, "['padding_mask']", "(3, 7)")
+    floats = {**x, "token_ids": x["token_ids"].astype("float32")}
+    refuse(lm, floats, TypeError, "`token_ids` must be integers", "float32")
+    narrow = {**x, "padding_mask": x["padding_mask"][:, :3]}
+    refuse(lm, narrow, ValueError, "(3, 7)", "(3, 3)")
+    deep = {key: value[None] for key, value in x.items()}
+    refuse(lm, deep, ValueError, "(batch, length)")
+    ragged = {"token_ids": [[1, 2], [3]], "padding_mask": [[1, 1], [1]]}
+    refuse(lm, ragged, ValueError, "pad rows of different lengths")
+
+
+@pytest.mark.parametrize("name", ["max_length", "max_new_tokens"])
+def test_wrong_lengths(lm, name):
+    x = prompts(RAGGED)
+    for value, kind in ((0, ValueError), (-3, ValueError), (4.5, TypeError)):
+        refuse(lm, x, kind, f"`{name}` must be a positive integer", **{name: value})
+
+
+def test_wrong_stop_tokens(lm):
+    x = prompts(RAGGED)
+    for value in (5, "end", [1.5], [[1]]):
+        refuse(lm, x, TypeError, "`stop_token_ids`", stop_token_ids=value)
+    refuse(lm, x, ValueError, "no preprocessor", stop_token_ids="auto")
+
+
+def test_samplers_that_do_not_fit(lm):
+    with pytest.raises(TypeError, match="`sampler` must be"):
+        lm.compile(sampler=3)
+    other = CausalLM(lm.backbone)
+    sampler = keras_hub.samplers.BeamSampler(num_beams=2, return_all_beams=True)
+    other.compile(sampler=sampler)
+    refuse(other, prompts(RAGGED), ValueError, "return_all_beams=False", max_length=9)
+    other.compile(sampler=keras_hub.samplers.SpeculativeSampler())
+    refuse(other, prompts(RAGGED), ValueError, "SpeculativeSampler", max_length=9)
+
+
+def test_a_model_that_was_not_compiled(lm):
+    other = CausalLM(lm.backbone, compile=False)
+    refuse(other, prompts(RAGGED), ValueError, "not compiled", max_length=9)

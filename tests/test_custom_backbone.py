@@ -1,0 +1,385 @@
+"""`CustomBackbone`: hooks by depth, other ways through the blocks, training."""
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+
+from attention import MultiHeadAttention, RotaryAttention, call_sites
+from blocks import CausalLM, CustomBackbone, CustomDecoder, GatedFeedForward
+from tests.models import (
+    PACKAGE,
+    RAGGED,
+    VOCABULARY_SIZE,
+    brute_force_greedy,
+    make_backbone,
+    make_lm,
+    prompts,
+    randomize,
+    rows_of,
+    to_numpy,
+)
+
+
+def check_generation(lm, length=12):
+    outputs = lm.generate(prompts(RAGGED), stop_token_ids=None, max_length=length)
+    assert rows_of(outputs) == brute_force_greedy(lm, RAGGED, [length] * 3)
+
+
+# === Hooks ===
+
+
+@keras.saving.register_keras_serializable(package=PACKAGE)
+class AlternatingBackbone(CustomBackbone):
+    """Each hook is given the depth."""
+
+    def create_attention_layer(self, inputs_shape, layer_index):
+        if layer_index % 2:
+            return RotaryAttention(self.num_heads, 2)
+        return MultiHeadAttention(self.num_heads)
+
+    def create_ffn(self, inputs_shape, layer_index):
+        if layer_index == 0:
+            return GatedFeedForward(self.intermediate_dim)
+        return super().create_ffn(inputs_shape, layer_index)
+
+    def create_norm(self, inputs_shape, layer_index):
+        assert tuple(inputs_shape)[-1] == self.hidden_dim
+        epsilon = 10.0 ** -(layer_index + 3)
+        return keras.layers.LayerNormalization(epsilon=epsilon)
+
+
+def test_hooks_know_the_depth():
+    backbone = make_backbone(AlternatingBackbone)
+    first, second = backbone.transformer_layers
+    assert type(first.self_attention) is MultiHeadAttention
+    assert type(second.self_attention) is RotaryAttention
+    assert type(first.ffn) is GatedFeedForward
+    assert type(second.ffn) is not GatedFeedForward
+    assert [
+        first.attention_norm.epsilon,
+        second.ffn_norm.epsilon,
+        backbone.layer_norm.epsilon,
+    ] == [1e-3, 1e-4, 1e-5]
+    check_generation(make_lm(backbone))
+
+
+class RotaryDecoder(CustomDecoder):
+    def create_attention_layer(self, inputs_shape):
+        return RotaryAttention(self.num_heads, self.num_key_value_heads)
+
+
+@keras.saving.register_keras_serializable(package=PACKAGE)
+class OtherBlocksBackbone(CustomBackbone):
+    def create_decoder(self, layer_index):
+        return RotaryDecoder(self.intermediate_dim, self.num_heads)
+
+    def create_final_norm(self):
+        return keras.layers.RMSNormalization()
+
+
+def test_other_blocks():
+    backbone = make_backbone(OtherBlocksBackbone, learned_positions=False)
+    assert backbone.position_embedding is None
+    assert [type(x) for x in backbone.transformer_layers] == [RotaryDecoder] * 2
+    assert type(backbone.layer_norm) is keras.layers.RMSNormalization
+    assert all(
+        w.path.startswith(("token_embedding", "transformer_layer_", "layer_norm"))
+        for w in backbone.weights
+        if "seed" not in w.path
+    )
+
+
+@keras.saving.register_keras_serializable(package=PACKAGE)
+class SharedBlockBackbone(CustomBackbone):
+    """ALBERT: one block at every depth."""
+
+    def create_decoder(self, layer_index):
+        if layer_index == 0:
+            self.shared = super().create_decoder(0)
+        return self.shared
+
+
+def test_one_block_at_every_depth(tmp_path):
+    backbone = make_backbone(SharedBlockBackbone, num_layers=3)
+    single = make_backbone(num_layers=1)
+    assert backbone.count_params() == single.count_params()
+    # Each depth has a cache of its own: with one, the others would be lost.
+    assert len(call_sites(backbone)) == 1 + 3
+    lm = make_lm(backbone)
+    check_generation(lm)
+    lm.save(tmp_path / "shared.keras")
+    restored = keras.models.load_model(tmp_path / "shared.keras")
+    x = prompts(RAGGED)
+    np.testing.assert_allclose(to_numpy(restored(x)), to_numpy(lm(x)), atol=1e-5)
+
+
+@keras.saving.register_keras_serializable(package=PACKAGE)
+class ScaledEmbedding(keras.layers.ReversibleEmbedding):
+    """Gemma's: embeddings are scaled on the way in."""
+
+    def call(self, inputs, reverse=False):
+        outputs = super().call(inputs, reverse=reverse)
+        return outputs if reverse else outputs * self.output_dim**0.5
+
+
+@keras.saving.register_keras_serializable(package=PACKAGE)
+class ScaledEmbeddingBackbone(CustomBackbone):
+    def create_embedding(self):
+        return ScaledEmbedding(self.vocabulary_size, self.hidden_dim)
+
+    def create_position_embedding(self):
+        return None
+
+    def create_attention_layer(self, inputs_shape, layer_index):
+        return RotaryAttention(self.num_heads)
+
+
+def test_embedding_hooks():
+    backbone = make_backbone(ScaledEmbeddingBackbone)
+    assert type(backbone.token_embedding) is ScaledEmbedding
+    assert backbone.position_embedding is None
+    embeddings = to_numpy(backbone.token_embedding.embeddings)
+    np.testing.assert_allclose(
+        to_numpy(backbone.token_embedding(np.array([[3]])))[0, 0],
+        embeddings[3] * 4.0,
+        rtol=1e-5,
+    )
+    check_generation(make_lm(backbone))
+    # Without learned positions there is no limit of `max_sequence_length`.
+    lm = make_lm(backbone)
+    row = [t % VOCABULARY_SIZE for t in range(70)]
+    outputs = lm.generate(prompts([row]), stop_token_ids=None, max_new_tokens=3)
+    assert len(rows_of(outputs)[0]) == 73 > backbone.max_sequence_length
+
+
+@keras.saving.register_keras_serializable(package=PACKAGE)
+class SkippingBackbone(CustomBackbone):
+    """Values flow between blocks: the embeddings, and the first block's outputs."""
+
+    def transform(self, x, padding_mask):
+        first = None
+        embedded = x
+        for decoder in self.transformer_layers:
+            x = decoder(x, padding_mask=padding_mask)
+            first = x if first is None else first
+            x = x + 0.5 * first - 0.25 * embedded
+        return x
+
+
+def test_values_that_flow_between_blocks():
+    lm = make_lm(make_backbone(SkippingBackbone, num_layers=3))
+    plain = make_lm(make_backbone(num_layers=3))
+    x = prompts(RAGGED)
+    assert np.abs(to_numpy(lm(x)) - to_numpy(plain(x))).max() > 0.1
+    check_generation(lm)
+
+
+@keras.saving.register_keras_serializable(package=PACKAGE)
+class ScaleBackbone(CustomBackbone):
+    """An argument of its own, which its hook reads."""
+
+    def __init__(self, *args, scale=1.0, **kwargs):
+        self.scale = scale
+        super().__init__(*args, **kwargs)
+
+    def create_attention_layer(self, inputs_shape, layer_index):
+        return MultiHeadAttention(self.num_heads, scale=self.scale)
+
+    def get_config(self):
+        return {**super().get_config(), "scale": self.scale}
+
+
+class LateBackbone(ScaleBackbone):
+    def __init__(self, *args, scale=1.0, **kwargs):
+        CustomBackbone.__init__(self, *args, **kwargs)
+        self.scale = scale
+
+
+def test_an_argument_of_a_subclass():
+    backbone = make_backbone(ScaleBackbone, scale=0.25, dropout=0.1, name="scaled")
+    assert backbone.transformer_layers[1].self_attention.scale == 0.25
+    config = backbone.get_config()
+    restored = ScaleBackbone.from_config(config)
+    assert restored.get_config() == config
+    assert restored.scale == 0.25
+    assert restored.name == "scaled"
+
+
+def test_an_argument_that_is_set_too_late():
+    with pytest.raises(AttributeError) as error:
+        make_backbone(LateBackbone, scale=0.25)
+    assert "`LateBackbone.create_attention_layer` read `self.scale`" in str(error.value)
+    assert "before `super().__init__(...)`" in str(error.value)
+
+
+def test_config_round_trip():
+    backbone = CustomBackbone(
+        vocabulary_size=50,
+        num_layers=1,
+        num_heads=4,
+        hidden_dim=8,
+        intermediate_dim=16,
+        num_key_value_heads=2,
+        max_sequence_length=32,
+        dropout=0.2,
+        layer_norm_epsilon=1e-3,
+        learned_positions=False,
+        tie_word_embeddings=False,
+        dtype="mixed_bfloat16",
+        trainable=False,
+    )
+    config = backbone.get_config()
+    restored = CustomBackbone.from_config(config)
+    assert restored.get_config() == config
+    assert restored.trainable is False
+    assert restored.transformer_layers[0].compute_dtype == "bfloat16"
+    assert restored.transformer_layers[0].self_attention.num_key_value_heads == 2
+
+
+def test_the_names_of_weights_are_the_same_in_every_model():
+    first, second = make_backbone(), make_backbone()
+    assert [w.path for w in first.weights] == [w.path for w in second.weights]
+    assert len({w.path for w in first.weights}) == len(first.weights)
+
+
+# === Training, and never a stale generation ===
+
+
+@pytest.fixture(scope="module")
+def training_lm():
+    return make_lm(make_backbone(num_layers=1))
+
+
+def fit(lm, **kwargs):
+    tokens = np.tile(np.arange(20, 32, dtype="int32"), (4, 1))
+    x = {"token_ids": tokens[:, :-1], "padding_mask": np.ones((4, 11), "int32")}
+    lm.fit(x, tokens[:, 1:], verbose=0, **kwargs)
+
+
+class FreshSnapshots(keras.callbacks.Callback):
+    """Generates after each epoch, as people do to see how it is going."""
+
+    def __init__(self):
+        super().__init__()
+        self.matches = []
+
+    def on_epoch_end(self, epoch, logs=None):
+        x = prompts([[20, 21]])
+        outputs = self.model.generate(x, stop_token_ids=None, max_length=8)
+        wanted = brute_force_greedy(self.model, [[20, 21]], [8])
+        self.matches.append((rows_of(outputs) == wanted, rows_of(outputs)))
+
+
+def test_generation_sees_each_epoch(training_lm):
+    callback = FreshSnapshots()
+    fit(training_lm, epochs=3, callbacks=[callback])
+    assert [match for match, _ in callback.matches] == [True] * 3
+    assert callback.matches[0][1] != callback.matches[-1][1]
+
+
+def test_generation_after_fit_and_load_weights(training_lm, tmp_path):
+    lm = training_lm
+    x = prompts(RAGGED)
+
+    def generate():
+        return rows_of(lm.generate(x, stop_token_ids=None, max_length=12))
+
+    before = generate()
+    lm.save_weights(tmp_path / "before.weights.h5")
+    fit(lm, epochs=4)
+    assert generate() == brute_force_greedy(lm, RAGGED, [12] * 3)
+    assert generate() != before
+    lm.load_weights(tmp_path / "before.weights.h5")
+    assert generate() == before
+    randomize(lm, seed=5)
+    assert generate() == brute_force_greedy(lm, RAGGED, [12] * 3)
+
+
+def test_lora_trains_its_own_weights_only():
+    lm = make_lm(make_backbone(num_layers=1))
+    check_generation(lm)
+    lm.enable_lora(2)
+    lm.compile(optimizer=keras.optimizers.Adam(0.1), sampler="greedy")
+    names = [w.path for w in lm.trainable_weights]
+    assert names
+    assert all("lora" in name for name in names)
+    before = {w.path: to_numpy(w) for w in lm.weights}
+    first = lm.generate(prompts(RAGGED), stop_token_ids=None, max_length=12)
+    fit(lm, epochs=6)
+    changed = {
+        w.path for w in lm.weights if not np.array_equal(before[w.path], to_numpy(w))
+    }
+    assert changed
+    assert all("lora" in path for path in changed)
+    check_generation(lm)
+    after = lm.generate(prompts(RAGGED), stop_token_ids=None, max_length=12)
+    assert rows_of(first) != rows_of(after)
+
+
+def test_lora_without_a_target():
+    backbone = make_backbone(num_layers=1)
+    with pytest.raises(ValueError, match="named one of \\['wuery'\\]"):
+        backbone.enable_lora(2, target_layer_names=["wuery"])
+    backbone = make_backbone(num_layers=1)
+    backbone.enable_lora(2, target_layer_names=["intermediate"])
+    assert {w.path.split("/")[2] for w in backbone.trainable_weights} == {
+        "intermediate"
+    }
+
+
+def test_lora_without_compiling_again():
+    lm = make_lm(make_backbone(num_layers=1))
+    x = prompts(RAGGED)
+    lm.generate(x, stop_token_ids=None, max_length=12)
+    lm.backbone.enable_lora(2)
+    for weight in lm.backbone.trainable_weights:
+        weight.assign(np.full(tuple(weight.shape), 0.5))
+    check_generation(lm)
+
+
+def test_quantization_is_noticed():
+    lm = make_lm(make_backbone(num_layers=1))
+    check_generation(lm)
+    lm.quantize("int8")
+    assert any(w.dtype == "int8" for w in lm.weights)
+    check_generation(lm)
+
+
+def test_other_samplers_and_other_settings_are_noticed(training_lm):
+    lm = training_lm
+    x = prompts(RAGGED)
+
+    def generate():
+        return rows_of(lm.generate(x, stop_token_ids=None, max_length=12))
+
+    lm.compile(sampler="greedy")
+    greedy = generate()
+    lm.compile(sampler=keras_hub.samplers.TopKSampler(k=1))
+    assert generate() == greedy
+    lm.sampler.k = 40
+    lm.sampler.temperature = 50.0
+    assert generate() != greedy
+    lm.sampler.temperature = 1e-4
+    assert generate() == greedy
+    lm.compile(sampler="greedy")
+    assert generate() == greedy
+
+
+class CappedLM(CausalLM):
+    """A head of its own: the most likely token of the plain one is forbidden."""
+
+    def compute_logits(self, hidden_states):
+        logits = super().compute_logits(hidden_states)
+        return keras.ops.negative(logits)
+
+
+def test_a_head_of_its_own():
+    backbone = make_backbone(num_layers=1)
+    lm = CappedLM(backbone)
+    lm.compile(sampler="greedy")
+    check_generation(lm)
+    x = prompts(RAGGED)
+    np.testing.assert_allclose(
+        to_numpy(lm(x)), -to_numpy(make_lm(backbone)(x)), atol=1e-5
+    )

@@ -1,0 +1,195 @@
+"""`CausalLMPreprocessor`: strings into `fit` and `generate`, with any tokenizer."""
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from blocks import CausalLMPreprocessor
+from tests.models import byte_preprocessor, make_backbone, make_lm, to_numpy
+
+
+def word_tokenizer(**kwargs):
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "quick", "fox", "##es"]
+    return keras_hub.tokenizers.WordPieceTokenizer(
+        vocabulary=vocabulary, lowercase=True, **kwargs
+    )
+
+
+def bpe_tokenizer():
+    vocabulary = {"<s>": 0, "</s>": 1, "a": 2, "b": 3, "Ġ": 4, "ab": 5, "Ġa": 6}
+    return keras_hub.tokenizers.BytePairTokenizer(
+        vocabulary=vocabulary,
+        merges=["a b", "Ġ a"],
+        unsplittable_tokens=["<s>", "</s>"],
+    )
+
+
+def as_lists(*arrays):
+    return [to_numpy(x).astype(int).tolist() for x in arrays]
+
+
+def test_samples_are_shifted_and_padding_is_left_out():
+    preprocessor = byte_preprocessor(sequence_length=6)
+    x, y, sample_weight = preprocessor(["abc", "abcdefghi"])
+    tokens, mask = as_lists(x["token_ids"], x["padding_mask"])
+    targets, weights = as_lists(y, sample_weight)
+    assert tokens == [[97, 98, 99, 1, 0, 0], [97, 98, 99, 100, 101, 102]]
+    assert mask == [[1, 1, 1, 1, 0, 0], [1] * 6]
+    assert targets == [[98, 99, 1, 0, 0, 0], [98, 99, 100, 101, 102, 1]]
+    # The end token is learned; nothing is learned behind it.
+    assert weights == [[1, 1, 1, 0, 0, 0], [1] * 6]
+
+
+def test_special_tokens_by_name_and_by_id():
+    for start, end, pad in (("[CLS]", "[SEP]", 0), (2, np.int64(3), 0)):
+        preprocessor = CausalLMPreprocessor(
+            word_tokenizer(), 6, start_token=start, end_token=end, pad_token_id=pad
+        )
+        assert (preprocessor.start_token_id, preprocessor.end_token_id) == (2, 3)
+        x, y, _ = preprocessor(["the fox"])
+        assert as_lists(x["token_ids"], y) == [
+            [[2, 4, 6, 3, 0, 0]],
+            [[4, 6, 3, 0, 0, 0]],
+        ]
+    without = CausalLMPreprocessor(
+        word_tokenizer(),
+        6,
+        start_token=2,
+        end_token=3,
+        pad_token_id=7,
+        add_start_token=False,
+        add_end_token=False,
+    )
+    x, _, _ = without(["the fox"])
+    assert as_lists(x["token_ids"]) == [[[4, 6, 7, 7, 7, 7]]]
+
+
+def test_a_tokenizer_without_special_tokens():
+    preprocessor = CausalLMPreprocessor(bpe_tokenizer(), 4)
+    assert preprocessor.start_token_id is None
+    assert preprocessor.end_token_id is None
+    x, y, _ = preprocessor(["ab a"])
+    assert as_lists(x["token_ids"], y) == [[[5, 6, 0, 0]], [[6, 0, 0, 0]]]
+
+
+def test_the_special_tokens_of_keras_hubs_tokenizers_are_taken():
+    vocabulary = {"<|endoftext|>": 0, "a": 1, "b": 2, "c": 3, "bc": 4}
+    tokenizer = keras_hub.tokenizers.GPT2Tokenizer(
+        vocabulary=vocabulary, merges=["b c"]
+    )
+    preprocessor = CausalLMPreprocessor(tokenizer, 5)
+    assert preprocessor.end_token_id == preprocessor.start_token_id == 0
+    x, _, _ = preprocessor(["ab"])
+    assert as_lists(x["token_ids"], x["padding_mask"]) == [
+        [[0, 1, 2, 0, 0]],
+        [[1, 1, 1, 1, 0]],
+    ]
+
+
+def test_graph_mode_and_batches():
+    preprocessor = byte_preprocessor(sequence_length=6)
+    texts = ["abc", "abcdefghi", "x"]
+    eager = preprocessor(texts)
+    dataset = tf.data.Dataset.from_tensor_slices(texts)
+    for mapped in (
+        dataset.batch(3).map(preprocessor),
+        dataset.map(preprocessor).batch(3),
+    ):
+        batch = next(iter(mapped))
+        keras.tree.map_structure(
+            lambda a, b: np.testing.assert_array_equal(to_numpy(a), to_numpy(b)),
+            tuple(eager),
+            tuple(batch),
+        )
+
+
+def test_fit_on_raw_strings():
+    preprocessor = byte_preprocessor(sequence_length=12)
+    lm = make_lm(make_backbone(num_layers=1, vocabulary_size=256), preprocessor)
+    texts = ["hello world", "hello keras"] * 4
+    first = lm.fit(texts, batch_size=4, epochs=1, verbose=0).history["loss"][0]
+    dataset = tf.data.Dataset.from_tensor_slices(texts).batch(4).repeat(12)
+    last = lm.fit(dataset, epochs=1, verbose=0).history["loss"][0]
+    assert last < first
+    # The loss is the mean over real targets: the same by hand.
+    x, y, weight = preprocessor(texts)
+    logits = to_numpy(lm({k: to_numpy(v) for k, v in x.items()})).astype("float64")
+    logits -= np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    y, weight = to_numpy(y), to_numpy(weight).astype("float64")
+    losses = -np.take_along_axis(logits, y[..., None], axis=-1)[..., 0]
+    evaluated = lm.evaluate(texts, batch_size=8, verbose=0, return_dict=True)
+    np.testing.assert_allclose(
+        evaluated["loss"], (losses * weight).sum() / weight.size, rtol=1e-3
+    )
+
+
+def test_prompts_and_back():
+    preprocessor = byte_preprocessor(sequence_length=6)
+    x = preprocessor.generate_preprocess(["abc", "d"], sequence_length=5)
+    tokens, mask = as_lists(x["token_ids"], x["padding_mask"])
+    assert tokens == [[97, 98, 99, 0, 0], [100, 0, 0, 0, 0]]
+    assert mask == [[1, 1, 1, 0, 0], [1, 0, 0, 0, 0]]
+    assert preprocessor.generate_postprocess(x) == ["abc", "d"]
+    one = preprocessor.generate_preprocess("abc")
+    assert to_numpy(one["token_ids"]).shape == (6,)
+    assert preprocessor.generate_postprocess(one) == "abc"
+
+
+def test_special_tokens_are_not_part_of_the_text():
+    preprocessor = CausalLMPreprocessor(
+        word_tokenizer(), 6, start_token="[CLS]", end_token="[SEP]"
+    )
+    x = preprocessor.generate_preprocess(["the foxes"])
+    assert as_lists(x["token_ids"]) == [[[2, 4, 6, 7, 0, 0]]]
+    assert preprocessor.generate_postprocess(x) == ["the foxes"]
+    ended = {
+        "token_ids": np.array([[2, 5, 3, 0], [0, 0, 0, 0]]),
+        "padding_mask": np.array([[1, 1, 1, 0], [0, 0, 0, 0]]),
+    }
+    assert preprocessor.generate_postprocess(ended) == ["quick", ""]
+
+
+def test_config_round_trip():
+    preprocessor = CausalLMPreprocessor(
+        word_tokenizer(),
+        7,
+        start_token="[CLS]",
+        end_token=3,
+        pad_token_id=1,
+        add_start_token=False,
+        name="texts",
+    )
+    restored = CausalLMPreprocessor.from_config(preprocessor.get_config())
+    assert restored.get_config() == preprocessor.get_config()
+    assert restored.sequence_length == 7
+    assert restored.pad_token_id == 1
+    assert restored.add_start_token is False
+
+
+def test_sequence_length_may_be_set_later():
+    preprocessor = byte_preprocessor(sequence_length=6)
+    preprocessor(["abc"])
+    preprocessor.sequence_length = 4
+    x, _, _ = preprocessor(["abcdef"])
+    assert as_lists(x["token_ids"]) == [[[97, 98, 99, 100]]]
+
+
+@pytest.mark.parametrize("name", ["start_token", "end_token"])
+def test_unknown_tokens(name):
+    with pytest.raises(ValueError, match=f"`{name}='\\[END\\]'` is not in"):
+        CausalLMPreprocessor(word_tokenizer(), 6, **{name: "[END]"})
+    with pytest.raises(ValueError, match=f"{name}=8"):
+        CausalLMPreprocessor(word_tokenizer(), 6, **{name: 8})
+
+
+def test_wrong_arguments():
+    with pytest.raises(TypeError, match="`tokenizer` must be a"):
+        CausalLMPreprocessor("gpt2")
+    with pytest.raises(TypeError, match='dtype="int32"'):
+        CausalLMPreprocessor(word_tokenizer(dtype="string"))
+    with pytest.raises(ValueError, match="`sequence_length`"):
+        CausalLMPreprocessor(word_tokenizer(), 0)
+    with pytest.raises(ValueError, match="pad_token_id=-1"):
+        CausalLMPreprocessor(word_tokenizer(), 4, pad_token_id=-1)
