@@ -316,7 +316,8 @@ class CausalLM(keras_hub.models.CausalLM):
             ValueError: if a class is not registered with Keras, so that the
                 preset could not be loaded again. Nothing is written then.
         """
-        check_registered(self, self.backbone, self.preprocessor)
+        tokenizer = getattr(self.preprocessor, "tokenizer", None)
+        check_registered(self, self.backbone, self.preprocessor, tokenizer)
         super().save_to_preset(preset_dir, max_shard_size=max_shard_size)
 
     @classmethod

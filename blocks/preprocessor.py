@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import numbers
+import os
 import warnings
 from typing import Any
 
@@ -196,6 +198,33 @@ class CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
             kept = [int(t) for t in tokens[real] if int(t) not in special]
             texts.append(_to_text(self.tokenizer.detokenize([kept])) if kept else "")
         return texts
+
+    def save_to_preset(self, preset_dir: str) -> None:
+        """Saves the preprocessor and its tokenizer to a folder.
+
+        Args:
+            preset_dir: str. The folder; it is made if need be.
+        """
+        if self.tokenizer.file_assets:
+            super().save_to_preset(preset_dir)
+            return
+        # KerasHub asks each tokenizer for files. One without a vocabulary (of
+        # bytes, of code points) has none: all of it is in the configuration.
+        config = keras.saving.serialize_keras_object(self)
+        config.pop("build_config", None)
+        os.makedirs(preset_dir, exist_ok=True)
+        path = os.path.join(preset_dir, self.config_file)
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(config, file, indent=4)
+
+    def load_preset_assets(self, preset: str) -> None:
+        """Loads the tokenizer's files, if it has any.
+
+        Args:
+            preset: str. The folder.
+        """
+        if self.tokenizer.file_assets:
+            super().load_preset_assets(preset)
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()

@@ -170,6 +170,9 @@ def _load_preprocessor(folder: str, task_config: dict[str, Any]) -> Any:
         return None
     config = _read_json(folder, "preprocessor.json")
     _find_class(folder, config)
+    tokenizer = config["config"].get("tokenizer")
+    if isinstance(tokenizer, dict) and "registered_name" in tokenizer:
+        _find_class(folder, tokenizer)
     preprocessor = keras.saving.deserialize_keras_object(config)
     if hasattr(preprocessor, "load_preset_assets"):
         _load(
