@@ -14,6 +14,7 @@ from keras import ops, tree
 
 from attention.cache_scope import active_scope, hide_scope
 from attention.validation import (
+    MADE_UP_SIZES,
     check_cache,
     check_padding_mask,
     check_updated_cache,
@@ -216,6 +217,19 @@ class CachedLayer(keras.layers.Layer):
             self._inherit_padding_mask(kwargs, shape)
         if self._has_position_limit:
             self._check_length(inputs, kwargs, cache, index)
+        symbolic = isinstance(inputs, keras.KerasTensor)
+        if symbolic and keras.config.backend() == "torch":
+            run = contextvars.copy_context().run
+            return run(self._call_on_stand_ins, args, kwargs, cache, index, inputs)
+        return self._call_checked(args, kwargs, cache, index, inputs)
+
+    def _call_on_stand_ins(self, *arguments: Any) -> Any:
+        MADE_UP_SIZES.set(True)
+        return self._call_checked(*arguments)
+
+    def _call_checked(
+        self, args: tuple, kwargs: dict, cache: Any, index: Any, inputs: Any
+    ) -> Any:
         if cache is None:
             with hide_scope():
                 return super().__call__(*args, **kwargs)

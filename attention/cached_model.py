@@ -42,7 +42,7 @@ def call_sites(model: keras.Model, inputs: Any = None) -> tuple[CachedLayer, ...
     """
     if not isinstance(model, keras.layers.Layer):
         raise TypeError(
-            f"`model` must be a Keras model or layer. Received: {describe(model)}"
+            f"`model` must be a Keras model or layer. Received: model={describe(model)}"
         )
     if not model.built:
         raise ValueError(

@@ -18,7 +18,11 @@ from attention.dot_product import (
     scale_query,
 )
 from attention.key_value_cache import FullCache, token_positions
-from attention.position_schemes import PositionScheme, check_position
+from attention.position_schemes import (
+    PositionScheme,
+    check_position,
+    serialize_position,
+)
 from attention.validation import (
     check_fraction,
     check_positive_int,
@@ -147,6 +151,8 @@ class GroupedQueryAttention(CachedLayer):
         self.dropout = check_fraction("dropout", dropout)
         self.use_bias = bool(use_bias)
         self.position = check_position(position)
+        if self.position is not None:
+            self.position.num_layers += 1
         self.causal = bool(causal)
         if scale is not None and not isinstance(scale, numbers.Real):
             raise TypeError(
@@ -359,7 +365,7 @@ class GroupedQueryAttention(CachedLayer):
             value_dim=self.value_dim,
             dropout=self.dropout,
             use_bias=self.use_bias,
-            position=keras.saving.serialize_keras_object(self.position),
+            position=serialize_position(self.position),
             causal=self.causal,
             scale=self.scale,
             kernel_initializer=keras.initializers.serialize(self.kernel_initializer),

@@ -40,6 +40,11 @@ class PositionScheme(keras.layers.Layer):
     True
     """
 
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        # How many attention layers hold this scheme; they share its weights.
+        self.num_layers = 0
+
     def build(self, num_heads: int) -> None:
         """Creates weights, if any, for this number of query heads."""
 
@@ -132,10 +137,10 @@ class RotaryPosition(PositionScheme):
     ) -> None:
         super().__init__(**kwargs)
         self.max_wavelength = max_wavelength
-        # Keras would take a dict for a structure of sublayers.
-        self._scaling = None if scaling is None else tuple(dict(scaling).items())
         # An early error for arguments no head size could make right.
         rotary_frequencies(2, max_wavelength, scaling)
+        # Keras would take a dict for a structure of sublayers.
+        self._scaling = None if scaling is None else tuple(scaling.items())
 
     @property
     def scaling(self) -> dict[str, Any] | None:
@@ -160,6 +165,7 @@ class RotaryPosition(PositionScheme):
 def _rotate(x: Any, positions: Any, frequencies: np.ndarray, magnitude: float) -> Any:
     """Rotates `(batch, length, heads, dim)` by `(length,)` or `(batch, length)`."""
     # Angles of positions in the thousands need float32.
+    frequencies = ops.convert_to_tensor(frequencies)
     angles = ops.cast(positions, "float32")[..., None] * frequencies
     angles = angles[..., None, :]
     cos = ops.cast(ops.cos(angles) * magnitude, x.dtype)
@@ -314,7 +320,7 @@ class AlibiBias(PositionScheme):
     def bias(self, query_positions: Any, key_positions: Any) -> Any:
         relative = key_positions[..., None, :] - query_positions[..., :, None]
         distance = ops.expand_dims(ops.cast(ops.abs(relative), "float32"), -3)
-        return -distance * self.slopes[:, None, None]
+        return -distance * ops.convert_to_tensor(self.slopes[:, None, None])
 
 
 def _alibi_slopes(num_heads: int) -> np.ndarray:
@@ -323,6 +329,19 @@ def _alibi_slopes(num_heads: int) -> np.ndarray:
     slopes = [2.0 ** (-8 * (i + 1) / power) for i in range(power)]
     between = [2.0 ** (-4 * (i + 1) / power) for i in range(0, 2 * power, 2)]
     return np.array((slopes + between)[:num_heads], dtype="float32")
+
+
+def serialize_position(position: PositionScheme | None) -> dict[str, Any] | None:
+    """The configuration of a scheme, marked where several layers hold it.
+
+    Keras shares an object of a file again when it finds this mark. It makes it
+    by itself for objects that are found again in the same structure, but not
+    for those that a `get_config` has serialized already.
+    """
+    config = keras.saving.serialize_keras_object(position)
+    if position is not None and position.num_layers > 1:
+        config["shared_object_id"] = id(position)
+    return config
 
 
 def check_position(position: Any) -> PositionScheme | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import numbers
 from typing import Any
 
@@ -9,17 +10,18 @@ import keras
 import numpy as np
 from keras import ops, tree
 
+# Whether a layer runs on stand-ins for tensors whose sizes are not known.
+MADE_UP_SIZES: contextvars.ContextVar[bool] = contextvars.ContextVar(
+    "keras_transformer_blocks_made_up_sizes", default=False
+)
+
 
 def describe(value: Any) -> str:
     """Describes a value by its types and shapes, never by a tensor's contents."""
     if value is None or isinstance(value, (bool, numbers.Number, str)):
         return repr(value)
     if hasattr(value, "shape") and hasattr(value, "dtype"):
-        try:
-            dtype = keras.backend.standardize_dtype(value.dtype)
-        except ValueError:  # NumPy's strings and objects are no dtypes of Keras.
-            dtype = str(value.dtype)
-        return f"{dtype} tensor of shape {tuple(value.shape)}"
+        return f"{dtype_name(value)} tensor of shape {tuple(value.shape)}"
     if isinstance(value, dict):
         inner = ", ".join(f"{k!r}: {describe(v)}" for k, v in value.items())
         return f"{{{inner}}}"
@@ -28,6 +30,14 @@ def describe(value: Any) -> str:
         more = f", ... {len(value)} in all" if len(value) > 3 else ""
         return f"{type(value).__name__}({shown}{more})"
     return f"an instance of {type(value).__name__}"
+
+
+def dtype_name(x: Any) -> str:
+    """The name of a tensor's dtype, also where it is none of Keras's."""
+    try:
+        return keras.backend.standardize_dtype(x.dtype)
+    except ValueError:
+        return str(x.dtype)
 
 
 def check_positive_int(name: str, value: Any) -> int:
@@ -57,10 +67,13 @@ def static_size(x: Any, axis: int) -> int | None:
     """The size of an axis, or `None` where it is not known, or a stand-in.
 
     While Keras works out the outputs of a layer, unknown sizes are symbols on
-    JAX and made-up numbers on torch's meta device.
+    JAX. On torch they are made-up numbers: on the meta device, or on another
+    one where the meta device can't compute something.
     """
     shape = getattr(x, "shape", ())
     if len(shape) <= axis or getattr(getattr(x, "device", None), "type", "") == "meta":
+        return None
+    if MADE_UP_SIZES.get() and not isinstance(x, keras.KerasTensor):
         return None
     size = shape[axis]
     return size if isinstance(size, int) else None
@@ -181,17 +194,16 @@ def check_cache(
         fixed = [
             a if a == b else None for a, b in zip(tuple(one.shape), tuple(two.shape))
         ]
-        dtype = keras.backend.standardize_dtype
         matches = (
             hasattr(leaf, "dtype")
-            and dtype(leaf.dtype) == dtype(one.dtype)
+            and dtype_name(leaf) == dtype_name(one)
             and _same_shape(shape, tuple(fixed))
         )
         if not matches:
             raise ValueError(
                 f"`cache` was not made by layer '{layer_name}': one of its "
                 f"tensors is a {describe(leaf)}, where this layer's have dtype "
-                f"{dtype(one.dtype)} and shape {tuple(fixed)} (None: any size). "
+                f"{dtype_name(one)} and shape {tuple(fixed)} (None: any size). "
                 "Create it with `create_cache` of the layer you are calling, "
                 "and again after its dtype policy has changed."
             )
@@ -212,12 +224,11 @@ def check_updated_cache(layer_name: str, cache: Any, outputs: Any) -> None:
             f"then return `(outputs, cache)`. It returned {describe(outputs)}."
         )
     updated = outputs[1]
-    dtype = keras.backend.standardize_dtype
     same = _same_structure(cache, updated) and all(
         hasattr(b, "shape")
         and hasattr(b, "dtype")
         and _same_shape(tuple(a.shape), tuple(b.shape))
-        and dtype(a.dtype) == dtype(b.dtype)
+        and dtype_name(a) == dtype_name(b)
         for a, b in zip(tree.flatten(cache), tree.flatten(updated))
     )
     if not same:

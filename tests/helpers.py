@@ -81,10 +81,10 @@ def make(name, seed=0):
     return randomize(layer, seed)
 
 
-def randomize(layer, seed=0):
+def randomize(layer, seed=0, scale=0.4):
     rng = np.random.default_rng(seed)
     for variable in layer.weights:
-        variable.assign(rng.normal(scale=0.4, size=tuple(variable.shape)))
+        variable.assign(rng.normal(scale=scale, size=tuple(variable.shape)))
     return layer
 
 

@@ -1,0 +1,458 @@
+"""Bad input: each error names the argument, what was received, and what to do."""
+
+import re
+
+import keras
+import numpy as np
+import pytest
+from helpers import BATCH, LENGTH, LLAMA3, WIDTH, YARN, make, sample
+from keras import ops
+
+from attention import (
+    AlibiBias,
+    CachedLayer,
+    CacheScope,
+    CompositeCachedLayer,
+    GroupedQueryAttention,
+    MultiHeadAttention,
+    MultiQueryAttention,
+    NewCacheScope,
+    PositionEmbedding,
+    PositionScheme,
+    RelativePositionBias,
+    RotaryAttention,
+    RotaryPosition,
+    T5Attention,
+    call_sites,
+    call_with_cache,
+    create_cache,
+    grow_cache,
+)
+
+# A value no message may contain.
+SECRET = 0.123456
+
+
+def secret(*shape, dtype="float32"):
+    return np.full(shape, SECRET).astype(dtype)
+
+
+def raises(kind, *parts):
+    """All parts must stand in the message, and no contents of a tensor."""
+    pattern = "".join(f"(?=.*{re.escape(part)})" for part in parts)
+    return pytest.raises(kind, match=rf"(?s)^(?!.*{SECRET}){pattern}")
+
+
+@pytest.fixture
+def layer():
+    return make("grouped")
+
+
+@pytest.fixture
+def cache(layer):
+    return layer.create_cache(BATCH, LENGTH)
+
+
+@pytest.mark.parametrize(
+    "create, kind, parts",
+    [
+        (lambda: GroupedQueryAttention(4, 3), ValueError, ["num_heads=4", "divisible"]),
+        (lambda: GroupedQueryAttention(2, 4), ValueError, ["num_key_value_heads=4"]),
+        (lambda: RotaryAttention(4, 3), ValueError, ["num_key_value_heads=3"]),
+        (lambda: RotaryAttention(4, 0), ValueError, ["num_key_value_heads=0"]),
+        (lambda: MultiHeadAttention(0), ValueError, ["num_heads=0", "positive"]),
+        (lambda: MultiHeadAttention(-2), ValueError, ["num_heads=-2", "positive"]),
+        (lambda: MultiQueryAttention(2.0), TypeError, ["num_heads=2.0", "integer"]),
+        (lambda: T5Attention("4"), TypeError, ["num_heads='4'", "integer"]),
+        (lambda: MultiHeadAttention(True), TypeError, ["num_heads=True"]),
+        (lambda: MultiHeadAttention(2, key_dim=0), ValueError, ["key_dim=0"]),
+        (lambda: MultiHeadAttention(2, value_dim=-1), ValueError, ["value_dim=-1"]),
+        (lambda: MultiHeadAttention(2, dropout=1.0), ValueError, ["dropout=1.0"]),
+        (lambda: MultiHeadAttention(2, dropout="x"), ValueError, ["dropout='x'"]),
+        (lambda: MultiHeadAttention(2, scale="x"), TypeError, ["scale='x'"]),
+        (
+            lambda: MultiHeadAttention(2, position="rotary"),
+            TypeError,
+            ["position='rotary'", "RotaryPosition"],
+        ),
+        (
+            lambda: MultiHeadAttention(2, position=RotaryPosition),
+            TypeError,
+            ["`position` must be", "RotaryPosition"],
+        ),
+        (lambda: PositionEmbedding(0), ValueError, ["sequence_length=0"]),
+        (lambda: PositionEmbedding("8"), TypeError, ["sequence_length='8'"]),
+        (lambda: RotaryPosition(0), ValueError, ["max_wavelength=0", "positive"]),
+        (lambda: RotaryPosition("1e4"), ValueError, ["max_wavelength='1e4'"]),
+        (lambda: RotaryPosition(float("nan")), ValueError, ["max_wavelength=nan"]),
+        (lambda: RotaryPosition(scaling="linear"), TypeError, ["scaling='linear'"]),
+        (lambda: RotaryPosition(scaling={}), ValueError, ["rope_type", "linear"]),
+        (
+            lambda: RotaryPosition(scaling={"rope_type": "dynamic", "factor": 2}),
+            ValueError,
+            ["'dynamic'", "'yarn'"],
+        ),
+        (
+            lambda: RotaryPosition(scaling={"rope_type": "linear"}),
+            ValueError,
+            ["['factor']", "'linear'"],
+        ),
+        (
+            lambda: RotaryAttention(2, scaling={"rope_type": "linear", "factor": 0}),
+            ValueError,
+            ["positive", "['factor']"],
+        ),
+        (
+            lambda: RotaryPosition(scaling={**LLAMA3, "low_freq_factor": None}),
+            ValueError,
+            ["['low_freq_factor']", "'llama3'"],
+        ),
+        (
+            lambda: RotaryPosition(scaling={**LLAMA3, "low_freq_factor": 4.0}),
+            ValueError,
+            ["high_freq_factor", "larger"],
+        ),
+        (
+            lambda: RotaryPosition(scaling={**YARN, "beta_fast": "32"}),
+            ValueError,
+            ["['beta_fast']", "'yarn'"],
+        ),
+        (
+            lambda: RelativePositionBias(1),
+            ValueError,
+            ["num_buckets=1", "max_distance=128"],
+        ),
+        (
+            lambda: RelativePositionBias(2, bidirectional=True),
+            ValueError,
+            ["num_buckets=2", "bidirectional=True"],
+        ),
+        (lambda: T5Attention(2, None, 32, 16), ValueError, ["max_distance=16"]),
+        (lambda: RelativePositionBias("8"), TypeError, ["num_buckets='8'"]),
+    ],
+)
+def test_arguments_of_constructors(create, kind, parts):
+    with raises(kind, *parts):
+        create()
+
+
+def test_width_that_heads_do_not_divide():
+    with raises(ValueError, "num_heads=3", str(WIDTH), "Pass `key_dim`"):
+        MultiHeadAttention(3)(sample())
+
+
+def test_inputs_of_another_rank():
+    with raises(ValueError, "(batch, length, width)", "(3, 16)"):
+        MultiHeadAttention(2)(secret(3, 16))
+    with raises(ValueError, "(batch, length, width)", "not the token ids"):
+        PositionEmbedding(8)(np.zeros((3, 5), "int32"))
+
+
+def test_odd_heads_can_not_be_rotated():
+    with raises(ValueError, "must be even", "key_dim=5"):
+        RotaryAttention(2, key_dim=5)(sample())
+
+
+def test_index_without_a_cache(layer):
+    with raises(ValueError, "without `cache`", "create_cache", "cache_update_index=3"):
+        layer(secret(BATCH, 4, WIDTH), cache_update_index=3)
+
+
+def test_cache_without_an_index(layer, cache):
+    x = secret(BATCH, 4, WIDTH)
+    with raises(ValueError, "without `cache_update_index`", "Pass the number"):
+        layer(x, cache=cache)
+    with raises(ValueError, "without `cache_update_index`"):
+        PositionEmbedding(8)(x, cache=())
+    with raises(ValueError, "cache_update_index=None"):
+        composite = make("composite")
+        composite(x, cache=composite.create_cache(BATCH, LENGTH))
+
+
+def test_a_cache_that_is_not_given_by_keyword(layer, cache):
+    with raises(TypeError, "`cache`", "keyword"):
+        layer(sample(length=4), None, None, None, None, cache, 0)
+
+
+def test_a_cache_for_another_batch_size(layer, cache):
+    with raises(ValueError, "batch_size=3", "2 rows", "batch_size=2"):
+        layer(secret(2, 4, WIDTH), cache=cache, cache_update_index=0)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda: make("multi_query").create_cache(BATCH, LENGTH),
+        lambda: make("value_dim").create_cache(BATCH, LENGTH),
+        lambda: make("composite").create_cache(BATCH, LENGTH),
+        lambda: (),
+        lambda: secret(BATCH, 2, LENGTH, 4),
+        lambda: {"key": secret(BATCH, 2, LENGTH, 4)},
+        lambda: {
+            k: secret(BATCH, 2, LENGTH, 4, dtype="float16") for k in ("key", "value")
+        },
+        lambda: {k: secret(BATCH, 2, LENGTH) for k in ("key", "value")},
+        lambda: {"key": 1.0, "value": 2.0},
+        lambda: {"key": np.array(["a"]), "value": np.array(["a"])},
+    ],
+)
+def test_a_cache_of_another_layer(layer, other):
+    with raises(ValueError, "`cache` was not made by layer 'grouped", "create_cache"):
+        layer(secret(BATCH, 4, WIDTH), cache=other(), cache_update_index=0)
+
+
+@pytest.mark.parametrize(
+    "index, kind, parts",
+    [
+        (-1, ValueError, ["cache_update_index", "negative", "-1"]),
+        (np.int64(-2), ValueError, ["negative", "-2"]),
+        (np.array([0, -1, 0]), ValueError, ["negative", "(3,)"]),
+        (1.0, TypeError, ["cache_update_index=1.0", "integer"]),
+        (True, TypeError, ["cache_update_index=True", "integer"]),
+        ("0", TypeError, ["cache_update_index='0'", "integer"]),
+        (np.float32(1), TypeError, ["integer"]),
+        (secret(BATCH), TypeError, ["integer dtype", "float32 tensor of shape (3,)"]),
+        (np.array(["a"] * 3), TypeError, ["integer dtype"]),
+        (np.zeros(2, "int32"), ValueError, ["3 rows", "(2,)"]),
+        (np.zeros((3, 1), "int32"), ValueError, ["3 rows", "(3, 1)"]),
+        ([0, 1], ValueError, ["3 rows", "(2,)"]),
+        (object(), TypeError, ["integer", "an instance of object"]),
+    ],
+)
+def test_wrong_indices(layer, cache, index, kind, parts):
+    with raises(kind, "`cache_update_index`", *parts):
+        layer(secret(BATCH, 1, WIDTH), cache=cache, cache_update_index=index)
+
+
+@pytest.mark.parametrize("index", [0, np.int32(0), np.zeros(3, "uint8"), [0, 0, 0]])
+def test_indices_of_all_integer_kinds(layer, cache, index):
+    layer(sample(length=1), cache=cache, cache_update_index=index)
+
+
+def test_more_tokens_than_the_cache_has_room_for(layer, cache):
+    with raises(ValueError, "cache_update_index=9", "12 positions", "`max_length`"):
+        layer(secret(BATCH, 4, WIDTH), cache=cache, cache_update_index=9)
+    with raises(ValueError, "13 tokens", "12 positions", "`grow_cache`"):
+        layer(secret(BATCH, 13, WIDTH), cache=cache, cache_update_index=[0, 0, 0])
+    with raises(ValueError, "cache_update_index=12", "12 positions"):
+        layer(secret(BATCH, 1, WIDTH), cache=cache, cache_update_index=12)
+
+
+def test_caches_that_can_not_be_created(layer):
+    with raises(ValueError, "`causal=False`", "without a cache"):
+        bidirectional = MultiHeadAttention(2, causal=False)
+        bidirectional.build((None, None, WIDTH))
+        bidirectional.create_cache(1, 8)
+    for unbuilt in (MultiHeadAttention(2), make_unbuilt_composite()):
+        with raises(ValueError, "no weights yet", "`create_cache`"):
+            unbuilt.create_cache(1, 8)
+    with raises(ValueError, "`batch_size`", "batch_size=0"):
+        layer.create_cache(0, 8)
+    with raises(TypeError, "`max_length`", "max_length=8.0"):
+        layer.create_cache(1, 8.0)
+
+
+def make_unbuilt_composite():
+    return type(make("composite"))()
+
+
+def test_a_cache_can_not_shrink(layer, cache):
+    with raises(ValueError, "`max_length=8`", layer.name):
+        layer.grow_cache(cache, 8)
+    with raises(ValueError, "1 slots", "2 cached calls"):
+        grow_cache((layer, layer), (cache,), 16)
+
+
+def test_a_cache_beside_a_source(layer, cache):
+    x = secret(BATCH, 4, WIDTH)
+    with raises(ValueError, "`value` or `key`", "`query` alone"):
+        layer(x, value=x, cache=cache, cache_update_index=0)
+
+
+def test_keys_and_values_of_different_lengths(layer):
+    x = secret(BATCH, 4, WIDTH)
+    with raises(ValueError, "as many keys as values", "(3, 3, 16)"):
+        layer(x, value=x, key=x[:, :3])
+
+
+@pytest.mark.parametrize("shape", [(BATCH, 5), (1, 4), (2, 4), (4,), (BATCH, 1, 4)])
+def test_padding_masks_of_other_tokens(layer, cache, shape):
+    x = secret(BATCH, 4, WIDTH)
+    for given in ({}, {"cache": cache, "cache_update_index": 0}):
+        with raises(ValueError, "`padding_mask`", str(shape), "(batch, length)"):
+            layer(x, padding_mask=np.ones(shape, bool), **given)
+
+
+def test_a_padding_mask_that_would_broadcast_over_one_token(layer, cache):
+    with raises(ValueError, "`padding_mask`", "(3, 12)"):
+        layer(
+            secret(BATCH, 1, WIDTH),
+            padding_mask=np.ones((BATCH, LENGTH), bool),
+            cache=cache,
+            cache_update_index=4,
+        )
+
+
+@pytest.mark.parametrize(
+    "shape", [(4, 4), (BATCH, 1, 4, 4), (BATCH, 4, 3), (BATCH, 3, 4), (2, 4, 4)]
+)
+def test_attention_masks_of_other_shapes(layer, shape):
+    x = secret(BATCH, 4, WIDTH)
+    with raises(ValueError, "`attention_mask`", str(shape), "key_length"):
+        layer(x, attention_mask=np.ones(shape, bool))
+
+
+def test_attention_masks_that_are_added_to_logits(layer):
+    with raises(TypeError, "`attention_mask` must be boolean", "mask == 0"):
+        layer(sample(length=4), attention_mask=secret(BATCH, 4, 4))
+
+
+def test_learned_positions_exceeded():
+    layer = make("position_embedding")
+    with raises(ValueError, "12 positions", "position 13", "Shorten"):
+        layer(secret(BATCH, 13, WIDTH))
+    with raises(ValueError, "position 14", "cache_update_index=12"):
+        layer(secret(BATCH, 2, WIDTH), cache=(), cache_update_index=12)
+    inputs = keras.Input((None, WIDTH))
+    model = keras.Model(inputs, layer(inputs))
+    with raises(ValueError, "12 positions", "max_length=13"):
+        create_cache(model, 1, 13)
+
+
+class Misbehaving(CachedLayer):
+    def __init__(self, result):
+        super().__init__()
+        self.result = result
+
+    def build(self, inputs_shape):
+        pass
+
+    def create_cache(self, batch_size, max_length):
+        return {"state": ops.zeros((batch_size, 4))}
+
+    def call(self, x, cache=None, cache_update_index=None):
+        return x if cache is None else self.result(x, cache)
+
+
+@pytest.mark.parametrize(
+    "result, kind, part",
+    [
+        (lambda x, c: x, TypeError, "(outputs, cache)"),
+        (lambda x, c: (x, c, c), TypeError, "(outputs, cache)"),
+        (lambda x, c: [x, c], TypeError, "(outputs, cache)"),
+        (lambda x, c: (x, c["state"]), ValueError, "structure"),
+        (lambda x, c: (x, {"other": c["state"]}), ValueError, "structure"),
+        (lambda x, c: (x, {"state": c["state"][:, :2]}), ValueError, "(3, 2)"),
+        (
+            lambda x, c: (x, {"state": ops.cast(c["state"], "float16")}),
+            ValueError,
+            "float16",
+        ),
+        (lambda x, c: (x, ()), ValueError, "structure"),
+    ],
+)
+def test_layers_that_return_another_cache(result, kind, part):
+    layer = Misbehaving(result)
+    x = secret(BATCH, 1, WIDTH)
+    cache = {"state": ops.convert_to_tensor(secret(BATCH, 4))}
+    with raises(kind, f"'{layer.name}'", part):
+        layer(x, cache=cache, cache_update_index=0)
+
+
+def test_methods_that_a_subclass_must_write():
+    with raises(NotImplementedError, "create_cache(batch_size, max_length)"):
+        CachedLayer().create_cache(1, 1)
+    with raises(NotImplementedError, "transform(x, padding_mask=None"):
+        CompositeCachedLayer()(sample())
+
+
+def model_of(*layers):
+    return keras.Sequential([keras.Input((None, WIDTH)), *layers])
+
+
+def test_scopes_and_models_that_do_not_match():
+    x = secret(BATCH, 4, WIDTH)
+    one, two = (
+        model_of(MultiHeadAttention(2)),
+        model_of(*map(MultiHeadAttention, (2, 2))),
+    )
+    cache = create_cache(one, BATCH, LENGTH)
+    with raises(ValueError, "cached call number 2", "1 slots", "`create_cache`"):
+        call_with_cache(two, x, cache, 0)
+    cache = create_cache(two, BATCH, LENGTH)
+    with raises(ValueError, "2 slots", "1 cached layers", "another model"):
+        call_with_cache(one, x, cache, 0)
+    with raises(ValueError, "was not made by layer"):
+        call_with_cache(model_of(MultiHeadAttention(4)), x, cache[:1], 0)
+
+
+def test_scopes_used_wrongly():
+    model, x = model_of(MultiHeadAttention(2)), secret(BATCH, 4, WIDTH)
+    cache = create_cache(model, BATCH, LENGTH)
+    with raises(TypeError, "`cache` must be the tuple", "'key'"):
+        CacheScope(cache[0], 0)
+    with raises(ValueError, "cache_update_index=None", "absorbed"):
+        CacheScope(cache, None)
+    scope = CacheScope(cache, 0)
+    with raises(ValueError, "`scope.cache`", "has ended"):
+        scope.cache
+    with scope:
+        model(x)
+        with raises(ValueError, "`scope.cache`", "has ended"):
+            scope.cache
+    assert len(scope.cache) == 1
+    with raises(ValueError, "entered once", "`scope.cache`"), scope:
+        pass
+    failed = CacheScope(cache, 0)
+    with pytest.raises(KeyError), failed:
+        raise KeyError
+    with raises(ValueError, "without an error"):
+        failed.cache
+    # The scope that failed is not active any more.
+    assert tuple(model(x).shape) == x.shape
+
+
+class Unbuilt(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.attend = MultiHeadAttention(2)
+
+    def call(self, x):
+        return self.attend(x)
+
+
+def test_models_without_what_a_cache_needs():
+    with raises(TypeError, "`model` must be a Keras model", "model='gpt'"):
+        create_cache("gpt", 1, 8)
+    with raises(ValueError, "is not built", "Call it once"):
+        create_cache(Unbuilt(), 1, 8)
+    with raises(ValueError, "calls no cached layer", "`CachedLayer`"):
+        create_cache(model_of(keras.layers.Dense(4)), 1, 8)
+    model = Unbuilt()
+    model(sample())
+    with raises(ValueError, "Pass `inputs`"):
+        call_sites(model)
+    with raises(TypeError, "`batch_size`", "batch_size=1.0"):
+        create_cache(model, 1.0, 8, sample())
+    with raises(ValueError, "`max_length`", "max_length=0"):
+        create_cache(model, 1, 0, sample())
+    with raises(ValueError, "no weights yet", "before"), NewCacheScope(BATCH, 8):
+        Unbuilt()(sample())
+
+
+def test_a_scheme_shared_by_layers_with_other_numbers_of_heads():
+    for shared in (RelativePositionBias(8, 10), AlibiBias()):
+        MultiHeadAttention(4, position=shared)(sample())
+        with raises(ValueError, "`position`", "4 heads", "num_heads=2"):
+            MultiHeadAttention(2, position=shared)(sample())
+
+
+def test_a_scheme_with_one_bias_for_all_heads():
+    class Self(PositionScheme):
+        def bias(self, query_positions, key_positions):
+            same = query_positions[..., :, None] == key_positions[..., None, :]
+            return ops.expand_dims(ops.cast(same, "float32"), -3)
+
+    x, layer = sample(), GroupedQueryAttention(4, 2, position=Self())
+    cache = layer(x) is not None and layer.create_cache(BATCH, LENGTH)
+    layer(x[:, :4], cache=cache, cache_update_index=[0, 1, 2])

@@ -1,0 +1,155 @@
+"""Who may import whom, and that nothing but public names of others is used."""
+
+import ast
+import pathlib
+
+import keras
+import keras_hub
+import pytest
+
+import attention
+
+ROOT = pathlib.Path(__file__).parent.parent
+PACKAGES = ("attention", "blocks")
+SOURCES = sorted(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))
+# Scripts have no privates of their own; they follow the same rules.
+SCRIPTS = sorted(
+    path for name in ("examples", "benchmarks") for path in (ROOT / name).rglob("*.py")
+)
+every_file = pytest.mark.parametrize(
+    "path", [*SOURCES, *SCRIPTS], ids=lambda path: str(path.relative_to(ROOT))
+)
+
+
+def parse(path):
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def imports(tree):
+    """Each import as `(module, name)`, where `import module` has no name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, None) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute here"
+            yield from ((node.module, alias.name) for alias in node.names)
+
+
+def is_private(name):
+    return name.startswith("_") and not name.startswith("__")
+
+
+def private_uses(tree):
+    """The private attributes that are read or written, on whatever object."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and is_private(node.attr):
+            yield node.attr
+        elif isinstance(node, ast.Call) and len(node.args) > 1:
+            function, name = node.func, node.args[1]
+            by_name = getattr(function, "id", "") in ("getattr", "hasattr", "setattr")
+            if by_name and isinstance(name, ast.Constant) and is_private(name.value):
+                yield name.value
+
+
+def private_definitions(tree):
+    """The private names that a file gives to its classes and their objects."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and is_private(node.name):
+            yield node.name
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            # Only on `self`: an assignment to a foreign object defines nothing.
+            if isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"):
+                yield node.attr
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+
+
+def names_of_others():
+    """The private names of the classes that ours are subclasses of."""
+    names = set()
+    # Objects, too: much is assigned in `__init__`.
+    layer, model = keras.layers.Layer(), keras.Sequential()
+    bases = (
+        keras.layers.Layer,
+        keras.Model,
+        keras_hub.models.Backbone,
+        keras_hub.models.CausalLM,
+        keras_hub.models.CausalLMPreprocessor,
+        keras_hub.samplers.Sampler,
+    )
+    for owner in bases:
+        names.update(dir(owner))
+    for owner in (layer, model):
+        names.update(vars(owner))
+    return {name for name in names if is_private(name)}
+
+
+OURS = {
+    name for path in SOURCES for name in private_definitions(parse(path))
+} - names_of_others()
+
+
+def foreign_privates(tree):
+    """Private names that are not ours: also those inherited, through `self`."""
+    return sorted({name for name in private_uses(tree) if name not in OURS})
+
+
+def test_the_rule_finds_what_it_should():
+    code = """
+layer._flatten_layers()
+keras._x
+model._something = 1
+self._build_shapes_dict
+getattr(tensor, "_keras_mask")
+x.__class__
+self._head_dims
+"""
+    assert foreign_privates(ast.parse(code)) == [
+        "_build_shapes_dict",
+        "_flatten_layers",
+        "_keras_mask",
+        "_something",
+        "_x",
+    ]
+    assert "_head_dims" in OURS
+
+
+@every_file
+def test_only_public_names_of_others_are_used(path):
+    assert foreign_privates(parse(path)) == []
+
+
+@every_file
+def test_only_public_modules_of_others_are_imported(path):
+    for module, name in imports(parse(path)):
+        parts = module.split(".")
+        if parts[0] == "__future__":
+            continue
+        assert not (parts[0] in ("keras", "keras_hub") and "src" in parts), module
+        assert not (parts[0] in ("keras", "keras_hub") and name == "src"), module
+        private = [part for part in (*parts, name or "") if is_private(part)]
+        assert parts[0] in PACKAGES or not private, (module, name)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_layers_of_the_library(path):
+    package = path.relative_to(ROOT).parts[0]
+    for module, name in imports(parse(path)):
+        top = module.split(".")[0]
+        if package == "attention":
+            assert top != "blocks", f"{path.name} imports {module}"
+        elif top == "attention" and module != "attention.validation":
+            # `attention.validation`, the words of error messages, is no public
+            # module; it serves both packages.
+            assert module == "attention", f"{path.name} imports {module}"
+            assert name in attention.__all__, f"{path.name} imports {name}"
+
+
+@every_file
+def test_files_stay_readable(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+
+
+def test_all_names_are_there_and_documented():
+    for name in attention.__all__:
+        assert getattr(attention, name).__doc__, name
