@@ -4,7 +4,9 @@ import os
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-# Tiny models are compiled often and run briefly.
+# Tiny models are compiled often and run briefly: threads that wait for each
+# other and an optimizer of machine code take longer than what they save.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import keras

@@ -10,8 +10,11 @@ import keras
 import keras_hub
 import numpy as np
 
-from attention import call_sites, max_positions
-from attention.validation import describe
+from attention import (
+    call_sites,
+    describe,
+    max_positions,
+)
 from blocks.generation import Generator
 from blocks.preprocessor import end_token_ids
 from blocks.presets import check_registered, load_task
@@ -354,7 +357,7 @@ class CausalLM(keras_hub.models.CausalLM):
         return load_task(cls, preset, load_weights, **kwargs)
 
 
-def _check_embedding(cls: type, backbone: Any) -> None:
+def _check_embedding(cls: Any, backbone: Any) -> None:
     """Says so when the logits can't be made with the embedding."""
     if cls.compute_logits is not CausalLM.compute_logits:
         return

@@ -11,8 +11,9 @@ from attention import (
     CachedLayer,
     GroupedQueryAttention,
     PositionEmbedding,
+    check_fraction,
+    check_positive_int,
 )
-from attention.validation import check_fraction, check_positive_int
 from blocks.custom_decoder import CustomDecoder
 from blocks.feed_forward import FeedForward, gelu_approximate
 from blocks.hooks import dtype_policy_scope, name_layer, run_hook
@@ -143,7 +144,7 @@ class CustomBackbone(keras_hub.models.Backbone):
             self.embeddings_dropout = keras.layers.Dropout(
                 self.dropout, name="embeddings_dropout"
             )
-            self.transformer_layers = []
+            self.transformer_layers: list[CachedLayer] = []
             for i in range(self.num_layers):
                 decoder = run_hook(self, "create_decoder", i, cached=True)
                 # One block may be used at several depths.

@@ -10,9 +10,10 @@ from attention import (
     CachedLayer,
     CompositeCachedLayer,
     GroupedQueryAttention,
+    check_fraction,
+    check_positive_int,
     clone_initializer,
 )
-from attention.validation import check_fraction, check_positive_int
 from blocks.feed_forward import FeedForward
 from blocks.hooks import build_layer, dtype_policy_scope, name_layer, run_hook
 

@@ -7,8 +7,10 @@ from typing import Any
 import keras
 from keras import ops
 
-from attention import clone_initializer
-from attention.validation import check_positive_int
+from attention import (
+    check_positive_int,
+    clone_initializer,
+)
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")

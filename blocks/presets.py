@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import keras_hub
 
-from attention.validation import describe
+from attention import describe
 
 
 def check_registered(*objects: Any) -> None:
@@ -133,7 +133,7 @@ def _read_json(folder: str, name: str) -> dict[str, Any]:
     return content
 
 
-def _find_class(folder: str, config: dict[str, Any]) -> type:
+def _find_class(folder: str, config: dict[str, Any]) -> Any:
     name = config["registered_name"]
     cls = keras.saving.get_registered_object(name)
     if cls is None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from attention.validation import check_positive_int, describe
+from attention import check_positive_int, describe
 
 
 @dataclasses.dataclass

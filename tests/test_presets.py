@@ -183,7 +183,7 @@ def test_a_preset_of_another_class(preset):
 
 
 def test_quantized_presets(tmp_path):
-    lm = make_lm(make_backbone())
+    lm = make_lm(make_backbone(num_layers=1))
     # Some models are made in between, whose layers must not take the names.
     lm.quantize("int8")
     lm.save_to_preset(str(tmp_path))
@@ -192,7 +192,10 @@ def test_quantized_presets(tmp_path):
     kinds = {w.path: w.dtype for w in lm.backbone.weights}
     assert "int8" in kinds.values()
     assert {w.path: w.dtype for w in restored.backbone.weights} == kinds
-    check_same_logits(restored, lm)
+    x = prompts(RAGGED)
+    np.testing.assert_allclose(
+        restored.predict_on_batch(x), lm.predict_on_batch(x), atol=1e-5
+    )
 
 
 def test_dtype_on_loading(text_lm, preset):
