@@ -64,8 +64,7 @@ VARIANTS = {
     "alibi_grouped_6": lambda: GroupedQueryAttention(
         6, 3, key_dim=4, position=AlibiBias()
     ),
-    "value_dim": lambda: GroupedQueryAttention(4, 2, value_dim=6),
-    "value_dim_multi_head": lambda: MultiHeadAttention(4, value_dim=6),
+    "value_dim": lambda: MultiHeadAttention(4, value_dim=6),
     "position_embedding": lambda: PositionEmbedding(LENGTH, "random_normal"),
     "composite": EmbedAndAttendTwice,
 }

@@ -266,7 +266,29 @@ def test_a_cache_can_not_shrink(layer, cache):
 def test_a_cache_beside_a_source(layer, cache):
     x = secret(BATCH, 4, WIDTH)
     with raises(ValueError, "`value` or `key`", "`query` alone"):
-        layer(x, value=x, cache=cache, cache_update_index=0)
+        layer(x, value=x[:, ::-1], cache=cache, cache_update_index=0)
+
+
+def test_a_source_that_is_the_query_itself(layer, cache):
+    x = sample(length=4)
+    mask = np.arange(4)[None] < np.array([[4], [2], [1]])
+    expected, _ = layer(x, padding_mask=mask, cache=cache, cache_update_index=0)
+    # As Keras's attention layers are called; padded tokens stay hidden.
+    for arguments in ((x, x), (x, x, x)):
+        outputs, _ = layer(
+            *arguments, padding_mask=mask, cache=cache, cache_update_index=0
+        )
+        np.testing.assert_allclose(to_numpy(outputs), to_numpy(expected), atol=1e-6)
+        plain = to_numpy(layer(*arguments, padding_mask=mask))
+        np.testing.assert_allclose(plain, to_numpy(expected), atol=1e-5)
+
+
+def test_a_cache_before_the_first_call():
+    layer = MultiHeadAttention(2, key_dim=3, value_dim=5)
+    cache = layer.create_cache(1, 8)
+    assert tuple(cache["key"].shape) == (1, 2, 8, 3)
+    outputs, cache = layer(np.ones((1, 4, 8)), cache=cache, cache_update_index=0)
+    assert tuple(cache["value"].shape) == (1, 2, 8, 5)
 
 
 def test_keys_and_values_of_different_lengths(layer):
@@ -373,8 +395,8 @@ def model_of(*layers):
 def test_scopes_and_models_that_do_not_match():
     x = secret(BATCH, 4, WIDTH)
     one, two = (
-        model_of(MultiHeadAttention(2)),
-        model_of(*map(MultiHeadAttention, (2, 2))),
+        model_of(MultiHeadAttention(4)),
+        model_of(*map(MultiHeadAttention, (4, 4))),
     )
     cache = create_cache(one, BATCH, LENGTH)
     with raises(ValueError, "cached call number 2", "1 slots", "`create_cache`"):
@@ -383,11 +405,11 @@ def test_scopes_and_models_that_do_not_match():
     with raises(ValueError, "2 slots", "1 cached layers", "another model"):
         call_with_cache(one, x, cache, 0)
     with raises(ValueError, "was not made by layer"):
-        call_with_cache(model_of(MultiHeadAttention(4)), x, cache[:1], 0)
+        call_with_cache(model_of(MultiHeadAttention(2)), x, cache[:1], 0)
 
 
 def test_scopes_used_wrongly():
-    model, x = model_of(MultiHeadAttention(2)), secret(BATCH, 4, WIDTH)
+    model, x = model_of(MultiHeadAttention(4)), secret(BATCH, 4, WIDTH)
     cache = create_cache(model, BATCH, LENGTH)
     with raises(TypeError, "`cache` must be the tuple", "'key'"):
         CacheScope(cache[0], 0)
@@ -415,7 +437,7 @@ def test_scopes_used_wrongly():
 class Unbuilt(keras.Model):
     def __init__(self):
         super().__init__()
-        self.attend = MultiHeadAttention(2)
+        self.attend = MultiHeadAttention(4)
 
     def call(self, x):
         return self.attend(x)

@@ -53,12 +53,11 @@ def test_prefill_single_steps_and_a_chunk_equal_the_full_forward(name, kind):
 
 
 @few_variants
-@pytest.mark.parametrize("seed", [0, 1])
-def test_chunks_of_random_sizes_equal_the_full_forward(name, seed):
-    rng = np.random.default_rng(seed)
+def test_chunks_of_random_sizes_equal_the_full_forward(name):
+    rng = np.random.default_rng(sorted(VARIANTS).index(name))
     layer, x = make(name), sample()
-    sizes = [*rng.permutation([1, 2, 4, 5])]
-    kinds = [str(k) for k in rng.permutation(["int", "scalar", "rows"])]
+    sizes = [int(size) for size in rng.permutation([1, 1, 2, 4, 4])]
+    kinds = [str(kind) for kind in rng.permutation(["int", "scalar", "rows"])]
     outputs, _ = run_chunks(layer, x, sizes, kinds)
     assert_close(outputs, layer(x))
 
@@ -303,7 +302,6 @@ def test_fused_attention_equals_the_explicit_one(name):
     "name, policy",
     [
         ("rotary_grouped", "mixed_bfloat16"),
-        ("composite", "mixed_bfloat16"),
         ("t5", "bfloat16"),
         ("alibi", "float16"),
     ],
@@ -317,16 +315,14 @@ def test_low_precision_stays_near_float32(name, policy):
     exact = to_numpy(reference(x))
     bound = (0.005 if policy == "float16" else 0.05) * np.abs(exact).max()
     assert_close(full, exact, atol=bound)
-    outputs, cache = run_chunks(layer, x, [4, 4, 4], ["int", "rows"])
+    outputs, cache = run_chunks(layer, x, [4, 4, 4])
     assert_close(outputs, exact, atol=bound)
     dtypes = {keras.backend.standardize_dtype(c.dtype) for c in tree.flatten(cache)}
     assert dtypes == {layer.compute_dtype}
     mask = np.ones((BATCH, LENGTH), bool)
     mask[1] = False
-    given = {"padding_mask": mask}
-    if name != "composite":
-        given["attention_mask"] = random_mask()
-    assert np.isfinite(to_numpy(layer(x, **given))).all()
+    masked = layer(x, padding_mask=mask, attention_mask=random_mask())
+    assert np.isfinite(to_numpy(masked)).all()
 
 
 def test_float16_products_do_not_overflow():
@@ -340,7 +336,7 @@ def test_float16_products_do_not_overflow():
 
 
 @pytest.mark.parametrize(
-    "name", ["multi_head", "rotary_yarn", "t5_grouped", "alibi_grouped_6", "composite"]
+    "name", ["multi_head", "t5_grouped", "alibi_grouped_6", "composite"]
 )
 def test_compiled_equals_eager(name):
     layer, x = make(name), sample()
@@ -361,7 +357,7 @@ def test_compiled_equals_eager(name):
             assert_close(outputs, full[:, i : i + 1])
 
 
-@pytest.mark.parametrize("name", ["multi_head", "t5_grouped", "position_embedding"])
+@pytest.mark.parametrize("name", ["t5", "position_embedding"])
 def test_gradients_are_finite_whatever_the_padding_holds(name):
     layer, x = make(name), sample()
     mask = np.arange(LENGTH)[None] < np.array([11, 5, 0])[:, None]
