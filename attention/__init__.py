@@ -10,10 +10,8 @@ from attention.cached_model import (
     max_positions,
 )
 from attention.composite_cached_layer import CompositeCachedLayer
-from attention.grouped_query_attention import (
-    GroupedQueryAttention,
-    clone_initializer,
-)
+from attention.grouped_query_attention import GroupedQueryAttention
+from attention.initializers import clone_initializer
 from attention.multi_head_attention import (
     MultiHeadAttention,
     MultiQueryAttention,
@@ -27,6 +25,7 @@ from attention.position_schemes import (
     RelativePositionBias,
     RotaryPosition,
 )
+from attention.validation import check_fraction, check_positive_int, describe
 
 __all__ = [
     "AlibiBias",
@@ -45,8 +44,11 @@ __all__ = [
     "T5Attention",
     "call_sites",
     "call_with_cache",
+    "check_fraction",
+    "check_positive_int",
     "clone_initializer",
     "create_cache",
+    "describe",
     "grow_cache",
     "max_positions",
 ]

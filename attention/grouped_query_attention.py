@@ -17,6 +17,7 @@ from attention.dot_product import (
     grouped_attention,
     scale_query,
 )
+from attention.initializers import clone_initializer
 from attention.key_value_cache import FullCache, token_positions
 from attention.position_schemes import (
     PositionScheme,
@@ -185,9 +186,8 @@ class GroupedQueryAttention(CachedLayer):
                 f"num_heads={self.num_heads}, inputs of shape "
                 f"{tuple(query_shape)}. Pass `key_dim`, or another `num_heads`."
             )
-        key_dim = self.key_dim or width // self.num_heads
-        value_dim = self.value_dim or key_dim
-        self._head_dims = (key_dim, value_dim)
+        self._width = width
+        key_dim, value_dim = self._head_dims()
         self._logit_scale = key_dim**-0.5 if self.scale is None else self.scale
         heads, groups = self.num_heads, self.num_key_value_heads
         self.query_dense = self._project("query", (heads, key_dim), query_shape)
@@ -206,6 +206,11 @@ class GroupedQueryAttention(CachedLayer):
         )
         if self.position is not None and not self.position.built:
             self.position.build(self.num_heads)
+
+    def _head_dims(self) -> tuple[int, int]:
+        """The sizes of a key head and of a value head."""
+        key_dim = self.key_dim or self._width // self.num_heads
+        return key_dim, self.value_dim or key_dim
 
     def _project(self, name: str, heads: tuple, shape: tuple) -> keras.layers.Layer:
         dense = keras.layers.EinsumDense(
@@ -228,11 +233,11 @@ class GroupedQueryAttention(CachedLayer):
         }
 
     def create_cache(self, batch_size: int, max_length: int) -> Any:
-        if not self.built:
+        if self.key_dim is None and not self.built:
             raise ValueError(
-                f"Layer '{self.name}' has no weights yet, so its cache can't be "
-                "sized. Call it once, or call `build` with the shape of its "
-                "inputs, before `create_cache`."
+                f"Layer '{self.name}' has no weights yet and no `key_dim`, so its "
+                "cache can't be sized. Call it once, or call `build` with the shape of "
+                "its inputs, before `create_cache`; or make it with `key_dim`."
             )
         if not self.causal:
             raise ValueError(
@@ -244,9 +249,21 @@ class GroupedQueryAttention(CachedLayer):
             batch_size,
             max_length,
             self.num_key_value_heads,
-            *self._head_dims,
+            *self._head_dims(),
             dtype=self.compute_dtype,
         )
+
+    def __call__(
+        self, query: Any, value: Any = None, key: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        # Keras's attention layers are called `layer(x, x)` for self-attention.
+        if value is query and (key is None or key is query):
+            value = key = None
+        if args or key is not None:
+            args = (value, key, *args)
+        elif value is not None:
+            args = (value,)
+        return super().__call__(query, *args, **kwargs)
 
     def call(
         self,
@@ -302,7 +319,7 @@ class GroupedQueryAttention(CachedLayer):
             self._check_bias(bias)
         dropout = self.dropout_layer if training and self.dropout else None
         fused = fused_attention_applies(
-            self.num_heads, self.num_key_value_heads, *self._head_dims
+            self.num_heads, self.num_key_value_heads, *self._head_dims()
         )
         q, scale = scale_query(q, self._logit_scale)
         scores = None
@@ -372,29 +389,3 @@ class GroupedQueryAttention(CachedLayer):
             bias_initializer=keras.initializers.serialize(self.bias_initializer),
         )
         return config
-
-
-def clone_initializer(initializer: Any) -> Any:
-    """Returns an initializer of the same configuration.
-
-    One initializer object draws the same numbers each time it is used; layers
-    that must differ need copies.
-
-    Args:
-        initializer: a `keras.initializers.Initializer`, or any other callable,
-            which is returned as it is.
-
-    Returns:
-        An initializer.
-
-    Example:
-
-    >>> import keras
-    >>> from attention import clone_initializer
-    >>> initializer = keras.initializers.RandomNormal(stddev=0.02)
-    >>> clone_initializer(initializer).stddev
-    0.02
-    """
-    if not isinstance(initializer, keras.initializers.Initializer):
-        return initializer
-    return type(initializer).from_config(initializer.get_config())

@@ -17,7 +17,21 @@ MADE_UP_SIZES: contextvars.ContextVar[bool] = contextvars.ContextVar(
 
 
 def describe(value: Any) -> str:
-    """Describes a value by its types and shapes, never by a tensor's contents."""
+    """Describes a value for an error message: types and shapes, no contents.
+
+    Args:
+        value: anything.
+
+    Returns:
+        A short string.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from attention import describe
+    >>> describe({"key": np.zeros((2, 4), "float32")})
+    "{'key': float32 tensor of shape (2, 4)}"
+    """
     if value is None or isinstance(value, (bool, numbers.Number, str)):
         return repr(value)
     if hasattr(value, "shape") and hasattr(value, "dtype"):
@@ -41,7 +55,25 @@ def dtype_name(x: Any) -> str:
 
 
 def check_positive_int(name: str, value: Any) -> int:
-    """Returns `value` as an int, or says that `name` must be a positive one."""
+    """Returns an argument as an int, or says that it must be a positive one.
+
+    Args:
+        name: str. The name of the argument, for the message.
+        value: what was received.
+
+    Returns:
+        An int.
+
+    Raises:
+        TypeError: if it is no integer.
+        ValueError: if it is not positive.
+
+    Example:
+
+    >>> from attention import check_positive_int
+    >>> check_positive_int("num_heads", 8)
+    8
+    """
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(
             f"`{name}` must be a positive integer. Received: {name}={describe(value)}"
@@ -54,8 +86,25 @@ def check_positive_int(name: str, value: Any) -> int:
 
 
 def check_fraction(name: str, value: Any) -> float:
-    """Returns `value`, or says that `name` must be in `[0, 1)`."""
-    if not isinstance(value, numbers.Real) or not 0 <= value < 1:
+    """Returns an argument as a float, or says that it must be in `[0, 1)`.
+
+    Args:
+        name: str. The name of the argument, for the message.
+        value: what was received.
+
+    Returns:
+        A float.
+
+    Raises:
+        ValueError: if it is no number of at least 0 and below 1.
+
+    Example:
+
+    >>> from attention import check_fraction
+    >>> check_fraction("dropout", 0.1)
+    0.1
+    """
+    if not isinstance(value, (int, float, np.number)) or not 0 <= value < 1:
         raise ValueError(
             f"`{name}` must be a number of at least 0 and below 1. Received: "
             f"{name}={describe(value)}"

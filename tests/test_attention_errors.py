@@ -5,7 +5,7 @@ import re
 import keras
 import numpy as np
 import pytest
-from helpers import BATCH, LENGTH, LLAMA3, WIDTH, YARN, make, sample
+from helpers import BATCH, LENGTH, LLAMA3, WIDTH, YARN, make, sample, to_numpy
 from keras import ops
 
 from attention import (

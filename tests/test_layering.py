@@ -138,9 +138,7 @@ def test_layers_of_the_library(path):
         top = module.split(".")[0]
         if package == "attention":
             assert top != "blocks", f"{path.name} imports {module}"
-        elif top == "attention" and module != "attention.validation":
-            # `attention.validation`, the words of error messages, is no public
-            # module; it serves both packages.
+        elif top == "attention":
             assert module == "attention", f"{path.name} imports {module}"
             assert name in attention.__all__, f"{path.name} imports {name}"
 
