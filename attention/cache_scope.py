@@ -28,11 +28,11 @@ class _Scope:
     def __init__(self) -> None:
         self._tokens: list[contextvars.Token[_Scope | None]] = []
 
-    def __enter__(self):
+    def __enter__(self) -> Any:
         self._tokens.append(_ACTIVE_SCOPE.set(self))
         return self
 
-    def __exit__(self, exc_type, exc_value, traceback) -> None:
+    def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
         _ACTIVE_SCOPE.reset(self._tokens.pop())
 
     def run(self, layer: Any, call: Any) -> Any:
@@ -42,7 +42,7 @@ class _Scope:
 class _NoScope(_Scope):
     """Hides an outer scope from the layers called inside of it."""
 
-    def __enter__(self):
+    def __enter__(self) -> Any:
         self._tokens.append(_ACTIVE_SCOPE.set(None))
         return self
 
@@ -119,7 +119,7 @@ class CacheScope(_Scope):
         self._entered = False
         self._complete = False
 
-    def __enter__(self):
+    def __enter__(self) -> Any:
         if self._entered:
             raise ValueError(
                 "A `CacheScope` can be entered once, as its slots are taken in "
@@ -145,7 +145,7 @@ class CacheScope(_Scope):
             )
         return self._slots[position]
 
-    def __exit__(self, exc_type, exc_value, traceback) -> None:
+    def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
         super().__exit__(exc_type, exc_value, traceback)
         if exc_type is not None:
             return

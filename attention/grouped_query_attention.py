@@ -253,7 +253,7 @@ class GroupedQueryAttention(CachedLayer):
             dtype=self.compute_dtype,
         )
 
-    def __call__(
+    def __call__(  # type: ignore[override]
         self, query: Any, value: Any = None, key: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
         # Keras's attention layers are called `layer(x, x)` for self-attention.

@@ -122,10 +122,8 @@ class RotaryAttention(GroupedQueryAttention):
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
-        del config["position"]
-        config.update(
-            max_wavelength=self.position.max_wavelength, scaling=self.position.scaling
-        )
+        position = config.pop("position")["config"]
+        config.update({key: position[key] for key in ("max_wavelength", "scaling")})
         return config
 
 
@@ -186,9 +184,7 @@ class T5Attention(GroupedQueryAttention):
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
-        del config["position"], config["num_key_value_heads"]
-        config.update(
-            num_buckets=self.position.num_buckets,
-            max_distance=self.position.max_distance,
-        )
+        del config["num_key_value_heads"]
+        position = config.pop("position")["config"]
+        config.update({key: position[key] for key in ("num_buckets", "max_distance")})
         return config

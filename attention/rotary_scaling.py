@@ -75,7 +75,7 @@ def rotary_frequencies(
 
 
 def _is_positive(x: Any) -> bool:
-    return isinstance(x, numbers.Real) and math.isfinite(x) and x > 0
+    return isinstance(x, numbers.Real) and 0 < float(x) < math.inf
 
 
 def _linear(

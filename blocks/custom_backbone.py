@@ -17,6 +17,7 @@ from attention import (
 from blocks.custom_decoder import CustomDecoder
 from blocks.feed_forward import FeedForward, gelu_approximate
 from blocks.hooks import dtype_policy_scope, name_layer, run_hook
+from blocks.presets import check_registered
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
@@ -317,6 +318,23 @@ class CustomBackbone(keras_hub.models.Backbone):
                 "nothing is left to train. Pass the names of dense layers as "
                 "`target_layer_names`."
             )
+
+    def save_to_preset(
+        self, preset_dir: str, max_shard_size: float | None = 10
+    ) -> None:
+        """Saves the backbone and its weights to a folder.
+
+        Args:
+            preset_dir: str. The folder; it is made if need be.
+            max_shard_size: number or `None`. The largest size of a weights file
+                in GB.
+
+        Raises:
+            ValueError: if the class is not registered with Keras, so that the
+                preset could not be loaded again. Nothing is written then.
+        """
+        check_registered(self)
+        super().save_to_preset(preset_dir, max_shard_size=max_shard_size)
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()

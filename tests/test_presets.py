@@ -344,6 +344,13 @@ def test_a_class_that_is_not_registered_on_saving(tmp_path, part):
     assert not folder.exists()
 
 
+def test_a_backbone_alone_that_is_not_registered(tmp_path):
+    backbone = UnregisteredBackbone(16, 1, 2, 8, 8, max_sequence_length=8)
+    with pytest.raises(ValueError, match="UnregisteredBackbone is not registered"):
+        backbone.save_to_preset(str(tmp_path / "preset"))
+    assert not (tmp_path / "preset").exists()
+
+
 @pytest.mark.parametrize("name", ["config.json", "task.json", "preprocessor.json"])
 def test_a_part_that_is_not_registered_on_loading(preset, tmp_path, name):
     folder = copy_of(preset, tmp_path)
