@@ -284,14 +284,16 @@ class CachedLayer(keras.layers.Layer):
             kwargs["padding_mask"] = mask
 
     def _cache_examples(self) -> tuple[Any, Any]:
-        """Two small caches, from which `check_cache` reads what all share."""
+        """Two caches, from which `check_cache` reads what all share."""
         examples = self.__dict__.get("_cache_example_memo")
         if examples is None or examples.key != self.compute_dtype:
             examples = Untracked()
             examples.key = self.compute_dtype
+            # Far enough apart for a layer that rounds its capacity up.
+            longer = min(513, self.max_sequence_length or 513)
             examples.value = (
                 tree.map_structure(_spec, self.create_cache(1, 1)),
-                tree.map_structure(_spec, self.create_cache(2, 2)),
+                tree.map_structure(_spec, self.create_cache(2, longer)),
             )
             self._cache_example_memo = examples
         return examples.value

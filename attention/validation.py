@@ -216,7 +216,7 @@ def check_cache(
     """Says so when a cache was made by another layer or for another batch size.
 
     What one layer's caches have in common is read off two of them: `expected`
-    (one row, one position) and `larger` (two rows, two positions). The
+    (one row, one position) and `larger` (two rows, more positions). The
     structure, ranks and dtypes are the same in all, and so are those
     dimensions that are the same in these two.
 
@@ -224,7 +224,7 @@ def check_cache(
         layer_name: str. The layer that was called, for the message.
         cache: the pytree that was received.
         expected: what the layer creates for one row and one position.
-        larger: what the layer creates for two rows and two positions.
+        larger: what the layer creates for two rows and more positions.
         batch_size: int or `None`. The rows of the inputs, where known.
 
     Raises:

@@ -478,3 +478,16 @@ def test_a_scheme_with_one_bias_for_all_heads():
     x, layer = sample(), GroupedQueryAttention(4, 2, position=Self())
     cache = layer(x) is not None and layer.create_cache(BATCH, LENGTH)
     layer(x[:, :4], cache=cache, cache_update_index=[0, 1, 2])
+
+
+def test_a_layer_that_rounds_its_capacity_up():
+    class Rounding(CachedLayer):
+        def create_cache(self, batch_size, max_length):
+            return ops.zeros((batch_size, -(-max_length // 128) * 128))
+
+        def call(self, x, cache=None, cache_update_index=None):
+            return x if cache is None else (x, cache)
+
+    layer, x = Rounding(), sample()
+    for length in (1, 200, 1000):
+        layer(x, cache=layer.create_cache(BATCH, length), cache_update_index=0)
