@@ -101,11 +101,16 @@ class CachedLayer(keras.layers.Layer):
     ...         self.width = inputs_shape[-1]
     ...     def create_cache(self, batch_size, max_length):
     ...         return ops.zeros((batch_size, 1, self.width), self.compute_dtype)
-    ...     def call(self, x, cache=None, cache_update_index=None):
+    ...     def call(self, x, padding_mask=None, cache=None, cache_update_index=None):
     ...         last = ops.zeros_like(x[:, :1]) if cache is None else cache
     ...         seen = ops.concatenate([last, x], axis=1)
     ...         outputs = x + seen[:, :-1]
-    ...         return outputs if cache is None else (outputs, seen[:, -1:])
+    ...         if cache is None:
+    ...             return outputs
+    ...         if padding_mask is None:
+    ...             return outputs, seen[:, -1:]
+    ...         real = ops.sum(ops.cast(padding_mask, "int32"), axis=1)
+    ...         return outputs, ops.take_along_axis(seen, real[:, None, None], axis=1)
     >>> layer = LagAndAdd()
     >>> x = np.arange(6, dtype="float32").reshape(1, 3, 2)
     >>> full = layer(x)
@@ -114,6 +119,11 @@ class CachedLayer(keras.layers.Layer):
     >>> tail, cache = layer(x[:, 2:], cache=cache, cache_update_index=2)
     >>> bool(ops.all(ops.isclose(ops.concatenate([head, tail], axis=1), full)))
     True
+    >>> _, cache = layer(
+    ...     x, padding_mask=np.array([[1, 1, 0]]), cache=cache, cache_update_index=3
+    ... )
+    >>> [float(v) for v in cache[0, 0]]  # the last real token
+    [2.0, 3.0]
 
     Reference:
 
@@ -215,6 +225,13 @@ class CachedLayer(keras.layers.Layer):
             check_padding_mask(self.name, given["padding_mask"], inputs)
         elif "padding_mask" in names[len(args) :]:
             self._inherit_padding_mask(kwargs, shape)
+        elif cache is not None and _PADDING_MASK.get() is not None:
+            raise TypeError(
+                f"`call` of layer '{self.name}' ({type(self).__name__}) has no "
+                "argument `padding_mask`, so padded tokens would enter its cache. "
+                "Add `padding_mask=None` to it, and leave out the tokens for "
+                "which the mask is false."
+            )
         if self._has_position_limit:
             self._check_length(inputs, kwargs, cache, index)
         symbolic = isinstance(inputs, keras.KerasTensor)
