@@ -1,7 +1,10 @@
 """What the tests of `attention/` share: variants, and ways of running them."""
 
+import re
+
 import keras
 import numpy as np
+import pytest
 from keras import ops
 
 from attention import (
@@ -162,3 +165,17 @@ def gradients(layer, x, **kwargs):
     layer.zero_grad()
     ops.sum(ops.square(layer(x, **kwargs))).backward()
     return [to_numpy(v.value.grad) for v in layer.trainable_variables]
+
+
+# A value no message may contain.
+SECRET = 0.123456
+
+
+def secret(*shape, dtype="float32"):
+    return np.full(shape, SECRET).astype(dtype)
+
+
+def raises(kind, *parts):
+    """All parts must stand in the message, and no contents of a tensor."""
+    pattern = "".join(f"(?=.*{re.escape(part)})" for part in parts)
+    return pytest.raises(kind, match=rf"(?s)^(?!.*{SECRET}){pattern}")

@@ -21,15 +21,7 @@ from tests.models import (
     rows_of,
 )
 
-
-@pytest.fixture(autouse=True, scope="module")
-def small_sizes():
-    """Sizes at which short sequences take many blocks of steps, and growth."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocks.generation, "BLOCK_STEPS", 4)
-        patch.setattr(blocks.generation, "MIN_PROMPT_LENGTH", 4)
-        patch.setattr(blocks.generation, "MIN_CAPACITY", 8)
-        yield
+pytestmark = pytest.mark.usefixtures("small_generation_sizes")
 
 
 @pytest.fixture(scope="module")
