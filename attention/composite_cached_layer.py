@@ -13,6 +13,7 @@ from attention.cached_layer import (
     parameters,
     share_padding_mask,
 )
+from attention.cached_model import grow_cache, max_positions
 
 
 class CompositeCachedLayer(CachedLayer):
@@ -80,15 +81,11 @@ class CompositeCachedLayer(CachedLayer):
         )
 
     def grow_cache(self, cache: Any, max_length: int) -> tuple:
-        return tuple(
-            layer.grow_cache(slot, max_length)
-            for layer, slot in zip(self._call_sites(), cache, strict=True)
-        )
+        return grow_cache(self._call_sites(), cache, max_length)
 
     @property
     def max_sequence_length(self) -> int | None:  # type: ignore[override]
-        limits = [layer.max_sequence_length for layer in self._call_sites()]
-        return min((x for x in limits if x is not None), default=None)
+        return max_positions(self._call_sites())
 
     def _transform(self, x: Any, padding_mask: Any, training: Any) -> Any:
         arguments = {"padding_mask": padding_mask, "training": training}

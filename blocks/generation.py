@@ -114,6 +114,7 @@ class Generator:
         index: Any = lengths.astype("int32")
         if (lengths == longest).all():
             index = np.int32(longest)
+        decode = self._compiled.get("decode", self._make_decode, donate=(0,))
         # No row stands beyond this position.
         reached = longest
         while not _to_numpy(finished).all():
@@ -122,7 +123,6 @@ class Generator:
             if reached > capacity:
                 capacity = round_up(reached, MIN_CAPACITY)
                 cache = grow_cache(self._sites, cache, capacity)
-            decode = self._compiled.get("decode", self._make_decode, donate=(0,))
             cache, token, index, room, finished, tokens, valid = decode(
                 cache, token, index, room, finished, np.int32(steps), stops
             )
