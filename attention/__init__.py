@@ -12,6 +12,7 @@ from attention.cached_model import (
 from attention.composite_cached_layer import CompositeCachedLayer
 from attention.grouped_query_attention import GroupedQueryAttention
 from attention.initializers import clone_initializer
+from attention.last_tokens import last_tokens
 from attention.multi_head_attention import (
     MultiHeadAttention,
     MultiQueryAttention,
@@ -25,6 +26,7 @@ from attention.position_schemes import (
     RelativePositionBias,
     RotaryPosition,
 )
+from attention.shared_key_value_attention import SharedKeyValueAttention
 from attention.validation import check_fraction, check_positive_int, describe
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "RelativePositionBias",
     "RotaryAttention",
     "RotaryPosition",
+    "SharedKeyValueAttention",
     "T5Attention",
     "call_sites",
     "call_with_cache",
@@ -50,5 +53,6 @@ __all__ = [
     "create_cache",
     "describe",
     "grow_cache",
+    "last_tokens",
     "max_positions",
 ]

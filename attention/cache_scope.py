@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
+from collections.abc import Iterator
 from typing import Any
 
-from attention.validation import describe
+import numpy as np
+from keras import ops, tree
+
+from attention.validation import describe, static_size
 
 _ACTIVE_SCOPE: contextvars.ContextVar[_Scope | None] = contextvars.ContextVar(
     "keras_transformer_blocks_cache_scope", default=None
+)
+# The padding mask of the scope or layer that is running, for the cached layers
+# that are called in it without one: a forgotten mask would let padded tokens
+# into their caches.
+_PADDING_MASK: contextvars.ContextVar[Any] = contextvars.ContextVar(
+    "keras_transformer_blocks_padding_mask", default=None
 )
 
 
@@ -17,39 +28,67 @@ def active_scope() -> _Scope | None:
     return _ACTIVE_SCOPE.get()
 
 
+@contextlib.contextmanager
+def hide_scope() -> Iterator[None]:
+    """Hides the active scope from the layers called inside."""
+    token = _ACTIVE_SCOPE.set(None)
+    try:
+        yield
+    finally:
+        _ACTIVE_SCOPE.reset(token)
+
+
+def shared_padding_mask() -> Any:
+    """Returns the mask for cached layers that are called without one."""
+    return _PADDING_MASK.get()
+
+
+@contextlib.contextmanager
+def share_padding_mask(padding_mask: Any) -> Iterator[None]:
+    """Gives a mask to all cached layers that are called inside without one."""
+    token = _PADDING_MASK.set(padding_mask)
+    try:
+        yield
+    finally:
+        _PADDING_MASK.reset(token)
+
+
 class _Scope:
     """What all scopes share: being active between `__enter__` and `__exit__`.
 
     Every call of a `CachedLayer` that passes no `cache=` is handed to
-    `run(layer, call)`; `call` is the layer's own `__call__`, and runs outside
-    of this scope so that the layer's inner layers don't see it.
+    `run(layer, call, inputs)`; `call` is the layer's own `__call__`, and runs
+    outside of this scope so that the layer's inner layers don't see it.
+
+    A scope speaks for all layers in it: the padding mask of a scope around it
+    belongs to other tokens, and is not theirs.
     """
 
-    def __init__(self) -> None:
-        self._tokens: list[contextvars.Token[_Scope | None]] = []
+    def __init__(self, padding_mask: Any = None) -> None:
+        self.padding_mask = padding_mask
+        self._context = contextlib.ExitStack()
 
     def __enter__(self) -> Any:
-        self._tokens.append(_ACTIVE_SCOPE.set(self))
+        token = _ACTIVE_SCOPE.set(self)
+        self._context.callback(_ACTIVE_SCOPE.reset, token)
+        self._context.enter_context(share_padding_mask(self.padding_mask))
         return self
 
     def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
-        _ACTIVE_SCOPE.reset(self._tokens.pop())
+        self._context.close()
 
-    def run(self, layer: Any, call: Any) -> Any:
+    def run(self, layer: Any, call: Any, inputs: Any) -> Any:
         raise NotImplementedError
 
-
-class _NoScope(_Scope):
-    """Hides an outer scope from the layers called inside of it."""
-
-    def __enter__(self) -> Any:
-        self._tokens.append(_ACTIVE_SCOPE.set(None))
-        return self
+    def refuse(self, message: str) -> None:
+        """Is told of a call that could have no cache."""
+        raise ValueError(message)
 
 
-def hide_scope() -> _Scope:
-    """Returns a context manager in which no scope is active."""
-    return _NoScope()
+_LOOP = (
+    "(A model that calls a layer once for each time step, in a loop, has another "
+    "number of cached calls for each length: call the layer once, on all steps.)"
+)
 
 
 class CacheScope(_Scope):
@@ -72,6 +111,9 @@ class CacheScope(_Scope):
         cache_update_index: int, integer scalar tensor, or integer tensor of
             shape `(batch_size,)`. How many positions of the sequence the cache
             has absorbed.
+        padding_mask: `None` or tensor of shape `(batch_size, length)`, true for
+            the real tokens of the inputs, which are padded on the right: for
+            the cached layers that the model calls without one.
 
     Attributes:
         cache: after the scope is left, the updated cache: the same structure,
@@ -79,8 +121,8 @@ class CacheScope(_Scope):
 
     Raises:
         TypeError: if `cache` is no tuple or list of slots.
-        ValueError: if the layers called inside do not match the slots, or when
-            `cache` is read before the scope was left.
+        ValueError: if the layers called inside do not match the slots or the
+            padding mask, or when `cache` is read before the scope was left.
 
     Example:
 
@@ -100,8 +142,9 @@ class CacheScope(_Scope):
     True
     """
 
-    def __init__(self, cache: Any, cache_update_index: Any) -> None:
-        super().__init__()
+    def __init__(
+        self, cache: Any, cache_update_index: Any, padding_mask: Any = None
+    ) -> None:
         if not isinstance(cache, (tuple, list)):
             raise TypeError(
                 "`cache` must be the tuple of slots that `create_cache` (or an "
@@ -113,6 +156,7 @@ class CacheScope(_Scope):
                 "the cache has absorbed (0 for a new cache). Received: "
                 "cache_update_index=None"
             )
+        super().__init__(_check_mask(padding_mask, cache))
         self._slots = tuple(cache)
         self._index = cache_update_index
         self._updated: list[Any] = []
@@ -128,7 +172,7 @@ class CacheScope(_Scope):
         self._entered = True
         return super().__enter__()
 
-    def run(self, layer: Any, call: Any) -> Any:
+    def run(self, layer: Any, call: Any, inputs: Any) -> Any:
         position = len(self._updated)
         slot = self._take_slot(layer, position)
         self._updated.append(slot)
@@ -141,7 +185,7 @@ class CacheScope(_Scope):
                 f"Layer '{layer.name}' ({type(layer).__name__}) is cached call "
                 f"number {position + 1} in this scope, but the cache has "
                 f"{len(self._slots)} slots. It was made for another model: "
-                "create it with `create_cache` from the model you are calling."
+                "create it with `create_cache` from the model you are calling. " + _LOOP
             )
         return self._slots[position]
 
@@ -158,7 +202,7 @@ class CacheScope(_Scope):
                 f"The cache has {len(self._slots)} slots, but "
                 f"{len(self._updated)} cached layers were called in the scope. "
                 "It was made for another model, or the model does not call the "
-                "same layers each time."
+                "same layers each time. " + _LOOP
             )
 
     @property
@@ -181,6 +225,7 @@ class NewCacheScope(CacheScope):
     Args:
         batch_size: int. The number of rows.
         max_length: int. How many positions each row can hold.
+        padding_mask: as for `CacheScope`.
 
     Attributes:
         layers: after the scope is left, the cached layers in call order; what
@@ -197,8 +242,10 @@ class NewCacheScope(CacheScope):
     (16, 1)
     """
 
-    def __init__(self, batch_size: int, max_length: int) -> None:
-        super().__init__((), 0)
+    def __init__(
+        self, batch_size: int, max_length: int, padding_mask: Any = None
+    ) -> None:
+        super().__init__((), 0, _check_mask(padding_mask, (), batch_size))
         self._batch_size = batch_size
         self._max_length = max_length
         self.layers: list[Any] = []
@@ -219,12 +266,120 @@ class NewCacheScope(CacheScope):
 
 
 class RecordingScope(_Scope):
-    """Notes which cached layers are called, in call order, and runs them plain."""
+    """Notes which cached layers are called, in call order, and runs them plain.
 
-    def __init__(self) -> None:
+    It is the rehearsal for the scopes above, and refuses what could not be
+    right with a cache: a layer that is called inside of a mapped function, from
+    which no cache can come out, on other rows than the model, or past its
+    `__call__`.
+
+    Args:
+        batch_size: int or `None`. The number of rows, where it is known.
+        strict: bool. Whether to raise an error at once. If not, nothing is
+            changed about the calls, and `problem` says what was found.
+
+    Attributes:
+        layers: the cached layers in call order.
+        problem: `None`, or why the calls could have no cache.
+
+    Raises:
+        ValueError: at the call that could have no cache.
+    """
+
+    def __init__(self, batch_size: int | None = None, strict: bool = True) -> None:
         super().__init__()
         self.layers: list[Any] = []
+        self.problem: str | None = None
+        self._strict = strict
+        self._batch_size = batch_size
+        self._eager = False
 
-    def run(self, layer: Any, call: Any) -> Any:
+    def __enter__(self) -> Any:
+        self._eager = _is_concrete(ops.zeros(()))
+        return super().__enter__()
+
+    def run(self, layer: Any, call: Any, inputs: Any) -> Any:
+        name = f"Layer '{layer.name}' ({type(layer).__name__})"
+        rows = _rows(inputs)
+        if None not in (rows, self._batch_size) and rows != self._batch_size:
+            self.refuse(
+                f"{name} is called on {rows} rows, where the model has "
+                f"{self._batch_size}. A cache holds one sequence for each row of "
+                "the model, so a layer can't have one where another axis is "
+                "folded into the batch, or the rows are split. Call it on the "
+                "model's own rows" + _OR_NO_CACHE
+            )
         self.layers.append(layer)
-        return call(None, None)
+        outputs = call(None, None)
+        first = next(iter(tree.flatten(outputs)), None)
+        if self._eager and first is not None and not _is_concrete(first):
+            self.refuse(
+                f"{name} is called inside of a function that is traced on its own: "
+                "mapped (`vectorized_map`), looped (`scan`, `fori_loop`, an RNN) or "
+                "compiled. What it is to remember can't leave that function, so it "
+                "can't have a cache. Call it outside, on all steps at once, or in a "
+                "Python loop" + _OR_NO_CACHE
+            )
+        return outputs
+
+    def refuse(self, message: str) -> None:
+        self.problem = self.problem or message
+        if self._strict:
+            raise ValueError(message)
+
+
+_OR_NO_CACHE = (
+    "; or, if the calls are not to see each other's tokens, take a layer that has "
+    "no cache, such as `keras.layers.MultiHeadAttention`."
+)
+
+
+def check_not_bypassed(layer: Any) -> None:
+    """Says so when a layer's `call` is run without its `__call__` in a scope."""
+    scope = active_scope()
+    if scope is not None:
+        scope.refuse(
+            f"`call` of layer '{layer.name}' ({type(layer).__name__}) is run past "
+            "its `__call__`, as `keras.layers.TimeDistributed` does. It would get "
+            "no cache, and forget what it saw. Call the layer itself, "
+            "`layer(x)`, on the whole sequence" + _OR_NO_CACHE
+        )
+
+
+def _is_concrete(x: Any) -> bool:
+    """Whether a tensor has values, rather than being part of what is traced."""
+    try:
+        ops.convert_to_numpy(x)
+    except (NotImplementedError, RuntimeError, TypeError, ValueError):
+        return False
+    return True
+
+
+def _rows(structure: Any) -> int | None:
+    """The size of the first axis of the first tensor, where it is known."""
+    leaves = (x for x in tree.flatten(structure) if getattr(x, "shape", ()))
+    return next((static_size(x, 0) for x in leaves), None)
+
+
+def _check_mask(padding_mask: Any, cache: Any, batch_size: Any = None) -> Any:
+    """Returns a scope's padding mask as booleans, or says what is wrong with it."""
+    if padding_mask is None:
+        return None
+    if isinstance(padding_mask, (list, tuple)):
+        padding_mask = np.asarray(padding_mask)
+    rows = batch_size or _rows(cache)
+    shape = tuple(getattr(padding_mask, "shape", ()))
+    if len(shape) != 2 or (None not in (rows, shape[0]) and shape[0] != rows):
+        raise ValueError(
+            "`padding_mask` must be a boolean tensor of shape (batch, length) that "
+            "marks the real tokens of the model's inputs. Received: padding_mask="
+            f"{describe(padding_mask)}" + (f", for {rows} rows" if rows else "")
+        )
+    if isinstance(padding_mask, np.ndarray):
+        real = padding_mask.astype(bool)
+        if (real[:, 1:] & ~real[:, :-1]).any():
+            raise ValueError(
+                "`padding_mask` marks real tokens behind padded ones. Rows must be "
+                "padded on the right: 1, ..., 1, 0, ..., 0."
+            )
+    return ops.cast(padding_mask, "bool")

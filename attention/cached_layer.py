@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import contextvars
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import keras
 from keras import ops, tree
 
-from attention.cache_scope import active_scope, hide_scope
+from attention.cache_scope import (
+    active_scope,
+    check_not_bypassed,
+    hide_scope,
+    share_padding_mask,
+    shared_padding_mask,
+)
 from attention.validation import (
     MADE_UP_SIZES,
     check_cache,
@@ -23,28 +28,22 @@ from attention.validation import (
     static_size,
 )
 
-# The padding mask of the composite layer that is running, for the inner cached
-# layers that are called without one: a forgotten mask would let padded tokens
-# into their caches.
-_PADDING_MASK: contextvars.ContextVar[Any] = contextvars.ContextVar(
-    "keras_transformer_blocks_padding_mask", default=None
-)
-
-
-@contextlib.contextmanager
-def share_padding_mask(padding_mask: Any) -> Iterator[None]:
-    """Gives a mask to all cached layers that are called inside without one."""
-    token = _PADDING_MASK.set(padding_mask)
-    try:
-        yield
-    finally:
-        _PADDING_MASK.reset(token)
-
 
 @functools.cache
 def parameters(function: Any) -> tuple[str, ...]:
     """The names of a method's parameters, without `self`."""
     return tuple(inspect.signature(function).parameters)[1:]
+
+
+def _guarded(function: Callable) -> Callable:
+    """A layer's `call` that can't be run past its `__call__` in a scope."""
+
+    @functools.wraps(function)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        check_not_bypassed(self)
+        return function(self, *args, **kwargs)
+
+    return call
 
 
 class CachedLayer(keras.layers.Layer):
@@ -132,6 +131,11 @@ class CachedLayer(keras.layers.Layer):
 
     max_sequence_length: int | None = None
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "call" in vars(cls):
+            cls.call = _guarded(cls.call)  # type: ignore[method-assign]
+
     def __init__(self, **kwargs: Any) -> None:
         # Keras would cast the cache, too, at every call: `__call__` casts the
         # inputs instead.
@@ -207,7 +211,9 @@ class CachedLayer(keras.layers.Layer):
                 f"{describe(cache_update_index)}"
             )
         scope = active_scope()
-        return call(None, None) if scope is None else scope.run(self, call)
+        if scope is None:
+            return call(None, None)
+        return scope.run(self, call, (args, kwargs))
 
     def _call_with(self, args: tuple, kwargs: dict, cache: Any, index: Any) -> Any:
         args, kwargs = tree.map_structure(self._cast_input, (args, kwargs))
@@ -220,12 +226,15 @@ class CachedLayer(keras.layers.Layer):
             )
         # What is sized by the batch is measured by the first argument.
         inputs = next(filter(_is_tensor, tree.flatten(given.get(names[0]))), None)
-        shape = tuple(getattr(inputs, "shape", ()))
+        mask = shared_padding_mask()
         if given.get("padding_mask") is not None:
-            check_padding_mask(self.name, given["padding_mask"], inputs)
+            mask = given["padding_mask"]
+            check_padding_mask(self.name, mask, inputs)
         elif "padding_mask" in names[len(args) :]:
-            self._inherit_padding_mask(kwargs, shape)
-        elif cache is not None and _PADDING_MASK.get() is not None:
+            mask = self._inherit_padding_mask(inputs, mask)
+            if mask is not None:
+                kwargs["padding_mask"] = mask
+        elif cache is not None and mask is not None:
             raise TypeError(
                 f"`call` of layer '{self.name}' ({type(self).__name__}) has no "
                 "argument `padding_mask`, so padded tokens would enter its cache. "
@@ -234,30 +243,52 @@ class CachedLayer(keras.layers.Layer):
             )
         if self._has_position_limit:
             self._check_length(inputs, kwargs, cache, index)
+        # What a layer knows to be padding holds for the layers it calls, too.
+        # Composite layers see to it themselves, and in symbolic calls, in which
+        # this mask is not yet the one that `call` gets, nobody else needs it.
+        mask = None if isinstance(mask, keras.KerasTensor) else mask
         symbolic = isinstance(inputs, keras.KerasTensor)
-        if symbolic and keras.config.backend() == "torch":
-            run = contextvars.copy_context().run
-            return run(self._call_on_stand_ins, args, kwargs, cache, index, inputs)
-        return self._call_checked(args, kwargs, cache, index, inputs)
+        with hide_scope(), share_padding_mask(mask):
+            if symbolic and keras.config.backend() == "torch":
+                return self._with_made_up_sizes(
+                    self._call_checked, args, kwargs, cache, index, inputs
+                )
+            return self._call_checked(args, kwargs, cache, index, inputs)
 
-    def _call_on_stand_ins(self, *arguments: Any) -> Any:
-        MADE_UP_SIZES.set(True)
-        return self._call_checked(*arguments)
+    def _with_made_up_sizes(self, function: Callable, *args: Any) -> Any:
+        context = contextvars.copy_context()
+        context.run(MADE_UP_SIZES.set, True)
+        return context.run(function, *args)
 
     def _call_checked(
         self, args: tuple, kwargs: dict, cache: Any, index: Any, inputs: Any
     ) -> Any:
         if cache is None:
-            with hide_scope():
-                return super().__call__(*args, **kwargs)
+            return super().__call__(*args, **kwargs)
         batch_size = static_size(inputs, 0)
         check_cache(self.name, cache, *self._cache_examples(), batch_size)
         if index is not None:
             kwargs["cache_update_index"] = standardize_index(index, batch_size)
-        with hide_scope():
-            outputs = super().__call__(*args, cache=cache, **kwargs)
+        outputs = super().__call__(*args, cache=cache, **kwargs)
         check_updated_cache(self.name, cache, outputs)
         return outputs
+
+    def compute_output_spec(self, *args: Any, **kwargs: Any) -> Any:
+        # Traced, as without `compute_output_shape`: a shape describes no cache.
+        return keras.Operation.compute_output_spec(self, *args, **kwargs)
+
+    def compute_output_shape(self, input_shape: tuple) -> Any:
+        """The shape of what the layer returns without a cache.
+
+        Wrappers such as `keras.layers.SpectralNormalization` ask for it.
+
+        Args:
+            input_shape: tuple. The shape of the first argument.
+        """
+        x = keras.KerasTensor(input_shape, dtype=self.compute_dtype)
+        with hide_scope():
+            outputs = self._with_made_up_sizes(self.compute_output_spec, x)
+        return tree.map_structure(lambda x: tuple(x.shape), outputs)
 
     @property
     def _has_position_limit(self) -> bool:
@@ -290,15 +321,22 @@ class CachedLayer(keras.layers.Layer):
             return x
         return ops.cast(x, self.compute_dtype)
 
-    def _inherit_padding_mask(self, kwargs: dict, shape: tuple) -> None:
-        """Fills in the padding mask of the composite layer this runs in."""
-        mask = _PADDING_MASK.get()
+    def _inherit_padding_mask(self, inputs: Any, mask: Any) -> Any:
+        """Returns the mask of the scope or layer this runs in, if it fits."""
         if mask is None:
-            return
+            return None
+        pairs = [(static_size(mask, i), static_size(inputs, i)) for i in (0, 1)]
+        if all(None in pair or pair[0] == pair[1] for pair in pairs):
+            return mask
+        if active_scope() is not None:
+            raise ValueError(
+                f"The scope's padding_mask={describe(mask)} does not fit the inputs "
+                f"of layer '{self.name}': {describe(inputs)}. It must mark the real "
+                "tokens of the model's inputs; give a layer that is called on other "
+                "tokens a `padding_mask` of its own."
+            )
         # A layer that runs on other rows or numbers of tokens has another mask.
-        sizes = zip(shape[:2], tuple(mask.shape))
-        if all(None in pair or pair[0] == pair[1] for pair in sizes):
-            kwargs["padding_mask"] = mask
+        return None
 
     def _cache_examples(self) -> tuple[Any, Any]:
         """Two caches, from which `check_cache` reads what all share."""

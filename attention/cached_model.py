@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -9,13 +10,56 @@ from keras import ops, tree
 
 from attention.cache_scope import CacheScope, RecordingScope
 from attention.cached_layer import CachedLayer
-from attention.validation import check_positive_int, describe
+from attention.validation import check_positive_int, describe, static_size
+
+# Rows and tokens of the rehearsals that find call sites. They can be told from
+# each other, from their product, and from a single one.
+_ROWS, _LENGTH = 3, 2
+
+
+def find_call_sites(
+    run: Callable[[int, int], Any], name: str
+) -> tuple[CachedLayer, ...]:
+    """Finds the calls of cached layers in a function, in call order.
+
+    Args:
+        run: runs what is to be looked at, without a cache, on zeros: it gets a
+            batch size and a length.
+        name: str. Whose calls they are, for messages.
+
+    Returns:
+        A tuple of layers. A layer that is called twice is in it twice.
+
+    Raises:
+        ValueError: if a layer is called where it can have no cache, or if the
+            calls depend on the length.
+    """
+
+    def record(length: int) -> list[Any]:
+        with RecordingScope(_ROWS) as scope:
+            run(_ROWS, length)
+        return scope.layers
+
+    layers = record(_LENGTH)
+    # A loop over the sequence calls the same layer again and again.
+    if len({id(layer) for layer in layers}) < len(layers):
+        fewer = record(1)
+        if [id(x) for x in fewer] != [id(x) for x in layers]:
+            layer = max(layers, key=layers.count)
+            raise ValueError(
+                f"'{name}' calls layer '{layer.name}' ({type(layer).__name__}) "
+                f"{layers.count(layer)} times on {_LENGTH} tokens and "
+                f"{fewer.count(layer)} times on one, as a loop over the sequence "
+                "does. Each call has a cache of its own, so these don't fit each "
+                "other. Call the layer once, on all tokens."
+            )
+    return tuple(layers)
 
 
 def call_sites(model: keras.Model, inputs: Any = None) -> tuple[CachedLayer, ...]:
     """Finds the calls of cached layers in a model, in call order.
 
-    The model is run once, without a cache, on one token of zeros.
+    The model is run, without a cache, on a few tokens of zeros.
 
     Args:
         model: a built `keras.Model` (or layer): functional, Sequential or
@@ -28,7 +72,8 @@ def call_sites(model: keras.Model, inputs: Any = None) -> tuple[CachedLayer, ...
 
     Raises:
         TypeError: if `model` is no Keras model or layer.
-        ValueError: if the model is not built, or `inputs` is needed.
+        ValueError: if the model is not built, `inputs` is needed, or a layer is
+            called where it can have no cache, such as in a mapped function.
 
     Example:
 
@@ -49,13 +94,27 @@ def call_sites(model: keras.Model, inputs: Any = None) -> tuple[CachedLayer, ...
             f"`model` '{model.name}' is not built, so the shapes of its caches "
             "are not known. Call it once on an example of its inputs first."
         )
-    with RecordingScope() as scope:
-        model(_one_token(model) if inputs is None else inputs)
+    if inputs is None:
+        specs = _input_specs(model)
+
+        def zeros(spec: keras.KerasTensor, sizes: tuple[int, int]) -> Any:
+            shape = [sizes[0], *spec.shape[1:]]
+            if shape[1:] and shape[1] is None:
+                shape[1] = sizes[1]
+            return ops.zeros(shape, dtype=spec.dtype)
+
+        def run(*sizes: Any) -> Any:
+            return model(tree.map_structure(lambda x: zeros(x, sizes), specs))
+
+        return find_call_sites(run, model.name)
+    rows = {static_size(x, 0) for x in tree.flatten(inputs)}
+    with RecordingScope(rows.pop() if len(rows) == 1 else None) as scope:
+        model(inputs)
     return tuple(scope.layers)
 
 
-def _one_token(model: keras.Model) -> Any:
-    """Zeros of batch size 1 and, where the length is free, of length 1."""
+def _input_specs(model: keras.Model) -> Any:
+    """What a model says about its inputs."""
     structure = getattr(model, "input", None)
     if structure is None:
         # A Sequential model has no `input` before it was called symbolically.
@@ -72,12 +131,7 @@ def _one_token(model: keras.Model) -> Any:
             "or Sequential model (or has axes of unknown size besides the batch "
             "and the length). Pass `inputs`, an example of them."
         )
-
-    def zeros(x: keras.KerasTensor) -> Any:
-        shape = [1 if size is None else size for size in x.shape]
-        return ops.zeros((1, *shape[1:]), dtype=x.dtype)
-
-    return tree.map_structure(zeros, structure)
+    return structure
 
 
 def create_cache(
@@ -170,7 +224,11 @@ def grow_cache(sites: tuple[CachedLayer, ...], cache: tuple, max_length: int) ->
 
 
 def call_with_cache(
-    model: keras.Model, inputs: Any, cache: tuple, cache_update_index: Any
+    model: keras.Model,
+    inputs: Any,
+    cache: tuple,
+    cache_update_index: Any,
+    padding_mask: Any = None,
 ) -> tuple[Any, tuple]:
     """Calls any Keras model made of cached layers on the next positions.
 
@@ -180,13 +238,17 @@ def call_with_cache(
         cache: the tuple from `create_cache`, or from the last call.
         cache_update_index: int, integer scalar tensor, or integer tensor of
             shape `(batch_size,)`. How many positions the cache has absorbed.
+        padding_mask: `None` or tensor of shape `(batch_size, length)`, true for
+            the real tokens of the inputs, which are padded on the right: for
+            the cached layers that the model calls without one.
 
     Returns:
         `(outputs, cache)`: what the model returns for these positions, and the
         updated cache.
 
     Raises:
-        ValueError: if the cache was made for another model or batch size.
+        ValueError: if the cache was made for another model or batch size, or
+            the padding mask for other inputs.
 
     Example:
 
@@ -201,6 +263,6 @@ def call_with_cache(
     >>> bool(ops.all(ops.isclose(tail, model(x)[:, 3:], atol=1e-5)))
     True
     """
-    with CacheScope(cache, cache_update_index) as scope:
+    with CacheScope(cache, cache_update_index, padding_mask) as scope:
         outputs = model(inputs)
     return outputs, scope.cache

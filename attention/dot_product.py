@@ -94,8 +94,14 @@ def _align(attention_mask: Any, key_positions: Any) -> Any:
     """Picks the columns of `attention_mask` that belong to the keys."""
     attention_mask = ops.cast(attention_mask, "bool")
     length = static_size(attention_mask, len(attention_mask.shape) - 1)
-    if length is None or length == 1 or len(key_positions.shape) != 1:
+    if length is None or length == 1:
         return attention_mask
+    if len(key_positions.shape) == 2:
+        columns = ops.minimum(key_positions, length - 1)[:, None]
+        known = (key_positions < length)[:, None]
+        return ops.logical_and(
+            ops.take_along_axis(attention_mask, columns, axis=-1), known
+        )
     capacity = static_size(key_positions, 0)
     if capacity is None or capacity == length:
         return attention_mask
@@ -171,15 +177,18 @@ def scale_query(query: Any, scale: float) -> tuple[Any, float]:
 
 
 def fused_attention_applies(
-    num_heads: int, num_key_value_heads: int, key_dim: int, value_dim: int
+    num_heads: int, num_key_value_heads: int, key_dim: int, value_dim: int, dtype: str
 ) -> bool:
     """Whether `keras.ops.dot_product_attention` computes these heads as they are.
 
     Outside of JAX it repeats keys and values for grouped heads. On JAX it takes
-    no values of another size than the keys.
+    no values of another size than the keys, and CPUs can't compile its float16.
     """
     if keras.config.backend() == "jax":
-        return key_dim == value_dim
+        import jax
+
+        supported = dtype != "float16" or jax.default_backend() != "cpu"
+        return key_dim == value_dim and supported
     return num_heads == num_key_value_heads
 
 

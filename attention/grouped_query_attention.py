@@ -2,38 +2,20 @@
 
 from __future__ import annotations
 
-import numbers
 from typing import Any
 
 import keras
 from keras import ops
 
-from attention.cached_layer import CachedLayer
-from attention.dot_product import (
-    check_attention_mask,
-    combine_masks,
-    fused_attention,
-    fused_attention_applies,
-    grouped_attention,
-    scale_query,
-)
-from attention.initializers import clone_initializer
-from attention.key_value_cache import FullCache, token_positions
-from attention.position_schemes import (
-    PositionScheme,
-    check_position,
-    serialize_position,
-)
-from attention.validation import (
-    check_fraction,
-    check_positive_int,
-    describe,
-    static_size,
-)
+from attention.dot_product import check_attention_mask
+from attention.dot_product_attention import DotProductAttention
+from attention.key_value_cache import FullCache, pack_key_value, token_positions
+from attention.position_schemes import PositionScheme
+from attention.validation import check_positive_int, describe, static_size
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
-class GroupedQueryAttention(CachedLayer):
+class GroupedQueryAttention(DotProductAttention):
     """Attention in which groups of query heads share a key/value head.
 
     ```
@@ -83,14 +65,22 @@ class GroupedQueryAttention(CachedLayer):
         cache_update_index: how many positions the cache has absorbed: an int,
             an integer scalar tensor or an integer tensor of shape `(batch,)`.
         return_attention_scores: bool. Whether to return the weights, too.
+        return_key_value: bool. Whether to return the keys and values, too, for
+            layers that attend to them as well (`SharedKeyValueAttention`).
         training: bool. Whether to apply dropout.
 
     Returns:
         A tensor of shape `(batch, length, width)` in the compute dtype. With
         `return_attention_scores`, `(outputs, scores)`, where `scores` are
         `float32` of shape `(batch, num_heads, length, key_length)`; with a
-        cache `key_length` is the cache's, zero for what is not filled. With a
-        cache, `(what is said above, cache)`.
+        cache `key_length` is the cache's, zero for what is not filled. With
+        `return_key_value`, `(outputs, key_value)`, where `key_value` is a dict
+        of all that these queries may attend to: `"key"`, `(batch,
+        num_key_value_heads, key_length, key_dim)`, `"value"` likewise, and
+        `"positions"`, `int32` of shape `(batch, key_length)`, a number beyond
+        any other for padding; with a cache, keys and values are the cache's own
+        tensors. With both, `(outputs, scores, key_value)`. With a cache,
+        `(what is said above, cache)`.
 
     Raises:
         TypeError: if an argument has the wrong type.
@@ -117,6 +107,8 @@ class GroupedQueryAttention(CachedLayer):
     - [Ainslie et al., 2023](https://arxiv.org/abs/2305.13245)
     """
 
+    num_key_value_heads: int
+
     def __init__(
         self,
         num_heads: int,
@@ -132,37 +124,22 @@ class GroupedQueryAttention(CachedLayer):
         bias_initializer: Any = "zeros",
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
-        self.num_heads = check_positive_int("num_heads", num_heads)
-        self.num_key_value_heads = check_positive_int(
-            "num_key_value_heads", num_key_value_heads
+        super().__init__(
+            num_heads,
+            num_key_value_heads,
+            key_dim,
+            value_dim,
+            dropout=dropout,
+            use_bias=use_bias,
+            position=position,
+            scale=scale,
+            kernel_initializer=kernel_initializer,
+            bias_initializer=bias_initializer,
+            **kwargs,
         )
-        if num_heads % num_key_value_heads:
-            raise ValueError(
-                "`num_heads` must be divisible by `num_key_value_heads`, so that "
-                "each key/value head serves as many query heads. Received: "
-                f"num_heads={num_heads}, num_key_value_heads={num_key_value_heads}"
-            )
-        if key_dim is not None:
-            key_dim = check_positive_int("key_dim", key_dim)
-        if value_dim is not None:
-            value_dim = check_positive_int("value_dim", value_dim)
-        self.key_dim = key_dim
-        self.value_dim = value_dim
-        self.dropout = check_fraction("dropout", dropout)
-        self.use_bias = bool(use_bias)
-        self.position = check_position(position)
-        if self.position is not None:
-            self.position.num_layers += 1
+        # Here it may not be None.
+        check_positive_int("num_key_value_heads", num_key_value_heads)
         self.causal = bool(causal)
-        if scale is not None and not isinstance(scale, numbers.Real):
-            raise TypeError(
-                "`scale` must be a number or None, which means 1 / sqrt(key_dim). "
-                f"Received: scale={describe(scale)}"
-            )
-        self.scale = scale if scale is None else float(scale)
-        self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self.bias_initializer = keras.initializers.get(bias_initializer)
         self.cache_policy = FullCache()
 
     def build(
@@ -173,64 +150,13 @@ class GroupedQueryAttention(CachedLayer):
     ) -> None:
         value_shape = value_shape or query_shape
         key_shape = key_shape or value_shape
-        width = query_shape[-1]
-        if len(query_shape) != 3 or width is None:
-            raise ValueError(
-                f"Layer '{self.name}' needs inputs of shape (batch, length, "
-                f"width) with a known width. Received: shape {tuple(query_shape)}"
-            )
-        if self.key_dim is None and width % self.num_heads:
-            raise ValueError(
-                f"With `key_dim=None`, the width of the inputs of layer "
-                f"'{self.name}' must be divisible by `num_heads`. Received: "
-                f"num_heads={self.num_heads}, inputs of shape "
-                f"{tuple(query_shape)}. Pass `key_dim`, or another `num_heads`."
-            )
-        self._width = width
+        self._check_width(query_shape)
         key_dim, value_dim = self._head_dims()
-        self._logit_scale = key_dim**-0.5 if self.scale is None else self.scale
         heads, groups = self.num_heads, self.num_key_value_heads
         self.query_dense = self._project("query", (heads, key_dim), query_shape)
         self.key_dense = self._project("key", (groups, key_dim), key_shape)
         self.value_dense = self._project("value", (groups, value_dim), value_shape)
-        self.output_dense = keras.layers.EinsumDense(
-            "bqhd,hdw->bqw",
-            output_shape=(None, width),
-            bias_axes="w" if self.use_bias else None,
-            name="attention_output",
-            **self._initializers(),
-        )
-        self.output_dense.build((*query_shape[:2], heads, value_dim))
-        self.dropout_layer = keras.layers.Dropout(
-            self.dropout, dtype=self.dtype_policy, name="attention_dropout"
-        )
-        if self.position is not None and not self.position.built:
-            self.position.build(self.num_heads)
-
-    def _head_dims(self) -> tuple[int, int]:
-        """The sizes of a key head and of a value head."""
-        key_dim = self.key_dim or self._width // self.num_heads
-        return key_dim, self.value_dim or key_dim
-
-    def _project(self, name: str, heads: tuple, shape: tuple) -> keras.layers.Layer:
-        dense = keras.layers.EinsumDense(
-            "blw,whd->blhd",
-            output_shape=(None, *heads),
-            bias_axes="hd" if self.use_bias else None,
-            name=name,
-            **self._initializers(),
-        )
-        dense.build(shape)
-        return dense
-
-    def _initializers(self) -> dict[str, Any]:
-        # A random initializer with a seed would give every kernel the same
-        # values if it were shared.
-        return {
-            "kernel_initializer": clone_initializer(self.kernel_initializer),
-            "bias_initializer": clone_initializer(self.bias_initializer),
-            "dtype": self.dtype_policy,
-        }
+        self._build_output(query_shape)
 
     def create_cache(self, batch_size: int, max_length: int) -> Any:
         if self.key_dim is None and not self.built:
@@ -275,6 +201,7 @@ class GroupedQueryAttention(CachedLayer):
         cache: Any = None,
         cache_update_index: Any = None,
         return_attention_scores: bool = False,
+        return_key_value: bool = False,
         training: bool | None = None,
     ) -> Any:
         self._check_call(value, key, cache, cache_update_index)
@@ -310,44 +237,28 @@ class GroupedQueryAttention(CachedLayer):
                 k, v, key_positions = self.cache_policy.read(cache)
                 key_padding_mask = None
                 heads_in_front = True
-        mask = combine_masks(
-            positions, key_positions, self.causal, key_padding_mask, attention_mask
+        outputs, scores = self._attend(
+            q,
+            k,
+            v,
+            positions,
+            key_positions,
+            key_padding_mask=key_padding_mask,
+            attention_mask=attention_mask,
+            heads_in_front=heads_in_front,
+            return_scores=return_attention_scores,
+            training=training,
         )
-        bias = None
-        if self.position is not None:
-            bias = self.position.bias(positions, key_positions)
-            self._check_bias(bias)
-        dropout = self.dropout_layer if training and self.dropout else None
-        fused = fused_attention_applies(
-            self.num_heads, self.num_key_value_heads, *self._head_dims()
-        )
-        q, scale = scale_query(q, self._logit_scale)
-        scores = None
-        if heads_in_front or return_attention_scores or dropout or not fused:
+        returned: tuple = (outputs,)
+        if return_attention_scores:
+            returned += (scores,)
+        if return_key_value:
+            # What these queries attended to: all of the cache, or the new tokens.
             if not heads_in_front:
                 k, v = ops.swapaxes(k, 1, 2), ops.swapaxes(v, 1, 2)
-            outputs, scores = grouped_attention(q, k, v, mask, bias, scale, dropout)
-        else:
-            outputs = fused_attention(q, k, v, mask, bias, scale)
-        if attention_mask is not None:
-            # A query that may attend to nothing attends to nothing. Softmax
-            # would have given it the mean of all values, later ones too.
-            some = ops.any(mask, axis=-1, keepdims=True)
-            outputs = ops.where(ops.swapaxes(some, 1, 2), outputs, 0)
-            scores = None if scores is None else ops.where(some, scores, 0)
-        outputs = self.output_dense(outputs)
-        if return_attention_scores:
-            outputs = (outputs, scores)
+            returned += (pack_key_value(k, v, key_positions, key_padding_mask),)
+        outputs = returned if len(returned) > 1 else outputs
         return outputs if cache is None else (outputs, cache)
-
-    def _check_bias(self, bias: Any) -> None:
-        heads = None if bias is None else bias.shape[-3]
-        if heads not in (None, 1, self.num_heads):
-            raise ValueError(
-                f"`position` of layer '{self.name}' gave biases for {heads} heads, "
-                f"but the layer has num_heads={self.num_heads}. Layers that share "
-                "a position scheme need the same number of heads."
-            )
 
     def _check_call(self, value: Any, key: Any, cache: Any, index: Any) -> None:
         lengths = {static_size(x, 1) for x in (value, key) if x is not None}
@@ -365,27 +276,9 @@ class GroupedQueryAttention(CachedLayer):
                 "to: pass the new tokens as `query` alone. Received: value="
                 f"{describe(value)}, key={describe(key)}"
             )
-        if index is None:
-            raise ValueError(
-                f"Layer '{self.name}' was called with `cache` but without "
-                "`cache_update_index`, which would only read the cache; but "
-                "the positions of the queries are not known then. Pass the "
-                "number of positions that the cache has absorbed."
-            )
+        self._check_index(index)
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
-        config.update(
-            num_heads=self.num_heads,
-            num_key_value_heads=self.num_key_value_heads,
-            key_dim=self.key_dim,
-            value_dim=self.value_dim,
-            dropout=self.dropout,
-            use_bias=self.use_bias,
-            position=serialize_position(self.position),
-            causal=self.causal,
-            scale=self.scale,
-            kernel_initializer=keras.initializers.serialize(self.kernel_initializer),
-            bias_initializer=keras.initializers.serialize(self.bias_initializer),
-        )
+        config["causal"] = self.causal
         return config

@@ -6,7 +6,13 @@ from typing import Any
 
 from keras import ops
 
+from attention import tensorflow_gradients
 from attention.validation import check_positive_int, static_size
+
+tensorflow_gradients.register()
+
+# Later than all queries, and far enough from the largest int32 to be added to.
+HIDDEN_POSITION = 2**30
 
 
 def token_positions(cache_update_index: Any, length: Any) -> Any:
@@ -35,6 +41,37 @@ def token_positions(cache_update_index: Any, length: Any) -> Any:
     if len(index.shape) == 0:
         return steps + index
     return steps[None, :] + index[:, None]
+
+
+def pack_key_value(
+    key: Any, value: Any, positions: Any, padding_mask: Any = None
+) -> dict[str, Any]:
+    """Keys and values as layers hand them to `SharedKeyValueAttention`.
+
+    Args:
+        key: tensor of shape `(batch, heads, length, key_dim)`.
+        value: tensor of shape `(batch, heads, length, value_dim)`.
+        positions: `int32` tensor of shape `(length,)` or `(batch, length)`.
+        padding_mask: `None` or boolean tensor of shape `(batch, length)`.
+
+    Returns:
+        A dict of `"key"`, `"value"` and `"positions"`, `(batch, length)`:
+        `HIDDEN_POSITION` for padding, so that the causal mask hides it.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from attention.key_value_cache import pack_key_value
+    >>> key = np.zeros((2, 1, 3, 4))
+    >>> np.array(pack_key_value(key, key, np.arange(3))["positions"]).tolist()
+    [[0, 1, 2], [0, 1, 2]]
+    """
+    if len(positions.shape) == 1:
+        positions = positions[None]
+    positions = ops.broadcast_to(positions, (ops.shape(key)[0], ops.shape(key)[2]))
+    if padding_mask is not None:
+        positions = ops.where(padding_mask, positions, HIDDEN_POSITION)
+    return {"key": key, "value": value, "positions": positions}
 
 
 class FullCache:

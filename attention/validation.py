@@ -265,6 +265,10 @@ def check_cache(
             )
 
 
+class UpdatedCacheError(ValueError):
+    """A layer returned another kind of cache than it got."""
+
+
 def check_updated_cache(layer_name: str, cache: Any, outputs: Any) -> None:
     """Says so when a layer's `call` returned no cache like the one it got."""
     if not isinstance(outputs, tuple) or len(outputs) != 2:
@@ -281,7 +285,7 @@ def check_updated_cache(layer_name: str, cache: Any, outputs: Any) -> None:
         for a, b in zip(tree.flatten(cache), tree.flatten(updated))
     )
     if not same:
-        raise ValueError(
+        raise UpdatedCacheError(
             f"Layer '{layer_name}' must return the cache in the structure, "
             f"shapes and dtypes in which it got it. It got {describe(cache)} and "
             f"returned {describe(updated)}."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import operator
 from typing import Any
 
@@ -14,6 +13,12 @@ from attention import (
     call_sites,
     describe,
     max_positions,
+)
+from blocks.backbone_inputs import (
+    backbone_inputs,
+    check_backbone,
+    task_inputs,
+    token_embedding,
 )
 from blocks.generation import Generator
 from blocks.preprocessor import end_token_ids
@@ -30,24 +35,32 @@ class CausalLM(keras_hub.models.CausalLM):
     without a cache, or inside of an `attention.CacheScope`. There is nothing to
     write for a new backbone.
 
+    The backbone may be any functional `keras.Model` of cached layers. It takes
+    the token ids, alone or as `{"token_ids": ...}`, or with a `padding_mask` in
+    that dict; if it takes none, its cached layers are told all the same what is
+    padding. It returns hidden states, which its `token_embedding` (an attribute
+    or a layer of that name that can be called with `reverse=True`) turns into
+    logits; or anything from which an overridden `compute_logits` makes them,
+    such as the logits themselves.
+
     Args:
-        backbone: a `blocks.CustomBackbone`, or any functional
-            `keras_hub.models.Backbone` of cached layers with the inputs
-            `token_ids` and `padding_mask` and a `token_embedding` that can be
-            called with `reverse=True`.
+        backbone: a `blocks.CustomBackbone`, a `keras_hub.models.Backbone` or
+            another functional model of cached layers.
         preprocessor: a `blocks.CausalLMPreprocessor` or one of KerasHub's, for
             strings in and strings out; `None` for tokens.
         **kwargs: arguments of `keras_hub.models.CausalLM`.
 
     Call arguments:
         inputs: a dict of `token_ids` and `padding_mask`, both of shape
-            `(batch, length)`.
+            `(batch, length)`, whatever the backbone takes.
 
     Returns:
         Logits of shape `(batch, length, vocabulary_size)`.
 
     Raises:
-        TypeError: if `backbone` is no Keras model.
+        TypeError: if `backbone` is no functional model of tokens, or there is
+            no way from its outputs to logits.
+        ValueError: if its batch size or length is fixed.
 
     Example:
 
@@ -75,18 +88,21 @@ class CausalLM(keras_hub.models.CausalLM):
     preprocessor_cls = None
 
     def __init__(self, backbone: Any, preprocessor: Any = None, **kwargs: Any) -> None:
-        if not isinstance(backbone, keras.Model):
-            raise TypeError(
-                "`backbone` must be a `blocks.CustomBackbone` or another Keras "
-                f"model of cached layers. Received: backbone={describe(backbone)}"
-            )
-        _check_embedding(type(self), backbone)
+        check_backbone(backbone)
+        if type(self).compute_logits is CausalLM.compute_logits:
+            token_embedding(backbone)
         # === Layers ===
         self.backbone = backbone
         self.preprocessor = preprocessor
         # === Functional model ===
-        inputs = backbone.input
-        outputs = self.compute_logits(backbone(inputs))
+        inputs = task_inputs(backbone)
+        outputs = self.compute_logits(backbone(backbone_inputs(backbone, **inputs)))
+        if len(getattr(outputs, "shape", ())) != 3:
+            raise TypeError(
+                f"`{type(self).__name__}.compute_logits` must return logits of shape "
+                "(batch, length, vocabulary_size). It returned "
+                f"{describe(outputs)}"
+            )
         super().__init__(inputs=inputs, outputs=outputs, **kwargs)
 
     def compute_logits(self, hidden_states: Any) -> Any:
@@ -100,7 +116,7 @@ class CausalLM(keras_hub.models.CausalLM):
         Returns:
             A tensor of shape `(batch, length, vocabulary_size)`.
         """
-        return self.backbone.token_embedding(hidden_states, reverse=True)
+        return token_embedding(self.backbone)(hidden_states, reverse=True)
 
     def compile(self, *args: Any, sampler: Any = "top_k", **kwargs: Any) -> None:
         """Configures training and generation, as KerasHub's `compile`.
@@ -132,7 +148,17 @@ class CausalLM(keras_hub.models.CausalLM):
             rank: int. The rank of the updates.
             target_layer_names: list of str or `None`. The names of the layers
                 to update; `None` means the attention's query and value.
+
+        Raises:
+            TypeError: if the backbone is a plain Keras model.
         """
+        if not isinstance(self.backbone, keras_hub.models.Backbone):
+            raise TypeError(
+                f"`backbone` '{self.backbone.name}' is a {type(self.backbone).__name__},"
+                " which does not know its attention's query and value layers. Call "
+                "`enable_lora(rank)` of the layers you mean, or make the backbone a "
+                "`keras_hub.models.Backbone`."
+            )
         self.backbone.enable_lora(rank, target_layer_names)
 
     def generate(
@@ -211,7 +237,7 @@ class CausalLM(keras_hub.models.CausalLM):
                 self.preprocessor,
                 max_length,
                 max_new_tokens,
-                getattr(self.backbone, "vocabulary_size", None),
+                getattr(self.backbone, "vocabulary_size", self.output.shape[-1]),
                 self._max_positions(),
             )
             for batch in batches
@@ -316,9 +342,17 @@ class CausalLM(keras_hub.models.CausalLM):
                 in GB.
 
         Raises:
+            TypeError: if the backbone is a plain Keras model.
             ValueError: if a class is not registered with Keras, so that the
                 preset could not be loaded again. Nothing is written then.
         """
+        if not isinstance(self.backbone, keras_hub.models.Backbone):
+            raise TypeError(
+                "Presets are made of `keras_hub.models.Backbone`s, such as "
+                "`blocks.CustomBackbone`. Save this model with "
+                '`save("model.keras")`. Nothing was written. Received: backbone='
+                f"{describe(self.backbone)}"
+            )
         tokenizer = getattr(self.preprocessor, "tokenizer", None)
         check_registered(self, self.backbone, self.preprocessor, tokenizer)
         super().save_to_preset(preset_dir, max_shard_size=max_shard_size)
@@ -355,23 +389,3 @@ class CausalLM(keras_hub.models.CausalLM):
         1
         """
         return load_task(cls, preset, load_weights, **kwargs)
-
-
-def _check_embedding(cls: Any, backbone: Any) -> None:
-    """Says so when the logits can't be made with the embedding."""
-    if cls.compute_logits is not CausalLM.compute_logits:
-        return
-    embedding = getattr(backbone, "token_embedding", None)
-    parameters: Any = ()
-    if isinstance(embedding, keras.layers.Layer):
-        parameters = inspect.signature(embedding.call).parameters
-    takes_any = any(
-        parameters[name].kind is inspect.Parameter.VAR_KEYWORD for name in parameters
-    )
-    if "reverse" not in parameters and not takes_any:
-        raise TypeError(
-            "`backbone.token_embedding` must be a layer that turns hidden states "
-            "into logits when called with `reverse=True`, such as "
-            "`keras.layers.ReversibleEmbedding`; or override `compute_logits`. "
-            f"Received: token_embedding={describe(embedding)}"
-        )

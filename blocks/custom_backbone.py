@@ -212,7 +212,9 @@ class CustomBackbone(keras_hub.models.Backbone):
             layer_index: int. The depth, from 0.
 
         Returns:
-            An `attention.CachedLayer`, for instance a `blocks.CustomDecoder`.
+            An `attention.CachedLayer`, for instance a `blocks.CustomDecoder`. One
+            of `self.transformer_layers`, where the blocks made so far are, is
+            used again at this depth: with the same weights and another cache.
         """
         return _HookedDecoder(
             self,

@@ -29,10 +29,16 @@ class CustomDecoder(CompositeCachedLayer):
 
     A subclass overrides `create_attention_layer`, `create_ffn` or
     `create_norm` to change a part, `transform` to change how they are
-    connected. Hooks run when the block is built: the subclass's attributes and
-    the width of the inputs are known, and a layer made without `dtype=` gets the
-    block's. There is no second forward pass: the block passes `cache` and
+    connected. The class attribute `norm_names` says which norms there are:
+    `create_norm` makes one for each name, under which the block then has it.
+
+    Hooks run when the block is built: the subclass's attributes and the width
+    of the inputs are known, and a layer made without `dtype=` gets the block's.
+    There is no second forward pass: the block passes `cache` and
     `cache_update_index` through without looking into them.
+
+    Attributes:
+        norm_names: tuple of str. The norms, by the names that `transform` uses.
 
     Args:
         intermediate_dim: int. The width inside the feed-forward layer.
@@ -63,8 +69,9 @@ class CustomDecoder(CompositeCachedLayer):
 
     Raises:
         TypeError: if a hook returns no layer, or an attention layer that is no
-            `attention.CachedLayer`.
-        ValueError: if the heads do not divide the width.
+            `attention.CachedLayer`, or `norm_names` is no tuple of names.
+        ValueError: if the heads do not divide the width, or a name of a norm
+            is taken.
 
     Example:
 
@@ -93,6 +100,8 @@ class CustomDecoder(CompositeCachedLayer):
     - [Vaswani et al., 2017](https://arxiv.org/abs/1706.03762)
     - [keras-hub issue #1261](https://github.com/keras-team/keras-hub/issues/1261)
     """
+
+    norm_names: tuple[str, ...] = ("attention_norm", "ffn_norm")
 
     def __init__(
         self,
@@ -169,31 +178,57 @@ class CustomDecoder(CompositeCachedLayer):
 
     def build(self, inputs_shape: tuple) -> None:
         inputs_shape = tuple(inputs_shape)
+        self._check_norm_names()
         with dtype_policy_scope(self.dtype_policy):
-            self.self_attention = name_layer(
-                run_hook(self, "create_attention_layer", inputs_shape, cached=True),
-                "self_attention",
+            # In the order of the weights: attention, a norm, ffn, other norms.
+            attention = run_hook(
+                self, "create_attention_layer", inputs_shape, cached=True
             )
-            self.attention_norm = name_layer(
-                run_hook(self, "create_norm", inputs_shape), "attention_norm"
-            )
+            self.self_attention = name_layer(attention, "self_attention")
+            layers = [self.self_attention, *self._add_norms(inputs_shape, slice(1))]
             self.ffn = name_layer(run_hook(self, "create_ffn", inputs_shape), "ffn")
-            self.ffn_norm = name_layer(
-                run_hook(self, "create_norm", inputs_shape), "ffn_norm"
-            )
+            layers += [self.ffn, *self._add_norms(inputs_shape, slice(1, None))]
             self.residual_dropout = keras.layers.Dropout(
                 self.dropout, name="residual_dropout"
             )
-        for layer in (
-            self.self_attention,
-            self.attention_norm,
-            self.ffn,
-            self.ffn_norm,
-        ):
+        for layer in layers:
             build_layer(layer, inputs_shape, self.compute_dtype)
+
+    def _add_norms(self, inputs_shape: tuple, which: slice) -> list:
+        norms = []
+        for name in self.norm_names[which]:
+            norm = name_layer(run_hook(self, "create_norm", inputs_shape), name)
+            setattr(self, name, norm)
+            norms.append(norm)
+        return norms
+
+    def _check_norm_names(self) -> None:
+        names = self.norm_names
+        if not isinstance(names, tuple) or not all(
+            isinstance(name, str) and name.isidentifier() for name in names
+        ):
+            raise TypeError(
+                f"`{type(self).__name__}.norm_names` must be a tuple of names for "
+                'attributes, such as ("attention_norm", "ffn_norm"). Received: '
+                f"norm_names={names!r}"
+            )
+        taken = {"self_attention", "ffn", "residual_dropout"}
+        # Once built, the block has its norms itself.
+        taken.update(() if self.built else dir(self))
+        taken.intersection_update(names)
+        if taken or len(set(names)) < len(names):
+            raise ValueError(
+                f"`{type(self).__name__}.norm_names` must be distinct names, of which "
+                "none is an attribute of the block already. Received: norm_names="
+                f"{names!r}"
+                + (f", of which {sorted(taken)} are taken" if taken else "")
+            )
 
     def transform(self, x: Any, padding_mask: Any = None, training: Any = None) -> Any:
         """The block's topology, written once, in plain Keras.
+
+        A subclass may name further arguments, which the block then takes, and
+        return more than one tensor (see `attention.CompositeCachedLayer`).
 
         Args:
             x: tensor of shape `(batch, length, width)`.

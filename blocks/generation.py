@@ -11,6 +11,7 @@ import numpy as np
 from keras import ops
 
 from attention import CacheScope, NewCacheScope, grow_cache
+from blocks.backbone_inputs import backbone_inputs
 from blocks.compilation import CompiledFunctions
 
 # Decode steps per compiled call. Between two calls the host sees the new
@@ -136,7 +137,7 @@ class Generator:
             positions = ops.arange(ops.shape(token_ids)[1], dtype="int32")
             mask = positions[None, :] < lengths[:, None]
             batch_size = token_ids.shape[0]
-            with NewCacheScope(batch_size, capacity) as scope:
+            with NewCacheScope(batch_size, capacity, mask) as scope:
                 hidden = self._hidden_states(token_ids, mask)
             self._sites = tuple(scope.layers)
             # Only the last token's hidden state goes to the vocabulary.
@@ -178,7 +179,7 @@ class Generator:
                 valid: Any,
             ) -> Any:
                 active = ops.logical_not(finished)
-                with CacheScope(cache, index) as scope:
+                with CacheScope(cache, index, active[:, None]) as scope:
                     hidden = self._hidden_states(token[:, None], active[:, None])
                 token = _sample(sampler, task.compute_logits(hidden)[:, 0])
                 rows_differ = len(index.shape) == 1
@@ -258,7 +259,7 @@ class Generator:
             before = ops.broadcast_to(
                 positions[None, :] < length - 1, (batch_size, width)
             )
-            with NewCacheScope(batch_size, width) as scope:
+            with NewCacheScope(batch_size, width, before) as scope:
                 hidden = self._hidden_states(token_ids, before)
             _, last, _ = next_step(token_ids, scope.cache, length)
             hidden = ops.slice_update(hidden, (0, length - 1, 0), last[:, None])
@@ -276,9 +277,9 @@ class Generator:
         return search
 
     def _hidden_states(self, token_ids: Any, padding_mask: Any) -> Any:
-        return self._task.backbone(
-            {"token_ids": token_ids, "padding_mask": ops.cast(padding_mask, "int32")}
-        )
+        backbone = self._task.backbone
+        padding_mask = ops.cast(padding_mask, "int32")
+        return backbone(backbone_inputs(backbone, token_ids, padding_mask))
 
 
 def _sample(sampler: Any, logits: Any) -> Any:

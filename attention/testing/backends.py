@@ -1,0 +1,143 @@
+"""What the checks need of each backend: compiling, gradients, full precision."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops, tree
+
+
+def to_numpy(x: Any) -> np.ndarray:
+    """A tensor as an array; floating point of any kind as `float32` or wider."""
+    array = ops.convert_to_numpy(x)
+    if array.dtype.kind in "biu" or array.dtype == np.float64:
+        return array
+    return array.astype("float32")
+
+
+def is_tensor(x: Any) -> bool:
+    return hasattr(x, "shape") and hasattr(x, "dtype")
+
+
+def has_compiler() -> bool:
+    """Whether the backend compiles what the checks want compared with eager."""
+    return keras.config.backend() in ("tensorflow", "jax")
+
+
+def compile_call(function: Callable) -> Callable:
+    """Compiles a function of one pytree of tensors: XLA, or jit on JAX."""
+    if keras.config.backend() == "jax":
+        import jax
+
+        return jax.jit(function)
+    if keras.config.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(function, jit_compile=True, autograph=False)
+    return function
+
+
+def gradients(function: Callable, variables: list, inputs: list) -> list:
+    """The gradients of a scalar function for variables and input tensors.
+
+    Args:
+        function: takes the list of input tensors, returns a scalar.
+        variables: list of trainable `keras.Variable`.
+        inputs: list of floating point arrays.
+
+    Returns:
+        A list of arrays, `None` where the function doesn't depend on one.
+    """
+    backend = keras.config.backend()
+    tensors = [ops.convert_to_tensor(x) for x in inputs]
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            tape.watch(tensors)
+            loss = function(tensors)
+        sources = [v.value for v in variables] + tensors
+        found = tape.gradient(loss, sources)
+        found = [x if x is None else tf.convert_to_tensor(x) for x in found]
+    elif backend == "jax":
+        import jax
+
+        def loss_of(values: list, tensors: list) -> Any:
+            with keras.StatelessScope(state_mapping=list(zip(variables, values))):
+                return function(tensors)
+
+        # Compiled: operation by operation it would take many times as long.
+        values = [v.value for v in variables]
+        both = jax.jit(jax.grad(loss_of, argnums=(0, 1)))(values, tensors)
+        found = list(itertools.chain(*both))
+    else:
+        import torch
+
+        tensors = [x.detach().clone().requires_grad_() for x in tensors]
+        sources = [v.value for v in variables] + tensors
+        loss = function(tensors)
+        found = [None] * len(sources)
+        if loss.requires_grad:
+            found = torch.autograd.grad(loss, sources, allow_unused=True)
+    return [x if x is None else to_numpy(x) for x in found]
+
+
+def without_gradients(function: Callable) -> Callable:
+    """The function as it is run in inference."""
+    if keras.config.backend() != "torch":
+        return function
+    import torch
+
+    return torch.no_grad()(function)
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Products of float32 in float32, also on GPUs that would round them."""
+    backend = keras.config.backend()
+    if backend == "jax":
+        import jax
+
+        # A CPU has nothing to round, and rejects the request for float16.
+        precision = None if jax.default_backend() == "cpu" else "highest"
+        with jax.default_matmul_precision(precision):
+            yield
+    elif backend == "tensorflow":
+        import tensorflow as tf
+
+        before = tf.config.experimental.tensor_float_32_execution_enabled()
+        tf.config.experimental.enable_tensor_float_32_execution(False)
+        try:
+            yield
+        finally:
+            tf.config.experimental.enable_tensor_float_32_execution(before)
+    else:
+        import torch
+
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
+def dtype_policy(policy: Any) -> Iterator[None]:
+    """Sets Keras's global dtype policy for a while."""
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        yield
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
+def copy_arrays(x: Any) -> Any:
+    """A pytree of tensors as arrays that nobody else can write to."""
+    return tree.map_structure(lambda t: np.array(to_numpy(t)), x)

@@ -1,0 +1,270 @@
+"""The checks of layers and models, and the order in which they are run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import keras
+from keras import tree
+
+from attention.cached_layer import CachedLayer
+from attention.testing.backends import full_precision
+from attention.testing.contract_checks import (
+    check_cache,
+    check_causality,
+    check_rows,
+    check_state,
+)
+from attention.testing.equality_checks import (
+    check_capacity,
+    check_chunks,
+    check_positions,
+    check_prefill_and_steps,
+)
+from attention.testing.failure import ConformanceError
+from attention.testing.numeric_checks import (
+    check_compiled,
+    check_gradients,
+    check_low_precision,
+)
+from attention.testing.padding_checks import check_masked_rows, check_padding
+from attention.testing.probe import Probe
+from attention.testing.saving_checks import check_config, check_saving
+from attention.testing.subjects import LayerSubject, ModelSubject, Subject
+from attention.validation import check_positive_int, describe
+
+# From what a mistake shows in alone to what it shows in, too: the first check
+# that fails is the one to read.
+CHECKS: dict[str, Callable[[Subject, Probe], float | None]] = {
+    "cache": check_cache,
+    "state": check_state,
+    "rows": check_rows,
+    "causality": check_causality,
+    "prefill_and_steps": check_prefill_and_steps,
+    "chunks": check_chunks,
+    "positions": check_positions,
+    "masked_rows": check_masked_rows,
+    "padding": check_padding,
+    "capacity": check_capacity,
+    "compiled": check_compiled,
+    "low_precision": check_low_precision,
+    "gradients": check_gradients,
+    "config": check_config,
+    "saving": check_saving,
+}
+
+
+def select(checks: Any, known: Iterable[str]) -> list[str]:
+    """The names of the checks to run, in the order of `known`."""
+    known = list(known)
+    if checks is None:
+        return known
+    names = [checks] if isinstance(checks, str) else list(checks)
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise ValueError(
+            f"`checks` must be some of {', '.join(known)}. Received: checks={checks!r}"
+        )
+    return [name for name in known if name in names]
+
+
+def run_checks(subject: Subject, checks: Any) -> dict[str, float]:
+    """Runs checks in order and returns the largest difference each found."""
+    names = select(checks, CHECKS)
+    limit_rows(subject)
+    report: dict[str, float] = {}
+    with full_precision():
+        made = subject.new()
+        subject.require_new(made)
+        probe = Probe(subject, made)
+        limit = subject.limit(made)
+        if limit is not None and limit < subject.length:
+            raise ValueError(
+                f"{probe} can represent {limit} positions. Pass `max_length` of at "
+                f"most {limit}. Received: max_length={subject.length}"
+            )
+        for name in names:
+            try:
+                found = CHECKS[name](subject, probe)
+            except ConformanceError as error:
+                raise _with_history(error, report) from error.__cause__
+            except Exception as error:
+                message = (
+                    f"{probe} raised {type(error).__name__} when it was {probe.doing}."
+                    f"\n  {error}"
+                )
+                raise _with_history(ConformanceError(name, message), report) from error
+            if found is not None:
+                report[name] = found
+    return report
+
+
+def limit_rows(subject: Subject) -> None:
+    if subject.batch_size < 2 or subject.length < 8:
+        raise ValueError(
+            "`batch_size` must be at least 2 and `max_length` at least 8, or there "
+            f"is little to compare. Received: batch_size={subject.batch_size}, "
+            f"max_length={subject.length}"
+        )
+
+
+def _with_history(error: ConformanceError, report: dict) -> ConformanceError:
+    held = ", ".join(report) or "none"
+    error.args = (f"{error.args[0].rstrip()}\n  Checks that held before it: {held}.",)
+    return error
+
+
+def check_cached_layer(
+    make_layer: Callable[[], CachedLayer],
+    *,
+    hidden_dim: int = 16,
+    batch_size: int = 3,
+    max_length: int = 24,
+    dtype: Any = "float32",
+    seed: int = 0,
+    checks: Any = None,
+) -> dict[str, float]:
+    """Checks that a layer keeps the contract of `attention.CachedLayer`.
+
+    What a layer computes without a cache is the reference for all else:
+
+    - `cache`: caches are zeros, batch axis first; a call returns the structure,
+      shapes and dtypes it got.
+    - `state`: calls leave nothing behind on the layer or in the cache given.
+    - `rows`: rows don't affect each other; a reordered cache reorders outputs.
+    - `causality`: a changed token moves no earlier output.
+    - `prefill_and_steps`, `chunks`, `positions`: a prefill and single tokens,
+      chunks of 1, 3, 7 and random sizes, and rows at different positions all
+      equal one call over the whole sequence.
+    - `masked_rows`: a query that may attend to nothing gives no NaN.
+    - `padding`: padded tokens are no-ops, and their contents aren't seen.
+    - `capacity`: unfilled slots play no role, `grow_cache` keeps the past, and
+      padding that reaches past the end overwrites nothing.
+    - `compiled`: XLA (TensorFlow) and jit (JAX) give what eager calls give.
+    - `low_precision`: `mixed_bfloat16`, `bfloat16`, `mixed_float16` stay near.
+    - `gradients`: finite, and the same with a cache and without.
+    - `config`, `saving`: the layer comes back from `get_config` and `.keras`.
+
+    The checks need no test framework. They set Keras's random seed, and add
+    small noise to all trainable weights, so that what starts at zero counts.
+
+    Args:
+        make_layer: a function without arguments that makes a new layer. It is
+            called several times, under different dtype policies.
+        hidden_dim: int. The width of the inputs.
+        batch_size: int. The number of rows, at least 2.
+        max_length: int. The length of the sequences, at least 8. It should be
+            larger than a window or a chunk that the layer has.
+        dtype: the dtype policy under which layers are made.
+        seed: int. Of weights, inputs and random chunk sizes.
+        checks: names of the checks to run; `None` means all.
+
+    Returns:
+        A dict from each check to the largest difference that was found. What
+        does not apply to the backend (`compiled` on torch) is not in it.
+
+    Raises:
+        ConformanceError: an `AssertionError` that names the first check that
+            failed, the largest difference and where it is.
+        TypeError: if `make_layer` makes no `CachedLayer`.
+        ValueError: if another argument is out of range.
+
+    Example:
+
+    >>> from attention import RotaryAttention
+    >>> from attention.testing import check_cached_layer
+    >>> report = check_cached_layer(
+    ...     lambda: RotaryAttention(num_heads=4, num_key_value_heads=2),
+    ...     checks=["causality", "prefill_and_steps"],
+    ... )
+    >>> sorted(report), max(report.values()) < 1e-4
+    (['causality', 'prefill_and_steps'], True)
+    """
+    subject = LayerSubject(
+        make_layer,
+        check_positive_int("batch_size", batch_size),
+        check_positive_int("max_length", max_length),
+        dtype,
+        seed,
+        hidden_dim=check_positive_int("hidden_dim", hidden_dim),
+    )
+    return run_checks(subject, checks)
+
+
+def check_cached_model(
+    make_model: Callable[[], Any],
+    *,
+    inputs: Any = None,
+    hidden_dim: int = 16,
+    batch_size: int = 3,
+    max_length: int = 24,
+    dtype: Any = "float32",
+    seed: int = 0,
+    checks: Any = None,
+) -> dict[str, float]:
+    """Checks a block, a backbone or any Keras model made of cached layers.
+
+    The checks are those of `check_cached_layer`. A model is run by
+    `call_with_cache`. Besides a fault of a cached layer they find what only a
+    model can do wrong: an ordinary layer that mixes along the sequence (a
+    convolution, an average) and so sees other tokens in decoding.
+
+    Args:
+        make_model: a function without arguments that makes a new
+            `keras.Model`, or a cached layer such as a `blocks.CustomDecoder`.
+        inputs: an example of the model's inputs, arrays of shape `(batch,
+            length, ...)`: like it inputs are drawn. Needed for a subclassed
+            model, and for integers of unknown range; otherwise read off the
+            model. An input with "mask" in its name is a padding mask.
+        hidden_dim: int. The width of the inputs, for a cached layer.
+        batch_size: int. The number of rows, at least 2.
+        max_length: int. The length of the sequences, at least 8.
+        dtype: the dtype policy under which models are made.
+        seed: int. Of weights, inputs and random chunk sizes.
+        checks: names of the checks to run; `None` means all.
+
+    Returns:
+        A dict from each check to the largest difference that was found.
+
+    Raises:
+        ConformanceError: as for `check_cached_layer`.
+        TypeError: if `make_model` makes neither a model nor a cached layer.
+        ValueError: if the inputs of the model are not known.
+
+    Example:
+
+    >>> import keras
+    >>> from attention import MultiHeadAttention
+    >>> from attention.testing import check_cached_model
+    >>> def make_model():
+    ...     attend = MultiHeadAttention(num_heads=2)
+    ...     inputs = keras.Input((None, 8))
+    ...     return keras.Model(inputs, attend(attend(inputs)))
+    >>> report = check_cached_model(make_model, checks="chunks")
+    >>> report["chunks"] < 1e-4
+    True
+    """
+    sizes = (
+        check_positive_int("batch_size", batch_size),
+        check_positive_int("max_length", max_length),
+    )
+    made = make_model() if callable(make_model) else None
+    subject: Subject
+    if isinstance(made, CachedLayer):
+        width = check_positive_int("hidden_dim", hidden_dim)
+        subject = LayerSubject(make_model, *sizes, dtype, seed, hidden_dim=width)
+    else:
+        if inputs is not None:
+            _check_example(inputs)
+        subject = ModelSubject(make_model, *sizes, dtype, seed, example=inputs)
+    return run_checks(subject, checks)
+
+
+def _check_example(inputs: Any) -> None:
+    for x in tree.flatten(inputs):
+        if len(getattr(x, "shape", ())) < 2 or isinstance(x, keras.KerasTensor):
+            raise ValueError(
+                "`inputs` must be an example of the model's inputs: arrays of shape "
+                f"(batch, length, ...). Received: inputs={describe(inputs)}"
+            )

@@ -1,0 +1,139 @@
+"""What `CausalLM` needs of a backbone: its inputs, and a way to the vocabulary."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import keras
+from keras import tree
+
+from attention import describe
+
+NAMES = ("token_ids", "padding_mask")
+
+
+def backbone_inputs(backbone: Any, token_ids: Any, padding_mask: Any) -> Any:
+    """Gives a backbone the inputs it asks for, in its own structure.
+
+    Args:
+        backbone: a functional `keras.Model` that `check_backbone` accepted.
+        token_ids: the tokens, `(batch, length)`.
+        padding_mask: which of them are real, `(batch, length)`.
+
+    Returns:
+        A dict of both, a dict of the tokens, or the tokens.
+
+    Example:
+
+    >>> import keras
+    >>> from blocks.backbone_inputs import backbone_inputs
+    >>> tokens = keras.Input((None,), dtype="int32")
+    >>> model = keras.Model(tokens, keras.layers.Embedding(10, 4)(tokens))
+    >>> backbone_inputs(model, "tokens", "mask")
+    'tokens'
+    """
+    asked = _asked_inputs(backbone)
+    if isinstance(asked, dict):
+        known = {"token_ids": token_ids, "padding_mask": padding_mask}
+        return {name: known[name] for name in asked}
+    return tree.map_structure(lambda _: token_ids, asked)
+
+
+def task_inputs(backbone: Any) -> dict[str, Any]:
+    """The symbolic inputs of a language model: the same for every backbone."""
+    asked = _asked_inputs(backbone)
+    if isinstance(asked, dict) and set(asked) == set(NAMES):
+        return asked
+    return {name: keras.Input((None,), dtype="int32", name=name) for name in NAMES}
+
+
+def check_backbone(backbone: Any) -> None:
+    """Says so when a model can't be used as the backbone of a `CausalLM`.
+
+    Args:
+        backbone: what was received.
+
+    Raises:
+        TypeError: if it is no functional model of tokens.
+        ValueError: if the batch size or the length is fixed.
+    """
+    if not isinstance(backbone, keras.Model):
+        raise TypeError(
+            "`backbone` must be a `blocks.CustomBackbone` or another Keras "
+            f"model of cached layers. Received: backbone={describe(backbone)}"
+        )
+    name = f"`backbone` '{backbone.name}'"
+    asked = _asked_inputs(backbone)
+    if asked is None:
+        raise TypeError(
+            f"{name} must be a functional (or built Sequential) model, of which it "
+            "is known what goes in: `keras.Model(inputs, outputs)` with `inputs = "
+            '{"token_ids": keras.Input((None,), dtype="int32")}`. Received: '
+            f"{describe(backbone)}"
+        )
+    named = isinstance(asked, dict)
+    leaves = tree.flatten(asked)
+    names_fit = not named or ("token_ids" in asked and set(asked) <= set(NAMES))
+    if not names_fit or (not named and len(leaves) != 1):
+        raise TypeError(
+            f"{name} must take the token ids alone, or a dict of `token_ids` and, "
+            "if it wants to, `padding_mask`: generation has nothing else to give. "
+            f"Its inputs are {describe(asked)}"
+        )
+    if any(tuple(x.shape) != (None, None) for x in leaves):
+        raise ValueError(
+            f"{name} must take any batch size and length, as generation feeds a "
+            'prompt first and single tokens then: `keras.Input((None,), dtype="int32'
+            f'")`. Its inputs are {describe(asked)}'
+        )
+    outputs = backbone.outputs
+    if len(outputs) != 1 or len(outputs[0].shape) != 3:
+        raise TypeError(
+            f"{name} must return one tensor of shape (batch, length, dim): the hidden "
+            "states, or the logits if `compute_logits` returns what it gets. It "
+            f"returns {describe(outputs)}"
+        )
+
+
+def token_embedding(backbone: Any) -> Any:
+    """The layer that turns hidden states into logits, or an error what to do.
+
+    It is the attribute `token_embedding`, as KerasHub's backbones have one, or
+    the layer of a functional model that has this name.
+
+    Raises:
+        TypeError: if there is none that can be called with `reverse=True`.
+    """
+    embedding = getattr(backbone, "token_embedding", None)
+    if embedding is None:
+        layers = {layer.name: layer for layer in backbone.layers}
+        embedding = layers.get("token_embedding")
+    parameters: Any = {}
+    if isinstance(embedding, keras.layers.Layer):
+        parameters = inspect.signature(embedding.call).parameters
+    takes_any = any(
+        x.kind is inspect.Parameter.VAR_KEYWORD for x in parameters.values()
+    )
+    if "reverse" not in parameters and not takes_any:
+        raise TypeError(
+            f"`backbone` '{backbone.name}' has no `token_embedding` that turns hidden "
+            "states into logits when it is called with `reverse=True`. If its outputs "
+            "are hidden states, embed the tokens with `keras.layers."
+            'ReversibleEmbedding(..., name="token_embedding")`, or override '
+            "`compute_logits(hidden_states)` in a subclass of `CausalLM`. If they are "
+            "logits already, let `compute_logits` return what it gets. Received: "
+            f"token_embedding={describe(embedding)}"
+        )
+    return embedding
+
+
+def _asked_inputs(backbone: Any) -> Any:
+    """The structure of a model's inputs, or `None` where it is not known."""
+    try:
+        if isinstance(backbone, keras.Sequential):
+            # It has no `input` before it was called symbolically.
+            return backbone.inputs[0]
+        return backbone.input
+    except (AttributeError, ValueError):
+        return None

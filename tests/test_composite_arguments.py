@@ -1,0 +1,299 @@
+"""Composite layers whose `transform` takes and returns more than one tensor."""
+
+import inspect
+
+import keras
+import numpy as np
+import pytest
+from helpers import LENGTH, WIDTH, assert_close, compiled, raises, randomize, sample
+from keras import ops
+
+from attention import (
+    CachedLayer,
+    CompositeCachedLayer,
+    MultiHeadAttention,
+    call_with_cache,
+    create_cache,
+)
+from tests.helpers import gradients, to_numpy
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Mixer(CompositeCachedLayer):
+    """Takes a second sequence and an option; returns two tensors."""
+
+    def build(self, inputs_shape):
+        self.attend = MultiHeadAttention(2)
+        self.attend.build(inputs_shape)
+        self.look_back = MultiHeadAttention(4)
+        self.look_back.build(inputs_shape)
+
+    def transform(self, x, other, gain=1.0, padding_mask=None, training=None):
+        mixed = x + self.attend(x + gain * other["first"])
+        return mixed, {"first": self.look_back(other["first"])}
+
+
+class Optional(CompositeCachedLayer):
+    """Without `other` one call of a cached layer, with it two."""
+
+    def build(self, inputs_shape):
+        self.attend = MultiHeadAttention(2)
+        self.attend.build(inputs_shape)
+
+    def transform(self, x, other=None):
+        x = self.attend(x)
+        return x if other is None else x + self.attend(other)
+
+
+def make(cls=Mixer):
+    layer = cls(name="mixer")
+    layer.build((None, None, WIDTH))
+    return randomize(layer)
+
+
+def others(x):
+    return {"first": sample(batch=x.shape[0], length=x.shape[1], seed=5)}
+
+
+def decode(layer, x, other, sizes, **kwargs):
+    cache, start, outputs = layer.create_cache(x.shape[0], LENGTH), 0, []
+    for size in sizes:
+        end = start + size
+        (y, more), cache = layer(
+            x[:, start:end],
+            {"first": other["first"][:, start:end]},
+            cache=cache,
+            cache_update_index=start,
+            **kwargs,
+        )
+        outputs.append((to_numpy(y), to_numpy(more["first"])))
+        start = end
+    return [np.concatenate(parts, axis=1) for parts in zip(*outputs)]
+
+
+# === Called directly ===
+
+
+def test_with_a_cache_as_without():
+    layer, x = make(), sample()
+    other = others(x)
+    y, more = layer(x, other)
+    assert len(layer.create_cache(1, 4)) == 2
+    for sizes in ([7, 5], [1] * LENGTH, [4, 1, 1, 6]):
+        cached = decode(layer, x, other, sizes)
+        assert_close(cached[0], y)
+        assert_close(cached[1], more["first"])
+
+
+def test_arguments_by_position_or_keyword():
+    layer, x = make(), sample()
+    other, mask = others(x), np.ones(x.shape[:2], bool)
+    y, _ = layer(x, other)
+    for outputs in (
+        layer(x, other=other),
+        layer(x=x, other=other, gain=1.0),
+        layer(x, other, padding_mask=mask, training=False),
+    ):
+        assert_close(outputs[0], y)
+    doubled, _ = layer(x, {"first": 2 * other["first"]}, gain=0.5)
+    assert_close(doubled, y)
+    cached = decode(layer, x, {"first": 2 * other["first"]}, [7, 5], gain=0.5)
+    assert_close(cached[0], y)
+
+
+def test_the_signature_of_call_is_that_of_transform():
+    names = list(inspect.signature(make().call).parameters)
+    assert names == [
+        "x",
+        "other",
+        "gain",
+        "padding_mask",
+        "cache",
+        "cache_update_index",
+        "training",
+    ]
+    assert inspect.signature(make().call).parameters["gain"].default == 1.0
+
+
+def test_a_compiled_step_and_gradients():
+    layer, x = make(), ops.convert_to_tensor(sample())
+    other = {"first": ops.convert_to_tensor(others(x)["first"])}
+    y, _ = layer(x, other)
+
+    @compiled
+    def step(x, first, cache, index):
+        return layer(x, {"first": first}, cache=cache, cache_update_index=index)
+
+    cache = layer.create_cache(x.shape[0], LENGTH)
+    for i in range(LENGTH):
+        now = slice(i, i + 1)
+        index = ops.convert_to_tensor(i, dtype="int32")
+        (outputs, _), cache = step(x[:, now], other["first"][:, now], cache, index)
+        assert_close(outputs, y[:, now])
+
+
+def test_gradients_of_a_first_call():
+    """Whatever traces it, the first call without a cache is only a call."""
+
+    class OneOutput(Mixer):
+        def transform(self, x, other):
+            y, more = super().transform(x, {"first": other})
+            return y + more["first"]
+
+    layer, x = make(OneOutput), ops.convert_to_tensor(sample())
+    found = gradients(layer, x, other=ops.convert_to_tensor(sample(seed=5)))
+    assert len(found) == len(layer.trainable_weights)
+    assert len(layer.create_cache(1, 4)) == 2
+
+
+# === In models ===
+
+
+def make_model():
+    x, first = keras.Input((None, WIDTH)), keras.Input((None, WIDTH))
+    mixer = Mixer(name="first_mixer")
+    y, more = mixer(x, {"first": first}, gain=0.5)
+    y, more = Mixer()(y, more)
+    return randomize(keras.Model([x, first], y + more["first"]), scale=0.2)
+
+
+def test_a_functional_model(tmp_path):
+    model, inputs = make_model(), [sample(), sample(seed=5)]
+    full = to_numpy(model(inputs))
+    cache = create_cache(model, 3, LENGTH)
+    assert [len(slot) for slot in cache] == [2, 2]
+    head, cache = call_with_cache(model, [x[:, :7] for x in inputs], cache, 0)
+    tail, cache = call_with_cache(model, [x[:, 7:] for x in inputs], cache, 7)
+    assert_close(np.concatenate([to_numpy(head), to_numpy(tail)], axis=1), full)
+    model.save(tmp_path / "model.keras")
+    restored = keras.models.load_model(tmp_path / "model.keras")
+    assert_close(restored(inputs), full)
+    assert len(restored.get_layer("first_mixer").create_cache(1, 4)) == 2
+
+
+def test_training():
+    model, inputs = make_model(), [sample(), sample(seed=5)]
+    model.compile(optimizer="adam", loss="mse")
+    model.fit(inputs, sample(seed=6), epochs=1, verbose=0)
+    assert [len(slot) for slot in create_cache(model, 1, 4)] == [2, 2]
+
+
+def test_padding_reaches_the_inner_layers():
+    layer, x = make(), sample()
+    other = others(x)
+    mask = np.arange(LENGTH)[None] < np.array([[4], [12], [9]])
+    y, more = layer(x, other, padding_mask=mask)
+    x[~mask] = np.inf
+    other["first"][~mask] = np.inf
+    again, more_again = layer(x, other, padding_mask=mask)
+    assert_close(to_numpy(again)[mask], to_numpy(y)[mask])
+    assert_close(to_numpy(more_again["first"])[mask], to_numpy(more["first"])[mask])
+
+
+# === When the call sites are known ===
+
+
+def test_a_cache_before_the_first_call_is_refused():
+    layer, x = make(), sample()
+    with raises(ValueError, "Mixer.transform` needs ['other']", "without a cache"):
+        layer.create_cache(1, 4)
+    layer(x, others(x))
+    assert len(layer.create_cache(1, 4)) == 2
+
+
+def test_layers_that_are_built_in_the_first_call_are_counted_once():
+    class Lazy(CompositeCachedLayer):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.inner = keras.Sequential([MultiHeadAttention(2)])
+            self.attend = MultiHeadAttention(2)
+
+        def transform(self, x, other):
+            return self.inner(x) + self.attend(other)
+
+    layer, x = Lazy(), sample()
+    full = layer(x, sample(seed=5))
+    cache = layer.create_cache(3, LENGTH)
+    assert len(cache) == 2
+    outputs, _ = layer(x, sample(seed=5), cache=cache, cache_update_index=0)
+    assert_close(outputs, full)
+
+
+def test_a_call_without_training_tells_better():
+    class Auxiliary(Mixer):
+        def transform(self, x, other, training=None):
+            y = self.attend(x + other)
+            return y + self.look_back(x) if training else y
+
+    layer, x = make(Auxiliary), sample()
+    layer(x, x, training=True)
+    layer(x, x)
+    assert len(layer.create_cache(1, 4)) == 1
+    layer(x, x, training=True)
+    assert len(layer.create_cache(1, 4)) == 1
+
+
+def test_an_optional_argument():
+    layer, x = make(Optional), sample()
+    assert len(layer.create_cache(1, 4)) == 1
+    layer(x, x)
+    assert len(layer.create_cache(1, 4)) == 2
+    other = make(Optional)
+    full = other(x)
+    outputs, _ = other(x, cache=other.create_cache(3, LENGTH), cache_update_index=0)
+    assert_close(outputs, full)
+
+
+# === Errors, and classes with a `call` of their own ===
+
+
+@pytest.mark.parametrize(
+    "call, parts",
+    [
+        (
+            lambda layer, x: layer(x, x, key_value=x),
+            ["with the arguments ['key_value']"],
+        ),
+        (lambda layer, x: layer(x), ["without ['other']"]),
+        (lambda layer, x: layer(other=x), ["without ['x']"]),
+        (lambda layer, x: layer(*[x] * 9), ["too many arguments"]),
+    ],
+)
+def test_wrong_arguments(call, parts):
+    layer = make()
+    with raises(TypeError, "Layer 'mixer'", "Mixer.transform", "'gain'", *parts):
+        call(layer, sample())
+
+
+def test_a_layer_without_further_arguments_names_its_own():
+    class Plain(CompositeCachedLayer):
+        def transform(self, x):
+            return x
+
+    with raises(TypeError, "['other']", "['x', 'padding_mask']"):
+        Plain()(sample(), other=sample())
+
+
+def test_a_call_of_ones_own_stays():
+    class Doubling(CompositeCachedLayer):
+        def call(self, x, padding_mask=None, cache=None, cache_update_index=None):
+            return super().call(2 * x, padding_mask, cache, cache_update_index)
+
+    class Identity(Doubling):
+        def transform(self, x):
+            return x
+
+    assert_close(Identity()(sample()), 2 * sample())
+    assert issubclass(Doubling, CachedLayer)
+
+
+def test_a_subclass_that_changes_transform_again():
+    class Child(Mixer):
+        def transform(self, x, padding_mask=None):
+            return super().transform(x, {"first": x})[0]
+
+    layer, x = make(Child), sample()
+    assert len(layer.create_cache(1, 4)) == 2
+    assert_close(layer(x), make()(x, {"first": x})[0])
+    with raises(TypeError, "['other']"):
+        layer(x, other=x)

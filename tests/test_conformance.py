@@ -1,0 +1,158 @@
+"""Every cached layer of the library keeps the contract: one line for each.
+
+A new variant is covered by a new line. What only attention layers have in common
+(masks, scores, rewinding) is in `test_cached_equals_uncached.py`.
+"""
+
+import keras
+import numpy as np
+import pytest
+from helpers import LINEAR, LLAMA3, YARN, EmbedAndAttendTwice
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from attention import (
+    AlibiBias,
+    GroupedQueryAttention,
+    MultiHeadAttention,
+    MultiQueryAttention,
+    PositionEmbedding,
+    RelativePositionBias,
+    RotaryAttention,
+    RotaryPosition,
+    T5Attention,
+)
+from attention.testing import check_cached_layer, check_cached_model
+from blocks import CustomBackbone, CustomDecoder
+from tests.models import make_variant
+
+LAYERS = {
+    "multi_head": lambda: MultiHeadAttention(4),
+    "multi_query": lambda: MultiQueryAttention(4),
+    "grouped": lambda: GroupedQueryAttention(4, 2, use_bias=False, dropout=0.1),
+    "value_dim": lambda: MultiHeadAttention(4, key_dim=3, value_dim=6, scale=0.3),
+    "rotary": lambda: RotaryAttention(4, 2, max_wavelength=50),
+    "rotary_linear": lambda: RotaryAttention(4, 2, scaling=LINEAR),
+    "rotary_llama3": lambda: RotaryAttention(4, 2, scaling=LLAMA3),
+    "rotary_yarn": lambda: RotaryAttention(4, 2, scaling=YARN),
+    "t5": lambda: T5Attention(4, num_buckets=8, max_distance=10),
+    "t5_grouped": lambda: GroupedQueryAttention(
+        4, 2, position=RelativePositionBias(8, 10)
+    ),
+    "alibi": lambda: GroupedQueryAttention(6, 3, key_dim=4, position=AlibiBias()),
+    "position_embedding": lambda: PositionEmbedding(12, "random_normal"),
+    "composite": EmbedAndAttendTwice,
+    "decoder": lambda: CustomDecoder(32, 4, dropout=0.1),
+    "decoder_norm_last": lambda: CustomDecoder(32, 4, 2, normalize_first=False),
+}
+BACKBONES = ["mha", "gqa", "rotary", "t5", "alibi"]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers(name):
+    report = check_cached_layer(LAYERS[name], max_length=12)
+    assert len(report) == (14 if keras.config.backend() == "torch" else 15)
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_backbones(name):
+    report = check_cached_model(lambda: make_variant(name), max_length=12)
+    assert "padding" in report
+
+
+SCHEMES = {
+    "none": lambda: None,
+    "rotary": RotaryPosition,
+    "t5": lambda: RelativePositionBias(6, 7),
+    "alibi": AlibiBias,
+}
+EQUALITIES = ["rows", "causality", "prefill_and_steps", "chunks", "positions"]
+EQUALITIES += ["masked_rows", "padding", "capacity"]
+
+
+@settings(
+    # Each shape is compiled anew on JAX, operation by operation.
+    max_examples=2 if keras.config.backend() == "jax" else 12,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    groups=st.integers(1, 3),
+    per_group=st.integers(1, 3),
+    key_dim=st.sampled_from([2, 4, 6]),
+    value_dim=st.sampled_from([None, 3, 5]),
+    position=st.sampled_from(sorted(SCHEMES)),
+    hidden_dim=st.integers(1, 9),
+    batch_size=st.integers(2, 5),
+    max_length=st.integers(8, 20),
+    seed=st.integers(0, 2**16),
+)
+def test_any_shape(
+    groups, per_group, key_dim, value_dim, position, hidden_dim, **sizes
+):
+    """Random heads, widths, lengths, batch sizes, and with the seed chunk sizes."""
+    report = check_cached_layer(
+        lambda: GroupedQueryAttention(
+            groups * per_group,
+            groups,
+            key_dim=key_dim,
+            value_dim=value_dim,
+            position=SCHEMES[position](),
+        ),
+        hidden_dim=hidden_dim,
+        checks=EQUALITIES,
+        **sizes,
+    )
+    assert max(report.values()) < 1e-4
+
+
+@settings(max_examples=4 if keras.config.backend() == "jax" else 40, deadline=None)
+@given(st.data())
+def test_any_right_padded_prompts(data):
+    """Ragged prompts in chunks with padding of any lengths equal each row alone."""
+    backbone = _backbone()
+    rows = 3
+    chunks = data.draw(
+        st.lists(
+            st.lists(st.integers(0, 4), min_size=rows, max_size=rows),
+            min_size=1,
+            max_size=5,
+        )
+    )
+    _check_padded_chunks(backbone, np.array(chunks))
+
+
+def _backbone():
+    if not hasattr(_backbone, "made"):
+        _backbone.made = CustomBackbone(40, 2, 4, 16, 32, max_sequence_length=24)
+    return _backbone.made
+
+
+def _check_padded_chunks(backbone, lengths):
+    from attention import call_with_cache, create_cache
+
+    rng = np.random.default_rng(0)
+    rows, width = lengths.shape[1], 4
+    tokens = rng.integers(1, 40, (rows, 24)).astype("int32")
+    full = _hidden(backbone, tokens)
+    cache, index = create_cache(backbone, rows, 24), np.zeros(rows, "int32")
+    for new in lengths:
+        mask = np.arange(width)[None] < new[:, None]
+        columns = np.minimum(index[:, None] + np.arange(width), 23)
+        chunk = np.where(mask, np.take_along_axis(tokens, columns, axis=1), 0)
+        outputs, cache = call_with_cache(
+            backbone,
+            {"token_ids": chunk, "padding_mask": mask.astype("int32")},
+            cache,
+            index,
+        )
+        expected = np.take_along_axis(full, columns[..., None], axis=1)
+        actual = keras.ops.convert_to_numpy(outputs)
+        np.testing.assert_allclose(actual[mask], expected[mask], atol=1e-4)
+        index = index + new.astype("int32")
+
+
+def _hidden(backbone, tokens):
+    inputs = {"token_ids": tokens, "padding_mask": np.ones_like(tokens)}
+    return keras.ops.convert_to_numpy(backbone(inputs))

@@ -1,0 +1,258 @@
+"""`CausalLM` over functional models that users write themselves."""
+
+import keras
+import numpy as np
+import pytest
+from helpers import raises
+from keras import ops
+
+from attention import (
+    CachedLayer,
+    NewCacheScope,
+    PositionEmbedding,
+    RotaryAttention,
+    last_tokens,
+)
+from blocks import CausalLM
+from tests.models import (
+    PACKAGE,
+    RAGGED,
+    VOCABULARY_SIZE,
+    brute_force_greedy,
+    byte_preprocessor,
+    make_lm,
+    prompts,
+    randomize,
+    rows_of,
+)
+
+pytestmark = pytest.mark.usefixtures("small_generation_sizes")
+
+
+@keras.saving.register_keras_serializable(package=PACKAGE)
+class Shift(CachedLayer):
+    """Adds the token before: padding that gets into its cache is seen at once."""
+
+    def build(self, inputs_shape):
+        self.width = inputs_shape[-1]
+
+    def create_cache(self, batch_size, max_length):
+        return ops.zeros((batch_size, 1, self.width), self.compute_dtype)
+
+    def call(self, x, padding_mask=None, cache=None, cache_update_index=None):
+        past = ops.zeros_like(x[:, :1]) if cache is None else cache
+        seen = ops.concatenate([past, x], axis=1)
+        outputs = x + seen[:, :-1]
+        return outputs if cache is None else (outputs, last_tokens(seen, padding_mask))
+
+
+@keras.saving.register_keras_serializable(package=PACKAGE)
+class LogitsLM(CausalLM):
+    def compute_logits(self, hidden_states):
+        return hidden_states
+
+
+def token_input(name="token_ids"):
+    return keras.Input((None,), dtype="int32", name=name)
+
+
+INPUTS = {
+    "tensor": lambda: token_input(),
+    "list": lambda: [token_input()],
+    "tokens": lambda: {"token_ids": token_input()},
+    "both": lambda: {n: token_input(n) for n in ("token_ids", "padding_mask")},
+}
+
+
+def outputs_of(tokens, logits, vocabulary_size=VOCABULARY_SIZE):
+    embedding = keras.layers.ReversibleEmbedding(
+        vocabulary_size, 16, name="token_embedding"
+    )
+    x = embedding(tokens)
+    x = x + PositionEmbedding(64)(x)
+    attend = RotaryAttention(4, 2)
+    x = Shift()(x + attend(x))
+    x = x + attend(keras.layers.LayerNormalization()(x))
+    return keras.layers.Dense(vocabulary_size)(x) if logits else x
+
+
+def make_model(kind="tensor", logits=False, **kwargs):
+    inputs = INPUTS[kind]()
+    tokens = keras.tree.flatten(inputs)[-1]
+    model = keras.Model(inputs, outputs_of(tokens, logits, **kwargs))
+    randomize(model)
+    return model
+
+
+def make_own(kind="tensor", logits=False, sampler="greedy"):
+    lm = (LogitsLM if logits else CausalLM)(make_model(kind, logits))
+    lm.compile(optimizer=keras.optimizers.Adam(1e-2), sampler=sampler)
+    return lm
+
+
+@pytest.mark.parametrize("logits", [False, True])
+@pytest.mark.parametrize("kind", INPUTS)
+def test_ragged_prompts_equal_brute_force(kind, logits):
+    lm = make_own(kind, logits)
+    outputs = lm.generate(prompts(RAGGED), stop_token_ids=None, max_length=20)
+    assert rows_of(outputs) == brute_force_greedy(lm, RAGGED, [20] * 3)
+
+
+def test_samplers_with_a_loop_of_their_own():
+    lm = make_own(sampler="beam")
+    outputs = lm.generate(prompts(RAGGED), stop_token_ids=None, max_length=12)
+    for row, tokens in enumerate(RAGGED):
+        alone = lm.generate(prompts([tokens]), stop_token_ids=None, max_length=12)
+        assert rows_of(alone)[0] == rows_of(outputs)[row]
+
+
+def test_a_sequential_model():
+    model = keras.Sequential(
+        [
+            token_input(),
+            keras.layers.ReversibleEmbedding(60, 16, name="token_embedding"),
+            RotaryAttention(4),
+            Shift(),
+        ]
+    )
+    randomize(model)
+    lm = make_lm(model)
+    outputs = lm.generate(prompts(RAGGED), stop_token_ids=None, max_length=13)
+    assert rows_of(outputs) == brute_force_greedy(lm, RAGGED, [13] * 3)
+
+
+def test_it_learns_and_is_saved(tmp_path):
+    lm = make_own()
+    tokens = np.tile(np.arange(1, 9, dtype="int32"), (8, 1))
+    x = {"token_ids": tokens[:, :-1], "padding_mask": np.ones((8, 7), "int32")}
+    losses = lm.fit(x, tokens[:, 1:], epochs=10, batch_size=8, verbose=0)
+    assert losses.history["loss"][-1] < 0.8 * losses.history["loss"][0]
+    expected = rows_of(lm.generate(prompts(RAGGED), stop_token_ids=None, max_length=13))
+    assert expected == brute_force_greedy(lm, RAGGED, [13] * 3)
+    lm.backbone.save(tmp_path / "backbone.keras")
+    restored = make_lm(keras.models.load_model(tmp_path / "backbone.keras"))
+    lm.save(tmp_path / "lm.keras")
+    for other in (restored, keras.models.load_model(tmp_path / "lm.keras")):
+        outputs = other.generate(prompts(RAGGED), stop_token_ids=None, max_length=13)
+        assert rows_of(outputs) == expected
+
+
+def test_strings_in_strings_out():
+    lm = make_lm(make_model(vocabulary_size=256), byte_preprocessor())
+    lm.fit(["abc", "defg"], batch_size=2, verbose=0)
+    outputs = lm.generate(["abc", "z"], max_new_tokens=4)
+    assert outputs[0].startswith("abc") and outputs[1].startswith("z")
+
+
+def test_tokens_are_checked_against_the_logits():
+    with raises(ValueError, "Token 60", "vocabulary of 60"):
+        make_own().generate(prompts([[1, 60]]), stop_token_ids=None, max_length=4)
+
+
+# === What can't be a backbone ===
+
+
+class Subclassed(keras.Model):
+    def call(self, x):
+        return x
+
+
+def embedded(*shapes, **kwargs):
+    inputs = [keras.Input(shape, dtype="int32", **kwargs) for shape in shapes]
+    x = keras.layers.Embedding(8, 4)(inputs[0])
+    return keras.Model(inputs[0] if len(inputs) == 1 else inputs, x)
+
+
+def with_names(*names):
+    inputs = {name: token_input(name) for name in names}
+    return keras.Model(inputs, keras.layers.Embedding(8, 4)(inputs[names[0]]))
+
+
+@pytest.mark.parametrize(
+    "make, kind, parts",
+    [
+        (lambda: "gpt", TypeError, ["another Keras model", "backbone='gpt'"]),
+        (Subclassed, TypeError, ["must be a functional", "keras.Model(inputs, out"]),
+        (lambda: keras.Sequential(), TypeError, ["must be a functional"]),
+        (lambda: embedded((None,), (None,)), TypeError, ["token ids alone", "list("]),
+        (
+            lambda: with_names("token_ids", "segment_ids"),
+            TypeError,
+            ["a dict of `token_ids`", "'segment_ids'"],
+        ),
+        (lambda: with_names("tokens"), TypeError, ["a dict of `token_ids`"]),
+        (
+            lambda: embedded((8,)),
+            ValueError,
+            ["any batch size and length", "(None, 8)"],
+        ),
+        (
+            lambda: embedded((None,), batch_size=2),
+            ValueError,
+            ["any batch size and length", "(2, None)"],
+        ),
+        (
+            lambda: keras.Sequential(
+                [token_input(), keras.layers.Embedding(8, 4), keras.layers.Flatten()]
+            ),
+            TypeError,
+            ["one tensor of shape (batch, length, dim)"],
+        ),
+        (
+            lambda: embedded((None,)),
+            TypeError,
+            [
+                'name="token_embedding"',
+                "override `compute_logits(hidden_states)`",
+                "logits already",
+                "token_embedding=None",
+            ],
+        ),
+    ],
+)
+def test_models_that_can_not_be_a_backbone(make, kind, parts):
+    with raises(kind, "`backbone`", *parts):
+        CausalLM(make())
+
+
+def test_a_head_that_returns_no_logits():
+    class Pooled(CausalLM):
+        def compute_logits(self, hidden_states):
+            return ops.mean(hidden_states, axis=1)
+
+    with raises(TypeError, "`Pooled.compute_logits` must return logits"):
+        Pooled(make_model())
+
+
+def test_what_only_kerashub_backbones_can_do(tmp_path):
+    lm = make_own()
+    with raises(TypeError, "`enable_lora(rank)` of the layers"):
+        lm.enable_lora(2)
+    with raises(TypeError, '`save("model.keras")`', "Nothing was written"):
+        lm.save_to_preset(str(tmp_path / "preset"))
+    assert not (tmp_path / "preset").exists()
+
+
+def test_a_model_without_cached_layers():
+    model = keras.Sequential(
+        [
+            token_input(),
+            keras.layers.ReversibleEmbedding(8, 4, name="token_embedding"),
+        ]
+    )
+    with raises(ValueError, "calls no cached layer"):
+        make_lm(model).generate(prompts([[1]]), stop_token_ids=None, max_length=4)
+
+
+def test_the_scope_tells_what_is_padding():
+    """The model has no way to pass a mask on, and would be wrong without it."""
+    lm = make_own()
+
+    class Forgetful(NewCacheScope):
+        def __init__(self, batch_size, max_length, padding_mask=None):
+            super().__init__(batch_size, max_length)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("blocks.generation.NewCacheScope", Forgetful)
+        wrong = lm.generate(prompts(RAGGED), stop_token_ids=None, max_length=13)
+    assert rows_of(wrong) != brute_force_greedy(lm, RAGGED, [13] * 3)

@@ -1,0 +1,247 @@
+"""Cached layers under wrappers, maps and loops: right with a cache, or refused."""
+
+import keras
+import numpy as np
+import pytest
+from helpers import (
+    BATCH,
+    LENGTH,
+    WIDTH,
+    assert_close,
+    raises,
+    randomize,
+    run_chunks,
+    sample,
+    to_numpy,
+)
+from keras import ops
+
+from attention import (
+    CachedLayer,
+    CompositeCachedLayer,
+    MultiHeadAttention,
+    NewCacheScope,
+    RotaryAttention,
+    call_sites,
+    call_with_cache,
+    create_cache,
+    last_tokens,
+)
+
+
+class Kernel(CachedLayer):
+    """Adds what a kernel makes of the token before: `SpectralNormalization` fits."""
+
+    def build(self, inputs_shape):
+        self.width = inputs_shape[-1]
+        self.kernel = self.add_weight(shape=(self.width, self.width), name="kernel")
+
+    def create_cache(self, batch_size, max_length):
+        return ops.zeros((batch_size, 1, self.width), self.compute_dtype)
+
+    def call(self, x, padding_mask=None, cache=None, cache_update_index=None):
+        past = ops.zeros_like(x[:, :1]) if cache is None else cache
+        seen = ops.concatenate([past, x], axis=1)
+        outputs = x + ops.matmul(seen[:, :-1], self.kernel)
+        return outputs if cache is None else (outputs, last_tokens(seen, padding_mask))
+
+
+class Doubles(keras.layers.Wrapper):
+    def call(self, x):
+        return 2 * self.layer(x)
+
+
+class Applies(keras.layers.Layer):
+    """Calls a function of a cached layer and the inputs."""
+
+    def __init__(self, function, inner=None):
+        super().__init__()
+        self.function = function
+        self.inner = inner or RotaryAttention(4, 2)
+
+    def build(self, inputs_shape):
+        self.inner.build((None, None, WIDTH))
+
+    def call(self, x):
+        return self.function(self.inner, x)
+
+    def compute_output_shape(self, inputs_shape):
+        return inputs_shape
+
+
+def model_of(layer):
+    inputs = keras.Input((None, WIDTH))
+    return keras.Model(inputs, layer(MultiHeadAttention(4)(inputs)))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda: keras.layers.SpectralNormalization(Kernel()),
+        lambda: Doubles(RotaryAttention(4, 2)),
+        lambda: Doubles(Doubles(Kernel())),
+        lambda: Applies(lambda layer, x: layer(layer(x))),
+    ],
+)
+def test_wrappers_that_call_the_layer_have_caches(wrap):
+    model, x = randomize(model_of(wrap()), scale=0.2), sample()
+    full = to_numpy(model(x))
+    cache = create_cache(model, BATCH, LENGTH)
+    head, cache = call_with_cache(model, x[:, :5], cache, 0)
+    tail, cache = call_with_cache(model, x[:, 5:], cache, 5)
+    assert_close(np.concatenate([to_numpy(head), to_numpy(tail)], axis=1), full)
+
+
+def over_time(x):
+    """`(batch, length, width)` to one token after the other."""
+    return ops.swapaxes(x, 0, 1)[:, :, None]
+
+
+def joined(x):
+    return ops.swapaxes(x[:, :, 0], 0, 1)
+
+
+def time_distributed(layer, x):
+    return keras.layers.TimeDistributed(layer)(x[:, :, None])[:, :, 0]
+
+
+def vectorized_map(layer, x):
+    return joined(ops.vectorized_map(layer, over_time(x)))
+
+
+def mapped(layer, x):
+    return joined(ops.map(layer, over_time(x)))
+
+
+def scanned(layer, x):
+    _, y = ops.scan(lambda carry, t: (carry, layer(t)), x[:, :1], over_time(x))
+    return joined(y)
+
+
+def unrolled(layer, x):
+    steps = [layer(x[:, i : i + 1]) for i in range(x.shape[1])]
+    return ops.concatenate(steps, axis=1)
+
+
+def folded(layer, x):
+    return ops.reshape(layer(ops.reshape(x, (-1, 1, WIDTH))), ops.shape(x))
+
+
+def row_by_row(layer, x):
+    return ops.concatenate([layer(x[i : i + 1]) for i in range(x.shape[0])])
+
+
+REFUSED = {
+    "time_distributed": (time_distributed, ["past its `__call__`", "TimeDistributed"]),
+    "vectorized_map": (vectorized_map, ["traced on its own", "`vectorized_map`"]),
+    "map": (mapped, []),
+    "scan": (scanned, []),
+    "unrolled": (unrolled, ["2 times on 2 tokens and 1 times on one"]),
+    "folded": (folded, ["is called on 6 rows, where the model has 3"]),
+    "row_by_row": (row_by_row, ["is called on 1 rows, where the model has 3"]),
+}
+refused = pytest.mark.parametrize("name", REFUSED)
+
+
+@refused
+def test_what_can_not_have_a_cache_is_refused_at_once(name):
+    function, parts = REFUSED[name]
+    layer = Applies(function)
+    model, x = model_of(layer), sample()
+    # Without a cache it works.
+    assert tuple(model(x).shape) == x.shape
+    inner = f"'{layer.inner.name}'"
+    with raises(ValueError, inner, *parts):
+        create_cache(model, BATCH, LENGTH)
+    with raises(ValueError, inner):
+        call_sites(model)
+
+
+class Composite(CompositeCachedLayer):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def build(self, inputs_shape):
+        self.attend = RotaryAttention(4, 2)
+        self.attend.build(inputs_shape)
+
+    def transform(self, x):
+        return self.function(self.attend, x)
+
+
+@pytest.mark.parametrize("name", ["time_distributed", "vectorized_map"])
+def test_composite_layers_refuse_it_too(name):
+    layer, x = Composite(REFUSED[name][0]), sample()
+    assert tuple(layer(x).shape) == x.shape
+    with raises(ValueError, "'rotary_attention"):
+        layer.create_cache(BATCH, LENGTH)
+
+
+def test_a_mapped_layer_whose_rows_are_the_models_is_refused():
+    def function(layer, x):
+        heads = ops.stack([x, 2 * x])
+        return ops.sum(ops.vectorized_map(layer, heads), axis=0)
+
+    model = model_of(Applies(function, Kernel()))
+    assert tuple(model(sample()).shape) == (BATCH, LENGTH, WIDTH)
+    with raises(ValueError, "traced on its own", "`vectorized_map`", "Call it outside"):
+        create_cache(model, BATCH, LENGTH)
+
+
+def test_a_layer_applied_several_times_is_no_loop_over_the_sequence():
+    def function(layer, x):
+        for _ in range(3):
+            x = layer(x)
+        return x
+
+    assert len(call_sites(model_of(Applies(function)))) == 4
+
+
+def test_scopes_without_a_rehearsal_say_so_too():
+    model, x = model_of(Applies(time_distributed)), sample()
+    model(x)
+    with raises(ValueError, "past its `__call__`"), NewCacheScope(BATCH, LENGTH):
+        model(x)
+    model = model_of(Applies(unrolled))
+    with NewCacheScope(BATCH, LENGTH) as scope:
+        model(x[:, :2])
+    with raises(ValueError, "cached call number 4", "loop", "call the layer once"):
+        call_with_cache(model, x[:, 2:5], scope.cache, 2)
+    with raises(ValueError, "3 slots", "2 cached layers", "in a loop"):
+        call_with_cache(model, x[:, 2:3], scope.cache, 2)
+
+
+def test_a_layer_under_time_distributed_in_a_functional_model():
+    inputs = keras.Input((None, 4, WIDTH))
+    layer = MultiHeadAttention(4)
+    layer.build((None, None, WIDTH))
+    model = keras.Model(inputs, keras.layers.TimeDistributed(layer)(inputs))
+    x = sample(2 * 3, 4).reshape((2, 3, 4, WIDTH))
+    expected = np.stack([to_numpy(layer(x[:, i])) for i in range(3)], axis=1)
+    assert_close(model(x), expected)
+    assert layer.compute_output_shape((None, 4, WIDTH)) == (None, 4, WIDTH)
+
+
+def test_a_subclass_may_call_its_parent():
+    class Halved(MultiHeadAttention):
+        def build(self, query_shape):
+            super().build(query_shape)
+
+        def call(self, query, padding_mask=None, cache=None, cache_update_index=None):
+            if cache is None:
+                return super().call(query, padding_mask=padding_mask) / 2
+            outputs, cache = super().call(
+                query,
+                padding_mask=padding_mask,
+                cache=cache,
+                cache_update_index=cache_update_index,
+            )
+            return outputs / 2, cache
+
+    layer, x = Halved(4), sample()
+    full = to_numpy(layer(x))
+    assert_close(run_chunks(layer, x, [5, 7])[0], full)
+    model = keras.Sequential([keras.Input((None, WIDTH)), layer])
+    with NewCacheScope(BATCH, LENGTH):
+        assert_close(model(x), full)
