@@ -13,6 +13,18 @@ import keras
 import pytest
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Runs the whole suite on several processes, where pytest-xdist is there.
+
+    Single files run in this process; `-n 0` asks for it.
+    """
+    option = config.option
+    by_itself = config.args_source == pytest.Config.ArgsSource.TESTPATHS
+    if by_itself and getattr(option, "numprocesses", 0) is None and not option.usepdb:
+        option.numprocesses = min(4, os.cpu_count() or 1)
+
+
 @pytest.fixture(autouse=True)
 def _same_start_for_each_test():
     """Each test draws the same weights, and leaves the global policy alone."""

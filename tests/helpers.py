@@ -16,6 +16,8 @@ from attention import (
     PositionEmbedding,
     RelativePositionBias,
     RotaryAttention,
+    RotaryPosition,
+    SharedKeyValueAttention,
     T5Attention,
 )
 
@@ -48,6 +50,23 @@ class EmbedAndAttendTwice(CompositeCachedLayer):
         x = x + self.positions(x)
         x = x + self.attend(self.norm(x))
         return x + self.attend(x)
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class ProducerAndReader(CompositeCachedLayer):
+    """Keys and values of one attention layer that another one reads, too."""
+
+    def build(self, inputs_shape):
+        self.producer = RotaryAttention(4, 2, dtype=self.dtype_policy)
+        self.producer.build(inputs_shape)
+        self.reader = SharedKeyValueAttention(
+            4, position=RotaryPosition(), dtype=self.dtype_policy
+        )
+        self.reader.build(inputs_shape)
+
+    def transform(self, x, padding_mask=None):
+        y, key_value = self.producer(x, return_key_value=True)
+        return y + self.reader(x, key_value)
 
 
 VARIANTS = {

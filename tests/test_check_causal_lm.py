@@ -42,7 +42,6 @@ def test_all_checks_hold():
 @pytest.mark.parametrize(
     ("variant", "overrides"),
     [
-        ("t5", {}),
         # Many a near-tie.
         ("gqa", {"dtype": "mixed_bfloat16"}),
         # Short prompts only.

@@ -5,7 +5,17 @@ import inspect
 import keras
 import numpy as np
 import pytest
-from helpers import LENGTH, WIDTH, assert_close, compiled, raises, randomize, sample
+from helpers import (
+    LENGTH,
+    WIDTH,
+    assert_close,
+    compiled,
+    gradients,
+    raises,
+    randomize,
+    sample,
+    to_numpy,
+)
 from keras import ops
 
 from attention import (
@@ -15,7 +25,6 @@ from attention import (
     call_with_cache,
     create_cache,
 )
-from tests.helpers import gradients, to_numpy
 
 
 @keras.saving.register_keras_serializable(package="tests")

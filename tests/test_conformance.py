@@ -1,14 +1,14 @@
 """Every cached layer of the library keeps the contract: one line for each.
 
 A new variant is covered by a new line. What only attention layers have in common
-(masks, scores, rewinding) is in `test_cached_equals_uncached.py`.
+(masks, scores, rewinding) is in `test_attention_calls.py`.
 """
 
 import keras
 import numpy as np
 import pytest
-from helpers import LINEAR, LLAMA3, YARN, EmbedAndAttendTwice
-from hypothesis import HealthCheck, given, settings
+from helpers import LINEAR, LLAMA3, YARN, EmbedAndAttendTwice, ProducerAndReader
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from attention import (
@@ -41,11 +41,12 @@ LAYERS = {
     ),
     "alibi": lambda: GroupedQueryAttention(6, 3, key_dim=4, position=AlibiBias()),
     "position_embedding": lambda: PositionEmbedding(12, "random_normal"),
+    "shared_key_value": ProducerAndReader,
     "composite": EmbedAndAttendTwice,
     "decoder": lambda: CustomDecoder(32, 4, dropout=0.1),
     "decoder_norm_last": lambda: CustomDecoder(32, 4, 2, normalize_first=False),
 }
-BACKBONES = ["mha", "gqa", "rotary", "t5", "alibi"]
+BACKBONES = ["mha", "t5"]
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -72,9 +73,11 @@ EQUALITIES += ["masked_rows", "padding", "capacity"]
 
 @settings(
     # Each shape is compiled anew on JAX, operation by operation.
-    max_examples=2 if keras.config.backend() == "jax" else 12,
+    max_examples=2 if keras.config.backend() == "jax" else 5,
     deadline=None,
     derandomize=True,
+    # A failing example is not made smaller: each try takes seconds.
+    phases=[Phase.generate],
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(
@@ -107,7 +110,7 @@ def test_any_shape(
     assert max(report.values()) < 1e-4
 
 
-@settings(max_examples=4 if keras.config.backend() == "jax" else 40, deadline=None)
+@settings(max_examples=4 if keras.config.backend() == "jax" else 12, deadline=None)
 @given(st.data())
 def test_any_right_padded_prompts(data):
     """Ragged prompts in chunks with padding of any lengths equal each row alone."""

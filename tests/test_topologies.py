@@ -7,10 +7,11 @@ import sys
 import keras
 import numpy as np
 import pytest
-from helpers import assert_close, compiled, gradients, raises
+from helpers import assert_close, gradients, raises
 from keras import ops
 
 from attention import CacheScope, call_with_cache, create_cache
+from attention.testing import check_cached_model
 from blocks import CausalLM, CustomDecoder
 from tests.models import (
     RAGGED,
@@ -59,56 +60,10 @@ def cut(inputs, start, end):
 
 
 @every_topology
-def test_prefill_steps_and_chunks_give_the_full_forward(name):
-    backbone = make(name)
-    inputs = sample_inputs()
-    full = to_numpy(backbone(inputs))
-    for sizes in ([8, 1, 1, 1, 1], [1, 7, 4]):
-        cache, start = create_cache(backbone, 3, 16), 0
-        for size in sizes:
-            chunk = cut(inputs, start, start + size)
-            outputs, cache = call_with_cache(backbone, chunk, cache, start)
-            assert_close(outputs, full[:, start : start + size])
-            start += size
-
-
-@every_topology
-def test_ragged_rows_go_on_where_each_ends(name):
-    backbone = make(name)
-    inputs = sample_inputs()
-    full = to_numpy(backbone(inputs))
-    lengths = np.array([2, 7, 5], "int32")
-    head = cut(inputs, 0, 7)
-    head["padding_mask"] = (np.arange(7)[None] < lengths[:, None]).astype("int32")
-    head["token_ids"] = np.where(head["padding_mask"], head["token_ids"], 3)
-    real = head["padding_mask"].astype(bool)
-    # Without a cache padding changes no real token; with one neither, and it
-    # leaves nothing behind.
-    assert_close(to_numpy(backbone(head))[real], full[:, :7][real])
-    outputs, cache = call_with_cache(backbone, head, create_cache(backbone, 3, 16), 0)
-    assert_close(to_numpy(outputs)[real], full[:, :7][real])
-    rows = np.arange(3)
-    for _ in range(3):
-        step = {key: x[rows, lengths][:, None] for key, x in inputs.items()}
-        outputs, cache = call_with_cache(backbone, step, cache, lengths)
-        assert_close(to_numpy(outputs)[:, 0], full[rows, lengths])
-        lengths = lengths + 1
-
-
-@every_topology
-def test_compiled_decoding_equals_eager(name):
-    backbone = make(name)
-    inputs = sample_inputs()
-    full = to_numpy(backbone(inputs))
-    decode = compiled(lambda *arguments: call_with_cache(backbone, *arguments))
-    _, cache = call_with_cache(
-        backbone, cut(inputs, 0, 8), create_cache(backbone, 3, LENGTH), 0
-    )
-    for i in range(8, LENGTH):
-        index = ops.convert_to_tensor(np.full((3,), i, "int32"))
-        step = keras.tree.map_structure(ops.convert_to_tensor, cut(inputs, i, i + 1))
-        outputs, cache = decode(step, cache, index)
-        assert_close(outputs, full[:, i : i + 1])
+def test_the_kit(name):
+    # What is shared across depth takes two blocks.
+    layers = 2 if name in ("albert", "shared_key_value") else 1
+    check_cached_model(lambda: make(name, num_layers=layers), max_length=12)
 
 
 @every_topology
@@ -137,7 +92,7 @@ def test_generation_equals_no_cache_at_all(name):
     assert rows_of(outputs) == brute_force_greedy(lm, RAGGED, limits)
 
 
-@every_topology
+@pytest.mark.parametrize("name", ["albert", "shared_key_value"])
 def test_saved_models_say_the_same(name, tmp_path):
     lm = make_lm(make(name))
     inputs = sample_inputs()

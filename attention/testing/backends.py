@@ -30,7 +30,7 @@ def has_compiler() -> bool:
 
 
 def compile_call(function: Callable) -> Callable:
-    """Compiles a function of one pytree of tensors: XLA, or jit on JAX."""
+    """Compiles a function of pytrees of tensors: XLA, or jit on JAX."""
     if keras.config.backend() == "jax":
         import jax
 

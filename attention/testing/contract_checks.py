@@ -99,7 +99,7 @@ def check_state(subject: Subject, probe: Probe) -> float:
     """Calls leave nothing behind on the layer, nor in the cache they were given."""
     # Not compiled: what is kept on the layer would be hidden, or a leak.
     eager = Probe(subject, subject.new(like=probe.made), compiled=False)
-    size, rows = prefill_size(subject), subject.batch_size
+    size = prefill_size(subject)
     head, token = part(probe.inputs, 0, size), part(probe.inputs, size, 1)
     other_head = part(probe.other_inputs, 0, size)
     other_token = part(probe.other_inputs, size, 1)
@@ -112,7 +112,7 @@ def check_state(subject: Subject, probe: Probe) -> float:
     weights = copy_arrays(list(eager.made.weights))
     # Another sequence, with a cache and without; then the same calls again.
     _, other_cache = eager.step(other_head, eager.create_cache(), 0)
-    eager.step(other_token, other_cache, as_index(ROWS, size, rows))
+    eager.step(other_token, other_cache, size)
     eager.full(other_head)
     stepped_again, _ = eager.step(token, cache, size)
     prefilled_again, _ = eager.step(head, eager.create_cache(), 0)

@@ -8,12 +8,12 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from attention.testing.backends import compile_call, gradients, has_compiler
+from attention.testing.backends import gradients, has_compiler
 from attention.testing.comparing import Difference
 from attention.testing.contract_checks import prefill_size
 from attention.testing.failure import ConformanceError
 from attention.testing.padding_checks import loud, ragged_mask
-from attention.testing.probe import ROWS, Probe, as_index, part, replace
+from attention.testing.probe import ROWS, SCALAR, Probe, as_index, part, replace
 from attention.testing.subjects import Subject, call_parameters, positional
 
 POLICIES = ("mixed_bfloat16", "bfloat16", "mixed_float16")
@@ -23,91 +23,49 @@ def check_compiled(subject: Subject, probe: Probe) -> float | None:
     """Compiled calls give what eager ones give: XLA, or jit on JAX."""
     if not has_compiler():
         return None
-    made, rows, size = probe.made, subject.batch_size, prefill_size(subject)
-    eager = Probe(subject, made, compiled=False)
-    compiler = "XLA" if keras.config.backend() == "tensorflow" else "jit"
+    rows, size = subject.batch_size, prefill_size(subject)
+    eager = Probe(subject, probe.made, compiled=False)
+    # On JAX all checks run compiled calls; what is compiled already is used.
+    compiled = probe if probe.compiled else Probe(subject, probe.made, compiled=True)
     head, token = part(probe.inputs, 0, size), part(probe.inputs, size, 1)
+    mask: np.ndarray | None = None
+    index = np.full(rows, size)
+    if _takes_mask(subject, probe.made):
+        mask = ragged_mask(rows, size)
+        index = mask.sum(axis=1)
     worst = 0.0
 
-    def compiled(function: Any) -> Any:
-        return compile_call(lambda arguments: function(*arguments))
-
-    call = compiled(lambda inputs: subject.call(made, inputs, None))
-    prefill = compiled(
-        lambda inputs, cache, mask: subject.call_with_cache(
-            made, inputs, cache, 0, mask
-        )
-    )
-    step = compiled(
-        lambda inputs, cache, index: subject.call_with_cache(
-            made, inputs, cache, index, None
-        )
-    )
-
-    def compare(outputs: Any, expected: list, start: int, what: str) -> None:
+    def compare(actual: list, expected: list, start: Any, what: str) -> None:
         nonlocal worst
-        actual = [ops.convert_to_numpy(x) for x in positional(outputs, length_of[what])]
-        found = probe.compare(actual, expected, positions=start)
-        claim = (
-            f"A call compiled by {compiler} must give what an eager one does: {what}."
-        )
+        where = mask if what == "a prefill" else None
+        found = probe.compare(actual, expected, where, positions=start)
+        claim = f"A compiled call must give what an eager one gives: {what}."
         advice = (
-            "In a compiled call sizes and indices may be symbols: no Python `if` or "
-            "`int()` on a tensor, no NumPy on one, and nothing that was computed for "
-            "another index may be kept."
+            "In a compiled call (XLA, or jit on JAX) sizes and indices may be symbols: "
+            "no Python `if` or `int()` on a tensor, no NumPy on one, and nothing that "
+            "was computed for another index may be kept."
         )
         worst = max(worst, probe.require("compiled", claim, found, advice))
 
-    plain = "a call without a cache"
-    first = "a prefill with a padding mask"
-    length_of = {plain: size, first: size}
-    probe.doing = f"compiled by {compiler}"
-    compare(call((_tensors(head),)), eager.full(head), 0, plain)
-    mask: np.ndarray | None = None
-    if _takes_mask(subject, made):
-        mask = np.ones((rows, size), bool)
-        mask[-1, size // 2 :] = False
+    compare(compiled.full(head), eager.full(head), 0, "a call without a cache")
     expected, cache = eager.step(head, eager.create_cache(), 0, mask)
-    given = None if mask is None else ops.convert_to_tensor(mask)
-    arguments = (_tensors(head), eager.create_cache(), given)
-    outputs, compiled_cache = prefill(arguments)
-    if mask is not None:
-        # What stands at padded positions is nobody's business.
-        outputs, expected = (_keep(x, mask) for x in (outputs, expected))
-    compare(outputs, expected, 0, first)
-    index = np.full(rows, size) if mask is None else mask.sum(axis=1)
-    caches = {"one entry per row": (cache, compiled_cache, index)}
+    outputs, compiled_cache = compiled.step(head, eager.create_cache(), 0, mask)
+    compare(outputs, expected, 0, "a prefill")
     _, same_cache = eager.step(head, eager.create_cache(), 0)
-    caches["a scalar tensor"] = (same_cache, same_cache, np.asarray(size))
-    for kind, (old, new, index) in caches.items():
+    caches = {ROWS: (cache, compiled_cache, index)}
+    caches[SCALAR] = (same_cache, same_cache, np.asarray(size))
+    for kind, (old, new, start) in caches.items():
         # Twice, at different positions: one compiled function serves both.
-        for number in range(2):
-            what = f"token {number + 1} after a prefill, the index is {kind}"
-            length_of[what] = 1
-            probe.doing = f"compiled by {compiler}, for {what}"
-            now = index + number
+        for now in (start, start + 1):
             expected, old = eager.step(token, old, now)
-            outputs, new = step((_tensors(token), new, _index(now)))
-            compare(outputs, expected, size + number, what)
+            outputs, new = compiled.step(token, new, now)
+            what = f"a token after a prefill, where the index is {kind}"
+            compare(outputs, expected, now, what)
     return worst
 
 
 def _takes_mask(subject: Subject, made: Any) -> bool:
     return isinstance(made, keras.Model) or "padding_mask" in call_parameters(made)
-
-
-def _keep(outputs: Any, mask: np.ndarray) -> Any:
-    def keep(x: Any) -> Any:
-        array = ops.convert_to_numpy(x)
-        if array.shape[:2] != mask.shape:
-            return array
-        return np.where(mask.reshape(mask.shape + (1,) * (array.ndim - 2)), array, 0)
-
-    return tree.map_structure(keep, outputs)
-
-
-def _tensors(x: Any) -> Any:
-    return tree.map_structure(ops.convert_to_tensor, x)
 
 
 def _index(x: np.ndarray) -> Any:

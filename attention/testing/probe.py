@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from attention.testing.backends import to_numpy, without_gradients
+from attention.testing.backends import compile_call, to_numpy, without_gradients
 from attention.testing.comparing import Difference, difference
 from attention.testing.failure import ConformanceError
 from attention.testing.subjects import Subject, positional
@@ -27,15 +27,19 @@ class Probe:
     Args:
         subject: what made the object.
         made: the object.
-        compiled: bool. Whether calls are compiled on JAX, where compiling a
-            call takes a fraction of the time that its operations take one by
-            one. The other backends run eagerly either way.
+        compiled: bool or `None`. Whether calls are compiled: by XLA, or jit on
+            JAX. `None` means on JAX only, where compiling a call takes a
+            fraction of the time that compiling its operations takes.
     """
 
-    def __init__(self, subject: Subject, made: Any, compiled: bool = True) -> None:
+    def __init__(
+        self, subject: Subject, made: Any, compiled: bool | None = None
+    ) -> None:
         self.subject = subject
         self.made = made
-        self._compiled = compiled and keras.config.backend() == "jax"
+        if compiled is None:
+            compiled = keras.config.backend() == "jax"
+        self.compiled = compiled
         self._functions: dict[Any, Any] = {}
         self._under: dict[str, Probe] = {}
         dtype = getattr(made, "compute_dtype", "float32")
@@ -110,26 +114,24 @@ class Probe:
                 return subject.call_with_cache(made, inputs, cache, index, mask)
 
             function = without_gradients(function)
-            if self._compiled:
-                function = self._jit(function)
+            if self.compiled:
+                function = self._compile(function)
             self._functions[key] = function
         return self._functions[key]
 
-    def _jit(self, function: Any) -> Any:
-        import jax
-
-        jitted = jax.jit(function)
+    def _compile(self, function: Any) -> Any:
+        compiled = compile_call(function)
 
         def run(*arguments: Any) -> Any:
             try:
-                return jitted(*arguments)
+                return compiled(*arguments)
             except Exception as error:
                 # Whose mistake is it, the layer's or that of its being compiled?
                 function(*arguments)
                 raise ConformanceError(
                     "compiled",
-                    f"{self} runs eagerly, but raised {type(error).__name__} in "
-                    f"`jax.jit`, {self.doing}.\n  {error}",
+                    f"{self} runs eagerly, but raised {type(error).__name__} when it "
+                    f"was compiled, {self.doing}.\n  {error}",
                 ) from error
 
         return run
