@@ -20,9 +20,12 @@ def pytest_cmdline_main(config):
     Single files run in this process; `-n 0` asks for it.
     """
     option = config.option
+    # The processes it starts come by here, too.
+    is_worker = hasattr(config, "workerinput") or "PYTEST_XDIST_WORKER" in os.environ
     by_itself = config.args_source == pytest.Config.ArgsSource.TESTPATHS
-    if by_itself and getattr(option, "numprocesses", 0) is None and not option.usepdb:
-        option.numprocesses = min(4, os.cpu_count() or 1)
+    unset = getattr(option, "numprocesses", 0) is None
+    if by_itself and unset and not is_worker and not option.usepdb:
+        option.numprocesses = 2
 
 
 @pytest.fixture(autouse=True)

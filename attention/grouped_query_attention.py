@@ -79,8 +79,9 @@ class GroupedQueryAttention(DotProductAttention):
         num_key_value_heads, key_length, key_dim)`, `"value"` likewise, and
         `"positions"`, `int32` of shape `(batch, key_length)`, a number beyond
         any other for padding; with a cache, keys and values are the cache's own
-        tensors. With both, `(outputs, scores, key_value)`. With a cache,
-        `(what is said above, cache)`.
+        tensors, except at index 0, where they are those of the new tokens. With
+        both, `(outputs, scores, key_value)`. With a cache, `(what is said
+        above, cache)`.
 
     Raises:
         TypeError: if an argument has the wrong type.

@@ -1,6 +1,7 @@
 """What attention layers do beyond what `test_conformance.py` checks of every layer:
 masks, scores, rewinding, and padding that holds NaN."""
 
+import keras
 import numpy as np
 import pytest
 from helpers import (
@@ -18,6 +19,7 @@ from helpers import (
 )
 from keras import ops, tree
 
+import attention.testing.backends as backends
 from attention import (
     GroupedQueryAttention,
     MultiHeadAttention,
@@ -260,3 +262,25 @@ def test_rotary_positions_are_relative():
         return_attention_scores=True,
     )
     assert_close(shifted[..., 5:9], scores)
+
+
+@pytest.mark.parametrize("start", [0, 3, 9])
+def test_gradients_flow_through_slice_update(start):
+    """TensorFlow has none of its own; a slice that does not fit is moved."""
+    if start == 9 and keras.config.backend() == "torch":
+        pytest.skip("torch takes no slice that does not fit")
+    rng = np.random.default_rng(0)
+    cache, update = rng.normal(size=(2, 8, 3)), rng.normal(size=(2, 2, 3))
+    weights = rng.normal(size=cache.shape)
+    first = min(start, 6)
+
+    def loss(tensors):
+        old, new = tensors
+        written = ops.slice_update(old, ops.convert_to_tensor([0, start, 0]), new)
+        return ops.sum(written * ops.convert_to_tensor(weights))
+
+    found = backends.gradients(loss, [], [cache, update])
+    kept = np.ones(cache.shape)
+    kept[:, first : first + 2] = 0
+    assert_close(found[0], weights * kept)
+    assert_close(found[1], weights[:, first : first + 2])

@@ -124,6 +124,10 @@ def test_arguments_of_constructors(create, kind, parts):
 
 
 def test_width_that_heads_do_not_divide():
+    # Keras would add such a bias along the wrong axis, on TensorFlow.
+    with raises(ValueError, "4 heads of size 1", "use_bias=False"):
+        MultiHeadAttention(4, value_dim=1)(sample())
+    MultiHeadAttention(4, value_dim=1, use_bias=False)(sample())
     with raises(ValueError, "num_heads=3", str(WIDTH), "Pass `key_dim`"):
         MultiHeadAttention(3)(sample())
 
