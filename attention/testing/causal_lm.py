@@ -10,8 +10,6 @@ import keras
 
 from attention.testing.backends import full_precision
 from attention.testing.beam_check import check_beam
-from attention.testing.checking import select
-from attention.testing.failure import ConformanceError
 from attention.testing.generation_checks import (
     check_greedy,
     check_lengths,
@@ -22,6 +20,7 @@ from attention.testing.generation_checks import (
     check_weights,
 )
 from attention.testing.generation_session import Session
+from attention.testing.running import run_in_order, select
 from attention.validation import check_positive_int, describe
 
 # From what a mistake shows in alone to what it shows in, too: the first check
@@ -117,31 +116,17 @@ def check_causal_lm(
             "`make_lm` must be a function without arguments that makes a new model, "
             f"such as `lambda: CausalLM(backbone)`. Received: {describe(make_lm)}"
         )
-    report: dict[str, float] = {}
     with full_precision():
         keras.utils.set_random_seed(seed)
         lm = make_lm()
         _check_lm(lm)
         session = Session(lm, prompts, *sizes, seed)
-        for name in names:
+
+        def run(name: str) -> float:
             session.check = name
-            try:
-                report[name] = float(CHECKS[name](session))
-            except ConformanceError as error:
-                raise _with_history(error, report) from error.__cause__
-            except Exception as error:
-                message = (
-                    f"{session} raised {type(error).__name__} when it was "
-                    f"{session.doing}.\n  {error}"
-                )
-                raise _with_history(ConformanceError(name, message), report) from error
-    return report
+            return CHECKS[name](session)
 
-
-def _with_history(error: ConformanceError, report: dict) -> ConformanceError:
-    held = ", ".join(report) or "none"
-    error.args = (f"{error.args[0].rstrip()}\n  Checks that held before it: {held}.",)
-    return error
+        return run_in_order(names, run, lambda: (str(session), session.doing))
 
 
 def _check_lm(lm: Any) -> None:

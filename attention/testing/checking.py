@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -22,7 +22,6 @@ from attention.testing.equality_checks import (
     check_positions,
     check_prefill_and_steps,
 )
-from attention.testing.failure import ConformanceError
 from attention.testing.numeric_checks import (
     check_compiled,
     check_gradients,
@@ -30,6 +29,7 @@ from attention.testing.numeric_checks import (
 )
 from attention.testing.padding_checks import check_masked_rows, check_padding
 from attention.testing.probe import Probe
+from attention.testing.running import run_in_order, select
 from attention.testing.saving_checks import check_config, check_saving
 from attention.testing.subjects import LayerSubject, ModelSubject, Subject
 from attention.validation import check_positive_int, describe
@@ -55,25 +55,10 @@ CHECKS: dict[str, Callable[[Subject, Probe], float | None]] = {
 }
 
 
-def select(checks: Any, known: Iterable[str]) -> list[str]:
-    """The names of the checks to run, in the order of `known`."""
-    known = list(known)
-    if checks is None:
-        return known
-    names = [checks] if isinstance(checks, str) else list(checks)
-    unknown = [name for name in names if name not in known]
-    if unknown or not names:
-        raise ValueError(
-            f"`checks` must be some of {', '.join(known)}. Received: checks={checks!r}"
-        )
-    return [name for name in known if name in names]
-
-
 def run_checks(subject: Subject, checks: Any) -> dict[str, float]:
     """Runs checks in order and returns the largest difference each found."""
     names = select(checks, CHECKS)
     limit_rows(subject)
-    report: dict[str, float] = {}
     with full_precision():
         made = subject.new()
         subject.require_new(made)
@@ -84,20 +69,11 @@ def run_checks(subject: Subject, checks: Any) -> dict[str, float]:
                 f"{probe} can represent {limit} positions. Pass `max_length` of at "
                 f"most {limit}. Received: max_length={subject.length}"
             )
-        for name in names:
-            try:
-                found = CHECKS[name](subject, probe)
-            except ConformanceError as error:
-                raise _with_history(error, report) from error.__cause__
-            except Exception as error:
-                message = (
-                    f"{probe} raised {type(error).__name__} when it was {probe.doing}."
-                    f"\n  {error}"
-                )
-                raise _with_history(ConformanceError(name, message), report) from error
-            if found is not None:
-                report[name] = found
-    return report
+        return run_in_order(
+            names,
+            lambda name: CHECKS[name](subject, probe),
+            lambda: (str(probe), subject.doing),
+        )
 
 
 def limit_rows(subject: Subject) -> None:
@@ -107,12 +83,6 @@ def limit_rows(subject: Subject) -> None:
             f"is little to compare. Received: batch_size={subject.batch_size}, "
             f"max_length={subject.length}"
         )
-
-
-def _with_history(error: ConformanceError, report: dict) -> ConformanceError:
-    held = ", ".join(report) or "none"
-    error.args = (f"{error.args[0].rstrip()}\n  Checks that held before it: {held}.",)
-    return error
 
 
 def check_cached_layer(
