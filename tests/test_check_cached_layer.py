@@ -46,6 +46,35 @@ def test_a_layer_without_weights_and_configuration():
     assert all(isinstance(value, float) for value in report.values())
 
 
+class StepByStep(CachedLayer):
+    """A recurrence as it is written first: a loop over the tokens."""
+
+    def build(self, inputs_shape):
+        self.decay = self.add_weight(name="decay", shape=inputs_shape[-1:])
+
+    def create_cache(self, batch_size, max_length):
+        return {"state": ops.zeros((batch_size, *self.decay.shape), "float32")}
+
+    def call(self, x, padding_mask=None, cache=None, cache_update_index=None):
+        start = self.create_cache(ops.shape(x)[0], 1) if cache is None else cache
+        state, states = start["state"], []
+        for step in range(x.shape[1]):
+            decay = ops.sigmoid(ops.cast(self.decay, "float32"))
+            new = decay * state + ops.cast(x[:, step], "float32")
+            if padding_mask is not None:
+                real = ops.cast(padding_mask[:, step : step + 1], "bool")
+                new = ops.where(real, new, state)
+            state = new
+            states.append(state)
+        outputs = ops.cast(ops.stack(states, axis=1), self.compute_dtype)
+        return outputs if cache is None else (outputs, {"state": state})
+
+
+def test_a_layer_that_needs_to_know_the_length():
+    report = check_cached_layer(StepByStep, **SMALL)
+    assert "saving" in report and report["padding"] < 1e-4
+
+
 def test_some_checks_only_and_in_their_order():
     checks = {"chunks", "state"}
     report = check_cached_layer(LastTokens, checks=checks, **SMALL)

@@ -77,7 +77,7 @@ def _check_new_cache(subject: Subject, probe: Probe) -> None:
 def _check_updated_caches(subject: Subject, probe: Probe) -> None:
     """A cached layer checks this itself; a model may not be made of such."""
     cache = probe.create_cache()
-    size = prefill_size(subject)
+    size = subject.prefill_size
     for index, start, length in ((INT, 0, size), (ROWS, size, 1)):
         index = as_index(index, start, subject.batch_size)
         inputs = part(probe.inputs, start, length)
@@ -99,7 +99,7 @@ def check_state(subject: Subject, probe: Probe) -> float:
     """Calls leave nothing behind on the layer, nor in the cache they were given."""
     # Not compiled: what is kept on the layer would be hidden, or a leak.
     eager = Probe(subject, subject.new(like=probe.made), compiled=False)
-    size = prefill_size(subject)
+    size = subject.prefill_size
     head, token = part(probe.inputs, 0, size), part(probe.inputs, size, 1)
     other_head = part(probe.other_inputs, 0, size)
     other_token = part(probe.other_inputs, size, 1)
@@ -180,7 +180,7 @@ def _differs(old: Any, new: Any) -> bool:
 
 def check_causality(subject: Subject, probe: Probe) -> float:
     """A changed token moves no earlier output."""
-    length, size = subject.length, prefill_size(subject)
+    length, size = subject.length, subject.prefill_size
     worst = 0.0
 
     def advice(found: Difference) -> str:
@@ -221,7 +221,7 @@ def check_causality(subject: Subject, probe: Probe) -> float:
 
 def check_rows(subject: Subject, probe: Probe) -> float:
     """Rows don't affect each other, and reordering a cache reorders the outputs."""
-    rows, length, size = subject.batch_size, subject.length, prefill_size(subject)
+    rows, length, size = subject.batch_size, subject.length, subject.prefill_size
     first = np.arange(rows) == 0
     where = np.broadcast_to(first[:, None], (rows, length))
     mixed = replace(probe.inputs, probe.other_inputs, where)
@@ -271,11 +271,6 @@ def check_rows(subject: Subject, probe: Probe) -> float:
 
 def _prefill(probe: Probe, inputs: Any, size: int) -> tuple[list[np.ndarray], Any]:
     return probe.step(part(inputs, 0, size), probe.create_cache(), 0)
-
-
-def prefill_size(subject: Subject) -> int:
-    """A third of the sequence is read at once, the rest in other ways."""
-    return max(1, subject.length // 3)
 
 
 def leaf_name(path: tuple) -> str:

@@ -6,7 +6,6 @@ import numpy as np
 from keras import ops, tree
 
 from attention.testing.comparing import Difference, ranges
-from attention.testing.contract_checks import prefill_size
 from attention.testing.explaining import explain_steps
 from attention.testing.probe import INT, ROWS, SCALAR, Probe, gather, part
 from attention.testing.subjects import Subject
@@ -19,7 +18,7 @@ _SAME = (
 
 def check_prefill_and_steps(subject: Subject, probe: Probe) -> float:
     """A prefill, then single tokens, equal the full forward pass."""
-    length, size = subject.length, prefill_size(subject)
+    length, size = subject.length, subject.prefill_size
     steps = [size] + [1] * (length - size)
     worst = 0.0
     # Ints take other ways through a layer than tensors do; two are enough.
@@ -126,7 +125,7 @@ def _cache_at(probe: Probe, starts: np.ndarray) -> tuple:
 
 def check_capacity(subject: Subject, probe: Probe) -> float:
     """What a cache could hold beyond the sequence plays no role."""
-    length, size, worst = subject.length, prefill_size(subject), 0.0
+    length, size, worst = subject.length, subject.prefill_size, 0.0
     head, token = part(probe.inputs, 0, size), part(probe.inputs, size, 1)
     expected = [x[:, size : size + 1] for x in probe.expected]
     limit = subject.limit(probe.made)

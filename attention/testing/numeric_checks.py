@@ -10,7 +10,6 @@ from keras import ops, tree
 
 from attention.testing.backends import gradients, has_compiler
 from attention.testing.comparing import Difference
-from attention.testing.contract_checks import prefill_size
 from attention.testing.failure import ConformanceError
 from attention.testing.padding_checks import loud, ragged_mask
 from attention.testing.probe import ROWS, SCALAR, Probe, as_index, part, replace
@@ -23,7 +22,7 @@ def check_compiled(subject: Subject, probe: Probe) -> float | None:
     """Compiled calls give what eager ones give: XLA, or jit on JAX."""
     if not has_compiler():
         return None
-    rows, size = subject.batch_size, prefill_size(subject)
+    rows, size = subject.batch_size, subject.prefill_size
     eager = Probe(subject, probe.made, compiled=False)
     # On JAX all checks run compiled calls; what is compiled already is used.
     compiled = probe if probe.compiled else Probe(subject, probe.made, compiled=True)
@@ -74,7 +73,7 @@ def _index(x: np.ndarray) -> Any:
 
 def check_low_precision(subject: Subject, probe: Probe) -> float:
     """Low precision stays near full precision, and gives no NaN."""
-    size, rows, length = prefill_size(subject), subject.batch_size, subject.length
+    size, rows, length = subject.prefill_size, subject.batch_size, subject.length
     mask: np.ndarray | None = None
     if _takes_mask(subject, probe.made):
         mask = ragged_mask(rows, length)
@@ -125,7 +124,7 @@ def check_low_precision(subject: Subject, probe: Probe) -> float:
 def check_gradients(subject: Subject, probe: Probe) -> float:
     """Gradients are finite, and the same with a cache and without."""
     made, rows, length = probe.made, subject.batch_size, subject.length
-    size = prefill_size(subject)
+    size = subject.prefill_size
     rng = np.random.default_rng([subject.seed, 5])
     weights = [rng.normal(size=x.shape).astype("float32") for x in probe.expected]
     leaves = tree.flatten(probe.inputs)

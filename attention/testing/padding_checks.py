@@ -9,7 +9,7 @@ from keras import tree
 
 from attention.testing.backends import to_numpy
 from attention.testing.comparing import Difference, ranges
-from attention.testing.contract_checks import leaf_name, prefill_size
+from attention.testing.contract_checks import leaf_name
 from attention.testing.failure import ConformanceError
 from attention.testing.probe import INT, ROWS, Probe, as_index, gather, part, replace
 from attention.testing.subjects import LayerSubject, Subject, call_parameters
@@ -35,7 +35,7 @@ def ragged_mask(rows: int, length: int) -> np.ndarray:
 
 def check_masked_rows(subject: Subject, probe: Probe) -> float:
     """Queries that may attend to nothing give finite outputs."""
-    rows, length, size = subject.batch_size, subject.length, prefill_size(subject)
+    rows, length, size = subject.batch_size, subject.length, subject.prefill_size
     _require_padding_mask(subject, probe, "masked_rows")
     mask = np.ones((rows, length), bool)
     mask[-1] = False
@@ -115,7 +115,7 @@ def check_padding(subject: Subject, probe: Probe) -> float:
 
 
 def _padded_prefill(subject: Subject, probe: Probe, kind: str) -> float:
-    rows, length, size = subject.batch_size, subject.length, prefill_size(subject)
+    rows, length, size = subject.batch_size, subject.length, subject.prefill_size
     mask = ragged_mask(rows, size)
     head = part(probe.inputs, 0, size)
     other = part(probe.other_inputs, 0, size)

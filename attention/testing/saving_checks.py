@@ -11,7 +11,6 @@ from typing import Any
 import keras
 
 from attention.testing.comparing import Difference
-from attention.testing.contract_checks import prefill_size
 from attention.testing.failure import ConformanceError
 from attention.testing.inputs import all_layers
 from attention.testing.probe import Probe, part
@@ -116,7 +115,7 @@ def check_saving(subject: Subject, probe: Probe) -> float:
 
 def _compare_head(probe: Probe, subject: Subject, restored: Any) -> Difference:
     """Compares what a restored object makes of the first tokens."""
-    size = prefill_size(subject)
+    size = subject.prefill_size
     head = part(probe.inputs, 0, size)
     outputs = Probe(subject, restored, compiled=False).full(head)
     return probe.compare(outputs, [x[:, :size] for x in probe.expected])
@@ -127,7 +126,7 @@ class _Plain(Subject):
 
     def __init__(self, subject: Subject) -> None:
         self.batch_size, self.length = subject.batch_size, subject.length
-        self.doing = subject.doing
+        self.prefill_size, self.doing = subject.prefill_size, subject.doing
 
     def call(self, made: Any, inputs: Any, mask: Any, **masks: Any) -> Any:
         return made(inputs)

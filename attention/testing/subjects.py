@@ -54,6 +54,8 @@ class Subject:
         self.length = length
         self.dtype = dtype
         self.seed = seed
+        # A third of the sequence is read at once, the rest in other ways.
+        self.prefill_size = max(1, length // 3)
         self.doing = "made"
 
     def new(self, dtype: Any = None, like: Any = None) -> Any:
@@ -167,7 +169,8 @@ class LayerSubject(Subject):
         return made(inputs, cache=cache, cache_update_index=index, **padding)
 
     def as_model(self, made: Any) -> keras.Model:
-        inputs = keras.Input((None, self.hidden_dim))
+        # Of one length: a layer may loop over it.
+        inputs = keras.Input((self.prefill_size, self.hidden_dim))
         return keras.Model(inputs, made(inputs))
 
     @staticmethod
