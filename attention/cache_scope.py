@@ -295,7 +295,8 @@ class RecordingScope(_Scope):
         self._eager = False
 
     def __enter__(self) -> Any:
-        self._eager = _is_concrete(ops.zeros(()))
+        # Calls that are not a rehearsal may be traced, by `jax.grad` for instance.
+        self._eager = self._strict and _is_concrete(ops.zeros(()))
         return super().__enter__()
 
     def run(self, layer: Any, call: Any, inputs: Any) -> Any:

@@ -12,6 +12,7 @@ from attention import (
     MultiHeadAttention,
     PositionEmbedding,
     RotaryAttention,
+    last_tokens,
 )
 from attention.testing import (
     ConformanceError,
@@ -34,10 +35,7 @@ class LastTokens(CachedLayer):
         outputs = x + seen[:, :-1]
         if cache is None:
             return outputs
-        real = ops.full(ops.shape(x)[:1], ops.shape(x)[1])
-        if padding_mask is not None:
-            real = ops.sum(ops.cast(padding_mask, "int32"), axis=1)
-        return outputs, ops.take_along_axis(seen, real[:, None, None], axis=1)
+        return outputs, last_tokens(seen, padding_mask)
 
 
 def test_a_layer_without_weights_and_configuration():
