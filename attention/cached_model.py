@@ -95,7 +95,7 @@ def call_sites(model: keras.Model, inputs: Any = None) -> tuple[CachedLayer, ...
             "are not known. Call it once on an example of its inputs first."
         )
     if inputs is None:
-        specs = _input_specs(model)
+        specs = symbolic_inputs(model)
 
         def zeros(spec: keras.KerasTensor, sizes: tuple[int, int]) -> Any:
             shape = [sizes[0], *spec.shape[1:]]
@@ -113,8 +113,8 @@ def call_sites(model: keras.Model, inputs: Any = None) -> tuple[CachedLayer, ...
     return tuple(scope.layers)
 
 
-def _input_specs(model: keras.Model) -> Any:
-    """What a model says about its inputs."""
+def symbolic_inputs(model: keras.Model) -> Any:
+    """What a model says about its inputs: a pytree of `keras.KerasTensor`s."""
     structure = getattr(model, "input", None)
     if structure is None:
         # A Sequential model has no `input` before it was called symbolically.

@@ -87,7 +87,7 @@ def check_positions(subject: Subject, probe: Probe) -> float:
             break
         positions = index[:, None] + np.arange(size)[None]
         outputs, cache = probe.step(gather(probe.inputs, positions), cache, index)
-        expected = [x[np.arange(rows)[:, None], positions] for x in probe.expected]
+        expected = gather(probe.expected, positions)
         found = probe.compare(outputs, expected, positions=index)
         claim = (
             f"{_SAME}when the rows stand at different positions: {size} more "
@@ -170,7 +170,7 @@ def _past_the_end(subject: Subject, probe: Probe) -> float:
     cache = _cache_at(probe, starts)
     inside = np.minimum(positions, length - 1)
     outputs, cache = probe.step(gather(probe.inputs, inside), cache, starts, mask)
-    expected = [x[np.arange(rows)[:, None], inside] for x in probe.expected]
+    expected = gather(probe.expected, inside)
     found = probe.compare(outputs, expected, mask, starts)
     claim = (
         f"{_SAME}when three tokens reach past the end of a cache of {length} "

@@ -8,6 +8,7 @@ import keras
 import numpy as np
 from keras import tree
 
+from attention.cached_model import symbolic_inputs
 from attention.testing.backends import to_numpy
 from attention.validation import describe
 
@@ -43,19 +44,8 @@ def input_specs(model: keras.Model, example: Any) -> Any:
             for path, x in paths
         ]
         return tree.pack_sequence_as(example, specs)
-    structure = getattr(model, "input", None)
-    if structure is None:
-        flat = getattr(model, "inputs", None) or []
-        structure = flat[0] if len(flat) == 1 else flat
+    structure = symbolic_inputs(model)
     paths = tree.flatten_with_path(structure)
-    known = paths and all(isinstance(x, keras.KerasTensor) for _, x in paths)
-    if not known or any(None in tuple(x.shape)[2:] for _, x in paths):
-        raise ValueError(
-            f"The inputs of '{model.name}' are not known, as it is no functional "
-            "or Sequential model (or has axes of unknown size besides the batch "
-            "and the length). Pass `inputs`, an example of them: arrays of shape "
-            "(batch, length, ...)."
-        )
     for _, x in paths:
         if len(x.shape) < 2 or x.shape[0] is not None or x.shape[1] is not None:
             raise ValueError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import keras
 import numpy as np
 from keras import ops, tree
 
@@ -13,7 +12,7 @@ from attention.testing.comparing import Difference
 from attention.testing.failure import ConformanceError
 from attention.testing.padding_checks import loud, ragged_mask
 from attention.testing.probe import ROWS, SCALAR, Probe, as_index, part, replace
-from attention.testing.subjects import Subject, call_parameters, positional
+from attention.testing.subjects import Subject, positional, takes_padding_mask
 
 POLICIES = ("mixed_bfloat16", "bfloat16", "mixed_float16")
 
@@ -29,7 +28,7 @@ def check_compiled(subject: Subject, probe: Probe) -> float | None:
     head, token = part(probe.inputs, 0, size), part(probe.inputs, size, 1)
     mask: np.ndarray | None = None
     index = np.full(rows, size)
-    if _takes_mask(subject, probe.made):
+    if takes_padding_mask(probe.made):
         mask = ragged_mask(rows, size)
         index = mask.sum(axis=1)
     worst = 0.0
@@ -63,10 +62,6 @@ def check_compiled(subject: Subject, probe: Probe) -> float | None:
     return worst
 
 
-def _takes_mask(subject: Subject, made: Any) -> bool:
-    return isinstance(made, keras.Model) or "padding_mask" in call_parameters(made)
-
-
 def _index(x: np.ndarray) -> Any:
     return ops.convert_to_tensor(x.astype("int32"))
 
@@ -75,7 +70,7 @@ def check_low_precision(subject: Subject, probe: Probe) -> float:
     """Low precision stays near full precision, and gives no NaN."""
     size, rows, length = subject.prefill_size, subject.batch_size, subject.length
     mask: np.ndarray | None = None
-    if _takes_mask(subject, probe.made):
+    if takes_padding_mask(probe.made):
         mask = ragged_mask(rows, length)
         mask[-1] = False
     worst = 0.0
@@ -192,7 +187,7 @@ def check_gradients(subject: Subject, probe: Probe) -> float:
         found.place = f"in element {int(np.abs(a - b).argmax())} of the gradient"
         worst = max(worst, probe.require("gradients", claim, found, advice))
 
-    if _takes_mask(subject, made):
+    if takes_padding_mask(made):
         mask = ragged_mask(rows, length)
         mask[-1] = False
         padded = tree.flatten(loud(probe.inputs, probe.other_inputs, mask))

@@ -12,7 +12,12 @@ from attention.testing.comparing import Difference, ranges
 from attention.testing.contract_checks import leaf_name
 from attention.testing.failure import ConformanceError
 from attention.testing.probe import INT, ROWS, Probe, as_index, gather, part, replace
-from attention.testing.subjects import LayerSubject, Subject, call_parameters
+from attention.testing.subjects import (
+    LayerSubject,
+    Subject,
+    call_parameters,
+    takes_padding_mask,
+)
 
 # How much larger than real tokens the contents of padded ones are.
 _LOUD = 100.0
@@ -36,7 +41,7 @@ def ragged_mask(rows: int, length: int) -> np.ndarray:
 def check_masked_rows(subject: Subject, probe: Probe) -> float:
     """Queries that may attend to nothing give finite outputs."""
     rows, length, size = subject.batch_size, subject.length, subject.prefill_size
-    _require_padding_mask(subject, probe, "masked_rows")
+    _require_padding_mask(probe, "masked_rows")
     mask = np.ones((rows, length), bool)
     mask[-1] = False
     _finite(probe, probe.full(probe.inputs, mask), "a call without a cache")
@@ -79,10 +84,8 @@ def _finite(
             )
 
 
-def _require_padding_mask(subject: Subject, probe: Probe, check: str) -> None:
-    if not isinstance(subject, LayerSubject):
-        return
-    if "padding_mask" not in call_parameters(probe.made):
+def _require_padding_mask(probe: Probe, check: str) -> None:
+    if not takes_padding_mask(probe.made):
         raise ConformanceError(
             check,
             f"`call` of {probe} has no argument `padding_mask`, so right-padded "
@@ -94,7 +97,7 @@ def _require_padding_mask(subject: Subject, probe: Probe, check: str) -> None:
 
 def check_padding(subject: Subject, probe: Probe) -> float:
     """A padded token enters no state, is attended by nobody, moves no position."""
-    _require_padding_mask(subject, probe, "padding")
+    _require_padding_mask(probe, "padding")
     rows, length = subject.batch_size, subject.length
     mask = ragged_mask(rows, length)
     padded = loud(probe.inputs, probe.other_inputs, mask)
@@ -147,7 +150,7 @@ def _padded_prefill(subject: Subject, probe: Probe, kind: str) -> float:
     for number, (outputs, position, real) in enumerate(calls):
         width = real.shape[1]
         columns = np.minimum(position[:, None] + np.arange(width), length - 1)
-        expected = [x[np.arange(rows)[:, None], columns] for x in probe.expected]
+        expected = gather(probe.expected, columns)
         found = probe.compare(outputs, expected, real, position)
         call = ("the padded prefill", "a padded chunk after it", "a token after it")
         claim = (

@@ -137,14 +137,14 @@ class Probe:
         return run
 
     def run(
-        self, inputs: Any, sizes: list[int], kinds: tuple[str, ...], cache: Any = None
+        self, inputs: Any, sizes: list[int], kinds: tuple[str, ...]
     ) -> tuple[list[np.ndarray], Any, list[Any]]:
         """Runs a sequence in chunks from its start.
 
         Returns:
             The joined outputs, the last cache, and the caches after each chunk.
         """
-        cache = self.create_cache() if cache is None else cache
+        cache = self.create_cache()
         start, chunks, caches = 0, [], []
         for number, size in enumerate(sizes):
             kind = kinds[min(number, len(kinds) - 1)]

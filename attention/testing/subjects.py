@@ -88,10 +88,10 @@ class Subject:
                 "inside of it: `lambda: MyLayer(4)`."
             )
 
-    def sample(self, seed: int, batch_size: int | None = None) -> Any:
+    def sample(self, seed: int) -> Any:
         """Random inputs over the whole length: a pytree of arrays."""
         rng = np.random.default_rng([self.seed, seed])
-        return self.draw(rng, batch_size or self.batch_size, self.length)
+        return self.draw(rng, self.batch_size, self.length)
 
     def check_type(self, made: Any) -> None:
         raise NotImplementedError
@@ -263,3 +263,8 @@ def positional(outputs: Any, length: int) -> list[Any]:
 
 def call_parameters(layer: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(layer.call).parameters)
+
+
+def takes_padding_mask(made: Any) -> bool:
+    """Whether it can be told what is padding; models are told by the scope."""
+    return isinstance(made, keras.Model) or "padding_mask" in call_parameters(made)
