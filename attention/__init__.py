@@ -5,6 +5,7 @@ from attention.cached_layer import CachedLayer
 from attention.cached_model import (
     call_sites,
     call_with_cache,
+    can_rewind,
     create_cache,
     grow_cache,
     max_positions,
@@ -27,7 +28,12 @@ from attention.position_schemes import (
     RotaryPosition,
 )
 from attention.shared_key_value_attention import SharedKeyValueAttention
-from attention.validation import check_fraction, check_positive_int, describe
+from attention.validation import (
+    check_fraction,
+    check_positive_int,
+    describe,
+    is_concrete,
+)
 
 __all__ = [
     "AlibiBias",
@@ -47,12 +53,14 @@ __all__ = [
     "T5Attention",
     "call_sites",
     "call_with_cache",
+    "can_rewind",
     "check_fraction",
     "check_positive_int",
     "clone_initializer",
     "create_cache",
     "describe",
     "grow_cache",
+    "is_concrete",
     "last_tokens",
     "max_positions",
 ]

@@ -12,7 +12,7 @@ from keras import ops, tree
 
 from attention.validation import describe, static_size
 
-_ACTIVE_SCOPE: contextvars.ContextVar[_Scope | None] = contextvars.ContextVar(
+_ACTIVE_SCOPE: contextvars.ContextVar[Scope | None] = contextvars.ContextVar(
     "keras_transformer_blocks_cache_scope", default=None
 )
 # The padding mask of the scope or layer that is running, for the cached layers
@@ -22,8 +22,13 @@ _PADDING_MASK: contextvars.ContextVar[Any] = contextvars.ContextVar(
     "keras_transformer_blocks_padding_mask", default=None
 )
 
+# Whether the caches that layers get in the active scope may be overwritten.
+_DONATED: contextvars.ContextVar[bool] = contextvars.ContextVar(
+    "keras_transformer_blocks_donated", default=False
+)
 
-def active_scope() -> _Scope | None:
+
+def active_scope() -> Scope | None:
     """Returns the innermost scope, or `None` when layers run without one."""
     return _ACTIVE_SCOPE.get()
 
@@ -53,7 +58,12 @@ def share_padding_mask(padding_mask: Any) -> Iterator[None]:
         _PADDING_MASK.reset(token)
 
 
-class _Scope:
+def cache_is_donated() -> bool:
+    """Whether a cache policy may overwrite the cache it was given."""
+    return _DONATED.get()
+
+
+class Scope:
     """What all scopes share: being active between `__enter__` and `__exit__`.
 
     Every call of a `CachedLayer` that passes no `cache=` is handed to
@@ -91,7 +101,7 @@ _LOOP = (
 )
 
 
-class CacheScope(_Scope):
+class CacheScope(Scope):
     """Gives every cached layer called inside of it its slot of a cache.
 
     A `CachedLayer` that is called without `cache=` while a scope is active
@@ -114,6 +124,10 @@ class CacheScope(_Scope):
         padding_mask: `None` or tensor of shape `(batch_size, length)`, true for
             the real tokens of the inputs, which are padded on the right: for
             the cached layers that the model calls without one.
+        donate: bool. Whether the given cache is not used any more, so that its
+            memory may be: torch then overwrites it instead of copying it. In
+            compiled functions of the other backends it plays no role, as they
+            see for themselves what is used.
 
     Attributes:
         cache: after the scope is left, the updated cache: the same structure,
@@ -143,7 +157,11 @@ class CacheScope(_Scope):
     """
 
     def __init__(
-        self, cache: Any, cache_update_index: Any, padding_mask: Any = None
+        self,
+        cache: Any,
+        cache_update_index: Any,
+        padding_mask: Any = None,
+        donate: bool = False,
     ) -> None:
         if not isinstance(cache, (tuple, list)):
             raise TypeError(
@@ -159,6 +177,7 @@ class CacheScope(_Scope):
         super().__init__(_check_mask(padding_mask, cache))
         self._slots = tuple(cache)
         self._index = cache_update_index
+        self._donate = bool(donate)
         self._updated: list[Any] = []
         self._entered = False
         self._complete = False
@@ -170,6 +189,8 @@ class CacheScope(_Scope):
                 "call order. Make a new one from `scope.cache`."
             )
         self._entered = True
+        token = _DONATED.set(self._donate)
+        self._context.callback(_DONATED.reset, token)
         return super().__enter__()
 
     def run(self, layer: Any, call: Any, inputs: Any) -> Any:
@@ -245,7 +266,9 @@ class NewCacheScope(CacheScope):
     def __init__(
         self, batch_size: int, max_length: int, padding_mask: Any = None
     ) -> None:
-        super().__init__((), 0, _check_mask(padding_mask, (), batch_size))
+        mask = _check_mask(padding_mask, (), batch_size)
+        # Nobody else has a cache that is made here.
+        super().__init__((), 0, mask, donate=True)
         self._batch_size = batch_size
         self._max_length = max_length
         self.layers: list[Any] = []
@@ -265,71 +288,7 @@ class NewCacheScope(CacheScope):
         """Every slot was made by the call that used it."""
 
 
-class RecordingScope(_Scope):
-    """Notes which cached layers are called, in call order, and runs them plain.
-
-    It is the rehearsal for the scopes above, and refuses what could not be
-    right with a cache: a layer that is called inside of a mapped function, from
-    which no cache can come out, on other rows than the model, or past its
-    `__call__`.
-
-    Args:
-        batch_size: int or `None`. The number of rows, where it is known.
-        strict: bool. Whether to raise an error at once. If not, nothing is
-            changed about the calls, and `problem` says what was found.
-
-    Attributes:
-        layers: the cached layers in call order.
-        problem: `None`, or why the calls could have no cache.
-
-    Raises:
-        ValueError: at the call that could have no cache.
-    """
-
-    def __init__(self, batch_size: int | None = None, strict: bool = True) -> None:
-        super().__init__()
-        self.layers: list[Any] = []
-        self.problem: str | None = None
-        self._strict = strict
-        self._batch_size = batch_size
-        self._eager = False
-
-    def __enter__(self) -> Any:
-        # Calls that are not a rehearsal may be traced, by `jax.grad` for instance.
-        self._eager = self._strict and _is_concrete(ops.zeros(()))
-        return super().__enter__()
-
-    def run(self, layer: Any, call: Any, inputs: Any) -> Any:
-        name = f"Layer '{layer.name}' ({type(layer).__name__})"
-        rows = _rows(inputs)
-        if None not in (rows, self._batch_size) and rows != self._batch_size:
-            self.refuse(
-                f"{name} is called on {rows} rows, where the model has "
-                f"{self._batch_size}. A cache holds one sequence for each row of "
-                "the model, so a layer can't have one where another axis is "
-                "folded into the batch, or the rows are split. Call it on the "
-                "model's own rows" + _OR_NO_CACHE
-            )
-        self.layers.append(layer)
-        outputs = call(None, None)
-        first = next(iter(tree.flatten(outputs)), None)
-        if self._eager and first is not None and not _is_concrete(first):
-            self.refuse(
-                f"{name} is called inside of a function that is traced on its own: "
-                "mapped (`vectorized_map`), looped (`scan`, `fori_loop`, an RNN) or "
-                "compiled. What it is to remember can't leave that function, so it "
-                "can't have a cache. Call it outside, on all steps at once, or in a "
-                "Python loop" + _OR_NO_CACHE
-            )
-        return outputs
-
-    def refuse(self, message: str) -> None:
-        self.problem = self.problem or message
-        if self._strict:
-            raise ValueError(message)
-
-
-_OR_NO_CACHE = (
+OR_NO_CACHE = (
     "; or, if the calls are not to see each other's tokens, take a layer that has "
     "no cache, such as `keras.layers.MultiHeadAttention`."
 )
@@ -343,20 +302,11 @@ def check_not_bypassed(layer: Any) -> None:
             f"`call` of layer '{layer.name}' ({type(layer).__name__}) is run past "
             "its `__call__`, as `keras.layers.TimeDistributed` does. It would get "
             "no cache, and forget what it saw. Call the layer itself, "
-            "`layer(x)`, on the whole sequence" + _OR_NO_CACHE
+            "`layer(x)`, on the whole sequence" + OR_NO_CACHE
         )
 
 
-def _is_concrete(x: Any) -> bool:
-    """Whether a tensor has values, rather than being part of what is traced."""
-    try:
-        ops.convert_to_numpy(x)
-    except (NotImplementedError, RuntimeError, TypeError, ValueError):
-        return False
-    return True
-
-
-def _rows(structure: Any) -> int | None:
+def first_size(structure: Any) -> int | None:
     """The size of the first axis of the first tensor, where it is known."""
     leaves = (x for x in tree.flatten(structure) if getattr(x, "shape", ()))
     return next((static_size(x, 0) for x in leaves), None)
@@ -368,7 +318,7 @@ def _check_mask(padding_mask: Any, cache: Any, batch_size: Any = None) -> Any:
         return None
     if isinstance(padding_mask, (list, tuple)):
         padding_mask = np.asarray(padding_mask)
-    rows = batch_size or _rows(cache)
+    rows = batch_size or first_size(cache)
     shape = tuple(getattr(padding_mask, "shape", ()))
     if len(shape) != 2 or (None not in (rows, shape[0]) and shape[0] != rows):
         raise ValueError(

@@ -191,6 +191,25 @@ class CachedLayer(keras.layers.Layer):
 
         return tree.map_structure(copy, cache, larger)
 
+    def can_rewind(self, cache: Any, from_index: int, to_index: int) -> bool:
+        """Whether the last positions that a cache absorbed can be taken back.
+
+        They are, by passing a smaller `cache_update_index`: so it is asked
+        whether a cache that has absorbed `from_index` positions serves as one
+        that has absorbed the first `to_index` of them. The default says no,
+        unless there is nothing in the cache. A layer that overwrites what lies
+        behind the index before it is seen, as attention does, overrides it.
+
+        Args:
+            cache: a cache of this layer.
+            from_index: int. How many positions it has absorbed.
+            to_index: int. How many of them are to count.
+
+        Returns:
+            A bool.
+        """
+        return from_index == to_index or not tree.flatten(cache)
+
     def __call__(
         self,
         *args: Any,

@@ -8,8 +8,9 @@ from typing import Any
 import keras
 from keras import ops, tree
 
-from attention.cache_scope import CacheScope, RecordingScope
+from attention.cache_scope import CacheScope
 from attention.cached_layer import CachedLayer
+from attention.recording_scope import RecordingScope
 from attention.validation import check_positive_int, describe, static_size
 
 # Rows and tokens of the rehearsals that find call sites. They can be told from
@@ -213,14 +214,62 @@ def grow_cache(sites: tuple[CachedLayer, ...], cache: tuple, max_length: int) ->
     >>> cache[0]["key"].shape[2]
     32
     """
+    _check_slots(sites, cache)
+    return tuple(
+        layer.grow_cache(slot, max_length) for layer, slot in zip(sites, cache)
+    )
+
+
+def can_rewind(
+    sites: tuple[CachedLayer, ...], cache: tuple, from_index: int, to_index: int
+) -> bool:
+    """Whether the last positions that a model's cache absorbed can be taken back.
+
+    If so, a call with `cache_update_index=to_index` does: attention never sees
+    what lies behind the index. A recurrent state can't be undone.
+
+    Args:
+        sites: the model's cached layers in call order, from `call_sites` or
+            the `layers` of a `NewCacheScope`.
+        cache: the model's cache.
+        from_index: int. How many positions it has absorbed.
+        to_index: int. How many of them are to count.
+
+    Returns:
+        A bool.
+
+    Raises:
+        ValueError: if `cache` has another number of slots than there are
+            layers, or it is not `0 <= to_index <= from_index`.
+
+    Example:
+
+    >>> import keras
+    >>> from attention import MultiHeadAttention, call_sites, can_rewind, create_cache
+    >>> model = keras.Sequential([keras.Input((None, 8)), MultiHeadAttention(2)])
+    >>> cache = create_cache(model, batch_size=1, max_length=16)
+    >>> can_rewind(call_sites(model), cache, from_index=7, to_index=5)
+    True
+    """
+    _check_slots(sites, cache)
+    if not 0 <= to_index <= from_index:
+        raise ValueError(
+            "A cache can be taken back to a position that it has absorbed: "
+            f"0 <= to_index <= from_index. Received: from_index={from_index}, "
+            f"to_index={to_index}"
+        )
+    return all(
+        layer.can_rewind(slot, from_index, to_index)
+        for layer, slot in zip(sites, cache)
+    )
+
+
+def _check_slots(sites: tuple[CachedLayer, ...], cache: tuple) -> None:
     if len(sites) != len(cache):
         raise ValueError(
             f"`cache` has {len(cache)} slots, but there are {len(sites)} cached "
             "calls in `sites`. They belong to different models."
         )
-    return tuple(
-        layer.grow_cache(slot, max_length) for layer, slot in zip(sites, cache)
-    )
 
 
 def call_with_cache(

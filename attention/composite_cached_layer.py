@@ -9,14 +9,20 @@ from typing import Any
 
 from keras import ops
 
-from attention.cache_scope import CacheScope, RecordingScope
+from attention.cache_scope import CacheScope, cache_is_donated
 from attention.cached_layer import (
     CachedLayer,
     Untracked,
     parameters,
     share_padding_mask,
 )
-from attention.cached_model import find_call_sites, grow_cache, max_positions
+from attention.cached_model import (
+    can_rewind,
+    find_call_sites,
+    grow_cache,
+    max_positions,
+)
+from attention.recording_scope import RecordingScope
 from attention.validation import describe
 
 # What `call` adds to, or takes from, the arguments of `transform`.
@@ -104,7 +110,7 @@ class CompositeCachedLayer(CachedLayer):
     ) -> Any:
         if cache is None:
             return self._transform_noting_sites(x, padding_mask, training, inputs)
-        with CacheScope(cache, cache_update_index) as scope:
+        with CacheScope(cache, cache_update_index, donate=cache_is_donated()) as scope:
             outputs = self._transform(x, padding_mask, training, inputs)
         return outputs, scope.cache
 
@@ -115,6 +121,9 @@ class CompositeCachedLayer(CachedLayer):
 
     def grow_cache(self, cache: Any, max_length: int) -> tuple:
         return grow_cache(self._call_sites(), cache, max_length)
+
+    def can_rewind(self, cache: Any, from_index: int, to_index: int) -> bool:
+        return can_rewind(self._call_sites(), cache, from_index, to_index)
 
     @property
     def max_sequence_length(self) -> int | None:  # type: ignore[override]

@@ -7,9 +7,10 @@ from typing import Any
 import keras
 from keras import ops
 
+from attention.cache_writes import token_positions
 from attention.dot_product import check_attention_mask
 from attention.dot_product_attention import DotProductAttention
-from attention.key_value_cache import FullCache, pack_key_value, token_positions
+from attention.key_value_cache import FullCache, pack_key_value
 from attention.position_schemes import PositionScheme
 from attention.validation import check_positive_int, describe, static_size
 
@@ -179,6 +180,9 @@ class GroupedQueryAttention(DotProductAttention):
             *self._head_dims(),
             dtype=self.compute_dtype,
         )
+
+    def can_rewind(self, cache: Any, from_index: int, to_index: int) -> bool:
+        return self.cache_policy.can_rewind(cache, from_index, to_index)
 
     def __call__(  # type: ignore[override]
         self, query: Any, value: Any = None, key: Any = None, *args: Any, **kwargs: Any

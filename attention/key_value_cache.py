@@ -6,41 +6,11 @@ from typing import Any
 
 from keras import ops
 
-from attention import tensorflow_gradients
+from attention.cache_writes import write_tokens
 from attention.validation import check_positive_int, static_size
-
-tensorflow_gradients.register()
 
 # Later than all queries, and far enough from the largest int32 to be added to.
 HIDDEN_POSITION = 2**30
-
-
-def token_positions(cache_update_index: Any, length: Any) -> Any:
-    """The positions of `length` tokens that follow the cached ones.
-
-    Args:
-        cache_update_index: `None` (no cache: start at 0), an int, an integer
-            scalar tensor or an integer tensor of shape `(batch_size,)`.
-        length: int or integer scalar tensor.
-
-    Returns:
-        An `int32` tensor of shape `(length,)`, or `(batch_size, length)` where
-        rows stand at different positions.
-
-    Example:
-
-    >>> import numpy as np
-    >>> from attention.key_value_cache import token_positions
-    >>> np.array(token_positions(np.array([0, 5]), 3)).tolist()
-    [[0, 1, 2], [5, 6, 7]]
-    """
-    steps = ops.arange(length, dtype="int32")
-    if cache_update_index is None or isinstance(cache_update_index, int):
-        return steps + (cache_update_index or 0)
-    index = ops.cast(cache_update_index, "int32")
-    if len(index.shape) == 0:
-        return steps + index
-    return steps[None, :] + index[:, None]
 
 
 def pack_key_value(
@@ -126,31 +96,16 @@ class FullCache:
                 "Create it with a larger `max_length`, or grow it with "
                 "`grow_cache`."
             )
-        if isinstance(index, int) and new is not None:
-            if index + new <= capacity:
-                # Slots behind `index` are not live: what a padded token leaves
-                # there is overwritten before a token can attend to it.
-                return {
-                    "key": ops.slice_update(cache["key"], (0, 0, index, 0), key),
-                    "value": ops.slice_update(cache["value"], (0, 0, index, 0), value),
-                }
-            if padding_mask is None:
-                raise ValueError(
-                    f"{new} tokens at cache_update_index={index} do not fit "
-                    f"into a cache of {capacity} positions. Create it with a "
-                    "larger `max_length`, or grow it with `grow_cache`."
-                )
-        positions = token_positions(index, ops.shape(key)[2])
-        live = positions < capacity
-        if len(positions.shape) == 1:
-            live = live[None, :]
-        if padding_mask is not None:
-            live = ops.logical_and(live, padding_mask)
-        live = live[:, None, :, None]
-        update = _write_slot if new == 1 and len(positions.shape) == 1 else _write_rows
+        known = isinstance(index, int) and new is not None
+        if known and padding_mask is None and index + new > capacity:
+            raise ValueError(
+                f"{new} tokens at cache_update_index={index} do not fit "
+                f"into a cache of {capacity} positions. Create it with a "
+                "larger `max_length`, or grow it with `grow_cache`."
+            )
         return {
-            "key": update(cache["key"], key, positions, live),
-            "value": update(cache["value"], value, positions, live),
+            "key": write_tokens(cache["key"], key, index, padding_mask),
+            "value": write_tokens(cache["value"], value, index, padding_mask),
         }
 
     def read(self, cache: Any) -> tuple[Any, Any, Any]:
@@ -162,40 +117,6 @@ class FullCache:
         key, value = cache["key"], cache["value"]
         return key, value, ops.arange(key.shape[2], dtype="int32")
 
-
-def _write_slot(cache: Any, update: Any, positions: Any, live: Any) -> Any:
-    """Writes one token per row, all rows at the same position."""
-    start = ops.minimum(positions[0], cache.shape[2] - 1)
-    shape = (ops.shape(cache)[0], cache.shape[1], 1, cache.shape[3])
-    current = ops.slice(cache, (0, 0, start, 0), shape)
-    update = ops.where(live, update, current)
-    return ops.slice_update(cache, (0, 0, start, 0), update)
-
-
-def _write_rows(cache: Any, update: Any, positions: Any, live: Any) -> Any:
-    """Writes tokens whose rows stand at different positions.
-
-    Tokens that are not to be written write back what their slot holds. Each
-    has a slot of its own, as it wraps around past the end: two writes to one
-    slot would come in an order nobody knows.
-    """
-    batch, heads, capacity, dim = ops.shape(cache)
-    slots = ops.broadcast_to(
-        positions if len(positions.shape) == 2 else positions[None, :],
-        (batch, ops.shape(update)[2]),
-    )
-    slots = ops.mod(slots, capacity)[:, None, :]
-    rows = ops.arange(batch, dtype="int32")[:, None, None]
-    head = ops.arange(heads, dtype="int32")[None, :, None]
-    indices = ops.stack(
-        [
-            ops.reshape(ops.broadcast_to(x, ops.shape(update)[:3]), (-1,))
-            for x in (rows, head, slots)
-        ],
-        axis=-1,
-    )
-    current = ops.take_along_axis(
-        cache, ops.broadcast_to(slots[..., None], ops.shape(update)), axis=2
-    )
-    update = ops.reshape(ops.where(live, update, current), (-1, dim))
-    return ops.scatter_update(cache, indices, update)
+    def can_rewind(self, cache: Any, from_index: int, to_index: int) -> bool:
+        """Slots behind the index are hidden, and overwritten before they are seen."""
+        return True

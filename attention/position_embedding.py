@@ -7,8 +7,8 @@ from typing import Any
 import keras
 from keras import ops
 
+from attention.cache_writes import token_positions
 from attention.cached_layer import CachedLayer
-from attention.key_value_cache import token_positions
 from attention.validation import check_positive_int
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import keras
 from keras import ops
 
+from attention.cache_writes import token_positions
 from attention.dot_product import check_attention_mask
 from attention.dot_product_attention import DotProductAttention
-from attention.key_value_cache import token_positions
 from attention.validation import describe, dtype_name, static_size
 
 

@@ -305,3 +305,12 @@ def _same_shape(first: tuple, second: tuple) -> bool:
     return len(first) == len(second) and all(
         a is None or b is None or a == b for a, b in zip(first, second)
     )
+
+
+def is_concrete(x: Any) -> bool:
+    """Whether a tensor has values, rather than being part of what is traced."""
+    try:
+        ops.convert_to_numpy(x)
+    except (NotImplementedError, RuntimeError, TypeError, ValueError):
+        return False
+    return True

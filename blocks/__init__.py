@@ -5,6 +5,13 @@ from blocks.causal_lm import CausalLM
 from blocks.custom_backbone import CustomBackbone
 from blocks.custom_decoder import CustomDecoder
 from blocks.feed_forward import FeedForward, GatedFeedForward, gelu_approximate
+from blocks.generation import (
+    DraftModel,
+    GenerationState,
+    PromptLookup,
+    Session,
+    Speculation,
+)
 from blocks.preprocessor import CausalLMPreprocessor
 
 __all__ = [
@@ -12,8 +19,13 @@ __all__ = [
     "CausalLMPreprocessor",
     "CustomBackbone",
     "CustomDecoder",
+    "DraftModel",
     "FeedForward",
     "GatedFeedForward",
+    "GenerationState",
+    "PromptLookup",
+    "Session",
+    "Speculation",
     "clone_initializer",
     "gelu_approximate",
 ]

@@ -2,32 +2,24 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import keras
 import keras_hub
-import numpy as np
 
-from attention import (
-    call_sites,
-    describe,
-    max_positions,
-)
+from attention import describe
 from blocks.backbone_inputs import (
     backbone_inputs,
     check_backbone,
     task_inputs,
     token_embedding,
 )
-from blocks.generation import Generator
-from blocks.preprocessor import end_token_ids
+from blocks.generation.mixin import GenerationMixin
 from blocks.presets import check_registered, load_task
-from blocks.prompts import Prompts, join_outputs, normalize_inputs, read_prompts
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
-class CausalLM(keras_hub.models.CausalLM):
+class CausalLM(GenerationMixin, keras_hub.models.CausalLM):
     """A causal language model on any backbone made of cached layers.
 
     It trains with `fit` and generates with `generate`, as every KerasHub
@@ -125,7 +117,10 @@ class CausalLM(keras_hub.models.CausalLM):
             *args: see `keras_hub.models.CausalLM.compile`.
             sampler: a name, such as `"greedy"`, or a `keras_hub.samplers`
                 object.
-            **kwargs: see `keras_hub.models.CausalLM.compile`.
+            **kwargs: see `keras_hub.models.CausalLM.compile`. On TensorFlow
+                generation is compiled by XLA, which is faster on every device,
+                unless `jit_compile=False`; on training `jit_compile` has the
+                same effect as everywhere in Keras.
 
         Raises:
             TypeError: if `sampler` is no sampler.
@@ -136,8 +131,7 @@ class CausalLM(keras_hub.models.CausalLM):
                 f"`keras_hub.samplers.Sampler`. Received: {describe(sampler)}"
             )
         super().compile(*args, sampler=sampler, **kwargs)
-        # As in Keras, compiling is how to make changes to a model take effect.
-        self.__dict__.pop("_token_generator", None)
+        self._reset_generation(kwargs.get("jit_compile", "auto"))
 
     def enable_lora(self, rank: int, target_layer_names: Any = None) -> None:
         """Freezes the backbone and adds trainable low-rank updates to it.
@@ -160,163 +154,6 @@ class CausalLM(keras_hub.models.CausalLM):
                 "`keras_hub.models.Backbone`."
             )
         self.backbone.enable_lora(rank, target_layer_names)
-
-    def generate(
-        self,
-        inputs: Any,
-        max_length: int | None = None,
-        stop_token_ids: Any = "auto",
-        strip_prompt: bool = False,
-        max_new_tokens: int | None = None,
-    ) -> Any:
-        """Continues prompts.
-
-        Prompts of different lengths in one batch give what each gives alone.
-
-        Args:
-            inputs: a string, a list of strings, a dict of `token_ids` and
-                `padding_mask` (arrays of shape `(batch, length)`, padded on the
-                right), or a `tf.data.Dataset` of batches of either.
-            max_length: int or `None`. The length of prompt and new tokens
-                together, at which rows end. The default is the preprocessor's
-                `sequence_length` for text, the arrays' length for tokens, and
-                what `max_new_tokens` asks for where that is given.
-            stop_token_ids: the tokens at which a row ends: a list or tuple,
-                `None`, or `"auto"` for the preprocessor's end token.
-            strip_prompt: bool. Whether to return the new tokens only.
-            max_new_tokens: int or `None`. How many tokens each row may get,
-                whatever the length of its prompt.
-
-        Returns:
-            For a string a string, for strings a list of strings, for tokens a
-            dict of `token_ids` and `padding_mask` as NumPy arrays.
-
-        Raises:
-            TypeError: if an argument has the wrong type.
-            ValueError: if a prompt is empty or longer than allowed, holds
-                tokens outside of the vocabulary, or is not padded on the right.
-
-        Example:
-
-        >>> import numpy as np
-        >>> from blocks import CausalLM, CustomBackbone
-        >>> backbone = CustomBackbone(50, 1, 2, 16, 32, max_sequence_length=32)
-        >>> lm = CausalLM(backbone)
-        >>> lm.compile(sampler="greedy")
-        >>> prompts = {
-        ...     "token_ids": np.array([[1, 2, 3, 4], [5, 6, 0, 0]]),
-        ...     "padding_mask": np.array([[1, 1, 1, 1], [1, 1, 0, 0]]),
-        ... }
-        >>> out = lm.generate(prompts, stop_token_ids=None, max_new_tokens=3)
-        >>> out["padding_mask"].sum(axis=1).tolist()
-        [7, 5]
-        """
-        stops = self._resolve_stop_token_ids(stop_token_ids)
-        sampler = getattr(self, "sampler", None)
-        if sampler is None:
-            raise ValueError(
-                "The model is not compiled, so there is no sampler. Call "
-                '`compile(sampler="greedy")`, or with another sampler.'
-            )
-        if isinstance(sampler, keras_hub.samplers.SpeculativeSampler):
-            raise ValueError(
-                "`SpeculativeSampler` needs a draft model, which `generate` does "
-                "not take yet. Compile with another sampler."
-            )
-        if getattr(sampler, "return_all_beams", False):
-            raise ValueError(
-                "`generate` returns one continuation for each prompt. Compile "
-                "with `BeamSampler(return_all_beams=False)`."
-            )
-        batches, is_single = normalize_inputs(inputs)
-        # All prompts are read before the first is continued: what is wrong with
-        # the last of them should not cost the others' work.
-        prompts = [
-            read_prompts(
-                batch,
-                self.preprocessor,
-                max_length,
-                max_new_tokens,
-                getattr(self.backbone, "vocabulary_size", self.output.shape[-1]),
-                self._max_positions(),
-            )
-            for batch in batches
-        ]
-        outputs = [self._continue(x, stops, strip_prompt) for x in prompts]
-        return join_outputs(outputs, is_single, self._pad_token_id())
-
-    def _continue(
-        self, prompts: Prompts, stops: tuple[int, ...], strip_prompt: bool
-    ) -> Any:
-        """Continues one batch of prompts."""
-        new_tokens = self._generator().generate(
-            prompts.token_ids, prompts.lengths, prompts.limits, stops
-        )
-        shape = (len(new_tokens), prompts.width)
-        token_ids = np.full(shape, self._pad_token_id(), "int32")
-        padding_mask = np.zeros(shape, "bool")
-        for row, new in enumerate(new_tokens):
-            old = prompts.token_ids[row, : prompts.lengths[row]]
-            tokens = new if strip_prompt else np.concatenate([old, new])
-            token_ids[row, : len(tokens)] = tokens
-            padding_mask[row, : len(tokens)] = True
-        outputs = {"token_ids": token_ids, "padding_mask": padding_mask}
-        if not prompts.as_text:
-            return outputs
-        texts = self.preprocessor.generate_postprocess(outputs)
-        if hasattr(texts, "numpy"):
-            texts = texts.numpy()
-        return [x.decode("utf-8") if isinstance(x, bytes) else x for x in texts]
-
-    def _generator(self) -> Generator:
-        generator = self.__dict__.get("_token_generator")
-        if generator is None:
-            generator = self._token_generator = Generator(self)
-        return generator
-
-    def _max_positions(self) -> int | None:
-        limit = self.__dict__.get("_max_positions_memo")
-        if limit is None:
-            sites = call_sites(self.backbone)
-            if not sites:
-                raise ValueError(
-                    f"`backbone` '{self.backbone.name}' calls no cached layer, so "
-                    "`generate` can't remember what it read. Make it of "
-                    "`attention.CachedLayer`s, for instance as a "
-                    "`blocks.CustomBackbone`."
-                )
-            limit = (max_positions(sites),)
-            self._max_positions_memo = limit
-        return limit[0]
-
-    def _resolve_stop_token_ids(self, stop_token_ids: Any) -> tuple[int, ...]:
-        if stop_token_ids is None:
-            return ()
-        if isinstance(stop_token_ids, str) and stop_token_ids == "auto":
-            if self.preprocessor is None:
-                raise ValueError(
-                    'With `stop_token_ids="auto"` rows end at the preprocessor\'s '
-                    "end token, but the model has no preprocessor. Pass "
-                    "`stop_token_ids=None` to end at `max_length`, or a tuple "
-                    "of token ids."
-                )
-            return end_token_ids(self.preprocessor)
-        try:
-            stops = tuple(operator.index(x) for x in stop_token_ids)
-        except (TypeError, ValueError):
-            raise TypeError(
-                '`stop_token_ids` must be None, "auto" or a list of token ids. '
-                f"Received: stop_token_ids={describe(stop_token_ids)}"
-            ) from None
-        return stops
-
-    def _pad_token_id(self) -> int:
-        tokenizer = getattr(self.preprocessor, "tokenizer", None)
-        for owner in (self.preprocessor, tokenizer):
-            pad = getattr(owner, "pad_token_id", None)
-            if pad is not None:
-                return int(pad)
-        return 0
 
     def get_compile_config(self) -> dict[str, Any] | None:
         config = super().get_compile_config()

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from keras import ops
 
-import blocks.generation
 from attention import MultiHeadAttention
 from attention.testing import ConformanceError
 from attention.testing.causal_lm import CHECKS, check_causal_lm
 from blocks import CausalLM
+from blocks.generation import engine
 from tests.models import (
     RAGGED,
     MultiQueryBackbone,
@@ -196,12 +196,12 @@ def test_padding_that_is_read():
 
 
 def test_rows_in_lockstep(monkeypatch):
-    scope = blocks.generation.CacheScope
+    scope = engine.CacheScope
 
     def lockstep(cache, index, *others):
         return scope(cache, ops.max(index) * ops.ones_like(index), *others)
 
-    monkeypatch.setattr(blocks.generation, "CacheScope", lockstep)
+    monkeypatch.setattr(engine, "CacheScope", lockstep)
     check, message = failure(EagerLM)
     assert check == "ragged_batch"
     assert "at their positions" in message

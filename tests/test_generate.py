@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 from keras import ops
 
-import blocks.generation
+from blocks.generation import engine
 from tests.models import (
     RAGGED,
     VARIANTS,
@@ -55,13 +55,13 @@ def test_rows_at_different_positions_grow_through_several_capacities(
     lm, expected, monkeypatch
 ):
     capacities = []
-    grow = blocks.generation.grow_cache
+    grow = engine.grow_cache
 
     def spy(sites, cache, max_length):
         capacities.append(max_length)
         return grow(sites, cache, max_length)
 
-    monkeypatch.setattr(blocks.generation, "grow_cache", spy)
+    monkeypatch.setattr(engine, "grow_cache", spy)
     outputs = lm.generate(prompts(RAGGED), stop_token_ids=None, max_length=20)
     assert rows_of(outputs) == expected
     # Seven tokens and a block of four fill 16 places.

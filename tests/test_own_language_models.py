@@ -8,7 +8,7 @@ from keras import ops
 
 from attention import (
     CachedLayer,
-    NewCacheScope,
+    CacheScope,
     PositionEmbedding,
     RotaryAttention,
     last_tokens,
@@ -250,11 +250,11 @@ def test_the_scope_tells_what_is_padding():
     """The model has no way to pass a mask on, and would be wrong without it."""
     lm = make_own()
 
-    class Forgetful(NewCacheScope):
-        def __init__(self, batch_size, max_length, padding_mask=None):
-            super().__init__(batch_size, max_length)
+    class Forgetful(CacheScope):
+        def __init__(self, cache, index, padding_mask=None, donate=False):
+            super().__init__(cache, index, donate=donate)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("blocks.generation.NewCacheScope", Forgetful)
+        patch.setattr("blocks.generation.engine.CacheScope", Forgetful)
         wrong = lm.generate(prompts(RAGGED), stop_token_ids=None, max_length=13)
     assert rows_of(wrong) != brute_force_greedy(lm, RAGGED, [13] * 3)

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import itertools
-import numbers
 from collections.abc import Callable
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops, tree
+
+from blocks.generation.sampler_settings import compiled_settings
 
 
 def compile_function(
-    function: Callable, task: keras.Model, sampler: Any, donate: tuple[int, ...] = ()
+    function: Callable, task: Any, sampler: Any = None, donate: tuple[int, ...] = ()
 ) -> Callable:
     """Compiles a function that reads a model's variables.
 
     Args:
         function: takes and returns pytrees of tensors. It may read the
             variables of `task`, and read and assign those of `sampler`.
-        task: the model. Its `run_eagerly` and `jit_compile` are obeyed.
-        sampler: a `keras_hub.samplers.Sampler`: its variables are seeds.
+        task: the model. Its `run_eagerly` and `xla_generation` are obeyed.
+        sampler: a `keras_hub.samplers.Sampler`, whose variables are seeds, or
+            `None`.
         donate: the positions of arguments whose memory may be reused, as they
             are not used after the call.
 
@@ -35,14 +36,17 @@ def compile_function(
     elif backend == "tensorflow" and not task.run_eagerly:
         import tensorflow as tf
 
-        jit_compile = bool(getattr(task, "jit_compile", True))
-        compiled = tf.function(function, jit_compile=jit_compile, autograph=False)
+        compiled = tf.function(
+            function, jit_compile=task.xla_generation, autograph=False
+        )
     elif backend == "jax" and not task.run_eagerly:
         compiled = _jit(function, task, sampler, donate)
 
     def run(*args: Any) -> Any:
         return compiled(*tree.map_structure(ops.convert_to_tensor, args))
 
+    # For those who want to see what JAX compiles.
+    run.lower = getattr(compiled, "lower", None)  # type: ignore[attr-defined]
     return run
 
 
@@ -61,7 +65,7 @@ def _jit(
 ) -> Callable:
     import jax
 
-    seeds = list(sampler.variables)
+    seeds = [] if sampler is None else list(sampler.variables)
     weights = [*task.trainable_variables, *task.non_trainable_variables]
 
     def stateless(values: Any, *args: Any) -> Any:
@@ -83,24 +87,36 @@ def _jit(
             seed.assign(value)
         return outputs
 
+    run.lower = lambda *args: jitted.lower(  # type: ignore[attr-defined]
+        ([v.value for v in seeds], [v.value for v in weights]), *args
+    )
     return run
 
 
 class CompiledFunctions:
     """Compiled functions of a task, made anew when what they read has changed.
 
-    A compiled function has the variables, the dtypes and the sampler's settings
-    of its making in it. LoRA, quantization, another sampler or other settings
-    of the same sampler replace them.
+    A compiled function has the variables, the dtypes and some of the sampler's
+    settings of its making in it. LoRA, quantization, another sampler or other
+    settings of the same sampler replace them.
+
+    Attributes:
+        count: int. How many times a function was traced and compiled so far.
     """
 
-    def __init__(self, task: keras.Model) -> None:
+    def __init__(self, task: Any) -> None:
         self._task = task
         self._functions: dict[Any, Callable] = {}
-        self._read: tuple = ()
+        self._model_read: tuple = ()
+        self._sampler_read: tuple = ()
+        self.count = 0
 
     def get(
-        self, key: Any, make: Callable[[], Callable], donate: tuple[int, ...] = ()
+        self,
+        key: Any,
+        make: Callable[[], Callable],
+        donate: tuple[int, ...] = (),
+        sampler: Any = None,
     ) -> Callable:
         """Returns the function of this key, compiling what `make()` returns.
 
@@ -108,60 +124,49 @@ class CompiledFunctions:
             key: hashable. What the function was specialized for.
             make: returns the function to compile.
             donate: as for `compile_function`.
+            sampler: the sampler that the function uses, or `None`.
         """
-        read = self._what_is_read()
-        if not _same(read, self._read):
-            self._functions.clear()
-            self._read = read
+        self._forget_what_is_stale(sampler)
+        key = (key, sampler is not None)
         if key not in self._functions:
             self._functions[key] = compile_function(
-                make(), self._task, self._task.sampler, donate
+                self._counted(make()), self._task, sampler, donate
             )
         return self._functions[key]
 
-    def _what_is_read(self) -> tuple:
+    def _counted(self, function: Callable) -> Callable:
+        compiles = keras.config.backend() != "torch" and not self._task.run_eagerly
+
+        def counted(*args: Any) -> Any:
+            # Python runs when a function is traced, once for each compilation.
+            self.count += compiles
+            return function(*args)
+
+        return counted
+
+    def _forget_what_is_stale(self, sampler: Any) -> None:
         task = self._task
-        settings = (task.run_eagerly, getattr(task, "jit_compile", None))
-        layers = task.backbone.layers
-        policies = tuple(layer.dtype_policy.name for layer in layers)
-        # Objects are compared by identity, and kept so that they stay distinct.
-        sampler_settings, sampler_objects = _settings(task.sampler)
-        objects = [task.sampler, *sampler_objects, *task.variables]
-        return objects, (settings, policies, sampler_settings)
+        policies = tuple(layer.dtype_policy.name for layer in task.backbone.layers)
+        read: tuple = (
+            list(task.variables),
+            (task.run_eagerly, task.xla_generation, policies),
+        )
+        if not _same(read, self._model_read):
+            self._functions.clear()
+            self._model_read = read
+        if sampler is None:
+            return
+        values, objects = compiled_settings(sampler)
+        read = ([sampler, *objects], (values,))
+        if not _same(read, self._sampler_read):
+            # What uses no sampler stays.
+            for key in [key for key in self._functions if key[1]]:
+                del self._functions[key]
+            self._sampler_read = read
 
 
 def _same(a: tuple, b: tuple) -> bool:
+    """Compares objects by identity (kept, so that they stay distinct), and values."""
     if not a or not b or a[1] != b[1] or len(a[0]) != len(b[0]):
         return False
     return all(x is y for x, y in zip(a[0], b[0]))
-
-
-def _settings(sampler: Any) -> tuple[list[Any], list[Any]]:
-    """The attributes of a sampler that its user may have set.
-
-    Args:
-        sampler: a `keras_hub.samplers.Sampler`.
-
-    Returns:
-        What is compared by value, and what is compared by identity.
-    """
-    values: list[Any] = []
-    objects: list[Any] = []
-
-    def add(value: Any) -> None:
-        if isinstance(value, dict):
-            value = list(value.items())
-        if isinstance(value, (list, tuple)):
-            values.append(len(value))
-            for item in value:
-                add(item)
-        elif isinstance(value, np.ndarray):
-            # The printed form of a large array leaves most of it out.
-            values.append((value.dtype.str, value.shape, value.tobytes()))
-        elif value is None or isinstance(value, (bool, str, bytes, numbers.Number)):
-            values.append((type(value).__name__, repr(value)))
-        else:
-            objects.append(value)
-
-    add({k: v for k, v in sorted(vars(sampler).items()) if not k.startswith("_")})
-    return values, objects

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from typing import Any
 
 import numpy as np
 from keras import ops
 
 from attention import check_positive_int, describe
+from blocks.preprocessor import end_token_ids
 
 
 @dataclasses.dataclass
@@ -28,6 +30,20 @@ class Prompts:
     limits: np.ndarray
     width: int
     as_text: bool
+
+    def rows(self) -> list[np.ndarray]:
+        """The tokens of each prompt."""
+        return [row[:n] for row, n in zip(self.token_ids, self.lengths)]
+
+    def repeat(self, times: int) -> Prompts:
+        """The same prompts with `times` rows for each."""
+        return Prompts(
+            np.repeat(self.token_ids, times, axis=0),
+            np.repeat(self.lengths, times),
+            np.repeat(self.limits, times),
+            self.width,
+            self.as_text,
+        )
 
 
 def normalize_inputs(inputs: Any) -> tuple[list[Any], bool]:
@@ -167,7 +183,8 @@ def read_prompts(
         tokens, mask = batch["token_ids"], batch["padding_mask"]
         default = tokens.shape[1]
     lengths = mask.sum(axis=1).astype("int32")
-    _check_rows(tokens, mask, lengths, vocabulary_size, as_text)
+    _check_rows(mask, lengths, as_text)
+    check_tokens(tokens, lengths, vocabulary_size, as_text)
     longest = int(lengths.max())
     if max_new_tokens is None:
         total = max_length or default
@@ -215,13 +232,7 @@ def _tokenize(
         length *= 2
 
 
-def _check_rows(
-    tokens: np.ndarray,
-    mask: np.ndarray,
-    lengths: np.ndarray,
-    vocabulary_size: int | None,
-    as_text: bool,
-) -> None:
+def _check_rows(mask: np.ndarray, lengths: np.ndarray, as_text: bool) -> None:
     if (lengths == 0).any():
         advice = (
             "Prompt with some text, or give the preprocessor a start token."
@@ -236,8 +247,25 @@ def _check_rows(
             f"Row {row} of `padding_mask` is not of the form 1, ..., 1, 0, ..., "
             "0. Prompts must be padded on the right."
         )
+
+
+def check_tokens(
+    tokens: np.ndarray, lengths: np.ndarray, vocabulary_size: int | None, as_text: bool
+) -> None:
+    """Says so when a token is not in the model's vocabulary.
+
+    Args:
+        tokens: array of shape `(batch, width)`.
+        lengths: array of shape `(batch,)`: how many tokens of each row count.
+        vocabulary_size: int, or `None` where it is not known.
+        as_text: bool. Whether the user passed text.
+
+    Raises:
+        ValueError: if so.
+    """
     if vocabulary_size is None:
         return
+    mask = np.arange(tokens.shape[1])[None, :] < lengths[:, None]
     wrong = mask & ((tokens < 0) | (tokens >= vocabulary_size))
     if wrong.any():
         row = int(wrong.any(axis=1).argmax())
@@ -250,10 +278,85 @@ def _check_rows(
         )
 
 
-def join_outputs(outputs: list[Any], is_single: bool, pad_token_id: int) -> Any:
-    """Joins the outputs of batches; takes back the batch axis of a single row."""
+def pad_rows(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of different lengths as one array, padded with 0, and their lengths."""
+    lengths = np.array([len(row) for row in rows], "int32")
+    tokens = np.zeros((len(rows), max(int(lengths.max()), 1)), "int32")
+    for row, content in enumerate(rows):
+        tokens[row, : len(content)] = content
+    return tokens, lengths
+
+
+def vocabulary_size(task: Any) -> int | None:
+    """How many tokens a model knows."""
+    return getattr(task.backbone, "vocabulary_size", task.output.shape[-1])
+
+
+def pad_token_id(preprocessor: Any) -> int:
+    """The token that fills up rows."""
+    for owner in (preprocessor, getattr(preprocessor, "tokenizer", None)):
+        pad = getattr(owner, "pad_token_id", None)
+        if pad is not None:
+            return int(pad)
+    return 0
+
+
+def resolve_stops(stop_token_ids: Any, preprocessor: Any) -> tuple[int, ...]:
+    """The tokens at which rows end.
+
+    Args:
+        stop_token_ids: what the user passed: `None`, `"auto"` or token ids.
+        preprocessor: the model's, or `None`.
+
+    Returns:
+        A tuple of ints; an empty one where no token ends a row.
+
+    Raises:
+        TypeError: if `stop_token_ids` is none of these.
+        ValueError: if it is `"auto"` and there is no preprocessor to ask.
+    """
+    if stop_token_ids is None:
+        return ()
+    if isinstance(stop_token_ids, str) and stop_token_ids == "auto":
+        if preprocessor is None:
+            raise ValueError(
+                'With `stop_token_ids="auto"` rows end at the preprocessor\'s '
+                "end token, but the model has no preprocessor. Pass "
+                "`stop_token_ids=None` to end at `max_length`, or a tuple "
+                "of token ids."
+            )
+        return end_token_ids(preprocessor)
+    try:
+        return tuple(operator.index(x) for x in stop_token_ids)
+    except (TypeError, ValueError):
+        raise TypeError(
+            '`stop_token_ids` must be None, "auto" or a list of token ids. '
+            f"Received: stop_token_ids={describe(stop_token_ids)}"
+        ) from None
+
+
+def join_outputs(
+    outputs: list[Any], is_single: bool, pad_token_id: int, num_return_sequences: int
+) -> Any:
+    """Joins the outputs of batches.
+
+    Args:
+        outputs: for each batch a list of strings or a dict of arrays.
+        is_single: bool. Whether there is one prompt, so that the batch axis
+            goes.
+        pad_token_id: int. What fills up short rows.
+        num_return_sequences: int. If more than one, they get an axis behind the
+            batch axis.
+
+    Returns:
+        A list (of lists) of strings, or a dict of arrays.
+    """
+    several = num_return_sequences > 1
     if isinstance(outputs[0], list):
         texts = [text for batch in outputs for text in batch]
+        if several:
+            starts = range(0, len(texts), num_return_sequences)
+            texts = [texts[i : i + num_return_sequences] for i in starts]
         return texts[0] if is_single else texts
     width = max(batch["token_ids"].shape[1] for batch in outputs)
 
@@ -264,6 +367,8 @@ def join_outputs(outputs: list[Any], is_single: bool, pad_token_id: int) -> Any:
             for x in outputs
         ]
         joined = np.concatenate(padded)
+        if several:
+            joined = joined.reshape(-1, num_return_sequences, width)
         return joined[0] if is_single else joined
 
     return {key: join(key) for key in ("token_ids", "padding_mask")}

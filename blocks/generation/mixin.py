@@ -1,0 +1,421 @@
+"""What a causal language model can do with its tokens: generate them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from attention import check_positive_int, describe, is_concrete
+from blocks.generation.engine import Engine
+from blocks.generation.progress import check_verbose, with_progress
+from blocks.generation.prompts import (
+    Prompts,
+    check_tokens,
+    join_outputs,
+    normalize_inputs,
+    pad_token_id,
+    read_prompts,
+    resolve_stops,
+    vocabulary_size,
+)
+from blocks.generation.running_batch import Block, RunningBatch
+from blocks.generation.sampler_settings import check_sampler, has_own_loop
+from blocks.generation.search import search
+from blocks.generation.session import Session
+from blocks.generation.speculation import Speculation, speculate
+from blocks.generation.state import GenerationState
+from blocks.generation.streaming import (
+    TextPieces,
+    detokenize,
+    stream_text,
+    stream_tokens,
+)
+
+
+class GenerationMixin:
+    """Generation for `blocks.CausalLM`, which it is a part of."""
+
+    backbone: Any
+    preprocessor: Any
+
+    def generate(
+        self,
+        inputs: Any,
+        max_length: int | None = None,
+        stop_token_ids: Any = "auto",
+        strip_prompt: bool = False,
+        max_new_tokens: int | None = None,
+        num_return_sequences: int = 1,
+        speculation: Speculation | None = None,
+        verbose: str | int = "auto",
+    ) -> Any:
+        """Continues prompts.
+
+        Prompts of different lengths in one batch give what each gives alone.
+
+        Args:
+            inputs: a string, a list of strings, a dict of `token_ids` and
+                `padding_mask` (arrays of shape `(batch, length)`, padded on the
+                right), or a `tf.data.Dataset` of batches of either.
+            max_length: int or `None`. The length of prompt and new tokens
+                together, at which rows end. The default is the preprocessor's
+                `sequence_length` for text, the arrays' length for tokens, and
+                what `max_new_tokens` asks for where that is given.
+            stop_token_ids: the tokens at which a row ends: a list or tuple,
+                `None`, or `"auto"` for the preprocessor's end token.
+            strip_prompt: bool. Whether to return the new tokens only.
+            max_new_tokens: int or `None`. How many tokens each row may get,
+                whatever the length of its prompt.
+            num_return_sequences: int. How many continuations to sample for each
+                prompt, which is absorbed once for all of them.
+            speculation: `None`, `blocks.PromptLookup()` or
+                `blocks.DraftModel(model)`: guesses tokens for the model to
+                verify several at once. Outputs are distributed as without.
+            verbose: `"auto"`, 0 or 1. Whether to show a progress bar; `"auto"`
+                shows one for several batches that take more than two seconds,
+                in a terminal or a notebook.
+
+        Returns:
+            For a string a string, for strings a list of strings, for tokens a
+            dict of `token_ids` and `padding_mask` as NumPy arrays. With
+            `num_return_sequences`, a list of strings for each string; arrays
+            have an axis for them behind the batch axis.
+
+        Raises:
+            TypeError: if an argument has the wrong type.
+            ValueError: if a prompt is empty or longer than allowed, holds
+                tokens outside of the vocabulary, or is not padded on the right.
+
+        Example:
+
+        >>> import numpy as np
+        >>> from blocks import CausalLM, CustomBackbone
+        >>> backbone = CustomBackbone(50, 1, 2, 16, 32, max_sequence_length=32)
+        >>> lm = CausalLM(backbone)
+        >>> lm.compile(sampler="greedy")
+        >>> prompts = {
+        ...     "token_ids": np.array([[1, 2, 3, 4], [5, 6, 0, 0]]),
+        ...     "padding_mask": np.array([[1, 1, 1, 1], [1, 1, 0, 0]]),
+        ... }
+        >>> out = lm.generate(prompts, stop_token_ids=None, max_new_tokens=3)
+        >>> out["padding_mask"].sum(axis=1).tolist()
+        [7, 5]
+        """
+        stops = resolve_stops(stop_token_ids, self.preprocessor)
+        self._check_options(speculation, "`speculation`")
+        check_verbose(verbose)
+        times = check_positive_int("num_return_sequences", num_return_sequences)
+        if times > 1:
+            self._check_options(True, "`num_return_sequences`")
+        # All prompts are read before the first is continued: what is wrong with
+        # the last of them should not cost the others' work.
+        prompts, is_single = self._read(inputs, max_length, max_new_tokens)
+        outputs = []
+        for batch in with_progress(prompts, verbose):
+            new = self._new_tokens(batch, stops, times, speculation)
+            outputs.append(self._to_outputs(batch.repeat(times), new, strip_prompt))
+        pad = pad_token_id(self.preprocessor)
+        return join_outputs(outputs, is_single, pad, times)
+
+    def stream(
+        self,
+        inputs: Any,
+        max_length: int | None = None,
+        stop_token_ids: Any = "auto",
+        strip_prompt: bool = False,
+        max_new_tokens: int | None = None,
+        speculation: Speculation | None = None,
+    ) -> Iterator[Any]:
+        """Continues prompts, and yields text as it is made.
+
+        The arguments are those of `generate`, and joined the pieces are what it
+        returns: the first is the prompt, unless `strip_prompt`. No piece ends
+        within a character.
+
+        Args:
+            inputs: a string, a list of strings, or a dict of `token_ids` and
+                `padding_mask`.
+            max_length: as for `generate`.
+            stop_token_ids: as for `generate`.
+            strip_prompt: bool. Whether to leave out the prompt.
+            max_new_tokens: as for `generate`.
+            speculation: as for `generate`.
+
+        Yields:
+            For one string, strings. For a list of strings, lists with a string
+            for each, empty where there is nothing new. For tokens, arrays of
+            tokens likewise.
+
+        Raises:
+            TypeError: as `generate`; when called, not at the first piece.
+            ValueError: likewise.
+
+        Example:
+
+        >>> import keras_hub
+        >>> from blocks import CausalLM, CausalLMPreprocessor, CustomBackbone
+        >>> tokenizer = keras_hub.tokenizers.ByteTokenizer()
+        >>> backbone = CustomBackbone(256, 1, 2, 16, 32, max_sequence_length=32)
+        >>> lm = CausalLM(backbone, CausalLMPreprocessor(tokenizer, 16))
+        >>> lm.compile(sampler="greedy")
+        >>> "".join(lm.stream("once upon")) == lm.generate("once upon")
+        True
+        """
+        stops = resolve_stops(stop_token_ids, self.preprocessor)
+        self._check_options(speculation, "`speculation`")
+        self._check_options(True, "`stream`")
+        batches, is_single = self._read(inputs, max_length, max_new_tokens)
+        if len(batches) > 1:
+            raise ValueError(
+                "`stream` takes one batch of prompts, not a dataset of them. Call it "
+                "for each batch, or call `generate`."
+            )
+        prompts = batches[0]
+        blocks = self._blocks(prompts, stops, 1, speculation, block_steps=1)
+        shown = None if strip_prompt else prompts.rows()
+        if prompts.as_text:
+            nothing = [np.zeros((0,), "int32") for _ in prompts.lengths]
+            pad = pad_token_id(self.preprocessor)
+            pieces = TextPieces(shown or nothing, self.preprocessor, pad)
+            found: Iterator[list] = stream_text(blocks, shown, pieces)
+        else:
+            found = stream_tokens(blocks, shown)
+        return (rows[0] for rows in found) if is_single else found
+
+    def start(self, inputs: Any) -> Session:
+        """Starts a session, which is continued turn by turn.
+
+        Args:
+            inputs: the prompt: a string, a list of strings, or a dict of
+                `token_ids` and `padding_mask`. It is absorbed at once.
+
+        Returns:
+            A `blocks.Session`.
+
+        Raises:
+            TypeError: if `inputs` has the wrong type.
+            ValueError: if a prompt is empty or holds tokens outside of the
+                vocabulary.
+        """
+        # A session has no length until it generates.
+        batches, is_single = self._read(inputs, None, 1)
+        if len(batches) > 1:
+            raise ValueError("`start` takes one batch of prompts, not a dataset.")
+        return Session(self, self._engine(), batches[0], is_single)
+
+    def prefill(self, inputs: Any, max_length: int) -> GenerationState:
+        """Absorbs prompts: the first step of a generation loop of your own.
+
+        Args:
+            inputs: as for `generate`.
+            max_length: int. How many positions each row can have in all.
+
+        Returns:
+            A `GenerationState`, whose `logits` are those of the first new
+            token.
+
+        Raises:
+            TypeError: if an argument has the wrong type.
+            ValueError: if a prompt is empty or longer than `max_length`, or the
+                model does not know so many positions.
+
+        Example:
+
+        >>> import numpy as np
+        >>> from keras import ops
+        >>> from blocks import CausalLM, CustomBackbone
+        >>> backbone = CustomBackbone(50, 1, 2, 16, 32, max_sequence_length=32)
+        >>> lm = CausalLM(backbone)
+        >>> prompt = {"token_ids": np.array([[1, 2, 3]]), "padding_mask": np.ones((1, 3))}
+        >>> state = lm.prefill(prompt, max_length=8)
+        >>> for _ in range(5):
+        ...     tokens = ops.argmax(state.logits, axis=-1)
+        ...     logits, state = lm.decode_step(tokens, state)
+        >>> int(state.cache_update_index[0]), tuple(logits.shape)
+        (8, (1, 50))
+        """
+        check_positive_int("max_length", max_length)
+        batches, _ = self._read(inputs, max_length, None)
+        if len(batches) > 1:
+            raise ValueError("`prefill` takes one batch of prompts, not a dataset.")
+        prompts = batches[0]
+        logits, cache = self._engine().absorb(
+            None, max_length, prompts.token_ids, 0, prompts.lengths
+        )
+        index = ops.convert_to_tensor(prompts.lengths)
+        return GenerationState(cache, index, logits)
+
+    def decode_step(
+        self, tokens: Any, state: GenerationState, donate: bool = False
+    ) -> tuple[Any, GenerationState]:
+        """Absorbs one token of each row: the step of a loop of your own.
+
+        It may be called inside of `jax.jit` or `tf.function`.
+
+        Args:
+            tokens: integers of shape `(batch,)`: the token chosen for each row.
+            state: from `prefill`, or from the last step.
+            donate: bool. Whether `state` is not used any more, so that its
+                memory is used for the new one: without it JAX and torch copy
+                the cache.
+
+        Returns:
+            `(logits, state)`: the logits of the next token, of shape `(batch,
+            vocabulary_size)`, and the state behind this one.
+
+        Raises:
+            TypeError: if `state` is no `GenerationState` or `tokens` no
+                integers.
+            ValueError: if `tokens` has another shape, is not in the vocabulary,
+                or the cache is full, where these have values yet.
+        """
+        if not isinstance(state, GenerationState):
+            raise TypeError(
+                "`state` must be what `prefill` or the last `decode_step` returned. "
+                f"Received: state={describe(state)}"
+            )
+        engine = self._engine()
+        tokens = self._check_step(tokens, state)
+        logits, cache = engine.step(
+            state.cache, tokens, state.cache_update_index, donate
+        )
+        return logits, GenerationState(cache, state.cache_update_index + 1, logits)
+
+    @property
+    def compilations(self) -> int:
+        """How many steps of generation were compiled so far."""
+        engine = self.__dict__.get("_generation_engine")
+        return 0 if engine is None else engine.functions.count
+
+    @property
+    def xla_generation(self) -> bool:
+        """Whether generation is compiled by XLA on TensorFlow."""
+        return self.__dict__.get("_generation_jit_compile", "auto") is not False
+
+    def _reset_generation(self, jit_compile: Any) -> None:
+        self._generation_jit_compile = jit_compile
+        # As in Keras, compiling is how to make changes to a model take effect.
+        self.__dict__.pop("_generation_engine", None)
+
+    def _engine(self) -> Engine:
+        engine = self.__dict__.get("_generation_engine")
+        if engine is None:
+            engine = self._generation_engine = Engine(self)
+        return engine
+
+    def _check_options(self, option: Any, name: str) -> None:
+        """Says so when the sampler can't be used, or not with an option."""
+        sampler = getattr(self, "sampler", None)
+        check_sampler(sampler)
+        if option and has_own_loop(sampler):
+            raise ValueError(
+                f"`{type(sampler).__name__}` searches for one whole continuation by "
+                f"itself, which does not go with {name}. Compile with a sampler that "
+                "chooses one token after the other, such as 'greedy' or 'top_p'."
+            )
+        if name == "`speculation`" and option is not None:
+            if not isinstance(option, Speculation):
+                raise TypeError(
+                    "`speculation` must be `blocks.PromptLookup()`, "
+                    "`blocks.DraftModel(model)` or another `blocks.Speculation`. "
+                    f"Received: speculation={describe(option)}"
+                )
+            option.check(self)
+
+    def _read(
+        self,
+        inputs: Any,
+        max_length: int | None,
+        max_new_tokens: int | None,
+    ) -> tuple[list[Prompts], bool]:
+        batches, is_single = normalize_inputs(inputs)
+        limit = self._engine().max_positions
+        size = vocabulary_size(self)
+        prompts = [
+            read_prompts(x, self.preprocessor, max_length, max_new_tokens, size, limit)
+            for x in batches
+        ]
+        return prompts, is_single
+
+    def _new_tokens(
+        self,
+        prompts: Prompts,
+        stops: tuple[int, ...],
+        times: int,
+        speculation: Speculation | None,
+    ) -> list[np.ndarray]:
+        """The new tokens of each row."""
+        if has_own_loop(self.sampler):  # type: ignore[attr-defined]
+            sampler = self.sampler  # type: ignore[attr-defined]
+            arrays = (prompts.token_ids, prompts.lengths, prompts.limits)
+            return search(self._engine(), sampler, *arrays, stops)
+        rows = [[np.zeros((0,), "int32")] for _ in range(len(prompts.lengths) * times)]
+        for tokens, valid in self._blocks(prompts, stops, times, speculation):
+            for row, new, mask in zip(rows, tokens, valid):
+                row.append(new[mask])
+        return [np.concatenate(row) for row in rows]
+
+    def _blocks(
+        self,
+        prompts: Prompts,
+        stops: tuple[int, ...],
+        times: int,
+        speculation: Speculation | None,
+        block_steps: int | None = None,
+    ) -> Iterator[Block]:
+        room = prompts.limits - prompts.lengths
+        if room.max() <= 0:
+            return
+        batch = RunningBatch(self._engine(), len(room))
+        # The last token is not absorbed.
+        batch.absorb(prompts.token_ids, prompts.lengths, int(room.max()) - 1)
+        if times > 1:
+            batch.repeat(times)
+            room = np.repeat(room, times)
+        if speculation is None:
+            yield from batch.decode(room, stops, block_steps)
+        else:
+            rows = prompts.repeat(times).rows()
+            yield from speculate(batch, speculation, rows, room, stops)
+
+    def _to_outputs(
+        self, prompts: Prompts, new_tokens: list[np.ndarray], strip_prompt: bool
+    ) -> Any:
+        """Strings or arrays, as the user passed."""
+        pad = pad_token_id(self.preprocessor)
+        rows = new_tokens
+        if not strip_prompt:
+            rows = [np.concatenate(pair) for pair in zip(prompts.rows(), new_tokens)]
+        if prompts.as_text:
+            return detokenize(rows, self.preprocessor, pad)
+        shape = (len(rows), prompts.width)
+        token_ids = np.full(shape, pad, "int32")
+        padding_mask = np.zeros(shape, "bool")
+        for row, tokens in enumerate(rows):
+            token_ids[row, : len(tokens)] = tokens
+            padding_mask[row, : len(tokens)] = True
+        return {"token_ids": token_ids, "padding_mask": padding_mask}
+
+    def _check_step(self, tokens: Any, state: GenerationState) -> Any:
+        """Returns the tokens of a step as `int32`, or says what is wrong."""
+        rows = state.logits.shape[0]
+        shape = tuple(getattr(tokens, "shape", np.shape(tokens)))
+        if shape != (rows,):
+            raise ValueError(
+                f"`tokens` must hold one token for each of the {rows} rows: shape "
+                f"({rows},). Received: tokens={describe(tokens)}"
+            )
+        tokens = ops.convert_to_tensor(tokens)
+        if "int" not in keras.backend.standardize_dtype(tokens.dtype):
+            raise TypeError(
+                f"`tokens` must be integers. Received: tokens={describe(tokens)}"
+            )
+        tokens = ops.cast(tokens, "int32")
+        if is_concrete(tokens):
+            values = ops.convert_to_numpy(tokens)[:, None]
+            check_tokens(values, np.ones((rows,)), vocabulary_size(self), False)
+        return tokens

@@ -1,0 +1,319 @@
+"""A conversation with a model: each turn absorbs only what is new."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from attention import can_rewind, check_positive_int, describe
+from blocks.generation.prompts import (
+    check_tokens,
+    normalize_inputs,
+    pad_rows,
+    pad_token_id,
+    resolve_stops,
+    vocabulary_size,
+)
+from blocks.generation.running_batch import Block, RunningBatch
+from blocks.generation.sampler_settings import check_sampler, has_own_loop
+from blocks.generation.speculation import speculate
+from blocks.generation.streaming import TextPieces, stream_text, stream_tokens
+from blocks.generation.weights_signature import same_signature, weights_signature
+
+
+class Session:
+    """A sequence that is continued again and again, made by `CausalLM.start`.
+
+    Its cache is kept between turns, so a turn absorbs only what was added since
+    the last one. What it generates is what `generate` would for all of the
+    session's tokens as a prompt.
+
+    With several prompts, each is a row with turns of its own: texts are then
+    lists with one for each row.
+
+    Attributes:
+        tokens: list of `int32` arrays: all tokens of each row.
+        num_prefilled: int. How many tokens were absorbed as prompts so far, in
+            all rows.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from blocks import CausalLM, CustomBackbone
+    >>> backbone = CustomBackbone(50, 1, 2, 16, 32, max_sequence_length=64)
+    >>> lm = CausalLM(backbone)
+    >>> lm.compile(sampler="greedy")
+    >>> session = lm.start({"token_ids": np.arange(1, 9), "padding_mask": np.ones(8)})
+    >>> session.num_prefilled
+    8
+    >>> new = session.generate(max_new_tokens=4, stop_token_ids=None)
+    >>> other = session.fork()
+    >>> more = {"token_ids": np.array([3, 4]), "padding_mask": np.ones(2)}
+    >>> _ = session.generate(more, max_new_tokens=4, stop_token_ids=None)
+    >>> session.num_prefilled  # the last new token, and two more
+    11
+    >>> len(session.tokens[0]), len(other.tokens[0])
+    (18, 12)
+    """
+
+    def __init__(self, task: Any, engine: Any, prompts: Any, is_single: bool) -> None:
+        self._task = task
+        self._engine = engine
+        self._is_single = is_single
+        self._as_text = prompts.as_text
+        self.tokens = prompts.rows()
+        self.num_prefilled = 0
+        self._batch = RunningBatch(engine, len(self.tokens))
+        self._signature = weights_signature(engine.functions, task)
+        self._absorb(room=0)
+
+    def generate(
+        self,
+        inputs: Any = None,
+        max_length: int | None = None,
+        stop_token_ids: Any = "auto",
+        max_new_tokens: int | None = None,
+        speculation: Any = None,
+    ) -> Any:
+        """Adds text, if any, and continues.
+
+        Args:
+            inputs: what is added first: `None`, a string (a list of strings for
+                several rows), or a dict of `token_ids` and `padding_mask`. No
+                start token is put before it.
+            max_length: int or `None`. The length of a whole row, all turns
+                together, at which it ends.
+            stop_token_ids: as for `CausalLM.generate`.
+            max_new_tokens: int or `None`. How many tokens each row may get in
+                this turn.
+            speculation: as for `CausalLM.generate`.
+
+        Returns:
+            The new text: a string, or a list of strings for several rows; the
+            new tokens, as arrays, where the session began with tokens.
+
+        Raises:
+            TypeError: if an argument has the wrong type.
+            ValueError: if the model's weights have changed since the session
+                began, or a row would be too long. The session stays as it was.
+        """
+        pieces = list(
+            self.stream(inputs, max_length, stop_token_ids, max_new_tokens, speculation)
+        )
+        if self._as_text:
+            return "".join(pieces) if self._is_single else _join(pieces, "".join)
+        pieces = [[x] if self._is_single else x for x in pieces]
+        rows = _join(
+            [[np.zeros((0,), "int32")] * len(self.tokens), *pieces], np.concatenate
+        )
+        return rows[0] if self._is_single else rows
+
+    def stream(
+        self,
+        inputs: Any = None,
+        max_length: int | None = None,
+        stop_token_ids: Any = "auto",
+        max_new_tokens: int | None = None,
+        speculation: Any = None,
+    ) -> Iterator[Any]:
+        """As `generate`, but yields pieces as they are made.
+
+        A session that is continued before all pieces were taken goes on behind
+        the last one.
+
+        Args:
+            inputs: as for `generate`.
+            max_length: as for `generate`.
+            stop_token_ids: as for `generate`.
+            max_new_tokens: as for `generate`.
+            speculation: as for `generate`.
+
+        Yields:
+            What joined is what `generate` returns.
+
+        Raises:
+            TypeError: as `generate`, at once.
+            ValueError: as `generate`, at once.
+        """
+        sampler = getattr(self._task, "sampler", None)
+        check_sampler(sampler)
+        if has_own_loop(sampler):
+            raise ValueError(
+                f"`{type(sampler).__name__}` searches among many continuations of a "
+                "whole prompt, so it can't go on in a session. Compile with another "
+                "sampler, such as 'greedy' or 'top_p'."
+            )
+        if speculation is not None:
+            speculation.check(self._task)
+        stops = resolve_stops(stop_token_ids, self._task.preprocessor)
+        added = self._read(inputs)
+        room = self._room(added, max_length, max_new_tokens)
+        self._check_weights()
+        self.tokens = [np.concatenate(pair) for pair in zip(self.tokens, added)]
+        self._absorb(int(room.max()))
+        return self._pieces(room, stops, speculation)
+
+    def _pieces(
+        self, room: np.ndarray, stops: tuple[int, ...], speculation: Any
+    ) -> Iterator[Any]:
+        blocks = self._blocks(room, stops, speculation)
+        if self._as_text:
+            nothing = [np.zeros((0,), "int32")] * len(self.tokens)
+            pad = pad_token_id(self._task.preprocessor)
+            pieces = TextPieces(nothing, self._task.preprocessor, pad)
+            found: Iterator[list] = stream_text(blocks, None, pieces)
+        else:
+            found = stream_tokens(blocks, None)
+        for rows in found:
+            yield rows[0] if self._is_single else rows
+
+    def _blocks(
+        self, room: np.ndarray, stops: tuple[int, ...], speculation: Any
+    ) -> Iterator[Block]:
+        if speculation is None:
+            blocks = self._batch.decode(room, stops, block_steps=1)
+        else:
+            blocks = speculate(self._batch, speculation, self.tokens, room, stops)
+        for tokens, valid in blocks:
+            self.tokens = [
+                np.append(row, new[mask]).astype("int32")
+                for row, new, mask in zip(self.tokens, tokens, valid)
+            ]
+            yield tokens, valid
+
+    def fork(self) -> Session:
+        """Returns a session in the same state; neither affects the other."""
+        self._check_weights()
+        other = Session.__new__(Session)
+        other.__dict__.update(self.__dict__)
+        other._batch = self._batch.copy()
+        other.tokens = list(self.tokens)
+        return other
+
+    def trim(self, num_tokens: int) -> None:
+        """Takes back the last tokens of each row.
+
+        Args:
+            num_tokens: int. How many tokens to drop.
+
+        Raises:
+            TypeError: if it is no integer.
+            ValueError: if a row has no more tokens than that, or a layer can't
+                go back: a recurrent state, or a window that has dropped what it
+                would need. The session stays as it was.
+        """
+        num_tokens = check_positive_int("num_tokens", num_tokens)
+        lengths = np.array([len(row) for row in self.tokens], "int32") - num_tokens
+        if lengths.min() < 1:
+            raise ValueError(
+                f"`trim` must leave at least one token of each row. Received: "
+                f"num_tokens={num_tokens}, and the shortest row has "
+                f"{int(lengths.min()) + num_tokens} tokens"
+            )
+        # The last token that is left is absorbed anew, as its logits are needed.
+        absorbed = np.minimum(self._batch.absorbed, lengths - 1)
+        sites, cache = self._engine.sites, self._batch.cache
+        for before, after in set(zip(self._batch.absorbed.tolist(), absorbed.tolist())):
+            for site, slot in zip(sites, cache):
+                if before > after and not can_rewind((site,), (slot,), before, after):
+                    raise ValueError(
+                        f"Layer '{site.name}' ({type(site).__name__}) can't go back "
+                        f"from position {before} to {after}: its cache holds a state "
+                        "that can't be undone, or has dropped what it would need. "
+                        "Start a new session, or `fork` one before the tokens that "
+                        "you may want to take back."
+                    )
+        self.tokens = [row[:n] for row, n in zip(self.tokens, lengths)]
+        self._batch.absorbed = absorbed
+
+    def _absorb(self, room: int) -> None:
+        """Absorbs all tokens that the cache has not."""
+        pending = [row[n:] for row, n in zip(self.tokens, self._batch.absorbed)]
+        tokens, lengths = pad_rows(pending)
+        if lengths.max() > 0:
+            self._batch.absorb(tokens, lengths, room)
+        self.num_prefilled += int(lengths.sum())
+
+    def _read(self, inputs: Any) -> list[np.ndarray]:
+        """The tokens to add to each row."""
+        if inputs is None:
+            return [np.zeros((0,), "int32")] * len(self.tokens)
+        batches, _ = normalize_inputs(inputs)
+        batch = batches[0]
+        as_text = not isinstance(batch, dict)
+        if len(batches) > 1 or as_text != self._as_text:
+            raise ValueError(
+                "A session that began with "
+                f"{'text' if self._as_text else 'tokens'} takes more of the same. "
+                f"Received: inputs={describe(inputs)}"
+            )
+        if as_text:
+            tokenizer = self._task.preprocessor.tokenizer
+            rows = [np.array(tokenizer(x), "int32").reshape(-1) for x in batch]
+        else:
+            mask = batch["padding_mask"]
+            rows = [x[m].astype("int32") for x, m in zip(batch["token_ids"], mask)]
+        if len(rows) != len(self.tokens):
+            raise ValueError(
+                f"The session has {len(self.tokens)} rows, so `inputs` must have as "
+                f"many. Received: inputs={describe(inputs)}"
+            )
+        check_tokens(*pad_rows(rows), vocabulary_size(self._task), as_text)
+        return rows
+
+    def _room(
+        self,
+        added: list[np.ndarray],
+        max_length: int | None,
+        max_new_tokens: int | None,
+    ) -> np.ndarray:
+        """How many tokens each row may get."""
+        lengths = np.array(
+            [len(a) + len(b) for a, b in zip(self.tokens, added)], "int32"
+        )
+        if max_length is not None:
+            check_positive_int("max_length", max_length)
+        if max_new_tokens is None:
+            default = getattr(self._task.preprocessor, "sequence_length", None)
+            if not max_length and not (default and self._as_text):
+                raise ValueError(
+                    "How far to go on? Pass `max_new_tokens`, or `max_length` for "
+                    "the length of all turns together."
+                )
+            room = (max_length or default) - lengths
+        else:
+            check_positive_int("max_new_tokens", max_new_tokens)
+            room = np.full_like(lengths, max_new_tokens)
+            if max_length:
+                room = np.minimum(room, max_length - lengths)
+        if room.min() < 0:
+            raise ValueError(
+                f"A row of the session has {int((lengths).max())} tokens with what is "
+                "added, which is more than the length of "
+                f"{max_length or default} it may have. Pass a larger `max_length`, or "
+                "`trim` the session."
+            )
+        limit = self._engine.max_positions
+        if limit is not None and int((lengths + room).max()) > limit:
+            raise ValueError(
+                f"The model has learned {limit} positions, but a row of the session "
+                f"would have {int((lengths + room).max())} tokens. Pass a smaller "
+                "`max_length` or `max_new_tokens`, or `trim` the session."
+            )
+        return room.astype("int32")
+
+    def _check_weights(self) -> None:
+        now = weights_signature(self._engine.functions, self._task)
+        if not same_signature(now, self._signature):
+            raise ValueError(
+                "The model's weights have changed since the session began, so what "
+                "it remembers is no longer what the model would. Start a new one: "
+                "`lm.start(...)`. Its tokens are in `session.tokens`."
+            )
+
+
+def _join(pieces: list[list], join: Any) -> list:
+    """Joins the pieces of each row."""
+    return [join(row) for row in zip(*pieces)] if pieces else []

@@ -1,0 +1,355 @@
+"""Speculative decoding: several guessed tokens are verified by one step."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras_hub
+import numpy as np
+from keras import ops
+
+from attention import can_rewind, check_positive_int, describe
+from blocks.generation.engine import Engine, is_any, sample_token
+from blocks.generation.prompts import pad_rows
+from blocks.generation.running_batch import (
+    NO_STOPS,
+    Block,
+    RunningBatch,
+    to_numpy,
+)
+from blocks.generation.sampler_settings import number_settings
+
+
+class Speculation:
+    """Guesses the next tokens, which the model then verifies in one step.
+
+    The model samples a token at every position, as it would without a guess;
+    guesses that equal what it sampled save it a step each, and all behind the
+    first that doesn't are dropped. So the outputs are distributed as without,
+    whatever is guessed and with any sampler: with greedy sampling they are the
+    same.
+
+    A subclass implements `propose`, and `begin` where it keeps something.
+
+    Args:
+        num_tokens: int. How many tokens to guess at once.
+
+    Reference:
+
+    - [Leviathan et al., 2022](https://arxiv.org/abs/2211.17192)
+    """
+
+    def __init__(self, num_tokens: int) -> None:
+        self.num_tokens = check_positive_int("num_tokens", num_tokens)
+
+    def check(self, task: Any) -> None:
+        """Says so when this can't guess for `task`, before any work is done."""
+
+    def begin(self, batch_size: int) -> Any:
+        """Returns what `propose` keeps of one batch; `None` here."""
+        return None
+
+    def propose(self, memory: Any, rows: list[np.ndarray]) -> list[np.ndarray]:
+        """Guesses how rows go on.
+
+        Args:
+            memory: what `begin` returned for this batch.
+            rows: for each row its tokens so far; an empty one needs no guess.
+
+        Returns:
+            For each row an `int32` array of up to `num_tokens` tokens.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} must implement `propose(memory, rows)`: up to "
+            "`num_tokens` tokens for each row."
+        )
+
+
+class PromptLookup(Speculation):
+    """Guesses that what followed the last few tokens before follows them again.
+
+    It costs nothing, and pays off where the output repeats parts of the prompt:
+    summaries, edits of code, questions about a text.
+
+    Args:
+        num_tokens: int. How many tokens to guess at once.
+        max_ngram: int. The most tokens to look for; if they did not occur
+            before, one less is looked for, down to `min_ngram`.
+        min_ngram: int. The fewest tokens to look for.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from blocks import PromptLookup
+    >>> row = np.array([5, 1, 2, 3, 9, 1, 2])
+    >>> PromptLookup(num_tokens=2).propose(None, [row])[0].tolist()
+    [3, 9]
+
+    Reference:
+
+    - [Saxena, 2023](https://github.com/apoorvumang/prompt-lookup-decoding)
+    """
+
+    def __init__(
+        self, num_tokens: int = 8, max_ngram: int = 3, min_ngram: int = 1
+    ) -> None:
+        super().__init__(num_tokens)
+        self.max_ngram = check_positive_int("max_ngram", max_ngram)
+        self.min_ngram = check_positive_int("min_ngram", min_ngram)
+        if min_ngram > max_ngram:
+            raise ValueError(
+                "`min_ngram` must be at most `max_ngram`. Received: "
+                f"min_ngram={min_ngram}, max_ngram={max_ngram}"
+            )
+
+    def propose(self, memory: Any, rows: list[np.ndarray]) -> list[np.ndarray]:
+        return [self._look_up(np.asarray(row, "int32")) for row in rows]
+
+    def _look_up(self, row: np.ndarray) -> np.ndarray:
+        for size in range(self.max_ngram, self.min_ngram - 1, -1):
+            if len(row) <= size:
+                continue
+            windows = np.lib.stride_tricks.sliding_window_view(row[:-1], size)
+            found = np.flatnonzero((windows == row[-size:]).all(axis=1))
+            if len(found):
+                start = found[-1] + size
+                return row[start : start + self.num_tokens]
+        return row[:0]
+
+
+class DraftModel(Speculation):
+    """Guesses with a smaller model of the same vocabulary.
+
+    Args:
+        model: a `blocks.CausalLM`. It need not be compiled: it guesses its most
+            likely tokens, whatever its sampler.
+        num_tokens: int. How many tokens to guess at once.
+
+    Raises:
+        TypeError: if `model` is no `blocks.CausalLM`.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from blocks import CausalLM, CustomBackbone, DraftModel
+    >>> lm, small = (
+    ...     CausalLM(CustomBackbone(50, layers, 2, 16, 32, max_sequence_length=32))
+    ...     for layers in (2, 1)
+    ... )
+    >>> lm.compile(sampler="greedy")
+    >>> prompt = {"token_ids": np.array([1, 2, 3]), "padding_mask": np.ones(3)}
+    >>> options = dict(stop_token_ids=None, max_new_tokens=6)
+    >>> fast = lm.generate(prompt, **options, speculation=DraftModel(small))
+    >>> bool((fast["token_ids"] == lm.generate(prompt, **options)["token_ids"]).all())
+    True
+
+    Reference:
+
+    - [Leviathan et al., 2022](https://arxiv.org/abs/2211.17192)
+    """
+
+    def __init__(self, model: Any, num_tokens: int = 4) -> None:
+        super().__init__(num_tokens)
+        if not hasattr(model, "decode_step") or not hasattr(model, "backbone"):
+            raise TypeError(
+                f"`model` must be a `blocks.CausalLM`. Received: {describe(model)}"
+            )
+        self.model = model
+        self._engine: Engine | None = None
+
+    def check(self, task: Any) -> None:
+        sizes = [lm.output.shape[-1] for lm in (task, self.model)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"The draft model knows {sizes[1]} tokens and the model {sizes[0]}: "
+                "they need the same vocabulary."
+            )
+
+    def begin(self, batch_size: int) -> _Draft:
+        if self._engine is None:
+            self._engine = Engine(self.model, keras_hub.samplers.GreedySampler())
+        return _Draft(self._engine, batch_size)
+
+    def propose(self, memory: Any, rows: list[np.ndarray]) -> list[np.ndarray]:
+        return memory.propose(rows, self.num_tokens)
+
+
+class _Draft:
+    """A batch of a draft model, which follows another batch."""
+
+    def __init__(self, engine: Engine, batch_size: int) -> None:
+        self.batch = RunningBatch(engine, batch_size)
+        # What the batch has absorbed, and a batch to go back to.
+        self.seen = [np.zeros((0,), "int32")] * batch_size
+        self.before: tuple[RunningBatch, list[np.ndarray]] | None = None
+
+    def propose(self, rows: list[np.ndarray], num_tokens: int) -> list[np.ndarray]:
+        # A row that is finished stays as it is.
+        rows = [row if len(row) else seen for row, seen in zip(rows, self.seen)]
+        limit = self.batch.engine.max_positions
+        longest = max(map(len, rows))
+        if limit is not None:
+            num_tokens = min(num_tokens, limit - longest)
+        if num_tokens < 1:
+            return [row[:0] for row in rows]
+        self._go_back(rows)
+        pending = [row[n:] for row, n in zip(rows, self.batch.absorbed)]
+        tokens, lengths = pad_rows(pending)
+        self.batch.absorb(tokens, lengths, num_tokens)
+        self.seen = [np.asarray(row, "int32") for row in rows]
+        if not self._rewinds(1):
+            self.before = (self.batch.copy(), self.seen)
+        room = np.full(len(rows), num_tokens, "int32")
+        blocks = [tokens for tokens, _ in self.batch.decode(room, ())]
+        found = np.concatenate(blocks, axis=1)
+        # The last token is not absorbed.
+        self.seen = [np.concatenate([a, b[:-1]]) for a, b in zip(self.seen, found)]
+        return list(found)
+
+    def _rewinds(self, positions: int) -> bool:
+        reached = int(self.batch.absorbed.max())
+        engine, cache = self.batch.engine, self.batch.cache
+        return can_rewind(engine.sites, cache, reached, max(0, reached - positions))
+
+    def _go_back(self, rows: list[np.ndarray]) -> None:
+        """Takes back what was absorbed but turned out to be wrong."""
+        if self.before is not None:
+            self.batch, self.seen = self.before
+            self.before = None
+        # The last token is absorbed anew, as its logits are needed.
+        common = np.array(
+            [
+                min(_common_length(row, seen), len(row) - 1)
+                for row, seen in zip(rows, self.seen)
+            ],
+            "int32",
+        )
+        self.batch.absorbed = np.minimum(self.batch.absorbed, common)
+
+
+def speculate(
+    batch: RunningBatch,
+    speculation: Speculation,
+    rows: list[np.ndarray],
+    room: np.ndarray,
+    stops: tuple[int, ...],
+) -> Iterator[Block]:
+    """`RunningBatch.decode` with guesses.
+
+    Args:
+        batch: has absorbed `rows`.
+        speculation: a `Speculation`.
+        rows: for each row all its tokens.
+        room: `int32` array `(batch,)`: how many tokens each row may get.
+        stops: the tokens at which a row ends; they are part of it.
+
+    Yields:
+        Blocks of new tokens, and which of them are part of the rows.
+    """
+    if room.max() <= 0:
+        return
+    engine, guesses = batch.engine, speculation.num_tokens
+    memory = speculation.begin(len(rows))
+    stop_array = np.array(stops or NO_STOPS, "int32")
+    token = batch.sample()
+    yield token[:, None], (room > 0)[:, None]
+    finished = (room <= 1) | np.isin(token, stop_array)
+    rows = [np.append(row, new).astype("int32") for row, new in zip(rows, token)]
+    room = (room - 1).astype("int32")
+    while not finished.all():
+        asked = [row[: 0 if done else None] for row, done in zip(rows, finished)]
+        proposed = _check_proposed(speculation.propose(memory, asked), len(rows))
+        # A guess for the last place would be sampled for nothing.
+        counts = np.array([len(x) for x in proposed], "int32")
+        counts = np.minimum(counts, np.clip(room - 1, 0, guesses))
+        counts = np.where(finished, 0, counts).astype("int32")
+        tokens = np.zeros((len(rows), guesses + 1), "int32")
+        tokens[:, 0] = [row[-1] for row in rows]
+        for row, guess in enumerate(proposed):
+            tokens[row, 1 : 1 + counts[row]] = guess[: counts[row]]
+        reached = np.where(finished, batch.absorbed, batch.absorbed + 1 + counts)
+        batch.reserve(int(reached.max()))
+        top = int(reached.max())
+        rewinds = can_rewind(engine.sites, batch.cache, top, max(0, top - guesses))
+        verify = engine.functions.get(
+            ("verify", rewinds),
+            functools.partial(_make_verify, engine, rewinds),
+            donate=(0,),
+            sampler=engine.sampler,
+        )
+        batch.cache, sampled, valid = verify(
+            batch.cache,
+            tokens,
+            counts,
+            batch.absorbed,
+            room,
+            finished,
+            stop_array,
+            number_settings(engine.sampler),
+        )
+        sampled, valid = to_numpy(sampled), to_numpy(valid)
+        new = valid.sum(axis=1, dtype="int32")
+        batch.absorbed = batch.absorbed + new
+        room = room - new
+        rows = [np.append(row, t[v]) for row, t, v in zip(rows, sampled, valid)]
+        last = np.array([row[-1] for row in rows], "int32")
+        finished = finished | (room <= 0) | np.isin(last, stop_array)
+        yield sampled, valid
+
+
+def _make_verify(engine: Engine, rewinds: bool) -> Callable:
+    def verify(
+        cache: Any,
+        tokens: Any,
+        counts: Any,
+        index: Any,
+        room: Any,
+        finished: Any,
+        stops: Any,
+        settings: Any,
+    ) -> Any:
+        rows, width = tokens.shape
+        places = ops.arange(width, dtype="int32")[None]
+        active = ops.logical_not(finished)[:, None]
+        mask = ops.logical_and(places <= counts[:, None], active)
+        hidden, updated = engine.forward(cache, tokens, index, mask, donate=rewinds)
+        logits = engine.task.compute_logits(hidden)
+        logits = ops.reshape(logits, (rows * width, logits.shape[-1]))
+        sampled = sample_token(engine.sampler, logits, settings)
+        sampled = ops.reshape(sampled, (rows, width))
+        # A sampled token counts if all guesses before it were right, and no row
+        # had ended.
+        right = ops.logical_and(
+            sampled[:, :-1] == tokens[:, 1:], places[:, :-1] < counts[:, None]
+        )
+        goes_on = ops.logical_and(
+            right, ops.logical_not(is_any(sampled, stops))[:, :-1]
+        )
+        reached = ops.cumprod(ops.cast(goes_on, "int32"), axis=1)
+        reached = ops.concatenate([ops.ones_like(reached[:, :1]), reached], axis=1)
+        valid = ops.logical_and(ops.cast(reached, "bool"), places < room[:, None])
+        valid = ops.logical_and(valid, active)
+        if not rewinds:
+            # What was absorbed can't be taken back: absorb what is right again,
+            # from the cache as it was.
+            _, updated = engine.forward(cache, tokens, index, valid)
+        return updated, sampled, valid
+
+    return verify
+
+
+def _common_length(a: np.ndarray, b: np.ndarray) -> int:
+    size = min(len(a), len(b))
+    differs = np.flatnonzero(a[:size] != b[:size])
+    return int(differs[0]) if len(differs) else size
+
+
+def _check_proposed(proposed: Any, rows: int) -> list[np.ndarray]:
+    if len(proposed) != rows:
+        raise ValueError(
+            f"`propose` must return an array of tokens for each of {rows} rows. It "
+            f"returned {describe(proposed)}"
+        )
+    return [np.asarray(x, "int32").reshape(-1) for x in proposed]
