@@ -7,6 +7,7 @@ from attention.cached_model import (
     call_with_cache,
     can_rewind,
     create_cache,
+    find_not_rewindable,
     grow_cache,
     max_positions,
 )
@@ -59,6 +60,7 @@ __all__ = [
     "clone_initializer",
     "create_cache",
     "describe",
+    "find_not_rewindable",
     "grow_cache",
     "is_concrete",
     "last_tokens",

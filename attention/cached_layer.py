@@ -210,6 +210,10 @@ class CachedLayer(keras.layers.Layer):
         """
         return from_index == to_index or not tree.flatten(cache)
 
+    def inner_layers(self) -> tuple[CachedLayer, ...]:
+        """The cached layers whose slots this layer's cache is a tuple of."""
+        return ()
+
     def __call__(
         self,
         *args: Any,

@@ -264,6 +264,28 @@ def can_rewind(
     )
 
 
+def find_not_rewindable(
+    sites: tuple[CachedLayer, ...], cache: tuple, from_index: int, to_index: int
+) -> CachedLayer | None:
+    """The first layer, of however many within each other, that can't go back.
+
+    Args:
+        sites: as for `can_rewind`.
+        cache: as for `can_rewind`.
+        from_index: as for `can_rewind`.
+        to_index: as for `can_rewind`.
+
+    Returns:
+        A layer, or `None` where `can_rewind` says yes.
+    """
+    for layer, slot in zip(sites, cache):
+        if not layer.can_rewind(slot, from_index, to_index):
+            inner = layer.inner_layers()
+            found = inner and find_not_rewindable(inner, slot, from_index, to_index)
+            return found or layer
+    return None
+
+
 def _check_slots(sites: tuple[CachedLayer, ...], cache: tuple) -> None:
     if len(sites) != len(cache):
         raise ValueError(

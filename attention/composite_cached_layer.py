@@ -125,6 +125,9 @@ class CompositeCachedLayer(CachedLayer):
     def can_rewind(self, cache: Any, from_index: int, to_index: int) -> bool:
         return can_rewind(self._call_sites(), cache, from_index, to_index)
 
+    def inner_layers(self) -> tuple[CachedLayer, ...]:
+        return self._call_sites()
+
     @property
     def max_sequence_length(self) -> int | None:  # type: ignore[override]
         return max_positions(self._call_sites())

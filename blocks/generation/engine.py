@@ -154,20 +154,24 @@ class Engine:
         sample = self.functions.get("sample", self._make_sample, (), sampler)
         return sample(logits, number_settings(sampler))
 
-    def step(self, cache: tuple, token: Any, index: Any, donate: bool) -> tuple:
+    def step(
+        self, cache: tuple, token: Any, index: Any, max_length: Any, donate: bool
+    ) -> tuple:
         """Absorbs one token of each row; returns the logits and the cache."""
 
         def make() -> Callable:
-            def step(cache: Any, token: Any, index: Any) -> Any:
+            def step(cache: Any, token: Any, index: Any, max_length: Any) -> Any:
                 tokens = token[:, None]
-                mask = ops.ones_like(tokens, dtype="bool")
-                hidden, cache = self.forward(cache, tokens, index, mask, donate)
-                return self.task.compute_logits(hidden)[:, 0], cache
+                fits = (index < max_length)[:, None]
+                hidden, cache = self.forward(cache, tokens, index, fits, donate)
+                logits = self.task.compute_logits(hidden)[:, 0]
+                # Better than logits that are silently wrong.
+                return ops.where(fits, logits, float("nan")), cache
 
             return step
 
         step = self.functions.get(("step", donate), make, donate=(0,) if donate else ())
-        return step(cache, token, index)
+        return step(cache, token, index, max_length)
 
     def forward(
         self, cache: Any, tokens: Any, index: Any, mask: Any, donate: bool = True

@@ -246,8 +246,10 @@ class GenerationMixin:
         logits, cache = self._engine().absorb(
             None, max_length, prompts.token_ids, 0, prompts.lengths
         )
-        index = ops.convert_to_tensor(prompts.lengths)
-        return GenerationState(cache, index, logits)
+        index, limit = map(
+            ops.convert_to_tensor, (prompts.lengths, np.int32(max_length))
+        )
+        return GenerationState(cache, index, logits, limit)
 
     def decode_step(
         self, tokens: Any, state: GenerationState, donate: bool = False
@@ -270,8 +272,9 @@ class GenerationMixin:
         Raises:
             TypeError: if `state` is no `GenerationState` or `tokens` no
                 integers.
-            ValueError: if `tokens` has another shape, is not in the vocabulary,
-                or the cache is full, where these have values yet.
+            ValueError: if `tokens` has another shape; and, where that can be
+                seen, if one is not in the vocabulary or a row is full. Within
+                a compiled function the logits of a full row are NaN.
         """
         if not isinstance(state, GenerationState):
             raise TypeError(
@@ -280,10 +283,9 @@ class GenerationMixin:
             )
         engine = self._engine()
         tokens = self._check_step(tokens, state)
-        logits, cache = engine.step(
-            state.cache, tokens, state.cache_update_index, donate
-        )
-        return logits, GenerationState(cache, state.cache_update_index + 1, logits)
+        index, limit = state.cache_update_index, state.max_length
+        logits, cache = engine.step(state.cache, tokens, index, limit, donate)
+        return logits, GenerationState(cache, index + 1, logits, limit)
 
     @property
     def compilations(self) -> int:
@@ -418,4 +420,13 @@ class GenerationMixin:
         if is_concrete(tokens):
             values = ops.convert_to_numpy(tokens)[:, None]
             check_tokens(values, np.ones((rows,)), vocabulary_size(self), False)
+        index, limit = state.cache_update_index, state.max_length
+        if is_concrete(index) and is_concrete(limit):
+            reached = int(ops.convert_to_numpy(index).max())
+            limit = int(ops.convert_to_numpy(limit))
+            if reached >= limit:
+                raise ValueError(
+                    f"A row has {reached} tokens, and `state` has room for {limit} "
+                    "positions. Call `prefill` with a larger `max_length`."
+                )
         return tokens

@@ -18,8 +18,8 @@ from blocks.generation.state import (
     take_rows,
 )
 
-# -1 is no token: it stands for "none".
-NO_STOPS = (-1,)
+# The smallest number of stop tokens, which is a shape. -1 is no token.
+_FEW_STOPS = 8
 # Rows are prefilled in two groups, short and long ones, if that saves as many
 # tokens of padding: another group is another compilation.
 MIN_TOKENS_SAVED = 256
@@ -136,7 +136,7 @@ class RunningBatch:
         """
         if room.max() <= 0:
             return
-        stop_array = np.array(stops or NO_STOPS, "int32")
+        stop_array = pad_stops(stops)
         token: Any = self.sample()
         yield token[:, None], (room > 0)[:, None]
         finished: Any = (room <= 1) | np.isin(token, stop_array)
@@ -192,6 +192,14 @@ def _groups(lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
         if split_cost <= threshold and split_cost < cost:
             best, cost = groups, split_cost
     return best
+
+
+def pad_stops(stops: tuple[int, ...]) -> np.ndarray:
+    """Stop tokens as an array of one of few sizes."""
+    size = _FEW_STOPS
+    while size < len(stops):
+        size *= 2
+    return np.array([*stops, *[-1] * (size - len(stops))], "int32")
 
 
 def to_numpy(x: Any) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from attention import can_rewind, check_positive_int, describe
+from attention import check_positive_int, describe, find_not_rewindable
 from blocks.generation.prompts import (
     check_tokens,
     normalize_inputs,
@@ -216,15 +216,15 @@ class Session:
         absorbed = np.minimum(self._batch.absorbed, lengths - 1)
         sites, cache = self._engine.sites, self._batch.cache
         for before, after in set(zip(self._batch.absorbed.tolist(), absorbed.tolist())):
-            for site, slot in zip(sites, cache):
-                if before > after and not can_rewind((site,), (slot,), before, after):
-                    raise ValueError(
-                        f"Layer '{site.name}' ({type(site).__name__}) can't go back "
-                        f"from position {before} to {after}: its cache holds a state "
-                        "that can't be undone, or has dropped what it would need. "
-                        "Start a new session, or `fork` one before the tokens that "
-                        "you may want to take back."
-                    )
+            layer = find_not_rewindable(sites, cache, before, after)
+            if layer is not None:
+                raise ValueError(
+                    f"Layer '{layer.name}' ({type(layer).__name__}) can't go back "
+                    f"from position {before} to {after}: its cache holds a state "
+                    "that can't be undone, or has dropped what it would need. "
+                    "Start a new session, or `fork` one before the tokens that "
+                    "you may want to take back."
+                )
         self.tokens = [row[:n] for row, n in zip(self.tokens, lengths)]
         self._batch.absorbed = absorbed
 

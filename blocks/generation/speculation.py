@@ -14,9 +14,9 @@ from attention import can_rewind, check_positive_int, describe
 from blocks.generation.engine import Engine, is_any, sample_token
 from blocks.generation.prompts import pad_rows
 from blocks.generation.running_batch import (
-    NO_STOPS,
     Block,
     RunningBatch,
+    pad_stops,
     to_numpy,
 )
 from blocks.generation.sampler_settings import number_settings
@@ -252,7 +252,7 @@ def speculate(
         return
     engine, guesses = batch.engine, speculation.num_tokens
     memory = speculation.begin(len(rows))
-    stop_array = np.array(stops or NO_STOPS, "int32")
+    stop_array = pad_stops(stops)
     token = batch.sample()
     yield token[:, None], (room > 0)[:, None]
     finished = (room <= 1) | np.isin(token, stop_array)

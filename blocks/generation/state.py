@@ -29,11 +29,13 @@ class GenerationState(NamedTuple):
         cache_update_index: `int32` tensor of shape `(batch,)`: how many
             positions of each row the cache has absorbed.
         logits: tensor of shape `(batch, vocabulary_size)`: of the next token.
+        max_length: `int32` scalar tensor: how many positions each row can have.
     """
 
     cache: tuple
     cache_update_index: Any
     logits: Any
+    max_length: Any
 
 
 def round_up_capacity(length: int) -> int:

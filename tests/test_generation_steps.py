@@ -1,0 +1,246 @@
+"""The public steps of generation, and what a compiled step does to memory."""
+
+import functools
+import re
+
+import keras
+import numpy as np
+import pytest
+from helpers import raises
+from keras import ops, tree
+
+from blocks import CausalLM, GenerationState
+from blocks.generation import engine, running_batch, state
+from blocks.generation.state import chunk_length, round_up_capacity
+from tests.models import (
+    RAGGED,
+    VARIANTS,
+    GroupedBackbone,
+    HybridBackbone,
+    brute_force_greedy,
+    make_backbone,
+    make_lm,
+    make_variant,
+    next_token_logits,
+    prompts,
+    rows_of,
+    to_numpy,
+)
+
+BACKEND = keras.config.backend()
+
+
+def step_greedily(lm, rows, steps, step, max_length=20):
+    state = lm.prefill(prompts(rows), max_length)
+    rows = [list(row) for row in rows]
+    for _ in range(steps):
+        tokens = ops.cast(ops.argmax(state.logits, axis=-1), "int32")
+        for row, token in zip(rows, to_numpy(tokens)):
+            row.append(int(token))
+        _, state = step(tokens, state)
+    return rows, state
+
+
+def compiled(function):
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(function, jit_compile=True)
+    if BACKEND == "jax":
+        import jax
+
+        return jax.jit(function)
+    return function
+
+
+@pytest.mark.parametrize("kind", ["mha", "gqa", "rotary", "hybrid"])
+@pytest.mark.parametrize("how", ["eager", "compiled", "donated"])
+def test_a_loop_of_the_users_own(kind, how):
+    is_hybrid = kind == "hybrid"
+    lm = make_lm(make_backbone(HybridBackbone) if is_hybrid else make_variant(kind))
+    steps = {
+        "eager": lm.decode_step,
+        "compiled": compiled(lambda tokens, state: lm.decode_step(tokens, state)),
+        "donated": functools.partial(lm.decode_step, donate=True),
+    }
+    rows, state = step_greedily(lm, RAGGED, 6, steps[how])
+    limits = [len(row) + 6 for row in RAGGED]
+    assert rows == brute_force_greedy(lm, RAGGED, limits)
+    assert to_numpy(state.cache_update_index).tolist() == limits
+    expected = next_token_logits(lm, rows, 20)
+    np.testing.assert_allclose(to_numpy(state.logits), expected, atol=1e-4)
+
+
+def test_a_state_is_a_pytree_that_nobody_changes():
+    lm = make_lm(make_backbone())
+    first = lm.prefill(prompts(RAGGED), max_length=12)
+    assert isinstance(first, GenerationState)
+    before = [to_numpy(x).copy() for x in tree.flatten(first)]
+    again = tree.map_structure(lambda x: x, first)
+    assert isinstance(again, GenerationState)
+    a, _ = lm.decode_step(np.array([1, 2, 3]), first)
+    lm.decode_step(np.array([4, 5, 6]), first)
+    b, _ = lm.decode_step(np.array([1, 2, 3]), again)
+    np.testing.assert_array_equal(to_numpy(a), to_numpy(b))
+    for old, leaf in zip(before, tree.flatten(first)):
+        np.testing.assert_array_equal(old, to_numpy(leaf))
+
+
+def test_the_size_of_a_grouped_cache():
+    lm = make_lm(make_backbone(GroupedBackbone, num_layers=3))
+    state = lm.prefill(prompts(RAGGED), max_length=20)
+    elements = sum(int(np.prod(x.shape)) for x in tree.flatten(state.cache))
+    # Two tensors in each of 3 layers, with 2 of 4 heads of 4, 20 places, 3 rows.
+    assert elements == 2 * 3 * 2 * 20 * 4 * 3
+
+
+def test_errors_of_steps():
+    lm = make_lm(make_backbone(num_layers=1))
+    with raises(ValueError, "7 tokens", "5"):
+        lm.prefill(prompts(RAGGED), max_length=5)
+    with raises(ValueError, "64 positions", "65"):
+        lm.prefill(prompts(RAGGED), max_length=65)
+    with raises(ValueError, "`max_length`"):
+        lm.prefill(prompts(RAGGED), max_length=0)
+    state = lm.prefill(prompts(RAGGED), max_length=8)
+    with raises(TypeError, "`state`", "prefill"):
+        lm.decode_step(np.array([1, 2, 3]), tuple(state))
+    with raises(ValueError, "`tokens`", "3 rows", "(2,)"):
+        lm.decode_step(np.array([1, 2]), state)
+    with raises(TypeError, "`tokens`", "integers"):
+        lm.decode_step(np.array([1.0, 2.0, 3.0]), state)
+    with raises(ValueError, "Token 60"):
+        lm.decode_step(np.array([1, 60, 3]), state)
+    _, state = lm.decode_step(np.array([1, 2, 3]), state)
+    with raises(ValueError, "8 tokens", "8 positions", "`max_length`"):
+        lm.decode_step(np.array([1, 2, 3]), state)
+    if BACKEND != "torch":
+        # Where nobody can see that a row is full, it says so itself.
+        step = compiled(lambda tokens, state: lm.decode_step(tokens, state))
+        logits, _ = step(ops.convert_to_tensor(np.array([1, 2, 3], "int32")), state)
+        full = np.isnan(to_numpy(logits)).all(axis=-1)
+        assert full.tolist() == [False, True, False]
+
+
+# === What is absorbed at once, and how large caches are ===
+
+
+def test_capacities_and_chunks():
+    capacities = sorted({round_up_capacity(n) for n in range(1, 5000)})
+    assert capacities == [128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144]
+    assert all(n <= round_up_capacity(n) < 2 * max(n, 65) for n in range(1, 5000))
+    assert [chunk_length(1, c) for c in (8, 128, 1024, 10**5)] == [8, 32, 256, 512]
+    # A long prompt of many rows is bounded, too.
+    assert chunk_length(64, 10**5) == 128
+    assert chunk_length(10**4, 10**5) == 32
+
+
+@pytest.mark.usefixtures("small_sizes_in_this_test")
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_long_prompts_are_absorbed_in_chunks(kind, monkeypatch):
+    lm = make_lm(make_variant(kind))
+    rows = [[(7 * i + j) % 60 for i in range(n)] for j, n in enumerate((30, 1, 13, 16))]
+    widths = set()
+    hidden_states = engine.Engine.hidden_states
+
+    def spy(self, tokens, mask):
+        widths.add(tokens.shape[1])
+        return hidden_states(self, tokens, mask)
+
+    monkeypatch.setattr(engine.Engine, "hidden_states", spy)
+    out = lm.generate(prompts(rows), stop_token_ids=None, max_new_tokens=5)
+    expected = brute_force_greedy(lm, rows, [len(row) + 5 for row in rows], width=40)
+    assert rows_of(out) == expected
+    # A fourth of a cache of 48, not of the prompt's 30; and single tokens.
+    assert max(widths) <= 12
+    assert 1 in widths
+
+
+@pytest.mark.usefixtures("small_sizes_in_this_test")
+def test_short_prompts_do_not_wait_for_long_ones(monkeypatch):
+    monkeypatch.setattr(running_batch, "MIN_TOKENS_SAVED", 8)
+    lm = make_lm(make_backbone())
+    absorbed = []
+    absorb = engine.Engine.absorb
+
+    def spy(self, cache, capacity, tokens, index, lengths, *args):
+        absorbed.append((capacity, lengths.tolist()))
+        return absorb(self, cache, capacity, tokens, index, lengths, *args)
+
+    monkeypatch.setattr(engine.Engine, "absorb", spy)
+    rows = [[1, 2], list(range(1, 31)), [5, 6, 7], [8]]
+    out = lm.generate(prompts(rows), stop_token_ids=None, max_new_tokens=6)
+    assert absorbed == [(8, [1, 2, 3]), (32, [30])]
+    limits = [len(row) + 6 for row in rows]
+    assert rows_of(out) == brute_force_greedy(lm, rows, limits, width=40)
+
+
+# === What is compiled ===
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="torch compiles nothing")
+def test_few_compilations_for_many_lengths():
+    lm = make_lm(make_backbone(max_sequence_length=1024, num_layers=1))
+    for length in np.linspace(1, 512, 50).astype(int):
+        row = [int(i) % 60 for i in range(length)]
+        lm.generate(prompts([row]), stop_token_ids=None, max_new_tokens=8)
+    assert 0 < lm.compilations <= 8
+
+
+def while_bodies(hlo):
+    """The computations of a compiled module that are run again and again."""
+    names = set(re.findall(r"body=%?([\w.\-]+)", hlo))
+    blocks = re.split(r"\n(?=\S.*\{\n)", hlo)
+    found = [b for b in blocks if b.split("(")[0].split()[0].lstrip("%") in names]
+    assert len(found) == len(names) > 0
+    return found
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="looks at what JAX compiles")
+@pytest.mark.parametrize("batch_size", [1, 4])
+@pytest.mark.parametrize("rows_differ", [False, True])
+@pytest.mark.parametrize("kind", ["mha", "gqa", "rotary"])
+def test_a_decode_step_moves_no_cache(kind, rows_differ, batch_size):
+    capacity = 640
+    lm = CausalLM(make_variant(kind, hidden_dim=32))
+    lm.compile(sampler="greedy")
+    lm.generate(prompts([[1]]), stop_token_ids=None, max_new_tokens=2)
+    steps = lm._engine()
+    decode = steps.functions.get("decode", steps._make_decode, (0,), lm.sampler)
+    cache = steps.create_cache(batch_size, capacity)
+    shape = (batch_size,)
+    arguments = tree.map_structure(
+        ops.convert_to_tensor,
+        (
+            cache,
+            np.zeros(shape, "int32"),
+            np.zeros(shape if rows_differ else (), "int32"),
+            np.full(shape, 9, "int32"),
+            np.zeros(shape, "bool"),
+            np.int32(9),
+            np.full((8,), -1, "int32"),
+            {"temperature": np.float32(1.0)},
+        ),
+    )
+    hlo = decode.lower(*arguments).compile().as_text()
+    # Every part of the cache that comes in goes out in the same memory.
+    alias = re.search(r"input_output_alias=\{(.*?)\}, entry", hlo).group(1)
+    assert alias.count("may-alias") >= len(tree.flatten(cache))
+    sizes = {",".join(map(str, x.shape)) for x in tree.flatten(cache)}
+    for line in "\n".join(while_bodies(hlo)).splitlines():
+        made = re.match(
+            r"\s*(?:ROOT )?%?[\w.\-]+ = \w+\[([\d,]*)\]\S* ([\w\-]+)\(", line
+        )
+        if made and made.group(1) in sizes:
+            assert made.group(2) not in ("copy", "concatenate", "broadcast", "gather")
+    # Nor anything else as large: grouped heads are not expanded.
+    largest = max(int(np.prod(x.shape)) for x in tree.flatten(cache))
+    for dims in re.findall(r" = \w+\[([\d,]+)\]", hlo):
+        if dims not in sizes:
+            assert np.prod([int(x) for x in dims.split(",")]) < max(largest, 8192) or (
+                dims.split(",")[0] == "60"
+            )
+
+
+def test_sizes_are_those_of_the_module():
+    assert (engine.BLOCK_STEPS, state.MIN_CAPACITY, state.MIN_CHUNK) == (32, 128, 32)

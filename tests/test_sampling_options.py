@@ -1,0 +1,156 @@
+"""Settings of samplers, several continuations of a prompt, and nothing stale."""
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+from helpers import raises
+
+from blocks.generation import engine, progress
+from tests.models import (
+    RAGGED,
+    brute_force_greedy,
+    byte_preprocessor,
+    make_backbone,
+    make_lm,
+    prompts,
+    rows_of,
+)
+
+pytestmark = pytest.mark.usefixtures("small_generation_sizes")
+
+
+def generate(lm, rows=RAGGED, **kwargs):
+    options = {"stop_token_ids": None, "max_new_tokens": 6, **kwargs}
+    return lm.generate(prompts(rows), **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("RandomSampler", [{"temperature": 0.01}, {"temperature": 30.0}]),
+        ("TopKSampler", [{"temperature": 0.01}, {"temperature": 30.0}]),
+        ("TopPSampler", [{"p": 1e-6}, {"p": 0.999, "temperature": 30.0}]),
+    ],
+)
+def test_settings_count_without_compiling_anew(name, settings):
+    lm = make_lm(make_backbone(num_layers=1))
+    greedy = rows_of(generate(lm))
+    sampler = getattr(keras_hub.samplers, name)(seed=1)
+    lm.compile(sampler=sampler)
+    found = []
+    for values in settings:
+        for key, value in values.items():
+            setattr(sampler, key, value)
+        before = lm.compilations
+        found.append([rows_of(generate(lm)) for _ in range(3)])
+        # What the user set is still there.
+        assert all(getattr(sampler, k) == v for k, v in values.items())
+    assert found[0] == [greedy] * 3
+    assert found[1][0] != found[1][1] and greedy not in found[1]
+    assert lm.compilations == before
+
+
+@pytest.mark.skipif(keras.config.backend() == "torch", reason="torch compiles nothing")
+def test_what_needs_compiling_anew_gets_it():
+    lm = make_lm(make_backbone(num_layers=1))
+    sampler = keras_hub.samplers.TopKSampler(k=1, seed=1)
+    lm.compile(sampler=sampler)
+    greedy = rows_of(generate(lm))
+    prefills = lm.compilations
+    sampler.k, sampler.temperature = 50, 30.0
+    assert rows_of(generate(lm)) != greedy
+    # The sampling steps, but not the prefill.
+    assert prefills < lm.compilations < 2 * prefills
+
+
+def test_several_continuations_share_the_prefill(monkeypatch):
+    backbone = make_backbone(num_layers=1)
+    lm = make_lm(backbone, sampler=keras_hub.samplers.RandomSampler(seed=5))
+    absorbed = []
+    absorb = engine.Engine.absorb
+
+    def spy(self, cache, capacity, tokens, *args):
+        absorbed.append(len(tokens))
+        return absorb(self, cache, capacity, tokens, *args)
+
+    monkeypatch.setattr(engine.Engine, "absorb", spy)
+    out = generate(lm, num_return_sequences=4)
+    assert absorbed == [3]
+    assert out["token_ids"].shape == out["padding_mask"].shape == (3, 4, 13)
+    for i, prompt in enumerate(RAGGED):
+        row = {key: x[i] for key, x in out.items()}
+        continuations = rows_of(row)
+        assert all(x[: len(prompt)] == prompt for x in continuations)
+        assert all(len(x) == len(prompt) + 6 for x in continuations)
+        assert len({tuple(x) for x in continuations}) > 1
+    lm.compile(sampler="greedy")
+    one = {key: x[1] for key, x in prompts(RAGGED).items()}
+    options = {"stop_token_ids": None, "max_new_tokens": 6}
+    out = lm.generate(one, **options, num_return_sequences=2)
+    expected = brute_force_greedy(lm, [RAGGED[1]], [13])
+    assert rows_of(out) == expected * 2
+    with raises(ValueError, "`num_return_sequences`"):
+        lm.generate(one, **options, num_return_sequences=0)
+    lm.compile(sampler="beam")
+    with raises(ValueError, "`num_return_sequences`", "BeamSampler"):
+        lm.generate(one, **options, num_return_sequences=2)
+
+
+def test_several_continuations_of_text():
+    backbone = make_backbone(num_layers=1, vocabulary_size=256)
+    lm = make_lm(backbone, byte_preprocessor(end_token=None))
+    one = lm.generate("ab", num_return_sequences=2)
+    assert one == [lm.generate("ab")] * 2
+    several = lm.generate(["ab", "cd"], num_return_sequences=3)
+    assert several == [[lm.generate(x)] * 3 for x in ("ab", "cd")]
+
+
+def test_settings_that_can_not_be():
+    lm = make_lm(make_backbone(num_layers=1))
+    for sampler, name in (
+        (keras_hub.samplers.RandomSampler(temperature=0.0), "temperature"),
+        (keras_hub.samplers.TopPSampler(p=0.0), "p"),
+        (keras_hub.samplers.TopKSampler(temperature=float("nan")), "temperature"),
+    ):
+        lm.compile(sampler=sampler)
+        with raises(ValueError, f"`{name}`", type(sampler).__name__, "larger than 0"):
+            generate(lm)
+    lm.compile(sampler=keras_hub.samplers.SpeculativeSampler())
+    with raises(ValueError, "SpeculativeSampler", "speculation="):
+        generate(lm)
+
+
+# === Progress ===
+
+
+@pytest.mark.parametrize(
+    ("verbose", "watched", "slow", "shown"),
+    [
+        (1, False, False, True),
+        (0, True, True, False),
+        ("auto", True, True, True),
+        ("auto", True, False, False),
+        ("auto", False, True, False),
+    ],
+)
+def test_progress(monkeypatch, capsys, verbose, watched, slow, shown):
+    monkeypatch.setattr(progress, "_is_watched", lambda: watched)
+    monkeypatch.setattr(progress, "MIN_SECONDS", 0.0 if slow else 1e9)
+    assert list(progress.with_progress([1, 2, 3], verbose)) == [1, 2, 3]
+    assert ("3/3" in capsys.readouterr().out) is shown
+
+
+def test_progress_over_a_dataset(capsys):
+    import tensorflow as tf
+
+    lm = make_lm(make_backbone(num_layers=1))
+    data = tf.data.Dataset.from_tensor_slices(prompts(RAGGED)).batch(1)
+    options = {"stop_token_ids": None, "max_new_tokens": 3}
+    quiet = lm.generate(data, **options)
+    assert capsys.readouterr().out == ""
+    shown = lm.generate(data, **options, verbose=1)
+    assert "3/3" in capsys.readouterr().out
+    np.testing.assert_array_equal(quiet["token_ids"], shown["token_ids"])
+    with raises(ValueError, "`verbose`", "loud"):
+        lm.generate(data, **options, verbose="loud")

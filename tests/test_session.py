@@ -1,0 +1,250 @@
+"""Sessions: a turn absorbs only what is new, and equals starting over."""
+
+import keras
+import numpy as np
+import pytest
+from helpers import raises
+
+from attention import CachedLayer
+from blocks import PromptLookup
+from tests.models import (
+    HybridBackbone,
+    RotaryBackbone,
+    brute_force_greedy,
+    byte_preprocessor,
+    make_backbone,
+    make_lm,
+    prompts,
+)
+
+pytestmark = pytest.mark.usefixtures("small_generation_sizes")
+
+BACKBONES = {
+    "learned": lambda: make_backbone(),
+    "rotary": lambda: make_backbone(RotaryBackbone, learned_positions=False),
+    "hybrid": lambda: make_backbone(HybridBackbone),
+}
+
+
+def tokens_of(*rows):
+    """A prompt of one row, or a batch."""
+    batch = prompts([list(row) for row in rows])
+    return {key: x[0] for key, x in batch.items()} if len(rows) == 1 else batch
+
+
+def turn(session, inputs, new, **kwargs):
+    return session.generate(inputs, max_new_tokens=new, stop_token_ids=None, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return make_lm(BACKBONES["learned"]())
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_turns_equal_starting_over(kind):
+    lm = make_lm(BACKBONES[kind]())
+    prompt = [3, 1, 4, 1, 5, 9, 2, 6]
+    session = lm.start(tokens_of(prompt))
+    assert session.num_prefilled == 8
+    first = turn(session, None, 5)
+    expected = brute_force_greedy(lm, [prompt], [13])[0]
+    assert expected == [*prompt, *first]
+    second = turn(session, tokens_of([5, 3, 5]), 6)
+    # The last of the new tokens had not been absorbed yet.
+    assert session.num_prefilled == 8 + 1 + 3
+    expected = brute_force_greedy(lm, [[*expected, 5, 3, 5]], [22])[0]
+    assert session.tokens[0].tolist() == expected
+    assert expected[-6:] == second.tolist()
+    turn(session, None, 3)
+    assert session.num_prefilled == 8 + 1 + 3 + 1
+    assert session.tokens[0].tolist() == brute_force_greedy(lm, [expected], [25])[0]
+
+
+def test_rows_of_different_lengths(lm):
+    rows = [[3, 1, 4, 1, 5], [9], [2, 6]]
+    session = lm.start(tokens_of(*rows))
+    turn(session, None, 3)
+    more = {"token_ids": np.array([[7, 8], [7, 0], [0, 0]])}
+    more["padding_mask"] = np.array([[1, 1], [1, 0], [0, 0]])
+    before = [row.tolist() for row in session.tokens]
+    turn(session, more, 4)
+    rows = [[*before[0], 7, 8], [*before[1], 7], before[2]]
+    limits = [len(row) + 4 for row in rows]
+    expected = brute_force_greedy(lm, rows, limits)
+    assert [row.tolist() for row in session.tokens] == expected
+
+
+def test_a_row_that_got_nothing_goes_on(lm):
+    rows = [[3, 1, 4, 1, 5], [9, 2]]
+    session = lm.start(tokens_of(*rows))
+    new = session.generate(max_length=5, stop_token_ids=None)
+    assert [len(x) for x in new] == [0, 3]
+    session.generate(max_length=9, stop_token_ids=None)
+    expected = brute_force_greedy(lm, rows, [9, 9])
+    assert [row.tolist() for row in session.tokens] == expected
+
+
+def test_text_and_streams():
+    backbone = make_backbone(num_layers=1, vocabulary_size=256)
+    lm = make_lm(backbone, byte_preprocessor(sequence_length=40))
+    session = lm.start("hello")
+    pieces = list(session.stream(max_new_tokens=6))
+    assert "".join(pieces) == lm.generate("hello", max_new_tokens=6, strip_prompt=True)
+    history = session.tokens[0].tolist()
+    answer = turn(session, " you", 5)
+    x = tokens_of([*history, *b" you"])
+    expected = lm.generate(x, max_new_tokens=5, stop_token_ids=None, strip_prompt=True)
+    expected = expected["token_ids"][expected["padding_mask"]].tolist()
+    assert session.tokens[0].tolist()[-5:] == expected
+    assert answer == bytes(expected).decode("utf-8", errors="replace")
+    # Up to the preprocessor's `sequence_length` by default, all turns together.
+    session.generate(stop_token_ids=None)
+    assert len(session.tokens[0]) == 40
+    several = lm.start(["ab", "cdef"])
+    assert turn(several, ["x", "y"], 4) == [
+        turn(lm.start(a), b, 4) for a, b in (("ab", "x"), ("cdef", "y"))
+    ]
+
+
+def test_a_stream_that_is_not_finished(lm):
+    session = lm.start(tokens_of([1, 2, 3]))
+    stream = session.stream(max_new_tokens=9, stop_token_ids=None)
+    for _ in range(4):
+        next(stream)
+    del stream
+    assert len(session.tokens[0]) == 7
+    turn(session, None, 4)
+    assert session.tokens[0].tolist() == brute_force_greedy(lm, [[1, 2, 3]], [11])[0]
+
+
+@pytest.mark.parametrize("kind", BACKBONES)
+def test_forks_do_not_affect_each_other(kind):
+    lm = make_lm(BACKBONES[kind]())
+    session = lm.start(tokens_of([3, 1, 4, 1, 5]))
+    forks = [session.fork() for _ in range(3)]
+    forks.append(forks[0].fork())
+    added = [[7], [8, 9], [10, 11, 12], [13]]
+    for fork, more in zip(forks, added):
+        turn(fork, tokens_of(more), 4)
+    turn(session, None, 4)
+    for fork, more in zip(forks, added):
+        turn(fork, None, 3)
+        row = [3, 1, 4, 1, 5, *more]
+        first = brute_force_greedy(lm, [row], [len(row) + 7])[0]
+        assert fork.tokens[0].tolist() == first
+        assert fork.num_prefilled == 5 + len(more) + 1
+    expected = brute_force_greedy(lm, [[3, 1, 4, 1, 5]], [9])[0]
+    assert session.tokens[0].tolist() == expected
+
+
+@pytest.mark.parametrize("kind", ["learned", "rotary"])
+@pytest.mark.parametrize("dropped", [1, 4, 6])
+def test_trim(kind, dropped):
+    lm = make_lm(BACKBONES[kind]())
+    session = lm.start(tokens_of([3, 1, 4, 1, 5]))
+    turn(session, None, 4)
+    left = session.tokens[0].tolist()[:-dropped]
+    prefilled = session.num_prefilled
+    session.trim(dropped)
+    assert session.tokens[0].tolist() == left
+    turn(session, tokens_of([6, 7]), 5)
+    expected = brute_force_greedy(lm, [[*left, 6, 7]], [len(left) + 7])[0]
+    assert session.tokens[0].tolist() == expected
+    assert session.num_prefilled == prefilled + 3
+
+
+def test_what_can_not_be_trimmed():
+    lm = make_lm(BACKBONES["hybrid"]())
+    session = lm.start(tokens_of([3, 1, 4, 1, 5]))
+    turn(session, None, 4)
+    with raises(ValueError, "Leak", "can't go back", "from position 8 to 6", "fork"):
+        session.trim(2)
+    # The last token was not absorbed yet, but the one before it was.
+    turn(session, None, 2)
+    assert (
+        session.tokens[0].tolist() == brute_force_greedy(lm, [[3, 1, 4, 1, 5]], [11])[0]
+    )
+    plain = make_lm(BACKBONES["learned"]()).start(tokens_of([1, 2, 3]))
+    with raises(ValueError, "at least one token", "num_tokens=3"):
+        plain.trim(3)
+    with raises(TypeError, "`num_tokens`"):
+        plain.trim(1.5)
+
+
+def test_weights_that_changed_are_noticed():
+    lm = make_lm(make_backbone(num_layers=1))
+    session = lm.start(tokens_of([1, 2, 3]))
+    other = session.fork()
+    turn(session, None, 2)
+    tokens = session.tokens[0].tolist()
+    x = prompts([[1, 2, 3, 4]])
+    lm.fit(x, x["token_ids"], verbose=0)
+    for refused in (
+        lambda: turn(session, None, 2),
+        lambda: turn(other, None, 2),
+        lambda: session.fork(),
+    ):
+        with raises(ValueError, "weights have changed", "`lm.start(...)`"):
+            refused()
+    assert session.tokens[0].tolist() == tokens
+    session = lm.start(tokens_of([1, 2, 3]))
+    weight = lm.backbone.trainable_weights[-1]
+    value = keras.ops.convert_to_numpy(weight).copy()
+    weight.assign(value[..., ::-1].copy())
+    with raises(ValueError, "weights have changed"):
+        turn(session, None, 2)
+    # The same values again are the same weights.
+    weight.assign(value)
+    turn(session, None, 2)
+
+
+def test_speculation_in_a_session(lm):
+    plain, fast = (lm.start(tokens_of([1, 2, 3, 1, 2, 3])) for _ in range(2))
+    for more in (None, tokens_of([4, 4])):
+        turn(plain, more, 7)
+        turn(fast, more, 7, speculation=PromptLookup(3))
+    assert fast.tokens[0].tolist() == plain.tokens[0].tolist()
+
+
+def test_errors_leave_the_session_as_it_was(lm):
+    session = lm.start(tokens_of([1, 2, 3]))
+    for options, kind, parts in (
+        ({}, ValueError, ["`max_new_tokens`"]),
+        ({"max_length": 2}, ValueError, ["3 tokens", "length of 2"]),
+        ({"max_new_tokens": 62}, ValueError, ["64 positions"]),
+        ({"max_new_tokens": 0}, ValueError, ["`max_new_tokens`"]),
+        ({"inputs": "text", "max_new_tokens": 1}, ValueError, ["began with tokens"]),
+        ({"inputs": tokens_of([1], [2]), "max_new_tokens": 1}, ValueError, ["1 rows"]),
+        ({"inputs": tokens_of([99]), "max_new_tokens": 1}, ValueError, ["Token 99"]),
+    ):
+        with raises(kind, *parts):
+            session.generate(**{"stop_token_ids": None, **options})
+        assert session.tokens[0].tolist() == [1, 2, 3]
+    turn(session, None, 3)
+    assert session.tokens[0].tolist() == brute_force_greedy(lm, [[1, 2, 3]], [6])[0]
+
+
+def test_a_layer_says_what_it_can_take_back():
+    class Ring(CachedLayer):
+        """Keeps the last four positions, and says so."""
+
+        def create_cache(self, batch_size, max_length):
+            return keras.ops.zeros((batch_size, 4))
+
+        def can_rewind(self, cache, from_index, to_index):
+            return from_index == to_index or from_index <= 4
+
+        def call(self, x, padding_mask=None, cache=None, cache_update_index=None):
+            return x if cache is None else (x, cache)
+
+    class RingBackbone(HybridBackbone):
+        def create_attention_layer(self, inputs_shape, layer_index):
+            return Ring()
+
+    lm = make_lm(make_backbone(RingBackbone))
+    session = lm.start(tokens_of([1, 2, 3, 4]))
+    session.trim(2)
+    turn(session, None, 4)
+    with raises(ValueError, "Ring", "can't go back"):
+        session.trim(2)

@@ -1,0 +1,109 @@
+"""`CausalLM.stream`: pieces that joined are what `generate` returns."""
+
+import keras_hub
+import numpy as np
+import pytest
+from helpers import raises
+
+from blocks.generation.streaming import TextPieces
+from tests.models import (
+    RAGGED,
+    byte_preprocessor,
+    make_backbone,
+    make_lm,
+    prompts,
+    rows_of,
+)
+
+pytestmark = pytest.mark.usefixtures("small_generation_sizes")
+
+
+@pytest.fixture(scope="module")
+def text_lm():
+    # All bytes: what it makes is full of broken and of whole characters.
+    backbone = make_backbone(num_layers=1, vocabulary_size=256)
+    return make_lm(backbone, byte_preprocessor(sequence_length=48, end_token=None))
+
+
+@pytest.mark.parametrize("strip_prompt", [False, True])
+def test_one_prompt(text_lm, strip_prompt):
+    options = {"strip_prompt": strip_prompt, "stop_token_ids": None}
+    pieces = list(text_lm.stream("räum auf", **options))
+    whole = text_lm.generate("räum auf", **options)
+    assert "".join(pieces) == whole
+    assert len(pieces) > 10
+    assert (pieces[0] == "räum auf") is not strip_prompt
+
+
+def test_several_prompts(text_lm):
+    texts = ["a", "bcd and more", "ef"]
+    options = {"stop_token_ids": None, "max_new_tokens": 9}
+    pieces = list(text_lm.stream(texts, **options))
+    assert ["".join(row) for row in zip(*pieces)] == text_lm.generate(texts, **options)
+    assert pieces[0] == texts
+
+
+def test_a_stop_token_ends_a_row(text_lm):
+    texts = ["a", "bcd"]
+    whole = text_lm.generate(texts, stop_token_ids=None, strip_prompt=True)
+    stop = whole[0].encode()[4]
+    options = {"stop_token_ids": [stop]}
+    pieces = list(text_lm.stream(texts, **options))
+    assert ["".join(row) for row in zip(*pieces)] == text_lm.generate(texts, **options)
+
+
+def test_tokens_where_there_is_no_preprocessor():
+    lm = make_lm(make_backbone(num_layers=1))
+    options = {"stop_token_ids": None, "max_length": 13}
+    expected = rows_of(lm.generate(prompts(RAGGED), **options))
+    pieces = list(lm.stream(prompts(RAGGED), **options))
+    assert [np.concatenate(row).tolist() for row in zip(*pieces)] == expected
+    alone = {key: x[0, :3] for key, x in prompts(RAGGED).items()}
+    pieces = list(lm.stream(alone, **options, strip_prompt=True))
+    assert np.concatenate(pieces).tolist() == expected[0][3:]
+    assert [len(x) for x in pieces] == [1] * 10
+
+
+class Scripted:
+    """A preprocessor whose tokens are bytes of UTF-8."""
+
+    def generate_postprocess(self, x):
+        rows = zip(x["token_ids"], x["padding_mask"])
+        return [
+            bytes(t[m].astype("uint8")).decode("utf-8", errors="replace")
+            for t, m in rows
+        ]
+
+
+@pytest.mark.parametrize("text", ["añ€𝄞", "\ufffd" * 2, "é" * 5])
+def test_no_character_is_split(text):
+    pieces = TextPieces([np.zeros((0,), "int32")], Scripted(), 0)
+    found = [
+        pieces.add([np.array([byte], "int32")], finished=False)[0]
+        for byte in text.encode()
+    ]
+    found.append(pieces.add([np.zeros((0,), "int32")], finished=True)[0])
+    assert "".join(found) == text
+    # Whole characters or nothing, as soon as the last byte is there.
+    assert all(len(piece) <= 1 for piece in found[:-1])
+    assert found[-1] == (text if "\ufffd" in text else "")
+
+
+def test_bytes_that_never_become_a_character_come_last():
+    pieces = TextPieces([np.zeros((0,), "int32")], Scripted(), 0)
+    assert pieces.add([np.array([97, 0xE2, 0x82], "int32")], finished=False) == ["a"]
+    assert pieces.add([np.zeros((0,), "int32")], finished=True) == ["\ufffd"]
+
+
+def test_errors_come_at_once(text_lm):
+    with raises(ValueError, "Prompt 0", "max_length"):
+        text_lm.stream("a long prompt", max_length=4)
+    with raises(TypeError, "`stop_token_ids`"):
+        text_lm.stream("a", stop_token_ids="x")
+    with raises(TypeError, "`inputs`"):
+        text_lm.stream(3)
+    lm = make_lm(
+        text_lm.backbone, text_lm.preprocessor, keras_hub.samplers.BeamSampler()
+    )
+    with raises(ValueError, "BeamSampler", "`stream`"):
+        lm.stream("a")
