@@ -22,6 +22,7 @@ from attention.validation import (
     MADE_UP_SIZES,
     check_cache,
     check_padding_mask,
+    check_rewind_indices,
     check_updated_cache,
     describe,
     standardize_index,
@@ -71,6 +72,8 @@ class CachedLayer(keras.layers.Layer):
       enters no state, is attended by no token and moves no position.
     - The whole sequence without a cache, one prefill, chunks of any sizes and
       one token at a time give the same outputs.
+    - A smaller index than before takes the last positions back, if the layer
+      says that it can: `can_rewind(cache, from_index, to_index)`.
 
     A cache belongs to the layer that made it; nobody else looks into it. It is
     created outside of the forward pass and never kept on the layer. A call
@@ -192,23 +195,24 @@ class CachedLayer(keras.layers.Layer):
         return tree.map_structure(copy, cache, larger)
 
     def can_rewind(self, cache: Any, from_index: int, to_index: int) -> bool:
-        """Whether the last positions that a cache absorbed can be taken back.
+        """Whether the last positions can be taken back from a cache.
 
-        They are, by passing a smaller `cache_update_index`: so it is asked
-        whether a cache that has absorbed `from_index` positions serves as one
-        that has absorbed the first `to_index` of them. The default says no,
-        unless there is nothing in the cache. A layer that overwrites what lies
-        behind the index before it is seen, as attention does, overrides it.
+        If so, a caller may go on at `cache_update_index=to_index`, or at any
+        index from there to `from_index`, each row at its own. The default is
+        safe: only what has no state can. A layer whose queries see nothing at
+        or behind the index but what was written since overrides it.
 
         Args:
             cache: a cache of this layer.
-            from_index: int. How many positions it has absorbed.
-            to_index: int. How many of them are to count.
+            from_index: int. How many positions it has absorbed: the largest
+                number, where rows differ.
+            to_index: int. How many of them are kept: the smallest number.
 
-        Returns:
-            A bool.
+        Raises:
+            ValueError: if not `from_index >= to_index >= 0`, both integers.
         """
-        return from_index == to_index or not tree.flatten(cache)
+        check_rewind_indices(from_index, to_index)
+        return bool(from_index == to_index) or not tree.flatten(cache)
 
     def inner_layers(self) -> tuple[CachedLayer, ...]:
         """The cached layers whose slots this layer's cache is a tuple of."""

@@ -11,7 +11,12 @@ from keras import ops, tree
 from attention.cache_scope import CacheScope
 from attention.cached_layer import CachedLayer
 from attention.recording_scope import RecordingScope
-from attention.validation import check_positive_int, describe, static_size
+from attention.validation import (
+    check_positive_int,
+    check_rewind_indices,
+    describe,
+    static_size,
+)
 
 # Rows and tokens of the rehearsals that find call sites. They can be told from
 # each other, from their product, and from a single one.
@@ -223,24 +228,25 @@ def grow_cache(sites: tuple[CachedLayer, ...], cache: tuple, max_length: int) ->
 def can_rewind(
     sites: tuple[CachedLayer, ...], cache: tuple, from_index: int, to_index: int
 ) -> bool:
-    """Whether the last positions that a model's cache absorbed can be taken back.
+    """Whether the last positions can be taken back from a model's cache.
 
-    If so, a call with `cache_update_index=to_index` does: attention never sees
-    what lies behind the index. A recurrent state can't be undone.
+    If so, a caller may go on at `cache_update_index=to_index`, or at any index
+    from there to `from_index`, each row at its own.
 
     Args:
         sites: the model's cached layers in call order, from `call_sites` or
             the `layers` of a `NewCacheScope`.
         cache: the model's cache.
-        from_index: int. How many positions it has absorbed.
-        to_index: int. How many of them are to count.
+        from_index: int. How many positions it has absorbed: the largest number,
+            where rows differ.
+        to_index: int. How many of them are kept: the smallest number.
 
     Returns:
-        A bool.
+        A bool: whether all of the layers can. A recurrent one can't.
 
     Raises:
         ValueError: if `cache` has another number of slots than there are
-            layers, or it is not `0 <= to_index <= from_index`.
+            layers, or not `from_index >= to_index >= 0`, both integers.
 
     Example:
 
@@ -252,12 +258,7 @@ def can_rewind(
     True
     """
     _check_slots(sites, cache)
-    if not 0 <= to_index <= from_index:
-        raise ValueError(
-            "A cache can be taken back to a position that it has absorbed: "
-            f"0 <= to_index <= from_index. Received: from_index={from_index}, "
-            f"to_index={to_index}"
-        )
+    check_rewind_indices(from_index, to_index)
     return all(
         layer.can_rewind(slot, from_index, to_index)
         for layer, slot in zip(sites, cache)

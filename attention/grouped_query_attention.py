@@ -182,7 +182,9 @@ class GroupedQueryAttention(DotProductAttention):
         )
 
     def can_rewind(self, cache: Any, from_index: int, to_index: int) -> bool:
-        return self.cache_policy.can_rewind(cache, from_index, to_index)
+        return super().can_rewind(
+            cache, from_index, to_index
+        ) or self.cache_policy.can_rewind(cache, from_index, to_index)
 
     def __call__(  # type: ignore[override]
         self, query: Any, value: Any = None, key: Any = None, *args: Any, **kwargs: Any

@@ -112,6 +112,30 @@ def check_fraction(name: str, value: Any) -> float:
     return float(value)
 
 
+def check_rewind_indices(from_index: Any, to_index: Any) -> None:
+    """Says so when a cache can't be asked to go from one index back to another.
+
+    Args:
+        from_index: how many positions the cache has absorbed.
+        to_index: how many of them are to be kept.
+
+    Raises:
+        ValueError: if one is no integer, or not `from_index >= to_index >= 0`.
+    """
+    known = all(
+        isinstance(x, (int, np.integer)) and not isinstance(x, bool)
+        for x in (from_index, to_index)
+    )
+    if not known or not from_index >= to_index >= 0:
+        raise ValueError(
+            "`from_index`, how many positions the cache has absorbed, and `to_index`, "
+            "how many of them are kept, must be integers with from_index >= to_index "
+            f">= 0. Received: from_index={describe(from_index)}, "
+            f"to_index={describe(to_index)}. Where rows differ, ask with the largest "
+            "`from_index` and the smallest `to_index`."
+        )
+
+
 def static_size(x: Any, axis: int) -> int | None:
     """The size of an axis, or `None` where it is not known, or a stand-in.
 

@@ -43,6 +43,9 @@ class Attend(CachedLayer):
             shape = (max_length, batch_size, *shape[2:])
         return {name: ops.zeros(shape, self.compute_dtype) for name in ("key", "value")}
 
+    def can_rewind(self, cache, from_index, to_index):
+        return True
+
     def call(
         self,
         x,
@@ -116,8 +119,10 @@ class Attend(CachedLayer):
             return cache
 
         def update(old, new):
-            chosen_ = ops.cast(chosen, new.dtype)
-            return ops.where(written, ops.einsum("blc,blhd->bchd", chosen_, new), old)
+            new = ops.einsum("blc,blhd->bchd", ops.cast(chosen, new.dtype), new)
+            if fault == "a write that adds to its slot":
+                return old + new
+            return ops.where(written, new, old)
 
         updated = {"key": update(cache["key"], k), "value": update(cache["value"], v)}
         if fault == "the value is not written":
@@ -207,6 +212,11 @@ class Leak(CachedLayer):
 
     def create_cache(self, batch_size, max_length):
         return ops.zeros((batch_size, self.width), "float32")
+
+    def can_rewind(self, cache, from_index, to_index):
+        if self.fault == "a state that says it gives tokens back":
+            return True
+        return super().can_rewind(cache, from_index, to_index)
 
     def call(self, x, padding_mask=None, cache=None, cache_update_index=None):
         length = ops.shape(x)[1]

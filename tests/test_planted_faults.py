@@ -12,6 +12,7 @@ from attention.testing import (
     check_cached_layer,
     check_cached_model,
 )
+from attention.testing.checking import CHECKS
 
 SIZES = {"hidden_dim": 8, "max_length": 12}
 ROTARY, BIAS = {"rotary": True}, {"bias": True}
@@ -43,6 +44,7 @@ FAULTS = [
     ("unfilled slots are attended", {}, "prefill_and_steps", "not filled yet"),
     ("a scale from the capacity", {}, "capacity", "from the size of the cache"),
     ("a write that is moved to fit", {}, "capacity", "reach past the end"),
+    ("a write that adds to its slot", {}, "rewind", "a write replaces what is in"),
     ("NumPy on an index", {}, "compiled", "compiled"),
     ("a mask that overflows float16", {}, "low_precision", "mixed_float16"),
     ("the value's gradient stops", {}, "gradients", "value/kernel"),
@@ -53,6 +55,7 @@ RECURRENT_FAULTS = [
     ("a token is absorbed twice", "prefill_and_steps", "is absorbed twice"),
     ("a padded token enters the state", "padding", "they are seen"),
     ("a mean over the batch", "rows", "mean or a norm over the batch"),
+    ("a state that says it gives tokens back", "rewind", "they were not taken back"),
 ]
 LAST = ("low_precision", "gradients", "config", "saving")
 
@@ -84,6 +87,18 @@ def test_faults_of_a_recurrence(fault, check, part):
     named(lambda: Leak(fault), check, part, **SIZES)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Attend(fault="a write that adds to its slot"),
+        lambda: Leak("a state that says it gives tokens back"),
+    ],
+)
+def test_only_rewinding_shows_what_rewinding_does(make):
+    others = [name for name in CHECKS if name != "rewind"]
+    assert len(check_cached_layer(make, checks=others, **SIZES)) >= len(others) - 1
+
+
 @pytest.mark.skipif(keras.config.backend() != "torch", reason="only torch's change")
 def test_a_cache_that_is_changed_in_place():
     make = functools.partial(Attend, fault="the cache is changed in place")
@@ -101,7 +116,7 @@ def test_a_cache_that_is_changed_in_place():
 def test_the_same_layers_without_a_fault(make):
     report = check_cached_layer(make, **SIZES)
     compiles = keras.config.backend() != "torch"
-    assert len(report) == 15 if compiles else 14
+    assert len(report) == (16 if compiles else 15)
     for check, difference in report.items():
         bound = 0.1 if check == "low_precision" else 1e-3
         assert 0 <= difference < bound, (check, difference)

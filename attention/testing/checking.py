@@ -29,6 +29,7 @@ from attention.testing.numeric_checks import (
 )
 from attention.testing.padding_checks import check_masked_rows, check_padding
 from attention.testing.probe import Probe
+from attention.testing.rewind_check import check_rewind
 from attention.testing.running import run_in_order, select
 from attention.testing.saving_checks import check_config, check_saving
 from attention.testing.subjects import LayerSubject, ModelSubject, Subject
@@ -47,6 +48,7 @@ CHECKS: dict[str, Callable[[Subject, Probe], float | None]] = {
     "masked_rows": check_masked_rows,
     "padding": check_padding,
     "capacity": check_capacity,
+    "rewind": check_rewind,
     "compiled": check_compiled,
     "low_precision": check_low_precision,
     "gradients": check_gradients,
@@ -111,6 +113,8 @@ def check_cached_layer(
     - `padding`: padded tokens are no-ops, and their contents aren't seen.
     - `capacity`: unfilled slots play no role, `grow_cache` keeps the past, and
       padding that reaches past the end overwrites nothing.
+    - `rewind`: where `can_rewind` says so, tokens that were taken back leave no
+      trace, in rows that take back as many and in rows that don't.
     - `compiled`: XLA (TensorFlow) and jit (JAX) give what eager calls give.
     - `low_precision`: `mixed_bfloat16`, `bfloat16`, `mixed_float16` stay near.
     - `gradients`: finite, and the same with a cache and without.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from attention.cached_layer import CachedLayer
 from attention.cached_model import (
     call_sites,
     call_with_cache,
+    can_rewind,
     create_cache,
     grow_cache,
     max_positions,
@@ -108,6 +110,10 @@ class Subject:
     def grow_cache(self, made: Any, cache: Any, length: int) -> Any:
         raise NotImplementedError
 
+    def can_rewind(self, made: Any) -> Callable[[Any, int, int], bool]:
+        """What says of a cache, and two indices, whether it can be rewound."""
+        raise NotImplementedError
+
     def limit(self, made: Any) -> int | None:
         """The largest number of positions it can represent."""
         raise NotImplementedError
@@ -155,6 +161,9 @@ class LayerSubject(Subject):
 
     def grow_cache(self, made: Any, cache: Any, length: int) -> Any:
         return made.grow_cache(cache, length)
+
+    def can_rewind(self, made: Any) -> Callable[[Any, int, int], bool]:
+        return made.can_rewind
 
     def limit(self, made: Any) -> int | None:
         return made.max_sequence_length
@@ -216,6 +225,10 @@ class ModelSubject(Subject):
 
     def grow_cache(self, made: Any, cache: Any, length: int) -> Any:
         return grow_cache(call_sites(made, self._one_token()), cache, length)
+
+    def can_rewind(self, made: Any) -> Callable[[Any, int, int], bool]:
+        # The call sites are looked for once, for many questions.
+        return functools.partial(can_rewind, call_sites(made, self._one_token()))
 
     def limit(self, made: Any) -> int | None:
         return max_positions(call_sites(made, self._one_token()))

@@ -272,7 +272,7 @@ def speculate(
         reached = np.where(finished, batch.absorbed, batch.absorbed + 1 + counts)
         batch.reserve(int(reached.max()))
         top = int(reached.max())
-        rewinds = can_rewind(engine.sites, batch.cache, top, max(0, top - guesses))
+        rewinds = can_rewind(engine.sites, batch.cache, top, int(batch.absorbed.min()))
         verify = engine.functions.get(
             ("verify", rewinds),
             functools.partial(_make_verify, engine, rewinds),
