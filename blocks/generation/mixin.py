@@ -5,29 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import keras
 import numpy as np
-from keras import ops
 
-from attention import check_positive_int, describe, is_concrete
-from blocks.generation.engine import Engine
+from attention import check_positive_int, describe
 from blocks.generation.progress import check_verbose, with_progress
 from blocks.generation.prompts import (
     Prompts,
-    check_tokens,
     join_outputs,
-    normalize_inputs,
     pad_token_id,
-    read_prompts,
     resolve_stops,
-    vocabulary_size,
 )
 from blocks.generation.running_batch import Block, RunningBatch
 from blocks.generation.sampler_settings import check_sampler, has_own_loop
 from blocks.generation.search import search
 from blocks.generation.session import Session
 from blocks.generation.speculation import Speculation, speculate
-from blocks.generation.state import GenerationState
+from blocks.generation.steps import GenerationSteps
 from blocks.generation.streaming import (
     TextPieces,
     detokenize,
@@ -36,11 +29,8 @@ from blocks.generation.streaming import (
 )
 
 
-class GenerationMixin:
+class GenerationMixin(GenerationSteps):
     """Generation for `blocks.CausalLM`, which it is a part of."""
-
-    backbone: Any
-    preprocessor: Any
 
     def generate(
         self,
@@ -207,108 +197,6 @@ class GenerationMixin:
             raise ValueError("`start` takes one batch of prompts, not a dataset.")
         return Session(self, self._engine(), batches[0], is_single)
 
-    def prefill(self, inputs: Any, max_length: int) -> GenerationState:
-        """Absorbs prompts: the first step of a generation loop of your own.
-
-        Args:
-            inputs: as for `generate`.
-            max_length: int. How many positions each row can have in all.
-
-        Returns:
-            A `GenerationState`, whose `logits` are those of the first new
-            token.
-
-        Raises:
-            TypeError: if an argument has the wrong type.
-            ValueError: if a prompt is empty or longer than `max_length`, or the
-                model does not know so many positions.
-
-        Example:
-
-        >>> import numpy as np
-        >>> from keras import ops
-        >>> from blocks import CausalLM, CustomBackbone
-        >>> backbone = CustomBackbone(50, 1, 2, 16, 32, max_sequence_length=32)
-        >>> lm = CausalLM(backbone)
-        >>> prompt = {"token_ids": np.array([[1, 2, 3]]), "padding_mask": np.ones((1, 3))}
-        >>> state = lm.prefill(prompt, max_length=8)
-        >>> for _ in range(5):
-        ...     tokens = ops.argmax(state.logits, axis=-1)
-        ...     logits, state = lm.decode_step(tokens, state)
-        >>> int(state.cache_update_index[0]), tuple(logits.shape)
-        (8, (1, 50))
-        """
-        check_positive_int("max_length", max_length)
-        batches, _ = self._read(inputs, max_length, None)
-        if len(batches) > 1:
-            raise ValueError("`prefill` takes one batch of prompts, not a dataset.")
-        prompts = batches[0]
-        logits, cache = self._engine().absorb(
-            None, max_length, prompts.token_ids, 0, prompts.lengths
-        )
-        index, limit = map(
-            ops.convert_to_tensor, (prompts.lengths, np.int32(max_length))
-        )
-        return GenerationState(cache, index, logits, limit)
-
-    def decode_step(
-        self, tokens: Any, state: GenerationState, donate: bool = False
-    ) -> tuple[Any, GenerationState]:
-        """Absorbs one token of each row: the step of a loop of your own.
-
-        It may be called inside of `jax.jit` or `tf.function`.
-
-        Args:
-            tokens: integers of shape `(batch,)`: the token chosen for each row.
-            state: from `prefill`, or from the last step.
-            donate: bool. Whether `state` is not used any more, so that its
-                memory is used for the new one: without it JAX and torch copy
-                the cache.
-
-        Returns:
-            `(logits, state)`: the logits of the next token, of shape `(batch,
-            vocabulary_size)`, and the state behind this one.
-
-        Raises:
-            TypeError: if `state` is no `GenerationState` or `tokens` no
-                integers.
-            ValueError: if `tokens` has another shape; and, where that can be
-                seen, if one is not in the vocabulary or a row is full. Within
-                a compiled function the logits of a full row are NaN.
-        """
-        if not isinstance(state, GenerationState):
-            raise TypeError(
-                "`state` must be what `prefill` or the last `decode_step` returned. "
-                f"Received: state={describe(state)}"
-            )
-        engine = self._engine()
-        tokens = self._check_step(tokens, state)
-        index, limit = state.cache_update_index, state.max_length
-        logits, cache = engine.step(state.cache, tokens, index, limit, donate)
-        return logits, GenerationState(cache, index + 1, logits, limit)
-
-    @property
-    def compilations(self) -> int:
-        """How many steps of generation were compiled so far."""
-        engine = self.__dict__.get("_generation_engine")
-        return 0 if engine is None else engine.functions.count
-
-    @property
-    def xla_generation(self) -> bool:
-        """Whether generation is compiled by XLA on TensorFlow."""
-        return self.__dict__.get("_generation_jit_compile", "auto") is not False
-
-    def _reset_generation(self, jit_compile: Any) -> None:
-        self._generation_jit_compile = jit_compile
-        # As in Keras, compiling is how to make changes to a model take effect.
-        self.__dict__.pop("_generation_engine", None)
-
-    def _engine(self) -> Engine:
-        engine = self.__dict__.get("_generation_engine")
-        if engine is None:
-            engine = self._generation_engine = Engine(self)
-        return engine
-
     def _check_options(self, option: Any, name: str) -> None:
         """Says so when the sampler can't be used, or not with an option."""
         sampler = getattr(self, "sampler", None)
@@ -327,21 +215,6 @@ class GenerationMixin:
                     f"Received: speculation={describe(option)}"
                 )
             option.check(self)
-
-    def _read(
-        self,
-        inputs: Any,
-        max_length: int | None,
-        max_new_tokens: int | None,
-    ) -> tuple[list[Prompts], bool]:
-        batches, is_single = normalize_inputs(inputs)
-        limit = self._engine().max_positions
-        size = vocabulary_size(self)
-        prompts = [
-            read_prompts(x, self.preprocessor, max_length, max_new_tokens, size, limit)
-            for x in batches
-        ]
-        return prompts, is_single
 
     def _new_tokens(
         self,
@@ -401,32 +274,3 @@ class GenerationMixin:
             token_ids[row, : len(tokens)] = tokens
             padding_mask[row, : len(tokens)] = True
         return {"token_ids": token_ids, "padding_mask": padding_mask}
-
-    def _check_step(self, tokens: Any, state: GenerationState) -> Any:
-        """Returns the tokens of a step as `int32`, or says what is wrong."""
-        rows = state.logits.shape[0]
-        shape = tuple(getattr(tokens, "shape", np.shape(tokens)))
-        if shape != (rows,):
-            raise ValueError(
-                f"`tokens` must hold one token for each of the {rows} rows: shape "
-                f"({rows},). Received: tokens={describe(tokens)}"
-            )
-        tokens = ops.convert_to_tensor(tokens)
-        if "int" not in keras.backend.standardize_dtype(tokens.dtype):
-            raise TypeError(
-                f"`tokens` must be integers. Received: tokens={describe(tokens)}"
-            )
-        tokens = ops.cast(tokens, "int32")
-        if is_concrete(tokens):
-            values = ops.convert_to_numpy(tokens)[:, None]
-            check_tokens(values, np.ones((rows,)), vocabulary_size(self), False)
-        index, limit = state.cache_update_index, state.max_length
-        if is_concrete(index) and is_concrete(limit):
-            reached = int(ops.convert_to_numpy(index).max())
-            limit = int(ops.convert_to_numpy(limit))
-            if reached >= limit:
-                raise ValueError(
-                    f"A row has {reached} tokens, and `state` has room for {limit} "
-                    "positions. Call `prefill` with a larger `max_length`."
-                )
-        return tokens
