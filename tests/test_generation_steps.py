@@ -127,8 +127,8 @@ def test_errors_of_steps():
 
 def test_capacities_and_chunks():
     capacities = sorted({round_up_capacity(n) for n in range(1, 5000)})
-    assert capacities == [128, 256, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144]
-    assert all(n <= round_up_capacity(n) < 2 * max(n, 65) for n in range(1, 5000))
+    assert capacities == [144, 288, 576, 864, 1152, 1728, 2304, 3456, 4608, 6912]
+    assert all(n <= round_up_capacity(n) < 2 * max(n, 72.5) for n in range(1, 5000))
     assert [chunk_length(1, c) for c in (8, 128, 1024, 10**5)] == [8, 32, 256, 512]
     # A long prompt of many rows is bounded, too.
     assert chunk_length(64, 10**5) == 128
@@ -243,4 +243,4 @@ def test_a_decode_step_moves_no_cache(kind, rows_differ, batch_size):
 
 
 def test_sizes_are_those_of_the_module():
-    assert (engine.BLOCK_STEPS, state.MIN_CAPACITY, state.MIN_CHUNK) == (32, 128, 32)
+    assert (engine.BLOCK_STEPS, state.MIN_CAPACITY, state.MIN_CHUNK) == (32, 144, 32)

@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from keras import ops, tree
 
-# Caches have few sizes, as each is compiled: powers of two up to the fourth of
-# these, then two to an octave, so that little is attended that is not filled.
-MIN_CAPACITY = 128
-# Prompts are absorbed in chunks of a fourth of the capacity, so that little is
-# computed for padding, within these bounds. The last one bounds the memory.
+# Caches have few sizes, as each is compiled: this one doubled and doubled again,
+# then two to an octave, so that little is attended that is not filled. An
+# eighth more than a power of two, as that is what prompts are often cut to.
+MIN_CAPACITY = 144
+# Prompts are absorbed in chunks, a power of two of about a fourth of the
+# capacity, so that little is computed for padding. The last of these bounds the
+# memory that it takes.
 MIN_CHUNK = 32
 MAX_CHUNK = 512
 MAX_CHUNK_TOKENS = 8192
@@ -51,7 +53,7 @@ def round_up_capacity(length: int) -> int:
 
     >>> from blocks.generation.state import round_up_capacity
     >>> [round_up_capacity(n) for n in (1, 129, 513, 769, 1025)]
-    [128, 256, 768, 1024, 1536]
+    [144, 144, 576, 864, 1152]
     """
     capacity = MIN_CAPACITY
     while capacity < length:
@@ -72,9 +74,12 @@ def chunk_length(batch_size: int, capacity: int) -> int:
     Returns:
         An int.
     """
-    chunk = min(max(capacity // 4, MIN_CHUNK), MAX_CHUNK)
-    while chunk > MIN_CHUNK and chunk * batch_size > MAX_CHUNK_TOKENS:
-        chunk //= 2
+    chunk = MIN_CHUNK
+    while (
+        2 * chunk <= min(capacity // 4, MAX_CHUNK)
+        and 2 * chunk * batch_size <= MAX_CHUNK_TOKENS
+    ):
+        chunk *= 2
     return min(chunk, capacity)
 
 
