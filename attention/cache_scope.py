@@ -259,7 +259,7 @@ class NewCacheScope(CacheScope):
     >>> model = keras.Sequential([keras.Input((None, 8)), MultiHeadAttention(2)])
     >>> with NewCacheScope(batch_size=1, max_length=16) as scope:
     ...     outputs = model(np.zeros((1, 4, 8)))
-    >>> scope.cache[0]["key"].shape[2], len(scope.layers)
+    >>> scope.cache[0]["value"].shape[2], len(scope.layers)
     (16, 1)
     """
 

@@ -167,7 +167,7 @@ def create_cache(
     >>> from attention import MultiHeadAttention, create_cache
     >>> model = keras.Sequential([keras.Input((None, 8)), MultiHeadAttention(2)])
     >>> cache = create_cache(model, batch_size=3, max_length=16)
-    >>> tuple(cache[0]["key"].shape)  # (batch, heads, length, key_dim)
+    >>> tuple(cache[0]["value"].shape)  # (batch, heads, length, value_dim)
     (3, 2, 16, 4)
     """
     batch_size = check_positive_int("batch_size", batch_size)
@@ -216,7 +216,7 @@ def grow_cache(sites: tuple[CachedLayer, ...], cache: tuple, max_length: int) ->
     >>> model = keras.Sequential([keras.Input((None, 8)), MultiHeadAttention(2)])
     >>> cache = create_cache(model, batch_size=1, max_length=16)
     >>> cache = grow_cache(call_sites(model), cache, max_length=32)
-    >>> cache[0]["key"].shape[2]
+    >>> cache[0]["value"].shape[2]
     32
     """
     _check_slots(sites, cache)

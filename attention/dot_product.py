@@ -57,6 +57,7 @@ def combine_masks(
     causal: bool,
     key_padding_mask: Any = None,
     attention_mask: Any = None,
+    in_order: bool = False,
 ) -> Any:
     """Combines all that says which key a query may attend to.
 
@@ -69,6 +70,8 @@ def combine_masks(
         attention_mask: `None` or boolean tensor `(batch, query_length,
             positions)`: its last axis counts positions of the sequence.
             Positions beyond its end are hidden.
+        in_order: bool. Whether the positions of keys are 0, 1, 2 and so on,
+            unless there is a row of them for each sequence.
 
     Returns:
         `None` where every key may be attended, otherwise a boolean tensor that
@@ -81,7 +84,7 @@ def combine_masks(
     if key_padding_mask is not None:
         masks.append(key_padding_mask[:, None, :])
     if attention_mask is not None:
-        masks.append(_align(attention_mask, key_positions))
+        masks.append(_align(attention_mask, key_positions, in_order))
     if not masks:
         return None
     combined = masks[0]
@@ -90,7 +93,7 @@ def combine_masks(
     return combined[:, None]
 
 
-def _align(attention_mask: Any, key_positions: Any) -> Any:
+def _align(attention_mask: Any, key_positions: Any, in_order: bool) -> Any:
     """Picks the columns of `attention_mask` that belong to the keys."""
     attention_mask = ops.cast(attention_mask, "bool")
     length = static_size(attention_mask, len(attention_mask.shape) - 1)
@@ -103,7 +106,7 @@ def _align(attention_mask: Any, key_positions: Any) -> Any:
             ops.take_along_axis(attention_mask, columns, axis=-1), known
         )
     capacity = static_size(key_positions, 0)
-    if capacity is None or capacity == length:
+    if in_order and (capacity is None or capacity == length):
         return attention_mask
     columns = ops.minimum(key_positions, length - 1)
     return ops.logical_and(
@@ -113,8 +116,7 @@ def _align(attention_mask: Any, key_positions: Any) -> Any:
 
 def grouped_attention(
     query: Any,
-    key: Any,
-    value: Any,
+    parts: list[tuple[Any, Any]],
     mask: Any = None,
     bias: Any = None,
     scale: float = 1.0,
@@ -123,14 +125,14 @@ def grouped_attention(
     """Scaled dot product attention in which query heads share key/value heads.
 
     The heads that share a key/value head are computed as one matrix; keys and
-    values are never repeated. Softmax is computed in float32.
+    values are never repeated. They may come in parts, of a cache and of new
+    tokens, which are not copied together. Softmax is computed in float32.
 
     Args:
         query: tensor of shape `(batch, query_length, num_heads, key_dim)`.
-        key: tensor of shape `(batch, num_key_value_heads, key_length,
-            key_dim)`.
-        value: tensor of shape `(batch, num_key_value_heads, key_length,
-            value_dim)`.
+        parts: keys and values, one pair or several whose lengths add up to
+            `key_length`: tensors of shape `(batch, num_key_value_heads, key_dim,
+            length)` and `(batch, num_key_value_heads, length, value_dim)`.
         mask: `None` or boolean tensor that broadcasts to `(batch, num_heads,
             query_length, key_length)`, with a heads axis of 1.
         bias: `None` or float tensor `([batch,] num_heads, query_length,
@@ -142,11 +144,16 @@ def grouped_attention(
         The outputs, `(batch, query_length, num_heads, value_dim)`, and the
         attention weights, `(batch, num_heads, query_length, key_length)`.
     """
-    shape = ops.shape(query)
-    heads, groups = query.shape[2], key.shape[1]
+    length, heads, dim = ops.shape(query)[1], query.shape[2], query.shape[3]
+    groups = parts[0][0].shape[1]
     per_group = heads // groups
-    query = ops.reshape(query, (-1, shape[1], groups, per_group, query.shape[3]))
-    logits = ops.einsum("bqgnd,bgkd->bgnqk", query, key)
+    query = ops.reshape(query, (-1, length, groups, per_group, dim))
+    query = ops.transpose(query, (0, 2, 3, 1, 4))
+    # What shares keys is one matrix.
+    query = ops.reshape(query, (-1, groups, per_group * length, dim))
+    logits = _concatenate([ops.matmul(query, key) for key, _ in parts])
+    key_length = ops.shape(logits)[-1]
+    logits = ops.reshape(logits, (-1, groups, per_group, length, key_length))
     logits = ops.cast(logits, "float32") * scale
     if bias is not None:
         lead = (-1,) if len(bias.shape) == 4 else ()
@@ -156,13 +163,27 @@ def grouped_attention(
     if mask is not None:
         logits = ops.where(mask[:, :, None], logits, _MASKED)
     # Keras warns of a softmax over a single key, which is all right here.
-    one_key = static_size(key, 2) == 1
+    one_key = static_size(logits, 4) == 1
     weights = ops.ones_like(logits) if one_key else ops.softmax(logits, axis=-1)
     dropped = weights if dropout is None else dropout(weights)
-    outputs = ops.einsum("bgnqk,bgkd->bqgnd", ops.cast(dropped, value.dtype), value)
-    outputs = ops.reshape(outputs, (-1, shape[1], heads, value.shape[3]))
-    key_length = ops.shape(key)[2]
-    return outputs, ops.reshape(weights, (-1, heads, shape[1], key_length))
+    dropped = ops.cast(dropped, parts[0][1].dtype)
+    dropped = ops.reshape(dropped, (-1, groups, per_group * length, key_length))
+    outputs: Any = 0
+    start: Any = 0
+    for _, value in parts:
+        end = start + ops.shape(value)[2]
+        # One part is all of them.
+        own = dropped if len(parts) == 1 else dropped[..., start:end]
+        outputs, start = outputs + ops.matmul(own, value), end
+    value_dim = parts[0][1].shape[3]
+    outputs = ops.reshape(outputs, (-1, groups, per_group, length, value_dim))
+    outputs = ops.transpose(outputs, (0, 3, 1, 2, 4))
+    outputs = ops.reshape(outputs, (-1, length, heads, value_dim))
+    return outputs, ops.reshape(weights, (-1, heads, length, key_length))
+
+
+def _concatenate(parts: list[Any]) -> Any:
+    return parts[0] if len(parts) == 1 else ops.concatenate(parts, axis=-1)
 
 
 def scale_query(query: Any, scale: float) -> tuple[Any, float]:

@@ -17,6 +17,7 @@ from attention.dot_product import (
     scale_query,
 )
 from attention.initializers import clone_initializer
+from attention.key_value_cache import to_cache_layout
 from attention.position_schemes import (
     PositionScheme,
     check_position,
@@ -154,13 +155,12 @@ class DotProductAttention(CachedLayer):
     def _attend(
         self,
         query: Any,
-        key: Any,
-        value: Any,
+        new: tuple[Any, Any] | None,
         query_positions: Any,
         key_positions: Any,
+        past: tuple[Any, Any] | None = None,
         key_padding_mask: Any = None,
         attention_mask: Any = None,
-        heads_in_front: bool = False,
         return_scores: bool = False,
         training: bool | None = None,
     ) -> tuple[Any, Any]:
@@ -168,16 +168,15 @@ class DotProductAttention(CachedLayer):
 
         Args:
             query: tensor of shape `(batch, length, num_heads, key_dim)`.
-            key: tensor of shape `(batch, key_length, num_key_value_heads,
-                key_dim)`.
-            value: tensor of shape `(batch, key_length, num_key_value_heads,
-                value_dim)`.
+            new: `None`, or keys and values of shape `(batch, key_length,
+                num_key_value_heads, dim)`.
             query_positions: `int32` tensor, `(length,)` or `(batch, length)`.
-            key_positions: likewise for the keys.
+            key_positions: likewise for all keys, the past ones first.
+            past: `None`, or keys and values as in a cache: `(batch,
+                num_key_value_heads, key_dim, key_length)` and `(batch,
+                num_key_value_heads, key_length, value_dim)`.
             key_padding_mask: `None` or boolean tensor `(batch, key_length)`.
             attention_mask: `None` or boolean tensor `(batch, length, positions)`.
-            heads_in_front: bool. Whether keys and values are laid out as in a
-                cache, `(batch, num_key_value_heads, key_length, dim)`.
             return_scores: bool. Whether the scores are needed.
             training: bool. Whether to apply dropout.
 
@@ -190,26 +189,25 @@ class DotProductAttention(CachedLayer):
             self.causal,
             key_padding_mask,
             attention_mask,
+            in_order=past is None or new is None,
         )
         bias = None
         if self.position is not None:
             bias = self.position.bias(query_positions, key_positions)
             self._check_bias(bias)
         dropout = self.dropout_layer if training and self.dropout else None
-        groups = key.shape[1 if heads_in_front else 2]
-        fused = fused_attention_applies(
-            self.num_heads, groups, *self._head_dims(), self.compute_dtype
-        )
         query, scale = scale_query(query, self._logit_scale)
         scores = None
-        if heads_in_front or return_scores or dropout or not fused:
-            if not heads_in_front:
-                key, value = ops.swapaxes(key, 1, 2), ops.swapaxes(value, 1, 2)
-            outputs, scores = grouped_attention(
-                query, key, value, mask, bias, scale, dropout
-            )
+        plain = past is None and not return_scores and dropout is None
+        if plain and new is not None and self._is_fused(new[0].shape[2]):
+            outputs = fused_attention(query, new[0], new[1], mask, bias, scale)
         else:
-            outputs = fused_attention(query, key, value, mask, bias, scale)
+            parts = [] if past is None else [past]
+            if new is not None:
+                parts.append(to_cache_layout(*new))
+            outputs, scores = grouped_attention(
+                query, parts, mask, bias, scale, dropout
+            )
         if attention_mask is not None:
             # A query that may attend to nothing attends to nothing. Softmax
             # would have given it the mean of all values, later ones too.
@@ -217,6 +215,11 @@ class DotProductAttention(CachedLayer):
             outputs = ops.where(ops.swapaxes(some, 1, 2), outputs, 0)
             scores = None if scores is None else ops.where(some, scores, 0)
         return self.output_dense(outputs), scores
+
+    def _is_fused(self, groups: int) -> bool:
+        return fused_attention_applies(
+            self.num_heads, groups, *self._head_dims(), self.compute_dtype
+        )
 
     def _check_bias(self, bias: Any) -> None:
         heads = None if bias is None else bias.shape[-3]

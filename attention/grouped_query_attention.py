@@ -7,10 +7,10 @@ from typing import Any
 import keras
 from keras import ops
 
-from attention.cache_writes import token_positions
+from attention.cache_writes import computed_after, token_positions
 from attention.dot_product import check_attention_mask
 from attention.dot_product_attention import DotProductAttention
-from attention.key_value_cache import FullCache, pack_key_value
+from attention.key_value_cache import FullCache, is_zero, join_positions, pack_key_value
 from attention.position_schemes import PositionScheme
 from attention.validation import check_positive_int, describe, static_size
 
@@ -231,41 +231,50 @@ class GroupedQueryAttention(DotProductAttention):
             key_padding_mask = None
         if self.position is not None:
             q, k = self.position.encode(q, k, positions, key_positions)
-        # The contents of a cache are laid out with the heads in front.
-        heads_in_front = False
-        if cache is not None:
-            k_new, v_new = ops.swapaxes(k, 1, 2), ops.swapaxes(v, 1, 2)
-            cache = self.cache_policy.write(
-                cache, k_new, v_new, cache_update_index, padding_mask
-            )
-            # At index 0 there is no past: the new tokens attend to each other.
-            at_start = isinstance(cache_update_index, int) and cache_update_index == 0
-            if not at_start or return_attention_scores:
-                k, v, key_positions = self.cache_policy.read(cache)
-                key_padding_mask = None
-                heads_in_front = True
+        past: Any = None
+        new: Any = (k, v)
+        if cache is not None and return_attention_scores:
+            # For every slot of the cache.
+            cache = self._write(cache, new, cache_update_index, padding_mask)
+            *past, key_positions = self.cache_policy.read(cache)
+            new = key_padding_mask = None
+        # At index 0 there is no past: the new tokens attend to each other.
+        elif cache is not None and not is_zero(cache_update_index):
+            *past, past_positions = self.cache_policy.read(cache, cache_update_index)
+            key_positions = join_positions(past_positions, key_positions)
+            # Padding comes after all tokens whose outputs count.
+            key_padding_mask = None
         outputs, scores = self._attend(
             q,
-            k,
-            v,
+            new,
             positions,
             key_positions,
+            past=past,
             key_padding_mask=key_padding_mask,
             attention_mask=attention_mask,
-            heads_in_front=heads_in_front,
             return_scores=return_attention_scores,
             training=training,
         )
+        if cache is not None and not return_attention_scores:
+            new = tuple(computed_after(x, outputs) for x in (k, v))
+            cache = self._write(cache, new, cache_update_index, padding_mask)
         returned: tuple = (outputs,)
         if return_attention_scores:
             returned += (scores,)
         if return_key_value:
             # What these queries attended to: all of the cache, or the new tokens.
-            if not heads_in_front:
+            if past is None:
                 k, v = ops.swapaxes(k, 1, 2), ops.swapaxes(v, 1, 2)
+            else:
+                k, v, key_positions = self.cache_policy.read(cache)
+                k = ops.swapaxes(k, 2, 3)
             returned += (pack_key_value(k, v, key_positions, key_padding_mask),)
         outputs = returned if len(returned) > 1 else outputs
         return outputs if cache is None else (outputs, cache)
+
+    def _write(self, cache: Any, new: tuple, index: Any, padding_mask: Any) -> Any:
+        key, value = new
+        return self.cache_policy.write(cache, key, value, index, padding_mask)
 
     def _check_call(self, value: Any, key: Any, cache: Any, index: Any) -> None:
         lengths = {static_size(x, 1) for x in (value, key) if x is not None}

@@ -44,11 +44,42 @@ def pack_key_value(
     return {"key": key, "value": value, "positions": positions}
 
 
+def to_cache_layout(key: Any, value: Any) -> tuple[Any, Any]:
+    """Lays out keys and values as caches do.
+
+    Args:
+        key: tensor of shape `(batch, length, heads, key_dim)`.
+        value: tensor of shape `(batch, length, heads, value_dim)`.
+
+    Returns:
+        Tensors of shape `(batch, heads, key_dim, length)` and `(batch, heads,
+        length, value_dim)`.
+    """
+    return ops.transpose(key, (0, 2, 3, 1)), ops.swapaxes(value, 1, 2)
+
+
+def join_positions(past: Any, new: Any) -> Any:
+    """The positions of past and new keys, `(length,)` or `(batch, length)` each."""
+    batch = next((ops.shape(x)[0] for x in (past, new) if len(x.shape) == 2), None)
+    if batch is not None:
+        past, new = (
+            x if len(x.shape) == 2 else ops.broadcast_to(x, (batch, ops.shape(x)[0]))
+            for x in (past, new)
+        )
+    return ops.concatenate([past, new], axis=-1)
+
+
+def is_zero(index: Any) -> bool:
+    """Whether a cache is known to have absorbed nothing."""
+    return isinstance(index, int) and index == 0
+
+
 class FullCache:
     """Keeps the key and the value of every position, in the slot of its number.
 
-    The tensors are laid out `(batch, heads, length, dim)`, so that a decode
-    step reads each head's keys as one contiguous block.
+    Keys are laid out `(batch, heads, dim, length)` and values `(batch, heads,
+    length, dim)`: a decode step multiplies a matrix that lies in memory as it
+    is read, for which neither XLA nor a CPU's kernels have to transpose it.
     """
 
     def create(
@@ -63,10 +94,10 @@ class FullCache:
         """Returns a dict of two zero tensors, `"key"` and `"value"`."""
         batch_size = check_positive_int("batch_size", batch_size)
         max_length = check_positive_int("max_length", max_length)
-        shape = (batch_size, num_heads, max_length)
+        shape = (batch_size, num_heads)
         return {
-            "key": ops.zeros((*shape, key_dim), dtype=dtype),
-            "value": ops.zeros((*shape, value_dim), dtype=dtype),
+            "key": ops.zeros((*shape, key_dim, max_length), dtype=dtype),
+            "value": ops.zeros((*shape, max_length, value_dim), dtype=dtype),
         }
 
     def write(
@@ -76,8 +107,8 @@ class FullCache:
 
         Args:
             cache: as created.
-            key: tensor of shape `(batch, heads, new, key_dim)`.
-            value: tensor of shape `(batch, heads, new, value_dim)`.
+            key: tensor of shape `(batch, new, heads, key_dim)`.
+            value: tensor of shape `(batch, new, heads, value_dim)`.
             index: int, or integer tensor of shape `()` or `(batch,)`.
             padding_mask: `None` or boolean tensor of shape `(batch, new)`.
                 Padded tokens are not written over a live slot.
@@ -89,7 +120,7 @@ class FullCache:
             ValueError: if the new positions can't fit, where that is known
                 without looking into a tensor.
         """
-        capacity, new = cache["key"].shape[2], static_size(key, 2)
+        capacity, new = cache["value"].shape[2], static_size(key, 1)
         if new is not None and new > capacity:
             raise ValueError(
                 f"{new} tokens were given to a cache of {capacity} positions. "
@@ -103,19 +134,33 @@ class FullCache:
                 f"into a cache of {capacity} positions. Create it with a "
                 "larger `max_length`, or grow it with `grow_cache`."
             )
+        key, value = to_cache_layout(key, value)
         return {
-            "key": write_tokens(cache["key"], key, index, padding_mask),
-            "value": write_tokens(cache["value"], value, index, padding_mask),
+            "key": write_tokens(cache["key"], key, index, padding_mask, axis=3),
+            "value": write_tokens(cache["value"], value, index, padding_mask, axis=2),
         }
 
-    def read(self, cache: Any) -> tuple[Any, Any, Any]:
+    def read(self, cache: Any, index: Any = None) -> tuple[Any, Any, Any]:
         """Returns keys, values and the positions of their slots.
 
-        Slots that were not written yet hold zeros, at positions that no query
-        has reached: the causal mask hides them.
+        Args:
+            cache: as created.
+            index: `None`, int, or integer tensor of shape `()` or `(batch,)`:
+                where given, slots behind these absorbed positions are at
+                `HIDDEN_POSITION`.
+
+        Returns:
+            Keys of shape `(batch, heads, key_dim, length)`, values of shape
+            `(batch, heads, length, value_dim)`, and `int32` positions of shape
+            `(length,)` or `(batch, length)`. Slots that were not written yet
+            hold zeros.
         """
         key, value = cache["key"], cache["value"]
-        return key, value, ops.arange(key.shape[2], dtype="int32")
+        positions = ops.arange(value.shape[2], dtype="int32")
+        if index is not None:
+            index = ops.cast(index, "int32")[..., None]
+            positions = ops.where(positions < index, positions, HIDDEN_POSITION)
+        return key, value, positions
 
     def can_rewind(self, cache: Any, from_index: int, to_index: int) -> bool:
         """Slots behind the index are hidden, and overwritten before they are seen."""

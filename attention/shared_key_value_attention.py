@@ -138,18 +138,20 @@ class SharedKeyValueAttention(DotProductAttention):
             # No new keys: these were encoded by the layer that made them.
             no_keys = ops.swapaxes(k[:, :, :0], 1, 2)
             q, _ = self.position.encode(q, no_keys, positions, key_positions[:, :0])
-        heads_in_front = cache is not None
-        if not heads_in_front:
+        past: Any = None
+        new: Any = None
+        if cache is None:
             # A whole sequence: as its producer attends to it.
-            k, v = ops.swapaxes(k, 1, 2), ops.swapaxes(v, 1, 2)
+            new = ops.swapaxes(k, 1, 2), ops.swapaxes(v, 1, 2)
+        else:
+            past = ops.swapaxes(k, 2, 3), v
         outputs, scores = self._attend(
             q,
-            k,
-            v,
+            new,
             positions,
             key_positions,
+            past=past,
             attention_mask=attention_mask,
-            heads_in_front=heads_in_front,
             return_scores=return_attention_scores,
             training=training,
         )

@@ -277,7 +277,7 @@ def test_a_source_that_is_the_query_itself(layer, cache):
 def test_a_cache_before_the_first_call():
     layer = MultiHeadAttention(2, key_dim=3, value_dim=5)
     cache = layer.create_cache(1, 8)
-    assert tuple(cache["key"].shape) == (1, 2, 8, 3)
+    assert tuple(cache["key"].shape) == (1, 2, 3, 8)
     _, cache = layer(np.ones((1, 4, 8)), cache=cache, cache_update_index=0)
     assert tuple(cache["value"].shape) == (1, 2, 8, 5)
 

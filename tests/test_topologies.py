@@ -177,7 +177,7 @@ def test_the_cache_of_a_growing_batch_grows():
     x = ops.convert_to_tensor(np.ones((3, 4, 16), "float32"))
     cache = block.create_cache(3, 4)
     _, cache = block(x, cache=cache, cache_update_index=0)
-    assert block.grow_cache(cache, 8)[0]["key"].shape[2] == 8
+    assert block.grow_cache(cache, 8)[0]["value"].shape[2] == 8
     lm = make_lm(backbone)
     outputs = lm.generate(prompts([[1, 2]]), stop_token_ids=None, max_new_tokens=40)
     assert rows_of(outputs) == brute_force_greedy(lm, [[1, 2]], [42], width=48)
