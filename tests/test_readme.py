@@ -12,8 +12,13 @@ def test_every_python_block_runs(capsys):
     namespace = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
-    assert capsys.readouterr().out.strip() == "[12 10]"
-    assert namespace["text"].startswith("raw")
+    out = capsys.readouterr().out
+    assert out.startswith("[12 10]\nonce upon a time")
+    # The session: 5 + 1 + 9 tokens were absorbed; 5 + 6 + 9 + 6 - 4 are left.
+    assert out.endswith("15 22\n")
+    assert namespace["text"].startswith("to be")
+    assert len(namespace["texts"]) == 3
+    assert namespace["state"].cache_update_index[0] == 17
 
 
 def test_the_two_commands_are_there():

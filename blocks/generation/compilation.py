@@ -109,6 +109,7 @@ class CompiledFunctions:
         self._functions: dict[Any, Callable] = {}
         self._model_read: tuple = ()
         self._sampler_read: tuple = ()
+        self._layers: list[keras.layers.Layer] = []
         self.count = 0
 
     def get(
@@ -146,14 +147,17 @@ class CompiledFunctions:
 
     def _forget_what_is_stale(self, sampler: Any) -> None:
         task = self._task
-        policies = tuple(layer.dtype_policy.name for layer in task.backbone.layers)
+        policies = tuple(layer.dtype_policy.name for layer in self._layers)
         read: tuple = (
             list(task.variables),
             (task.run_eagerly, task.xla_generation, policies),
         )
         if not _same(read, self._model_read):
             self._functions.clear()
-            self._model_read = read
+            self._layers = _all_layers(task)
+            policies = tuple(layer.dtype_policy.name for layer in self._layers)
+            settings = (task.run_eagerly, task.xla_generation, policies)
+            self._model_read = (read[0], settings)
         if sampler is None:
             return
         values, objects = compiled_settings(sampler)
@@ -163,6 +167,23 @@ class CompiledFunctions:
             for key in [key for key in self._functions if key[1]]:
                 del self._functions[key]
             self._sampler_read = read
+
+
+def _all_layers(task: keras.Model) -> list[keras.layers.Layer]:
+    """A model's layers, and those within them, however they are kept."""
+    found: dict[int, keras.layers.Layer] = {}
+    waiting: list[Any] = [task]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, keras.layers.Layer):
+            if id(value) not in found:
+                found[id(value)] = value
+                waiting += vars(value).values()
+        elif isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, (list, tuple)):
+            waiting += value
+    return list(found.values())
 
 
 def _same(a: tuple, b: tuple) -> bool:
