@@ -2,6 +2,7 @@
 
 import pytest
 
+from blocks import CausalLM
 from blocks.generation import engine, state
 
 
@@ -24,3 +25,16 @@ def small_generation_sizes():
 def small_sizes_in_this_test(monkeypatch):
     """As `small_generation_sizes`, for one test."""
     make_sizes_small(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def little_xla(request, monkeypatch):
+    """Leaves XLA on TensorFlow to the tests that ask for it, by a mark.
+
+    It takes seconds to compile a model that runs for milliseconds.
+    """
+    if "xla" not in request.keywords:
+        asked_for = property(
+            lambda lm: lm.__dict__.get("_generation_jit_compile") is True
+        )
+        monkeypatch.setattr(CausalLM, "xla_generation", asked_for)

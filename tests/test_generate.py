@@ -44,6 +44,7 @@ def expected(lm):
 # === Greedy, against brute force ===
 
 
+@pytest.mark.xla
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_variant_equals_brute_force(variant):
     lm = make_lm(make_variant(variant))

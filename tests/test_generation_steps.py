@@ -86,6 +86,7 @@ def test_a_state_is_a_pytree_that_nobody_changes():
         np.testing.assert_array_equal(old, to_numpy(leaf))
 
 
+@pytest.mark.xla
 def test_the_size_of_a_grouped_cache():
     lm = make_lm(make_backbone(GroupedBackbone, num_layers=3))
     state = lm.prefill(prompts(RAGGED), max_length=20)

@@ -41,6 +41,7 @@ def lm():
     return make_lm(BACKBONES["learned"]())
 
 
+@pytest.mark.xla
 @pytest.mark.parametrize("kind", BACKBONES)
 def test_turns_equal_starting_over(kind):
     lm = make_lm(BACKBONES[kind]())
