@@ -109,7 +109,7 @@ class CompiledFunctions:
         self._functions: dict[Any, Callable] = {}
         self._model_read: tuple = ()
         self._sampler_read: tuple = ()
-        self._layers: list[keras.layers.Layer] = []
+        self._policy_layers: list[keras.layers.Layer] = []
         self.count = 0
 
     def get(
@@ -147,15 +147,15 @@ class CompiledFunctions:
 
     def _forget_what_is_stale(self, sampler: Any) -> None:
         task = self._task
-        policies = tuple(layer.dtype_policy.name for layer in self._layers)
+        policies = tuple(layer.dtype_policy.name for layer in self._policy_layers)
         read: tuple = (
             list(task.variables),
             (task.run_eagerly, task.xla_generation, policies),
         )
         if not _same(read, self._model_read):
             self._functions.clear()
-            self._layers = _all_layers(task)
-            policies = tuple(layer.dtype_policy.name for layer in self._layers)
+            self._policy_layers = _all_layers(task)
+            policies = tuple(layer.dtype_policy.name for layer in self._policy_layers)
             settings = (task.run_eagerly, task.xla_generation, policies)
             self._model_read = (read[0], settings)
         if sampler is None:

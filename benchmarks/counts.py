@@ -1,0 +1,103 @@
+"""What is counted instead of timed: compilations, memory, the cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.cases import Case, make_prompts
+from benchmarks.processes import WorkerError, WorkerPool
+from benchmarks.rows import Row
+from benchmarks.tokens import Tokens
+
+# KerasHub compiles anew for each length; a few show that.
+KERAS_HUB_LENGTHS = 5
+
+
+def run_compilations(pool: WorkerPool, case: Case) -> list[Row]:
+    """Counts what is compiled for prompts of many lengths."""
+    errors: dict[str, str] = {}
+    prompts = make_prompts(case.lengths, pool.shape.vocabulary_size, 1)
+    few = prompts[:: max(1, len(prompts) // KERAS_HUB_LENGTHS)][:KERAS_HUB_LENGTHS]
+    names = [x for x in pool.contestants if not x.startswith("transformers")]
+    skipped = {x: "" for x in pool.contestants if x not in names}
+
+    def count(name: str) -> dict[str, Any]:
+        worker = pool.worker(name)
+        pool.load(worker)  # Nothing is compiled yet.
+        chosen = few if name.startswith("keras_hub") else prompts
+        new = case.max_new_tokens
+        return worker.call("count", prompts=chosen, max_new_tokens=new)
+
+    errors.update(skipped)
+    replies = pool.for_each(count, errors)
+    errors = {name: text for name, text in errors.items() if text}
+    steps = Row(pool.shape.name, case, "compiled steps", "", False)
+    backend = Row(pool.shape.name, case, "XLA compilations (JAX)", "", False)
+    for name, reply in replies.items():
+        for row, key in ((steps, "steps"), (backend, "backend")):
+            if key in reply:
+                row.add(name, [reply[key]])
+    note = f"KerasHub: {len(few)} of the lengths only, each padded to its own"
+    for row in (steps, backend):
+        row.fields.update(errors=errors, comparable=False)
+        row.fields["notes"].append(f"{note} + {case.max_new_tokens}")
+    backend.fields["notes"].append("JAX compiles eager operations one by one, too")
+    return [row for row in (steps, backend) if row.fields["values"] or errors]
+
+
+def run_memory(pool: WorkerPool, case: Case, near_tie: float) -> list[Row]:
+    """The peak memory, each contestant in a fresh process."""
+    pool.close()
+    errors: dict[str, str] = {}
+    prompts = make_prompts(case.lengths, pool.shape.vocabulary_size, 1)
+    tokens = Tokens(pool, case, prompts, near_tie)
+    row = Row(pool.shape.name, case, "peak memory", "MiB", False)
+
+    def measure(name: str) -> dict[str, Any]:
+        worker = pool.start(name)
+        try:
+            pool.load(worker)
+            length = case.max_length
+            return worker.call("memory", prompts=prompts, max_length=length)
+        finally:
+            worker.close()
+
+    for name, reply in pool.for_each(measure, errors).items():
+        row.add(name, [reply["bytes"] / 2**20])
+        tokens.compare("all", name, reply["tokens"])
+        since = "loading" if reply["was_reset"] else "the start of the process"
+        note = f"peak of the {reply['of']} since {since}, with compilation"
+        if note not in row.fields["notes"]:
+            row.fields["notes"].append(note)
+    row.fields.update(errors=errors, void=tokens.void)
+    return [row]
+
+
+def run_cache(pool: WorkerPool, case: Case) -> list[Row]:
+    """The numbers in this library's cache beside what they should be."""
+    errors: dict[str, str] = {}
+    ours = [name for name in pool.contestants if name.startswith("ours/")]
+    row = Row(pool.shape.name, case, "numbers in the cache", "", False)
+    batch = len(case.lengths)
+    expected = pool.shape.cache_elements(batch, case.max_length)
+    row.fields["notes"].append(
+        f"2 x {pool.shape.num_layers} layers x {pool.shape.num_key_value_heads} "
+        f"key/value heads x {case.max_length} x {pool.shape.head_dim} x {batch} "
+        f"rows = {expected}"
+    )
+    for name in ours:
+        try:
+            reply = pool.worker(name).call(
+                "cache_elements",
+                prompts=make_prompts(case.lengths, pool.shape.vocabulary_size, 1),
+                max_length=case.max_length,
+            )
+        except WorkerError as error:
+            errors[name] = str(error)
+            continue
+        if reply["elements"] is None:
+            row.fields["notes"].append(f"{name}: skipped, there is no `prefill`")
+        else:
+            row.add(name, [reply["elements"]])
+    row.fields["errors"] = errors
+    return [row]

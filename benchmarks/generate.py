@@ -1,0 +1,217 @@
+"""Generation, beside KerasHub and transformers, with the same weights.
+
+Run it from the repository's root: `python -m benchmarks.generate --quick`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from benchmarks.cases import Plan, make_plan
+from benchmarks.processes import ROOT, WorkerError
+from benchmarks.report import table
+from benchmarks.runner import Runner
+
+BACKENDS = ("tensorflow", "jax", "torch")
+PACKAGES = ("keras", "keras-hub", "tensorflow", "jax", "torch", "transformers")
+# Set by the user, they change what is measured.
+VARIABLES = ("XLA_FLAGS", "TF_XLA_FLAGS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+DEFAULT_JSON = ROOT / "benchmarks" / "results" / "generate.json"
+
+
+def all_contestants(backends: list[str]) -> list[str]:
+    """The contestants' names, ours first."""
+    ours = [f"ours/{backend}" for backend in backends]
+    theirs = []
+    for backend in backends:
+        theirs.append(f"keras_hub/{backend}")
+        if backend == "tensorflow":
+            theirs.append("keras_hub/tensorflow-xla")
+    return [*ours, *theirs, "transformers/torch"]
+
+
+def read_proc(path: str, key: str) -> str:
+    """A value from a file in `/proc`, where there is one."""
+    with contextlib.suppress(OSError), open(path, encoding="utf-8") as file:
+        for line in file:
+            if line.startswith(key):
+                return line.partition(":")[2].strip()
+    return ""
+
+
+def describe_gpu() -> str:
+    """The name of the GPU."""
+    if shutil.which("nvidia-smi") is None:
+        return ""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip().replace("\n", ", ")
+
+
+def describe_machine(device: str) -> dict[str, Any]:
+    """The processor, the memory and the versions."""
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    memory = read_proc("/proc/meminfo", "MemTotal").split()
+    return {
+        "processor": read_proc("/proc/cpuinfo", "model name") or platform.processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": int(memory[0]) / 2**20 if memory else 0.0,
+        "system": f"{platform.system()} {platform.machine()}",
+        "gpu": describe_gpu() if device == "gpu" else "",
+        "python": platform.python_version(),
+        "versions": versions,
+        "variables": {k: os.environ[k] for k in VARIABLES if k in os.environ},
+        "load_average": os.getloadavg(),
+    }
+
+
+def run(
+    plan: Plan,
+    contestants: list[str],
+    rounds: int,
+    device: str = "cpu",
+    quick: bool = False,
+    only: Sequence[str] = (),
+    budget: float = 300.0,
+    write: Callable[[dict[str, Any]], None] = lambda report: None,
+    say: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Runs a plan.
+
+    Args:
+        plan: the models and cases.
+        contestants: their names; tokens are compared with the first one's.
+        rounds: how often each contestant is timed in each case.
+        device: `"cpu"` or `"gpu"`.
+        quick: whether the report is to say that it is a quick one.
+        only: parts of the names of the cases to run, or of their models; none
+            means all.
+        budget: see `Runner`.
+        write: is given the report after each case, so that little is lost.
+        say: is told how far it got.
+
+    Returns:
+        The report.
+    """
+    begin = time.monotonic()
+    report: dict[str, Any] = {
+        "settings": {
+            "quick": quick,
+            "device": device,
+            "rounds": rounds,
+            "dtype": plan.dtype,
+            "contestants": contestants,
+        },
+        "machine": describe_machine(device),
+        "rows": [],
+        "minutes": 0.0,
+        "finished": False,
+    }
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+        for shape in plan.models:
+            cases = [
+                case
+                for case in plan.cases[shape.name]
+                if not only or any(x in case.name or x in shape.name for x in only)
+            ]
+            if not cases:
+                continue
+            path = pathlib.Path(folder)
+            runner = Runner(plan, shape, contestants, rounds, device, path, budget)
+            try:
+                for case in cases:
+                    say(f"{shape.name}: {case.name}")
+                    try:
+                        report["rows"] += runner.run(case)
+                    except WorkerError as error:
+                        say(f"  {error}")
+                    report["minutes"] = (time.monotonic() - begin) / 60
+                    write(report)
+            finally:
+                runner.pool.close()
+    report["finished"] = True
+    write(report)
+    return report
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.generate", description=__doc__.split("\n")[0]
+    )
+    add = parser.add_argument
+    add("--quick", action="store_true", help="small models, in under 5 minutes")
+    add("--device", choices=("cpu", "gpu"), default="cpu")
+    add("--backend", action="append", choices=BACKENDS, help="may be repeated")
+    add(
+        "--only",
+        action="append",
+        default=[],
+        metavar="CASE",
+        help="cases with this in their name, or their model's; may be repeated",
+    )
+    add("--without", action="append", default=[], metavar="CONTESTANT")
+    add("--rounds", type=int, help="default: 5, quick: 3")
+    add(
+        "--budget",
+        type=float,
+        default=300.0,
+        help="seconds after which a contestant sits out the rounds after the "
+        "second of a case (default: %(default)g)",
+    )
+    add("--json", type=pathlib.Path, default=DEFAULT_JSON)
+    add("--table", type=pathlib.Path, metavar="JSON", help="print a report again")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command."""
+    options = parse_arguments(arguments)
+    if options.table is not None:
+        print(table(json.loads(options.table.read_text(encoding="utf-8"))))
+        return
+
+    def write(report: dict[str, Any]) -> None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(report, indent=1, ensure_ascii=False)
+        options.json.write_text(text + "\n", encoding="utf-8")
+
+    def say(text: str) -> None:
+        seconds = time.monotonic() - begin
+        print(f"[{seconds:6.0f} s] {text}", file=sys.stderr, flush=True)
+
+    begin = time.monotonic()
+    contestants = all_contestants(options.backend or ["tensorflow", "jax"])
+    report = run(
+        make_plan(options.quick, options.device),
+        [name for name in contestants if name not in options.without],
+        options.rounds or (3 if options.quick else 5),
+        device=options.device,
+        quick=options.quick,
+        only=options.only,
+        budget=options.budget,
+        write=write,
+        say=say,
+    )
+    print(table(report))
+    say(f"written to {options.json}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,309 @@
+"""The benchmarks measure the same model everywhere, and count right."""
+
+import dataclasses
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import generate, report
+from benchmarks.cases import Case, Goal, Plan, make_plan, make_prompts
+from benchmarks.keras_contestants import KerasHub, Ours, assign_weights
+from benchmarks.processes import WorkerPool
+from benchmarks.tokens import Tokens
+from benchmarks.weights import (
+    ModelShape,
+    load_weights,
+    random_weights,
+    save_weights,
+    weight_shapes,
+)
+from benchmarks.worker import peak_memory, reset_peak_memory, until_stop
+
+GPT2 = ModelShape("GPT-2", "gpt2", 2, 16, 2, 2, 32, 61, positions=64)
+LLAMA = ModelShape("Llama", "llama", 2, 24, 6, 2, 40, 61, positions=64)
+both_shapes = pytest.mark.parametrize("shape", [GPT2, LLAMA], ids=["gpt2", "llama"])
+has_transformers = importlib.util.find_spec("transformers") is not None
+
+TIMED = Case(
+    "tiny", "time", (3, 3), 9, split=True, goals=(Goal("all", 1.0, "keras_hub"),)
+)
+
+
+# === Weights ===
+
+
+@both_shapes
+def test_all_libraries_have_the_same_model(shape):
+    weights = random_weights(shape)
+    row = make_prompts((7,), shape.vocabulary_size, 3)[0]
+    contestants = [Ours(), KerasHub()]
+    if has_transformers:
+        from benchmarks.torch_contestants import Transformers
+
+        contestants.append(Transformers())
+    logits = []
+    for contestant in contestants:
+        contestant.load(shape, weights, "float32")
+        logits.append(contestant.logits(row))
+    assert np.abs(logits[0]).max() > 0.05
+    for others in logits[1:]:
+        np.testing.assert_allclose(others, logits[0], atol=1e-5)
+
+
+@pytest.mark.skipif(not has_transformers, reason="needs transformers")
+def test_ragged_rows_of_transformers_are_ours():
+    from benchmarks.torch_contestants import Transformers
+
+    tokens = []
+    prompts = make_prompts((3, 3, 6), LLAMA.vocabulary_size, 3)
+    for contestant in (Ours(), Transformers()):
+        contestant.load(LLAMA, random_weights(LLAMA), "float32")
+        inputs = contestant.prepare(prompts, 12)
+        for new in (None, 4):
+            outputs = contestant.generate(inputs, 12, new, None)
+            tokens.append(contestant.new_tokens(prompts, outputs))
+    assert tokens[:2] == tokens[2:]
+    assert [len(row) for row in tokens[0]] == [9, 9, 6]
+    assert [len(row) for row in tokens[1]] == [4, 4, 4]
+
+
+@both_shapes
+def test_sizes_are_those_of_the_model(shape):
+    ours = Ours()
+    ours.load(shape, random_weights(shape), "float32")
+    prompts = make_prompts((5, 5), shape.vocabulary_size, 1)
+    assert ours.cache_elements(prompts, 16) == shape.cache_elements(2, 16)
+    count = sum(int(np.prod(x)) for x in weight_shapes(shape).values())
+    assert ours.lm.count_params() == count
+    read = shape.elements_read_per_step(2, 8.0)
+    positions = 64 * 16 if shape is GPT2 else 0
+    assert read == count - positions + shape.cache_elements(2, 8)
+
+
+def test_weights_come_back_from_a_file(tmp_path):
+    weights = random_weights(GPT2)
+    save_weights(tmp_path / "w.npz", weights)
+    loaded = load_weights(tmp_path / "w.npz")
+    assert set(loaded) == set(weights) == set(weight_shapes(GPT2))
+    for name, value in weights.items():
+        np.testing.assert_array_equal(loaded[name], value)
+    again = random_weights(GPT2)
+    np.testing.assert_array_equal(
+        again["layer_norm/gamma"], weights["layer_norm/gamma"]
+    )
+
+
+def test_weights_of_another_model_are_refused():
+    ours = Ours()
+    ours.load(GPT2, random_weights(GPT2), "float32")
+    with pytest.raises(ValueError, match="names differ"):
+        assign_weights(ours.lm.backbone, random_weights(LLAMA))
+
+
+# === Tokens ===
+
+
+class Gap:
+    """Processes that only know a gap of two logits."""
+
+    def __init__(self, gap):
+        self.gap = gap
+
+    def worker(self, name):
+        return self
+
+    def call(self, operation, **arguments):
+        self.asked = (operation, arguments)
+        return {"gap": self.gap}
+
+
+def compare(first, second, case=TIMED, near_tie=0.0):
+    pool = Gap(0.01)
+    tokens = Tokens(pool, case, [[1, 2, 3], [4, 5, 6]], near_tie)
+    tokens.compare("all", "a", first)
+    tokens.compare("all", "b", second)
+    return tokens, pool
+
+
+def test_other_tokens_void_the_row():
+    tokens, pool = compare([[7, 8], [7, 9]], [[7, 8], [7, 5]])
+    assert tokens.void.startswith("void: tokens differ at row 1, new token 2: b, a")
+    assert "0.01 apart" in tokens.void
+    assert pool.asked == ("gap", {"row": [4, 5, 6, 7], "first": 9, "second": 5})
+
+
+def test_a_near_tie_is_only_noted():
+    tokens, _ = compare([[7, 8], [7, 9]], [[7, 8], [7, 5]], near_tie=0.02)
+    assert tokens.void is None
+    assert tokens.notes[0].startswith("near tie: tokens differ at row 1")
+
+
+def test_missing_tokens_void_the_row_unless_the_work_differs():
+    tokens, _ = compare([[7, 8], [7, 9]], [[7, 8], [7]])
+    assert tokens.void == "void: b gave 1 new tokens in row 1, a 2"
+    limited = dataclasses.replace(TIMED, max_new_tokens=2)
+    tokens, _ = compare([[7, 8], [7, 9]], [[7, 8, 3], [7, 9, 5]], limited)
+    assert tokens.void is None
+
+
+def test_until_stop():
+    assert until_stop([4, 5, 6, 0, 0], [5, 6]) == [4, 5]
+    assert until_stop([4, 5], None) == [4, 5]
+
+
+# === Ratios and tables ===
+
+
+def test_ratio_is_the_median_of_pairs():
+    # The ratio of the medians would be 4 / 2.
+    assert report.paired_ratio([1.0, 2.0, 4.0], [3.0, 4.0, 20.0]) == 3.0
+    assert report.paired_ratio([6.0, 8.0], [3.0, 2.0], more_is_better=True) == 3.0
+    assert report.paired_ratio([None, 2.0], [3.0, 5.0]) == 2.5
+    assert report.paired_ratio([None, 2.0], [3.0, None]) is None
+
+
+def row(**fields):
+    return {
+        "model": "m",
+        "case": "c",
+        "metric": "all",
+        "unit": "s",
+        "more_is_better": False,
+        "values": {
+            "ours/tensorflow": [1.0, 1.0],
+            "keras_hub/tensorflow": [6.0, 6.0],
+            "keras_hub/tensorflow-xla": [3.0, 3.0],
+        },
+        "errors": {},
+        "void": None,
+        "notes": [],
+        "goals": [dataclasses.asdict(Goal("all", 4.0, "keras_hub"))],
+        **fields,
+    }
+
+
+def test_keras_hubs_faster_setting_counts():
+    found = report.ratios(row())
+    expected = {"keras_hub": ("keras_hub/tensorflow-xla", 3.0)}
+    assert found == {"ours/tensorflow": expected}
+    assert report.goal_text(row()) == "4x keras_hub: tensorflow MISSED"
+    faster = {**row()["values"], "ours/tensorflow": [0.5, 0.75]}
+    assert report.goal_text(row(values=faster)) == "4x keras_hub: tensorflow met"
+    disturbed = row(notes=["BUSY MACHINE: cores in use by others: ..."])
+    assert report.goal_text(disturbed).endswith("of little worth: BUSY MACHINE")
+
+
+def test_goals_without_an_opponent():
+    share = [dataclasses.asdict(Goal("share of bandwidth", 0.7))]
+    values = {"ours/jax": [0.69, 0.75]}
+    percent = row(unit="%", more_is_better=True, values=values, goals=share)
+    assert report.goal_text(percent) == ">= 70%: jax met"
+    most = [dataclasses.asdict(Goal("compiled steps", at_most=8.0))]
+    steps = row(values={"ours/jax": [9], "keras_hub/jax": [5]}, goals=most)
+    assert report.goal_text({**steps, "comparable": False}) == "<= 8: jax MISSED"
+
+
+def test_void_rows_have_no_ratios():
+    assert report.ratios(row(void="void: x")) == {}
+    assert "not measured" in report.goal_text(row(void="void: x"))
+
+
+# === The whole ===
+
+
+def tiny_plan(*cases):
+    return Plan((GPT2,), {GPT2.name: cases}, "float32", 0.0)
+
+
+@pytest.fixture(scope="module")
+def tiny_report():
+    cases = (
+        TIMED,
+        Case("tiny stop", "stop", (3,), 40),
+        Case("tiny lengths", "compilations", (1, 3), 6, max_new_tokens=3),
+        Case("tiny cache", "cache", (3,), 16),
+        Case("elsewhere", "time", (3,), 9),
+    )
+    names = ["ours/tensorflow", "keras_hub/tensorflow"]
+    return generate.run(tiny_plan(*cases), names, rounds=2, quick=True, only=["tiny"])
+
+
+def test_a_run_has_all_rows(tiny_report):
+    # It is what goes to the file.
+    json.dumps(tiny_report)
+    rows = {(row["case"], row["metric"]): row for row in tiny_report["rows"]}
+    assert {metric for case, metric in rows if case == "tiny"} >= {"prefill", "all"}
+    for found in rows.values():
+        assert found["void"] is None
+        assert found["errors"] == {}
+    for metric in ("prefill", "all"):
+        for values in rows["tiny", metric]["values"].values():
+            assert len(values) == 2
+    assert ("elsewhere", "all") not in rows
+    assert "stops at new token" in rows["tiny stop", "all"]["notes"][0]
+    cache = rows["tiny cache", "numbers in the cache"]["values"]["ours/tensorflow"]
+    assert cache == [GPT2.cache_elements(1, 16)]
+    steps = rows["tiny lengths", "compiled steps"]["values"]
+    # KerasHub compiles for each length.
+    assert steps["keras_hub/tensorflow"] == [2]
+    assert 0 < steps["ours/tensorflow"][0] <= 3
+
+
+def test_the_table_is_printed_from_the_file(tiny_report, tmp_path, capsys):
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(tiny_report), encoding="utf-8")
+    generate.main(["--table", str(path)])
+    text = capsys.readouterr().out
+    assert text.rstrip("\n") == report.table(tiny_report).rstrip("\n")
+    assert "QUICK" in text
+    heads = [line for line in text.splitlines() if line.startswith("| case |")]
+    assert len(heads) == 1
+    assert "ours/tensorflow | keras_hub/tensorflow | tensorflow: vs" in heads[0]
+    bars = {line.count("|") for line in text.splitlines() if line.startswith("|")}
+    assert len(bars) == 1
+
+
+def test_what_fails_and_what_differs_is_told(monkeypatch, tmp_path):
+    load = WorkerPool.load
+
+    def load_others(pool, worker):
+        if worker.contestant == "keras_hub/tensorflow":
+            pool.weights = tmp_path / "others.npz"
+            save_weights(pool.weights, random_weights(GPT2, seed=1))
+        load(pool, worker)
+
+    monkeypatch.setattr(WorkerPool, "load", load_others)
+    monkeypatch.setattr(WorkerPool, "together", 1)
+    names = ["ours/tensorflow", "keras_hub/tensorflow", "keras_hub/nothing"]
+    case = dataclasses.replace(TIMED, split=False)
+    found = generate.run(tiny_plan(case), names, rounds=1)
+    assert len(found["rows"]) == 1
+    row = found["rows"][0]
+    assert list(row["values"]) == names[:2]
+    assert row["void"].startswith("void: tokens differ at row 0, new token 1")
+    assert "apart" in row["void"]
+    assert list(row["errors"]) == names[2:]
+    text = report.table(found)
+    assert "| void |" in text
+    assert row["void"] in text
+    assert f"{names[2]}: {row['errors'][names[2]]}" in text
+
+
+def test_peak_memory_is_that_of_now():
+    reset_peak_memory()
+    before = peak_memory()["bytes"]
+    array = np.ones((64, 2**20), "uint8")
+    assert peak_memory()["bytes"] >= before + 0.9 * array.nbytes
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+@pytest.mark.parametrize("quick", [False, True])
+def test_plans_fit_their_models(quick, device):
+    plan = make_plan(quick, device)
+    for shape in plan.models:
+        names = [case.name for case in plan.cases[shape.name]]
+        assert len(names) == len(set(names))
+        for case in plan.cases[shape.name]:
+            assert max(case.lengths) < case.max_length <= shape.positions
