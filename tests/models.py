@@ -8,7 +8,6 @@ import keras
 import keras_hub
 import numpy as np
 from keras import ops
-from planted_faults import Leak
 
 from attention import (
     AlibiBias,
@@ -162,10 +161,3 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
     x = x.astype("float64")
     x = x - x.max(axis=-1, keepdims=True)
     return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
-
-
-class HybridBackbone(CustomBackbone):
-    """A recurrent layer, whose state can't be undone, below attention."""
-
-    def create_attention_layer(self, inputs_shape, layer_index):
-        return Leak() if layer_index == 0 else MultiHeadAttention(self.num_heads)

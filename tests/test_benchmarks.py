@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 
+import keras
 import numpy as np
 import pytest
 
@@ -24,6 +25,10 @@ from benchmarks.worker import peak_memory, reset_peak_memory, until_stop
 GPT2 = ModelShape("GPT-2", "gpt2", 2, 16, 2, 2, 32, 61, positions=64)
 LLAMA = ModelShape("Llama", "llama", 2, 24, 6, 2, 40, 61, positions=64)
 both_shapes = pytest.mark.parametrize("shape", [GPT2, LLAMA], ids=["gpt2", "llama"])
+# It starts processes on all backends by itself.
+pytestmark = pytest.mark.skipif(
+    keras.config.backend() != "tensorflow", reason="once is enough"
+)
 has_transformers = importlib.util.find_spec("transformers") is not None
 
 TIMED = Case(

@@ -6,9 +6,9 @@ import pytest
 from helpers import raises
 
 from blocks import DraftModel, PromptLookup, Speculation
+from tests.hybrid import HybridBackbone
 from tests.models import (
     RAGGED,
-    HybridBackbone,
     RotaryBackbone,
     brute_force_greedy,
     make_backbone,

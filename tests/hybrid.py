@@ -1,0 +1,13 @@
+"""A model with a state that can't be undone."""
+
+from planted_faults import Leak
+
+from attention import MultiHeadAttention
+from blocks import CustomBackbone
+
+
+class HybridBackbone(CustomBackbone):
+    """A recurrent layer below attention."""
+
+    def create_attention_layer(self, inputs_shape, layer_index):
+        return Leak() if layer_index == 0 else MultiHeadAttention(self.num_heads)
