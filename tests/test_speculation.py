@@ -103,10 +103,14 @@ def test_limits_of_rows_and_of_positions():
     lm = make_lm(make_backbone(max_sequence_length=16))
     small = make_lm(make_backbone(max_sequence_length=12, num_layers=1))
     options = {"stop_token_ids": None, "max_length": 16}
-    expected = rows_of(lm.generate(prompts(RAGGED), **options))
-    for speculation in (Scripted(expected, 5), PromptLookup(5), DraftModel(small, 5)):
-        found = lm.generate(prompts(RAGGED), **options, speculation=speculation)
+    # The last row is at its limit from the start.
+    rows = [*RAGGED, list(range(16))]
+    expected = rows_of(lm.generate(prompts(rows), **options))
+    guesses = (Scripted(expected, 5), PromptLookup(5), DraftModel(small, 5))
+    for speculation in (*guesses, DraftModel(other_model("hybrid"), 2)):
+        found = lm.generate(prompts(rows), **options, speculation=speculation)
         assert rows_of(found) == expected
+    assert expected[:3] == brute_force_greedy(lm, RAGGED, [16] * 3, width=16)
 
 
 def test_the_distribution_stays_the_same():

@@ -186,47 +186,46 @@ class _Draft:
         self.before: tuple[RunningBatch, list[np.ndarray]] | None = None
 
     def propose(self, rows: list[np.ndarray], num_tokens: int) -> list[np.ndarray]:
+        asked = np.array([len(row) > 0 for row in rows])
         # A row that is finished stays as it is.
         rows = [row if len(row) else seen for row, seen in zip(rows, self.seen)]
         limit = self.batch.engine.max_positions
-        longest = max(map(len, rows))
         if limit is not None:
-            num_tokens = min(num_tokens, limit - longest)
+            num_tokens = min(num_tokens, limit - max(map(len, rows)))
         if num_tokens < 1:
             return [row[:0] for row in rows]
-        self._go_back(rows)
+        self._go_back(rows, asked)
         pending = [row[n:] for row, n in zip(rows, self.batch.absorbed)]
         tokens, lengths = pad_rows(pending)
         self.batch.absorb(tokens, lengths, num_tokens)
         self.seen = [np.asarray(row, "int32") for row in rows]
-        if not self._rewinds(1):
+        if not self._can_go_back(num_tokens):
             self.before = (self.batch.copy(), self.seen)
-        room = np.full(len(rows), num_tokens, "int32")
-        blocks = [tokens for tokens, _ in self.batch.decode(room, ())]
-        found = np.concatenate(blocks, axis=1)
+        room = np.where(asked, num_tokens, 0).astype("int32")
+        found = [tokens for tokens, _ in self.batch.decode(room, ())]
+        guesses = [
+            row if ask else row[:0] for row, ask in zip(np.concatenate(found, 1), asked)
+        ]
         # The last token is not absorbed.
-        self.seen = [np.concatenate([a, b[:-1]]) for a, b in zip(self.seen, found)]
-        return list(found)
+        self.seen = [np.append(a, b[:-1]) for a, b in zip(self.seen, guesses)]
+        return guesses
 
-    def _rewinds(self, positions: int) -> bool:
-        reached = int(self.batch.absorbed.max())
-        engine, cache = self.batch.engine, self.batch.cache
-        return can_rewind(engine.sites, cache, reached, max(0, reached - positions))
+    def _can_go_back(self, num_tokens: int) -> bool:
+        batch = self.batch
+        reached, least = int(batch.absorbed.max()), int(batch.absorbed.min())
+        return can_rewind(batch.engine.sites, batch.cache, reached + num_tokens, least)
 
-    def _go_back(self, rows: list[np.ndarray]) -> None:
+    def _go_back(self, rows: list[np.ndarray], asked: np.ndarray) -> None:
         """Takes back what was absorbed but turned out to be wrong."""
         if self.before is not None:
             self.batch, self.seen = self.before
             self.before = None
-        # The last token is absorbed anew, as its logits are needed.
-        common = np.array(
-            [
-                min(_common_length(row, seen), len(row) - 1)
-                for row, seen in zip(rows, self.seen)
-            ],
-            "int32",
-        )
-        self.batch.absorbed = np.minimum(self.batch.absorbed, common)
+        right = self.batch.absorbed.copy()
+        for i in np.flatnonzero(asked):
+            # The last token is absorbed anew, as its logits are needed.
+            common = _common_length(rows[i], self.seen[i])
+            right[i] = min(right[i], common, len(rows[i]) - 1)
+        self.batch.absorbed = right
 
 
 def speculate(
