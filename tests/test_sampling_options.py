@@ -121,6 +121,32 @@ def test_settings_that_can_not_be():
         generate(lm)
 
 
+# === Nothing stale ===
+
+
+def test_another_dtype_is_noticed():
+    lm = make_lm(make_backbone(num_layers=1))
+    x = prompts(RAGGED)
+    before = lm.compilations
+    lm.generate(x, stop_token_ids=None, max_length=12)
+    first = lm.compilations
+    # Deep inside of the model, where no variable changes.
+    dense = lm.backbone.transformer_layers[0].self_attention.query_dense
+    computed = []
+    call = dense.call
+
+    def spy(inputs, *args, **kwargs):
+        computed.append(keras.backend.standardize_dtype(inputs.dtype))
+        return call(inputs, *args, **kwargs)
+
+    dense.call = spy
+    dense.dtype_policy = "mixed_bfloat16"
+    lm.generate(x, stop_token_ids=None, max_length=12)
+    assert set(computed) == {"bfloat16"}
+    if keras.config.backend() != "torch":
+        assert lm.compilations - first == first - before
+
+
 # === Progress ===
 
 
