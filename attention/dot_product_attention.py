@@ -129,8 +129,10 @@ class DotProductAttention(CachedLayer):
         """Makes what comes behind the queries: dropout, bias, output projection."""
         key_dim, value_dim = self._head_dims()
         self._logit_scale = key_dim**-0.5 if self.scale is None else self.scale
+        # The letters of what is contracted are in the order of the axes: JAX sorts
+        # them, and would else transpose the kernel in every decode step.
         self.output_dense = keras.layers.EinsumDense(
-            "bqhd,hdw->bqw",
+            "bqhk,hkw->bqw",
             output_shape=(None, query_shape[-1]),
             bias_axes="w" if self.use_bias else None,
             name="attention_output",

@@ -77,7 +77,7 @@ class Scripted:
 
 @pytest.mark.parametrize("text", ["añ€𝄞", "\ufffd" * 2, "é" * 5])
 def test_no_character_is_split(text):
-    pieces = TextPieces([np.zeros((0,), "int32")], Scripted(), 0)
+    pieces = TextPieces([np.zeros((0,), "int32")], Scripted())
     found = [
         pieces.add([np.array([byte], "int32")], finished=False)[0]
         for byte in text.encode()
@@ -90,7 +90,7 @@ def test_no_character_is_split(text):
 
 
 def test_bytes_that_never_become_a_character_come_last():
-    pieces = TextPieces([np.zeros((0,), "int32")], Scripted(), 0)
+    pieces = TextPieces([np.zeros((0,), "int32")], Scripted())
     assert pieces.add([np.array([97, 0xE2, 0x82], "int32")], finished=False) == ["a"]
     assert pieces.add([np.zeros((0,), "int32")], finished=True) == ["\ufffd"]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import keras
 import numpy as np
 from keras import ops
 
@@ -13,7 +12,7 @@ from attention import CacheScope, call_sites, grow_cache, max_positions
 from blocks.backbone_inputs import backbone_inputs
 from blocks.generation.compilation import CompiledFunctions
 from blocks.generation.sampler_settings import number_settings, with_settings
-from blocks.generation.state import chunk_length, copy_cache
+from blocks.generation.state import chunk_length
 
 # The most decode steps of one compiled call. Between two calls the host sees
 # the new tokens, stops if all rows are done, and grows the cache if it is full.
@@ -78,17 +77,15 @@ class Engine:
         tokens: np.ndarray,
         index: Any,
         lengths: np.ndarray,
-        donate: bool = True,
     ) -> tuple[Any, tuple]:
         """Absorbs the next tokens of each row.
 
         Args:
-            cache: `None` for a new one.
+            cache: `None` for a new one. The memory of another is reused.
             capacity: int. The size of the cache.
             tokens: `int32` array of shape `(batch, width)`.
             index: int or `(batch,)` array: how many positions were absorbed.
             lengths: `int32` array `(batch,)`: how many tokens of each row count.
-            donate: bool. Whether the memory of `cache` may be reused.
 
         Returns:
             The logits behind the last token of each row, `(batch,
@@ -110,9 +107,7 @@ class Engine:
             )
             return absorb(padded, lengths)
         absorb = self.functions.get(
-            ("absorb", chunk, donate),
-            lambda: self._make_absorb(chunk, donate),
-            donate=(0,) if donate else (),
+            ("absorb", chunk), lambda: self._make_absorb(chunk), donate=(0,)
         )
         return absorb(cache, padded, index, lengths)
 
@@ -188,7 +183,7 @@ class Engine:
         return backbone(backbone_inputs(backbone, tokens, padding_mask))
 
     def _make_prefill(self, capacity: int, chunk: int) -> Callable:
-        absorb = self._make_absorb(chunk, donate=True)
+        absorb = self._make_absorb(chunk)
 
         def prefill(tokens: Any, lengths: Any) -> Any:
             cache = self.create_cache(tokens.shape[0], capacity)
@@ -197,7 +192,7 @@ class Engine:
 
         return prefill
 
-    def _make_absorb(self, chunk: int, donate: bool) -> Callable:
+    def _make_absorb(self, chunk: int) -> Callable:
         task = self.task
         output = task.backbone.output
 
@@ -212,7 +207,6 @@ class Engine:
                 part = ops.slice(tokens, (0, start), (rows, chunk))
                 left = (lengths - start)[:, None]
                 mask = ops.arange(chunk, dtype="int32")[None] < left
-                # The caller may need its cache again, but no chunk's.
                 hidden, cache = self.forward(cache, part, index + start, mask)
                 # Only the last token's hidden state goes to the vocabulary.
                 ends = ops.logical_and(left > 0, left <= chunk)[..., None]
@@ -220,8 +214,6 @@ class Engine:
                 here = ops.take_along_axis(hidden, place, axis=1)
                 return start + chunk, cache, ops.where(ends, here, last)
 
-            if not donate and keras.config.backend() == "torch":
-                cache = copy_cache(cache)
             last = ops.zeros((rows, 1, output.shape[-1]), dtype=output.dtype)
             start = ops.zeros((), dtype="int32")
             _, cache, last = ops.while_loop(more, absorb_chunk, (start, cache, last))

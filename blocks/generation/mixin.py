@@ -7,25 +7,25 @@ from typing import Any
 
 import numpy as np
 
-from attention import check_positive_int, describe
+from attention import check_positive_int
 from blocks.generation.progress import check_verbose, with_progress
-from blocks.generation.prompts import (
-    Prompts,
-    join_outputs,
-    pad_token_id,
-    resolve_stops,
-)
+from blocks.generation.prompts import Prompts, resolve_stops
 from blocks.generation.running_batch import Block, RunningBatch
 from blocks.generation.sampler_settings import check_sampler, has_own_loop
 from blocks.generation.search import search
 from blocks.generation.session import Session
-from blocks.generation.speculation import Speculation, speculate
+from blocks.generation.speculation import (
+    Speculation,
+    check_speculation,
+    speculate,
+)
 from blocks.generation.steps import GenerationSteps
-from blocks.generation.streaming import (
-    TextPieces,
-    detokenize,
-    stream_text,
-    stream_tokens,
+from blocks.generation.streaming import detokenize, stream_pieces
+from blocks.generation.token_rows import (
+    NO_TOKENS,
+    join_outputs,
+    pad_token_id,
+    to_arrays,
 )
 
 
@@ -96,11 +96,11 @@ class GenerationMixin(GenerationSteps):
         [7, 5]
         """
         stops = resolve_stops(stop_token_ids, self.preprocessor)
-        self._check_options(speculation, "`speculation`")
-        check_verbose(verbose)
         times = check_positive_int("num_return_sequences", num_return_sequences)
-        if times > 1:
-            self._check_options(True, "`num_return_sequences`")
+        check_sampler(self._sampler(), None if speculation is None else "`speculation`")
+        check_sampler(self._sampler(), None if times == 1 else "`num_return_sequences`")
+        check_speculation(speculation, self)
+        check_verbose(verbose)
         # All prompts are read before the first is continued: what is wrong with
         # the last of them should not cost the others' work.
         prompts, is_single = self._read(inputs, max_length, max_new_tokens)
@@ -156,25 +156,18 @@ class GenerationMixin(GenerationSteps):
         True
         """
         stops = resolve_stops(stop_token_ids, self.preprocessor)
-        self._check_options(speculation, "`speculation`")
-        self._check_options(True, "`stream`")
-        batches, is_single = self._read(inputs, max_length, max_new_tokens)
-        if len(batches) > 1:
-            raise ValueError(
-                "`stream` takes one batch of prompts, not a dataset of them. Call it "
-                "for each batch, or call `generate`."
-            )
-        prompts = batches[0]
-        blocks = self._blocks(prompts, stops, 1, speculation, block_steps=1)
-        shown = None if strip_prompt else prompts.rows()
-        if prompts.as_text:
-            nothing = [np.zeros((0,), "int32") for _ in prompts.lengths]
-            pad = pad_token_id(self.preprocessor)
-            pieces = TextPieces(shown or nothing, self.preprocessor, pad)
-            found: Iterator[list] = stream_text(blocks, shown, pieces)
-        else:
-            found = stream_tokens(blocks, shown)
-        return (rows[0] for rows in found) if is_single else found
+        check_sampler(self._sampler(), "`stream`")
+        check_speculation(speculation, self)
+        prompts, is_single = self._read_one(
+            "stream", inputs, max_length, max_new_tokens
+        )
+        return stream_pieces(
+            self._blocks(prompts, stops, 1, speculation, block_steps=1),
+            len(prompts.lengths),
+            None if strip_prompt else prompts.rows(),
+            self.preprocessor if prompts.as_text else None,
+            is_single,
+        )
 
     def start(self, inputs: Any) -> Session:
         """Starts a session, which is continued turn by turn.
@@ -192,29 +185,12 @@ class GenerationMixin(GenerationSteps):
                 vocabulary.
         """
         # A session has no length until it generates.
-        batches, is_single = self._read(inputs, None, 1)
-        if len(batches) > 1:
-            raise ValueError("`start` takes one batch of prompts, not a dataset.")
-        return Session(self, self._engine(), batches[0], is_single)
+        prompts, is_single = self._read_one("start", inputs, None, 1)
+        return Session(self, self._engine(), prompts, is_single)
 
-    def _check_options(self, option: Any, name: str) -> None:
-        """Says so when the sampler can't be used, or not with an option."""
-        sampler = getattr(self, "sampler", None)
-        check_sampler(sampler)
-        if option and has_own_loop(sampler):
-            raise ValueError(
-                f"`{type(sampler).__name__}` searches for one whole continuation by "
-                f"itself, which does not go with {name}. Compile with a sampler that "
-                "chooses one token after the other, such as 'greedy' or 'top_p'."
-            )
-        if name == "`speculation`" and option is not None:
-            if not isinstance(option, Speculation):
-                raise TypeError(
-                    "`speculation` must be `blocks.PromptLookup()`, "
-                    "`blocks.DraftModel(model)` or another `blocks.Speculation`. "
-                    f"Received: speculation={describe(option)}"
-                )
-            option.check(self)
+    def _sampler(self) -> Any:
+        """The sampler, or `None` where the model is not compiled."""
+        return getattr(self, "sampler", None)
 
     def _new_tokens(
         self,
@@ -224,11 +200,10 @@ class GenerationMixin(GenerationSteps):
         speculation: Speculation | None,
     ) -> list[np.ndarray]:
         """The new tokens of each row."""
-        if has_own_loop(self.sampler):  # type: ignore[attr-defined]
-            sampler = self.sampler  # type: ignore[attr-defined]
+        if has_own_loop(self._sampler()):
             arrays = (prompts.token_ids, prompts.lengths, prompts.limits)
-            return search(self._engine(), sampler, *arrays, stops)
-        rows = [[np.zeros((0,), "int32")] for _ in range(len(prompts.lengths) * times)]
+            return search(self._engine(), self._sampler(), *arrays, stops)
+        rows = [[NO_TOKENS] for _ in range(len(prompts.lengths) * times)]
         for tokens, valid in self._blocks(prompts, stops, times, speculation):
             for row, new, mask in zip(rows, tokens, valid):
                 row.append(new[mask])
@@ -247,7 +222,7 @@ class GenerationMixin(GenerationSteps):
             return
         batch = RunningBatch(self._engine(), len(room))
         # The last token is not absorbed.
-        batch.absorb(prompts.token_ids, prompts.lengths, int(room.max()) - 1)
+        batch.absorb(prompts.rows(), int(room.max()) - 1)
         if times > 1:
             batch.repeat(times)
             room = np.repeat(room, times)
@@ -261,16 +236,9 @@ class GenerationMixin(GenerationSteps):
         self, prompts: Prompts, new_tokens: list[np.ndarray], strip_prompt: bool
     ) -> Any:
         """Strings or arrays, as the user passed."""
-        pad = pad_token_id(self.preprocessor)
         rows = new_tokens
         if not strip_prompt:
             rows = [np.concatenate(pair) for pair in zip(prompts.rows(), new_tokens)]
         if prompts.as_text:
-            return detokenize(rows, self.preprocessor, pad)
-        shape = (len(rows), prompts.width)
-        token_ids = np.full(shape, pad, "int32")
-        padding_mask = np.zeros(shape, "bool")
-        for row, tokens in enumerate(rows):
-            token_ids[row, : len(tokens)] = tokens
-            padding_mask[row, : len(tokens)] = True
-        return {"token_ids": token_ids, "padding_mask": padding_mask}
+            return detokenize(rows, self.preprocessor)
+        return to_arrays(rows, pad_token_id(self.preprocessor), prompts.width)

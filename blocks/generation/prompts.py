@@ -10,6 +10,7 @@ import numpy as np
 from keras import ops
 
 from attention import check_positive_int, describe
+from blocks.generation.token_rows import check_tokens
 from blocks.preprocessor import end_token_ids
 
 
@@ -249,58 +250,6 @@ def _check_rows(mask: np.ndarray, lengths: np.ndarray, as_text: bool) -> None:
         )
 
 
-def check_tokens(
-    tokens: np.ndarray, lengths: np.ndarray, vocabulary_size: int | None, as_text: bool
-) -> None:
-    """Says so when a token is not in the model's vocabulary.
-
-    Args:
-        tokens: array of shape `(batch, width)`.
-        lengths: array of shape `(batch,)`: how many tokens of each row count.
-        vocabulary_size: int, or `None` where it is not known.
-        as_text: bool. Whether the user passed text.
-
-    Raises:
-        ValueError: if so.
-    """
-    if vocabulary_size is None:
-        return
-    mask = np.arange(tokens.shape[1])[None, :] < lengths[:, None]
-    wrong = mask & ((tokens < 0) | (tokens >= vocabulary_size))
-    if wrong.any():
-        row = int(wrong.any(axis=1).argmax())
-        column = int(wrong[row].argmax())
-        source = " (does the tokenizer belong to this model?)" if as_text else ""
-        raise ValueError(
-            f"Token {int(tokens[row, column])} at position {column} of prompt "
-            f"{row} is outside of the model's vocabulary of {vocabulary_size} "
-            f"tokens{source}."
-        )
-
-
-def pad_rows(rows: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of different lengths as one array, padded with 0, and their lengths."""
-    lengths = np.array([len(row) for row in rows], "int32")
-    tokens = np.zeros((len(rows), max(int(lengths.max()), 1)), "int32")
-    for row, content in enumerate(rows):
-        tokens[row, : len(content)] = content
-    return tokens, lengths
-
-
-def vocabulary_size(task: Any) -> int | None:
-    """How many tokens a model knows."""
-    return getattr(task.backbone, "vocabulary_size", task.output.shape[-1])
-
-
-def pad_token_id(preprocessor: Any) -> int:
-    """The token that fills up rows."""
-    for owner in (preprocessor, getattr(preprocessor, "tokenizer", None)):
-        pad = getattr(owner, "pad_token_id", None)
-        if pad is not None:
-            return int(pad)
-    return 0
-
-
 def resolve_stops(stop_token_ids: Any, preprocessor: Any) -> tuple[int, ...]:
     """The tokens at which rows end.
 
@@ -333,42 +282,3 @@ def resolve_stops(stop_token_ids: Any, preprocessor: Any) -> tuple[int, ...]:
             '`stop_token_ids` must be None, "auto" or a list of token ids. '
             f"Received: stop_token_ids={describe(stop_token_ids)}"
         ) from None
-
-
-def join_outputs(
-    outputs: list[Any], is_single: bool, pad_token_id: int, num_return_sequences: int
-) -> Any:
-    """Joins the outputs of batches.
-
-    Args:
-        outputs: for each batch a list of strings or a dict of arrays.
-        is_single: bool. Whether there is one prompt, so that the batch axis
-            goes.
-        pad_token_id: int. What fills up short rows.
-        num_return_sequences: int. If more than one, they get an axis behind the
-            batch axis.
-
-    Returns:
-        A list (of lists) of strings, or a dict of arrays.
-    """
-    several = num_return_sequences > 1
-    if isinstance(outputs[0], list):
-        texts = [text for batch in outputs for text in batch]
-        if several:
-            starts = range(0, len(texts), num_return_sequences)
-            texts = [texts[i : i + num_return_sequences] for i in starts]
-        return texts[0] if is_single else texts
-    width = max(batch["token_ids"].shape[1] for batch in outputs)
-
-    def join(key: str) -> np.ndarray:
-        fill = pad_token_id if key == "token_ids" else 0
-        padded = [
-            np.pad(x[key], ((0, 0), (0, width - x[key].shape[1])), constant_values=fill)
-            for x in outputs
-        ]
-        joined = np.concatenate(padded)
-        if several:
-            joined = joined.reshape(-1, num_return_sequences, width)
-        return joined[0] if is_single else joined
-
-    return {key: join(key) for key in ("token_ids", "padding_mask")}

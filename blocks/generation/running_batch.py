@@ -17,6 +17,9 @@ from blocks.generation.state import (
     round_up_capacity,
     take_rows,
 )
+from blocks.generation.token_rows import (
+    pad_rows,
+)
 
 # The smallest number of stop tokens, which is a shape. -1 is no token.
 _FEW_STOPS = 8
@@ -51,21 +54,26 @@ class RunningBatch:
         self.absorbed = np.zeros((batch_size,), "int32")
         self.logits: Any = None
 
-    def absorb(self, tokens: np.ndarray, lengths: np.ndarray, room: int = 0) -> None:
-        """Absorbs the next tokens of each row.
+    def absorb(self, rows: list[np.ndarray], room: int = 0) -> int:
+        """Absorbs what rows have beyond the positions that were absorbed.
 
         Args:
-            tokens: `int32` array of shape `(batch, width)`.
-            lengths: `int32` array `(batch,)`: how many of these each row gets.
+            rows: for each row all its tokens.
             room: int. For how many more positions there is to be space.
+
+        Returns:
+            How many tokens that were, in all rows.
         """
+        tokens, lengths = pad_rows([x[n:] for x, n in zip(rows, self.absorbed)])
+        if not lengths.any():
+            return 0
         ahead = min(room, engine_module.BLOCK_STEPS)
         self.reserve(int((self.absorbed + lengths).max()) + ahead)
         groups = [np.arange(self.batch_size)]
         if self.cache is None:
             groups = _groups(lengths, self.capacity)
         old = self.logits
-        parts = [self._absorb_rows(rows, tokens, lengths) for rows in groups]
+        parts = [self._absorb_rows(group, tokens, lengths) for group in groups]
         self.logits, self.cache = parts[0]
         if len(parts) > 1:
             self.logits, self.cache = join_rows(
@@ -74,6 +82,7 @@ class RunningBatch:
         if old is not None:
             self.logits = ops.where((lengths > 0)[:, None], self.logits, old)
         self.absorbed = self.absorbed + lengths
+        return int(lengths.sum())
 
     def _absorb_rows(
         self, rows: np.ndarray, tokens: np.ndarray, lengths: np.ndarray
@@ -114,9 +123,20 @@ class RunningBatch:
         other.logits = self.logits
         return other
 
-    def sample(self) -> np.ndarray:
-        """Samples the next token of each row from the logits."""
-        return to_numpy(self.engine.sample(self.logits))
+    def sample(
+        self, room: np.ndarray, stops: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Samples the next token of each row from the logits.
+
+        Args:
+            room: `int32` array `(batch,)`: how many tokens each row may get.
+            stops: `int32` array: the tokens at which a row ends.
+
+        Returns:
+            The tokens, and which rows end with them.
+        """
+        token = to_numpy(self.engine.sample(self.logits))
+        return token, (room <= 1) | np.isin(token, stops)
 
     def decode(
         self, room: np.ndarray, stops: tuple[int, ...], block_steps: int | None = None
@@ -137,9 +157,9 @@ class RunningBatch:
         if room.max() <= 0:
             return
         stop_array = pad_stops(stops)
-        token: Any = self.sample()
+        token: Any
+        token, finished = self.sample(room, stop_array)
         yield token[:, None], (room > 0)[:, None]
-        finished: Any = (room <= 1) | np.isin(token, stop_array)
         room = (room - 1).astype("int32")
         index: Any = self._index()
         block = min(block_steps or engine_module.BLOCK_STEPS, engine_module.BLOCK_STEPS)

@@ -10,8 +10,6 @@ from typing import Any
 import keras_hub
 import numpy as np
 
-from attention import describe
-
 _samplers = keras_hub.samplers
 # What these samplers only compute with. How many tokens `k` leaves decides
 # shapes; and what a sampler of the user's does with a number, nobody knows.
@@ -23,16 +21,19 @@ _NUMBERS: dict[type, tuple[str, ...]] = {
 }
 
 
-def check_sampler(sampler: Any) -> None:
+def check_sampler(sampler: Any, purpose: str | None = None) -> None:
     """Says so when a sampler can't be used by `generate`.
 
     Args:
         sampler: what the model was compiled with, or `None`.
+        purpose: str or `None`. What needs a sampler that chooses one token
+            after the other, if it does.
 
     Raises:
-        ValueError: if there is none, it is one that `generate` does not drive,
-            or its temperature or `p` is not positive: KerasHub would divide by
-            zero, or let the first token through only.
+        ValueError: if there is none, it is one that `generate` does not drive
+            or that does not serve `purpose`, or its temperature or `p` is not
+            positive: KerasHub would divide by zero, or let the first token
+            through only.
     """
     if sampler is None:
         raise ValueError(
@@ -58,6 +59,12 @@ def check_sampler(sampler: Any) -> None:
                 f"`{name}` of the sampler must be larger than 0.{advice} Received: "
                 f"{type(sampler).__name__} with {name}={value}"
             )
+    if purpose is not None and has_own_loop(sampler):
+        raise ValueError(
+            f"`{type(sampler).__name__}` searches for one whole continuation by "
+            f"itself, which does not go with {purpose}. Compile with a sampler that "
+            "chooses one token after the other, such as 'greedy' or 'top_p'."
+        )
 
 
 def has_own_loop(sampler: Any) -> bool:
@@ -131,8 +138,3 @@ def compiled_settings(sampler: Any) -> tuple[list[Any], list[Any]]:
         }
     )
     return values, objects
-
-
-def describe_sampler(sampler: Any) -> str:
-    """Names a sampler in a message."""
-    return describe(sampler) if sampler is None else type(sampler).__name__

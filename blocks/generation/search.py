@@ -11,6 +11,9 @@ from keras import ops
 from attention import NewCacheScope
 from blocks.generation.engine import Engine
 from blocks.generation.running_batch import to_numpy
+from blocks.generation.token_rows import (
+    NO_TOKENS,
+)
 
 
 def search(
@@ -37,7 +40,7 @@ def search(
     Returns:
         The new tokens of each row.
     """
-    found: list[np.ndarray] = [np.zeros((0,), "int32")] * len(lengths)
+    found: list[np.ndarray] = [NO_TOKENS] * len(lengths)
     for rows in _lockstep_groups(lengths, limits, bool(stop_token_ids)):
         length, limit = lengths[rows[0]], limits[rows[0]]
         if limit <= length:

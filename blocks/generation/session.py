@@ -8,18 +8,17 @@ from typing import Any
 import numpy as np
 
 from attention import check_positive_int, describe, find_not_rewindable
-from blocks.generation.prompts import (
+from blocks.generation.prompts import normalize_inputs, resolve_stops
+from blocks.generation.running_batch import Block, RunningBatch
+from blocks.generation.sampler_settings import check_sampler
+from blocks.generation.speculation import check_speculation, speculate
+from blocks.generation.streaming import stream_pieces
+from blocks.generation.token_rows import (
+    NO_TOKENS,
     check_tokens,
-    normalize_inputs,
     pad_rows,
-    pad_token_id,
-    resolve_stops,
     vocabulary_size,
 )
-from blocks.generation.running_batch import Block, RunningBatch
-from blocks.generation.sampler_settings import check_sampler, has_own_loop
-from blocks.generation.speculation import speculate
-from blocks.generation.streaming import TextPieces, stream_text, stream_tokens
 from blocks.generation.weights_signature import same_signature, weights_signature
 
 
@@ -105,9 +104,7 @@ class Session:
         if self._as_text:
             return "".join(pieces) if self._is_single else _join(pieces, "".join)
         pieces = [[x] if self._is_single else x for x in pieces]
-        rows = _join(
-            [[np.zeros((0,), "int32")] * len(self.tokens), *pieces], np.concatenate
-        )
+        rows = _join([[NO_TOKENS] * len(self.tokens), *pieces], np.concatenate)
         return rows[0] if self._is_single else rows
 
     def stream(
@@ -137,37 +134,21 @@ class Session:
             TypeError: as `generate`, at once.
             ValueError: as `generate`, at once.
         """
-        sampler = getattr(self._task, "sampler", None)
-        check_sampler(sampler)
-        if has_own_loop(sampler):
-            raise ValueError(
-                f"`{type(sampler).__name__}` searches among many continuations of a "
-                "whole prompt, so it can't go on in a session. Compile with another "
-                "sampler, such as 'greedy' or 'top_p'."
-            )
-        if speculation is not None:
-            speculation.check(self._task)
+        check_sampler(getattr(self._task, "sampler", None), "a session")
+        check_speculation(speculation, self._task)
         stops = resolve_stops(stop_token_ids, self._task.preprocessor)
         added = self._read(inputs)
         room = self._room(added, max_length, max_new_tokens)
         self._check_weights()
         self.tokens = [np.concatenate(pair) for pair in zip(self.tokens, added)]
         self._absorb(int(room.max()))
-        return self._pieces(room, stops, speculation)
-
-    def _pieces(
-        self, room: np.ndarray, stops: tuple[int, ...], speculation: Any
-    ) -> Iterator[Any]:
-        blocks = self._blocks(room, stops, speculation)
-        if self._as_text:
-            nothing = [np.zeros((0,), "int32")] * len(self.tokens)
-            pad = pad_token_id(self._task.preprocessor)
-            pieces = TextPieces(nothing, self._task.preprocessor, pad)
-            found: Iterator[list] = stream_text(blocks, None, pieces)
-        else:
-            found = stream_tokens(blocks, None)
-        for rows in found:
-            yield rows[0] if self._is_single else rows
+        return stream_pieces(
+            self._blocks(room, stops, speculation),
+            len(self.tokens),
+            None,
+            self._task.preprocessor if self._as_text else None,
+            self._is_single,
+        )
 
     def _blocks(
         self, room: np.ndarray, stops: tuple[int, ...], speculation: Any
@@ -230,16 +211,12 @@ class Session:
 
     def _absorb(self, room: int) -> None:
         """Absorbs all tokens that the cache has not."""
-        pending = [row[n:] for row, n in zip(self.tokens, self._batch.absorbed)]
-        tokens, lengths = pad_rows(pending)
-        if lengths.max() > 0:
-            self._batch.absorb(tokens, lengths, room)
-        self.num_prefilled += int(lengths.sum())
+        self.num_prefilled += self._batch.absorb(self.tokens, room)
 
     def _read(self, inputs: Any) -> list[np.ndarray]:
         """The tokens to add to each row."""
         if inputs is None:
-            return [np.zeros((0,), "int32")] * len(self.tokens)
+            return [NO_TOKENS] * len(self.tokens)
         batches, _ = normalize_inputs(inputs)
         batch = batches[0]
         as_text = not isinstance(batch, dict)

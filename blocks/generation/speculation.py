@@ -12,7 +12,6 @@ from keras import ops
 
 from attention import can_rewind, check_positive_int, describe
 from blocks.generation.engine import Engine, is_any, sample_token
-from blocks.generation.prompts import pad_rows
 from blocks.generation.running_batch import (
     Block,
     RunningBatch,
@@ -20,6 +19,9 @@ from blocks.generation.running_batch import (
     to_numpy,
 )
 from blocks.generation.sampler_settings import number_settings
+from blocks.generation.token_rows import (
+    NO_TOKENS,
+)
 
 
 class Speculation:
@@ -65,6 +67,28 @@ class Speculation:
             f"{type(self).__name__} must implement `propose(memory, rows)`: up to "
             "`num_tokens` tokens for each row."
         )
+
+
+def check_speculation(speculation: Any, task: Any) -> None:
+    """Says so when guesses can't be made for a model.
+
+    Args:
+        speculation: what the user passed, or `None`.
+        task: the model.
+
+    Raises:
+        TypeError: if it is no `Speculation`.
+        ValueError: if it does not fit the model.
+    """
+    if speculation is None:
+        return
+    if not isinstance(speculation, Speculation):
+        raise TypeError(
+            "`speculation` must be `blocks.PromptLookup()`, "
+            "`blocks.DraftModel(model)` or another `blocks.Speculation`. "
+            f"Received: speculation={describe(speculation)}"
+        )
+    speculation.check(task)
 
 
 class PromptLookup(Speculation):
@@ -182,7 +206,7 @@ class _Draft:
     def __init__(self, engine: Engine, batch_size: int) -> None:
         self.batch = RunningBatch(engine, batch_size)
         # What the batch has absorbed, and a batch to go back to.
-        self.seen = [np.zeros((0,), "int32")] * batch_size
+        self.seen = [NO_TOKENS] * batch_size
         self.before: tuple[RunningBatch, list[np.ndarray]] | None = None
 
     def propose(self, rows: list[np.ndarray], num_tokens: int) -> list[np.ndarray]:
@@ -195,9 +219,7 @@ class _Draft:
         if num_tokens < 1:
             return [row[:0] for row in rows]
         self._go_back(rows, asked)
-        pending = [row[n:] for row, n in zip(rows, self.batch.absorbed)]
-        tokens, lengths = pad_rows(pending)
-        self.batch.absorb(tokens, lengths, num_tokens)
+        self.batch.absorb(rows, num_tokens)
         self.seen = [np.asarray(row, "int32") for row in rows]
         if not self._can_go_back(num_tokens):
             self.before = (self.batch.copy(), self.seen)
@@ -252,9 +274,8 @@ def speculate(
     engine, guesses = batch.engine, speculation.num_tokens
     memory = speculation.begin(len(rows))
     stop_array = pad_stops(stops)
-    token = batch.sample()
+    token, finished = batch.sample(room, stop_array)
     yield token[:, None], (room > 0)[:, None]
-    finished = (room <= 1) | np.isin(token, stop_array)
     rows = [np.append(row, new).astype("int32") for row, new in zip(rows, token)]
     room = (room - 1).astype("int32")
     while not finished.all():
@@ -268,10 +289,10 @@ def speculate(
         tokens[:, 0] = [row[-1] for row in rows]
         for row, guess in enumerate(proposed):
             tokens[row, 1 : 1 + counts[row]] = guess[: counts[row]]
-        reached = np.where(finished, batch.absorbed, batch.absorbed + 1 + counts)
-        batch.reserve(int(reached.max()))
-        top = int(reached.max())
-        rewinds = can_rewind(engine.sites, batch.cache, top, int(batch.absorbed.min()))
+        least = int(batch.absorbed.min())
+        reached = int(np.where(finished, 0, batch.absorbed + 1 + counts).max())
+        batch.reserve(reached)
+        rewinds = can_rewind(engine.sites, batch.cache, reached, least)
         verify = engine.functions.get(
             ("verify", rewinds),
             functools.partial(_make_verify, engine, rewinds),

@@ -10,14 +10,12 @@ from keras import ops
 
 from attention import check_positive_int, describe, is_concrete
 from blocks.generation.engine import Engine
-from blocks.generation.prompts import (
-    Prompts,
+from blocks.generation.prompts import Prompts, normalize_inputs, read_prompts
+from blocks.generation.state import GenerationState
+from blocks.generation.token_rows import (
     check_tokens,
-    normalize_inputs,
-    read_prompts,
     vocabulary_size,
 )
-from blocks.generation.state import GenerationState
 
 
 class GenerationSteps:
@@ -58,10 +56,7 @@ class GenerationSteps:
         (8, (1, 50))
         """
         check_positive_int("max_length", max_length)
-        batches, _ = self._read(inputs, max_length, None)
-        if len(batches) > 1:
-            raise ValueError("`prefill` takes one batch of prompts, not a dataset.")
-        prompts = batches[0]
+        prompts, _ = self._read_one("prefill", inputs, max_length, None)
         logits, cache = self._engine().absorb(
             None, max_length, prompts.token_ids, 0, prompts.lengths
         )
@@ -142,6 +137,22 @@ class GenerationSteps:
             for x in batches
         ]
         return prompts, is_single
+
+    def _read_one(
+        self,
+        method: str,
+        inputs: Any,
+        max_length: int | None,
+        max_new_tokens: int | None,
+    ) -> tuple[Prompts, bool]:
+        """As `_read`, for a method that takes one batch."""
+        batches, is_single = self._read(inputs, max_length, max_new_tokens)
+        if len(batches) > 1:
+            raise ValueError(
+                f"`{method}` takes one batch of prompts, not a dataset of them. Call "
+                "it for each batch, or call `generate`."
+            )
+        return batches[0], is_single
 
     def _check_step(self, tokens: Any, state: GenerationState) -> Any:
         """Returns the tokens of a step as `int32`, or says what is wrong."""

@@ -8,31 +8,28 @@ from typing import Any
 import numpy as np
 
 from blocks.generation.running_batch import Block
+from blocks.generation.token_rows import (
+    NO_TOKENS,
+    pad_token_id,
+    to_arrays,
+)
 
 # What a decoder writes where bytes are no character, or not yet one.
 _REPLACEMENT = "\ufffd"
 
 
-def detokenize(rows: list[np.ndarray], preprocessor: Any, pad_token_id: int) -> list:
+def detokenize(rows: list[np.ndarray], preprocessor: Any) -> list[str]:
     """Turns rows of tokens into strings.
 
     Args:
         rows: `int32` arrays, one for each row.
         preprocessor: has `generate_postprocess`.
-        pad_token_id: int. What rows are padded with.
 
     Returns:
         A list of strings.
     """
-    # Some tokenizers don't take rows of no tokens.
-    width = max(1, *map(len, rows))
-    token_ids = np.full((len(rows), width), pad_token_id, "int32")
-    padding_mask = np.zeros((len(rows), width), "bool")
-    for row, tokens in enumerate(rows):
-        token_ids[row, : len(tokens)] = tokens
-        padding_mask[row, : len(tokens)] = True
     texts = preprocessor.generate_postprocess(
-        {"token_ids": token_ids, "padding_mask": padding_mask}
+        to_arrays(rows, pad_token_id(preprocessor))
     )
     if hasattr(texts, "numpy"):
         texts = texts.numpy()
@@ -51,20 +48,16 @@ class TextPieces:
     Args:
         rows: for each row its tokens before the first piece.
         preprocessor: has `generate_postprocess`.
-        pad_token_id: int. What rows are padded with.
     """
 
-    def __init__(
-        self, rows: list[np.ndarray], preprocessor: Any, pad_token_id: int
-    ) -> None:
+    def __init__(self, rows: list[np.ndarray], preprocessor: Any) -> None:
         self._rows = rows
         self._preprocessor = preprocessor
-        self._pad_token_id = pad_token_id
         self._given = [""] * len(rows)
 
     def first(self) -> list[str]:
         """The text of the tokens that were there before."""
-        return self.add([np.zeros((0,), "int32")] * len(self._rows), False)
+        return self.add([NO_TOKENS] * len(self._rows), False)
 
     def add(self, new: list[np.ndarray], finished: bool) -> list[str]:
         """Returns the pieces for new tokens.
@@ -77,7 +70,7 @@ class TextPieces:
             A string for each row.
         """
         self._rows = [np.concatenate(pair) for pair in zip(self._rows, new)]
-        texts = detokenize(self._rows, self._preprocessor, self._pad_token_id)
+        texts = detokenize(self._rows, self._preprocessor)
         return [self._piece(row, text, finished) for row, text in enumerate(texts)]
 
     def _piece(self, row: int, text: str, finished: bool) -> str:
@@ -89,6 +82,32 @@ class TextPieces:
                 return ""
         self._given[row] = text
         return text[len(given) :]
+
+
+def stream_pieces(
+    blocks: Iterable[Block],
+    batch_size: int,
+    prompts: list[np.ndarray] | None,
+    preprocessor: Any,
+    is_single: bool,
+) -> Iterator[Any]:
+    """Yields what a user gets of tokens as they are made.
+
+    Args:
+        blocks: new tokens and which of them are part of the rows.
+        batch_size: int. The number of rows.
+        prompts: the prompts, where they come first, else `None`.
+        preprocessor: makes text of tokens; `None` to yield tokens.
+        is_single: bool. Whether there is one row, so that no lists are yielded.
+    """
+    if preprocessor is None:
+        found: Iterator[list] = stream_tokens(blocks, prompts)
+    else:
+        rows = prompts or [NO_TOKENS] * batch_size
+        pieces = TextPieces(rows, preprocessor)
+        found = stream_text(blocks, prompts, pieces)
+    for rows in found:
+        yield rows[0] if is_single else rows
 
 
 def stream_text(
@@ -112,7 +131,7 @@ def stream_text(
         if any(found):
             yield found
     if rows:
-        last = pieces.add([np.zeros((0,), "int32")] * rows, finished=True)
+        last = pieces.add([NO_TOKENS] * rows, finished=True)
         if any(last):
             yield last
 
