@@ -206,7 +206,7 @@ def while_bodies(hlo):
 @pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize("rows_differ", [False, True])
 @pytest.mark.parametrize("kind", ["mha", "gqa", "rotary"])
-def test_a_decode_step_moves_no_cache(kind, rows_differ, batch_size):
+def test_a_decode_step_moves_no_cache_and_no_kernel(kind, rows_differ, batch_size):
     capacity = 640
     lm = CausalLM(make_variant(kind, hidden_dim=32))
     lm.compile(sampler="greedy")
@@ -234,6 +234,7 @@ def test_a_decode_step_moves_no_cache(kind, rows_differ, batch_size):
     assert alias.count("may-alias") >= len(tree.flatten(cache))
     shapes = [tuple(x.shape) for x in tree.flatten(cache)]
     largest = max(int(np.prod(shape)) for shape in shapes)
+    kernels = {int(np.prod(w.shape)) for w in lm.weights if w.path.endswith("/kernel")}
     written = 0
     for line in "\n".join(while_bodies(hlo)).splitlines():
         made = re.match(
@@ -250,6 +251,8 @@ def test_a_decode_step_moves_no_cache(kind, rows_differ, batch_size):
         written += in_place
         # Nothing else is as large: no copy of a cache, no grouped head expanded.
         assert in_place or np.prod(shape) < largest, line
+        # And no kernel is laid out anew in every step.
+        assert int(np.prod(shape)) not in kernels, line
     assert written >= len(shapes)
 
 
