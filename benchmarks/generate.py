@@ -150,6 +150,31 @@ def run(
     return report
 
 
+def merge(earlier: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+    """A report with the cases of an earlier one that it has not.
+
+    A case is measured in one run, all contestants in turn; several runs may
+    share the work of many cases.
+
+    Raises:
+        ValueError: if they differ in the machine or in what is measured.
+    """
+    for part, keys in (
+        ("settings", ("quick", "device", "dtype", "contestants")),
+        ("machine", ("processor", "cores", "gpu", "versions")),
+    ):
+        for key in keys:
+            values = [x[part][key] for x in (earlier, report)]
+            if values[0] != values[1]:
+                raise ValueError(
+                    f"Runs can't be merged: `{key}` was {values[0]} and is {values[1]}."
+                )
+    done = {(row["model"], row["case"]) for row in report["rows"]}
+    kept = [x for x in earlier["rows"] if (x["model"], x["case"]) not in done]
+    minutes = earlier["minutes"] + report["minutes"]
+    return {**report, "rows": kept + report["rows"], "minutes": minutes}
+
+
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -172,10 +197,15 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--budget",
         type=float,
         default=300.0,
-        help="seconds after which a contestant sits out the rounds after the "
-        "second of a case (default: %(default)g)",
+        help="seconds after which a contestant sits out the rounds of a case that "
+        "are left (default: %(default)g)",
     )
     add("--json", type=pathlib.Path, default=DEFAULT_JSON)
+    add(
+        "--merge",
+        action="store_true",
+        help="keep the cases of an earlier run in the JSON file that are not run now",
+    )
     add("--table", type=pathlib.Path, metavar="JSON", help="print a report again")
     return parser.parse_args(arguments)
 
@@ -187,9 +217,14 @@ def main(arguments: list[str] | None = None) -> None:
         print(table(json.loads(options.table.read_text(encoding="utf-8"))))
         return
 
+    earlier = None
+    if options.merge and options.json.exists():
+        earlier = json.loads(options.json.read_text(encoding="utf-8"))
+
     def write(report: dict[str, Any]) -> None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(report, indent=1, ensure_ascii=False)
+        found = report if earlier is None else merge(earlier, report)
+        text = json.dumps(found, indent=1, ensure_ascii=False)
         options.json.write_text(text + "\n", encoding="utf-8")
 
     def say(text: str) -> None:
@@ -209,7 +244,7 @@ def main(arguments: list[str] | None = None) -> None:
         write=write,
         say=say,
     )
-    print(table(report))
+    print(table(report if earlier is None else merge(earlier, report)))
     say(f"written to {options.json}")
 
 

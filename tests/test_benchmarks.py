@@ -12,6 +12,7 @@ from benchmarks import generate, report
 from benchmarks.cases import Case, Goal, Plan, make_plan, make_prompts
 from benchmarks.keras_contestants import KerasHub, Ours, assign_weights
 from benchmarks.processes import WorkerPool
+from benchmarks.runner import is_same_call
 from benchmarks.tokens import Tokens
 from benchmarks.weights import (
     ModelShape,
@@ -156,6 +157,44 @@ def test_missing_tokens_void_the_row_unless_the_work_differs():
 def test_until_stop():
     assert until_stop([4, 5, 6, 0, 0], [5, 6]) == [4, 5]
     assert until_stop([4, 5], None) == [4, 5]
+
+
+# === Runs that share the work ===
+
+
+def a_run(rows, **settings):
+    return {
+        "settings": {
+            "quick": True,
+            "device": "cpu",
+            "dtype": "float32",
+            "contestants": ["ours/jax"],
+            "rounds": 2,
+            **settings,
+        },
+        "machine": {"processor": "p", "cores": 2, "gpu": "", "versions": {}},
+        "rows": rows,
+        "minutes": 2.0,
+        "finished": True,
+    }
+
+
+def test_a_later_run_replaces_its_own_cases():
+    first = a_run([row(case="a", metric="old"), row(case="b")])
+    merged = generate.merge(first, a_run([row(case="a", metric="new")]))
+    assert [(x["case"], x["metric"]) for x in merged["rows"]] == [
+        ("b", "all"),
+        ("a", "new"),
+    ]
+    assert merged["minutes"] == 4.0
+    with pytest.raises(ValueError, match="`dtype` was float32 and is bfloat16"):
+        generate.merge(first, a_run([], dtype="bfloat16"))
+
+
+def test_keras_hub_does_not_run_twice_what_it_can_not_limit():
+    assert is_same_call("few", "keras_hub/jax")
+    assert not is_same_call("all", "keras_hub/jax")
+    assert not is_same_call("few", "ours/jax")
 
 
 # === Ratios and tables ===
