@@ -112,6 +112,11 @@ class CompiledFunctions:
         self._policy_layers: list[keras.layers.Layer] = []
         self.count = 0
 
+    @property
+    def layers(self) -> list[keras.layers.Layer]:
+        """The model's layers, and those within them, however they are kept."""
+        return self._policy_layers
+
     def get(
         self,
         key: Any,

@@ -11,6 +11,7 @@ from keras import ops
 from attention import CacheScope, call_sites, grow_cache, max_positions
 from blocks.backbone_inputs import backbone_inputs
 from blocks.generation.compilation import CompiledFunctions
+from blocks.generation.loop_kernels import LoopKernels
 from blocks.generation.sampler_settings import number_settings, with_settings
 from blocks.generation.state import chunk_length
 
@@ -231,6 +232,7 @@ class Engine:
 
     def _make_decode(self) -> Callable:
         task, sampler = self.task, self.sampler
+        kernels = LoopKernels(self.functions.layers)
 
         def decode(
             cache: Any,
@@ -244,6 +246,7 @@ class Engine:
         ) -> Any:
             shape = (token.shape[0], BLOCK_STEPS)
             rows_differ = len(index.shape) == 1
+            matrices = kernels.before_loop()
 
             def more(step: Any, cache: Any, *state: Any) -> Any:
                 unfinished = ops.logical_not(ops.all(state[3]))
@@ -261,8 +264,9 @@ class Engine:
             ) -> Any:
                 active = ops.logical_not(finished)
                 new = active[:, None]
-                hidden, cache = self.forward(cache, token[:, None], index, new)
-                logits = task.compute_logits(hidden)[:, 0]
+                with kernels.within_loop(matrices):
+                    hidden, cache = self.forward(cache, token[:, None], index, new)
+                    logits = task.compute_logits(hidden)[:, 0]
                 token = sample_token(sampler, logits, settings)
                 index = index + (ops.cast(active, "int32") if rows_differ else 1)
                 tokens = ops.slice_update(tokens, (0, step), token[:, None])

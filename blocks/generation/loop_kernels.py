@@ -1,0 +1,64 @@
+"""Kernels as a compiled loop on TensorFlow reads them fastest."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import keras
+from keras import ops
+
+
+class LoopKernels:
+    """A model's kernels of several axes, as matrices that a loop is handed.
+
+    A kernel such as `(width, heads, dim)` is reshaped to a matrix where it is
+    used. If that happens within a loop, XLA on TensorFlow takes it for a part of
+    the product of a single token and writes out a plain loop over the kernel's
+    columns, which reads memory at a quarter of its speed. Reshaped before the
+    loop, which moves nothing, the matrix comes as it is and XLA uses its own
+    routine for it.
+
+    Other backends need none of it: there nothing is done.
+
+    Args:
+        layers: the model's layers, and those within them.
+    """
+
+    def __init__(self, layers: Iterable[keras.layers.Layer]) -> None:
+        self._kernels: dict[int, tuple[keras.Variable, tuple[int, int]]] = {}
+        if keras.config.backend() != "tensorflow":
+            return
+        for layer in layers:
+            if not isinstance(layer, keras.layers.EinsumDense) or not layer.built:
+                continue
+            kernel = layer.kernel
+            # With LoRA it is a sum of several, which is no variable.
+            if isinstance(kernel, keras.Variable) and len(kernel.shape) > 2:
+                shape = _matrix_shape(layer.equation, tuple(kernel.shape))
+                self._kernels[id(kernel)] = kernel, shape
+
+    def before_loop(self) -> list[Any]:
+        """The matrices: to be called outside of the loop."""
+        return [ops.reshape(x.value, shape) for x, shape in self._kernels.values()]
+
+    def within_loop(self, matrices: list[Any]) -> contextlib.AbstractContextManager:
+        """A scope within the loop in which layers find these matrices.
+
+        What is assigned to a variable in it is lost.
+        """
+        if not matrices:
+            return contextlib.nullcontext()
+        pairs = zip(self._kernels.values(), matrices)
+        mapping = [(x, ops.reshape(matrix, x.shape)) for (x, _), matrix in pairs]
+        return keras.StatelessScope(state_mapping=mapping)
+
+
+def _matrix_shape(equation: str, shape: tuple[int, ...]) -> tuple[int, int]:
+    """The shape `(inputs, outputs)` of a kernel, whose axes for inputs come first."""
+    letters, outputs = equation.replace(" ", "").split(",")[1].split("->")
+    summed = [letter not in outputs for letter in letters]
+    split = summed.index(False) if False in summed else len(summed)
+    return math.prod(shape[:split]), math.prod(shape[split:])
