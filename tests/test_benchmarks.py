@@ -265,6 +265,7 @@ def tiny_plan(*cases):
 def tiny_report():
     cases = (
         TIMED,
+        Case("tiny ragged", "time", (2, 3), 9, few=2),
         Case("tiny stop", "stop", (3,), 40),
         Case("tiny lengths", "compilations", (1, 3), 6, max_new_tokens=3),
         Case("tiny cache", "cache", (3,), 16),
@@ -285,6 +286,10 @@ def test_a_run_has_all_rows(tiny_report):
     for metric in ("prefill", "all"):
         for values in rows["tiny", metric]["values"].values():
             assert len(values) == 2
+    filled = rows["tiny ragged", "all"]["values"]
+    few = rows["tiny ragged", "only 2 new each"]["values"]
+    assert few["keras_hub/tensorflow"] == filled["keras_hub/tensorflow"]
+    assert few["ours/tensorflow"] != filled["ours/tensorflow"]
     assert ("elsewhere", "all") not in rows
     assert "stops at new token" in rows["tiny stop", "all"]["notes"][0]
     cache = rows["tiny cache", "numbers in the cache"]["values"]["ours/tensorflow"]
