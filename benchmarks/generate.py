@@ -103,7 +103,8 @@ def run(
         only: parts of the names of the cases to run, or of their models; none
             means all.
         budget: see `Runner`.
-        write: is given the report after each case, so that little is lost.
+        write: is given the report before the first case, and after each, so that
+            little is lost.
         say: is told how far it got.
 
     Returns:
@@ -123,6 +124,8 @@ def run(
         "minutes": 0.0,
         "finished": False,
     }
+    # Who can't take this report says so before hours of work.
+    write(report)
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         for shape in plan.models:
             cases = [
@@ -222,8 +225,10 @@ def main(arguments: list[str] | None = None) -> None:
         earlier = json.loads(options.json.read_text(encoding="utf-8"))
 
     def write(report: dict[str, Any]) -> None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
         found = report if earlier is None else merge(earlier, report)
+        if not report["rows"]:
+            return
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(found, indent=1, ensure_ascii=False)
         options.json.write_text(text + "\n", encoding="utf-8")
 

@@ -49,6 +49,25 @@ def test_layers_find_their_kernels_in_the_scope():
     )
 
 
+def test_what_a_layer_counts_is_not_lost():
+    class Counted(keras.layers.EinsumDense):
+        def build(self, shape):
+            super().build(shape)
+            self.calls = self.add_weight(shape=(), initializer="zeros", trainable=False)
+
+        def call(self, x, training=None):
+            self.calls.assign(self.calls + 1)
+            return super().call(x)
+
+    layer = Counted("blw,whd->blhd", (None, 2, 3))
+    layer.build((None, None, 4))
+    kernels = LoopKernels([layer])
+    for _ in range(2):
+        with kernels.within_loop(kernels.before_loop()):
+            layer(np.ones((1, 1, 4), "float32"))
+    assert float(layer.calls.value) == 2.0
+
+
 def test_an_adapted_kernel_is_left_alone():
     heads, joined, *_ = make_layers()
     heads.enable_lora(2)

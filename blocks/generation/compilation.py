@@ -102,6 +102,8 @@ class CompiledFunctions:
 
     Attributes:
         count: int. How many times a function was traced and compiled so far.
+        layers: the task's layers, and those within them, as the functions were
+            made for.
     """
 
     def __init__(self, task: Any) -> None:
@@ -109,13 +111,8 @@ class CompiledFunctions:
         self._functions: dict[Any, Callable] = {}
         self._model_read: tuple = ()
         self._sampler_read: tuple = ()
-        self._policy_layers: list[keras.layers.Layer] = []
+        self.layers: list[keras.layers.Layer] = []
         self.count = 0
-
-    @property
-    def layers(self) -> list[keras.layers.Layer]:
-        """The model's layers, and those within them, however they are kept."""
-        return self._policy_layers
 
     def get(
         self,
@@ -152,15 +149,15 @@ class CompiledFunctions:
 
     def _forget_what_is_stale(self, sampler: Any) -> None:
         task = self._task
-        policies = tuple(layer.dtype_policy.name for layer in self._policy_layers)
+        policies = tuple(layer.dtype_policy.name for layer in self.layers)
         read: tuple = (
             list(task.variables),
             (task.run_eagerly, task.xla_generation, policies),
         )
         if not _same(read, self._model_read):
             self._functions.clear()
-            self._policy_layers = _all_layers(task)
-            policies = tuple(layer.dtype_policy.name for layer in self._policy_layers)
+            self.layers = _all_layers(task)
+            policies = tuple(layer.dtype_policy.name for layer in self.layers)
             settings = (task.run_eagerly, task.xla_generation, policies)
             self._model_read = (read[0], settings)
         if sampler is None:

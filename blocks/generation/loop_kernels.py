@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -27,7 +27,7 @@ class LoopKernels:
         layers: the model's layers, and those within them.
     """
 
-    def __init__(self, layers: Iterable[keras.layers.Layer]) -> None:
+    def __init__(self, layers: list[keras.layers.Layer]) -> None:
         self._kernels: dict[int, tuple[keras.Variable, tuple[int, int]]] = {}
         if keras.config.backend() != "tensorflow":
             return
@@ -39,21 +39,32 @@ class LoopKernels:
             if isinstance(kernel, keras.Variable) and len(kernel.shape) > 2:
                 shape = _matrix_shape(layer.equation, tuple(kernel.shape))
                 self._kernels[id(kernel)] = kernel, shape
+        self._others = {
+            id(variable): variable
+            for layer in layers
+            for variable in layer.non_trainable_variables
+            if id(variable) not in self._kernels
+        }.values()
 
     def before_loop(self) -> list[Any]:
         """The matrices: to be called outside of the loop."""
         return [ops.reshape(x.value, shape) for x, shape in self._kernels.values()]
 
-    def within_loop(self, matrices: list[Any]) -> contextlib.AbstractContextManager:
-        """A scope within the loop in which layers find these matrices.
-
-        What is assigned to a variable in it is lost.
-        """
+    @contextlib.contextmanager
+    def within_loop(self, matrices: list[Any]) -> Iterator[None]:
+        """A scope within the loop in which layers find these matrices."""
         if not matrices:
-            return contextlib.nullcontext()
+            yield
+            return
         pairs = zip(self._kernels.values(), matrices)
         mapping = [(x, ops.reshape(matrix, x.shape)) for (x, _), matrix in pairs]
-        return keras.StatelessScope(state_mapping=mapping)
+        with keras.StatelessScope(state_mapping=mapping) as scope:
+            yield
+        # A layer may count or draw seeds: the scope kept that from its variables.
+        for variable in self._others:
+            value = scope.get_current_value(variable)
+            if value is not None:
+                variable.assign(value)
 
 
 def _matrix_shape(equation: str, shape: tuple[int, ...]) -> tuple[int, int]:

@@ -14,11 +14,7 @@ from blocks.generation.running_batch import Block, RunningBatch
 from blocks.generation.sampler_settings import check_sampler, has_own_loop
 from blocks.generation.search import search
 from blocks.generation.session import Session
-from blocks.generation.speculation import (
-    Speculation,
-    check_speculation,
-    speculate,
-)
+from blocks.generation.speculation import Speculation, check_speculation, speculate
 from blocks.generation.steps import GenerationSteps
 from blocks.generation.streaming import detokenize, stream_pieces
 from blocks.generation.token_rows import (
@@ -97,8 +93,10 @@ class GenerationMixin(GenerationSteps):
         """
         stops = resolve_stops(stop_token_ids, self.preprocessor)
         times = check_positive_int("num_return_sequences", num_return_sequences)
-        check_sampler(self._sampler(), None if speculation is None else "`speculation`")
-        check_sampler(self._sampler(), None if times == 1 else "`num_return_sequences`")
+        purpose = None if times == 1 else "`num_return_sequences`"
+        check_sampler(
+            self._sampler(), purpose if speculation is None else "`speculation`"
+        )
         check_speculation(speculation, self)
         check_verbose(verbose)
         # All prompts are read before the first is continued: what is wrong with

@@ -19,9 +19,7 @@ from blocks.generation.running_batch import (
     to_numpy,
 )
 from blocks.generation.sampler_settings import number_settings
-from blocks.generation.token_rows import (
-    NO_TOKENS,
-)
+from blocks.generation.token_rows import NO_TOKENS
 
 
 class Speculation:

@@ -12,10 +12,7 @@ from attention import check_positive_int, describe, is_concrete
 from blocks.generation.engine import Engine
 from blocks.generation.prompts import Prompts, normalize_inputs, read_prompts
 from blocks.generation.state import GenerationState
-from blocks.generation.token_rows import (
-    check_tokens,
-    vocabulary_size,
-)
+from blocks.generation.token_rows import check_tokens, vocabulary_size
 
 
 class GenerationSteps:

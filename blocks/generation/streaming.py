@@ -8,11 +8,7 @@ from typing import Any
 import numpy as np
 
 from blocks.generation.running_batch import Block
-from blocks.generation.token_rows import (
-    NO_TOKENS,
-    pad_token_id,
-    to_arrays,
-)
+from blocks.generation.token_rows import NO_TOKENS, pad_token_id, to_arrays
 
 # What a decoder writes where bytes are no character, or not yet one.
 _REPLACEMENT = "\ufffd"
