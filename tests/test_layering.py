@@ -143,6 +143,13 @@ def test_layers_of_the_library(path):
             assert name in attention.__all__, f"{path.name} imports {name}"
 
 
+def test_helpers_of_tests_have_one_name():
+    """Under a second name (`tests.helpers`) their classes would be registered anew."""
+    for path in (ROOT / "tests").glob("*.py"):
+        for module, _ in imports(parse(path)):
+            assert module.split(".")[0] != "tests", path.name
+
+
 @every_file
 def test_files_stay_readable(path):
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
