@@ -1,9 +1,8 @@
 """A model with a state that can't be undone."""
 
-from planted_faults import Leak
-
 from attention import MultiHeadAttention
 from blocks import CustomBackbone
+from tests.planted_faults import Leak
 
 
 class HybridBackbone(CustomBackbone):

@@ -4,7 +4,15 @@ masks, scores, rewinding, and padding that holds NaN."""
 import keras
 import numpy as np
 import pytest
-from helpers import (
+from keras import ops, tree
+
+import attention.testing.backends as backends
+from attention import (
+    GroupedQueryAttention,
+    MultiHeadAttention,
+    RotaryAttention,
+)
+from tests.helpers import (
     ATTENTIONS,
     BATCH,
     LENGTH,
@@ -16,14 +24,6 @@ from helpers import (
     run_chunks,
     sample,
     to_numpy,
-)
-from keras import ops, tree
-
-import attention.testing.backends as backends
-from attention import (
-    GroupedQueryAttention,
-    MultiHeadAttention,
-    RotaryAttention,
 )
 
 every_attention = pytest.mark.parametrize("name", ATTENTIONS)

@@ -3,18 +3,6 @@
 import keras
 import numpy as np
 import pytest
-from helpers import (
-    BATCH,
-    LENGTH,
-    LLAMA3,
-    WIDTH,
-    YARN,
-    make,
-    raises,
-    sample,
-    secret,
-    to_numpy,
-)
 
 from attention import (
     GroupedQueryAttention,
@@ -27,6 +15,18 @@ from attention import (
     T5Attention,
     create_cache,
     grow_cache,
+)
+from tests.helpers import (
+    BATCH,
+    LENGTH,
+    LLAMA3,
+    WIDTH,
+    YARN,
+    make,
+    raises,
+    sample,
+    secret,
+    to_numpy,
 )
 
 

@@ -3,9 +3,9 @@
 import keras
 import numpy as np
 import pytest
-from helpers import ATTENTIONS, BATCH, LENGTH, WIDTH, assert_close, make, sample
 
 from attention import GroupedQueryAttention, MultiHeadAttention, MultiQueryAttention
+from tests.helpers import ATTENTIONS, BATCH, LENGTH, WIDTH, assert_close, make, sample
 
 
 def dense(x, layer):

@@ -2,7 +2,6 @@
 
 import keras
 import pytest
-from helpers import BATCH, LENGTH, WIDTH, raises, sample, secret
 from keras import ops
 
 from attention import (
@@ -19,6 +18,7 @@ from attention import (
     call_with_cache,
     create_cache,
 )
+from tests.helpers import BATCH, LENGTH, WIDTH, raises, sample, secret
 
 
 class Misbehaving(CachedLayer):

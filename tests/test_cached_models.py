@@ -2,20 +2,6 @@
 
 import keras
 import numpy as np
-from helpers import (
-    BATCH,
-    LENGTH,
-    WIDTH,
-    EmbedAndAttendTwice,
-    as_index,
-    assert_close,
-    compiled,
-    make,
-    randomize,
-    run_chunks,
-    sample,
-    to_numpy,
-)
 from keras import ops, tree
 
 from attention import (
@@ -32,6 +18,20 @@ from attention import (
     create_cache,
     grow_cache,
     max_positions,
+)
+from tests.helpers import (
+    BATCH,
+    LENGTH,
+    WIDTH,
+    EmbedAndAttendTwice,
+    as_index,
+    assert_close,
+    compiled,
+    make,
+    randomize,
+    run_chunks,
+    sample,
+    to_numpy,
 )
 
 

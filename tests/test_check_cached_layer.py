@@ -3,7 +3,6 @@
 import keras
 import numpy as np
 import pytest
-from helpers import SECRET, raises
 from keras import ops
 
 from attention import (
@@ -19,6 +18,7 @@ from attention.testing import (
     check_cached_layer,
     check_cached_model,
 )
+from tests.helpers import SECRET, raises
 
 SMALL = {"batch_size": 2, "max_length": 8}
 

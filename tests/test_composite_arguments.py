@@ -5,7 +5,16 @@ import inspect
 import keras
 import numpy as np
 import pytest
-from helpers import (
+from keras import ops
+
+from attention import (
+    CachedLayer,
+    CompositeCachedLayer,
+    MultiHeadAttention,
+    call_with_cache,
+    create_cache,
+)
+from tests.helpers import (
     LENGTH,
     WIDTH,
     assert_close,
@@ -15,15 +24,6 @@ from helpers import (
     randomize,
     sample,
     to_numpy,
-)
-from keras import ops
-
-from attention import (
-    CachedLayer,
-    CompositeCachedLayer,
-    MultiHeadAttention,
-    call_with_cache,
-    create_cache,
 )
 
 

@@ -6,12 +6,12 @@ import re
 import keras
 import numpy as np
 import pytest
-from helpers import raises
 from keras import ops, tree
 
 from blocks import CausalLM, GenerationState
 from blocks.generation import engine, running_batch, state
 from blocks.generation.state import chunk_length, round_up_capacity
+from tests.helpers import raises
 from tests.hybrid import HybridBackbone
 from tests.models import (
     RAGGED,

@@ -3,9 +3,9 @@
 import keras
 import numpy as np
 import pytest
-from helpers import to_numpy
 
 from blocks.generation.loop_kernels import LoopKernels
+from tests.helpers import to_numpy
 
 IS_TENSORFLOW = keras.config.backend() == "tensorflow"
 

@@ -3,7 +3,6 @@
 import keras
 import numpy as np
 import pytest
-from helpers import raises
 from keras import ops
 
 from attention import (
@@ -14,6 +13,7 @@ from attention import (
     last_tokens,
 )
 from blocks import CausalLM
+from tests.helpers import raises
 from tests.models import (
     PACKAGE,
     RAGGED,

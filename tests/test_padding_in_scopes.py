@@ -3,18 +3,6 @@
 import keras
 import numpy as np
 import pytest
-from helpers import (
-    BATCH,
-    LENGTH,
-    WIDTH,
-    assert_close,
-    compiled,
-    raises,
-    randomize,
-    sample,
-    secret,
-    to_numpy,
-)
 from keras import ops
 
 from attention import (
@@ -29,6 +17,18 @@ from attention import (
     call_with_cache,
     create_cache,
     last_tokens,
+)
+from tests.helpers import (
+    BATCH,
+    LENGTH,
+    WIDTH,
+    assert_close,
+    compiled,
+    raises,
+    randomize,
+    sample,
+    secret,
+    to_numpy,
 )
 
 LENGTHS = np.array([7, 3, 5])

@@ -4,7 +4,6 @@ import functools
 
 import keras
 import pytest
-from planted_faults import Attend, Leak
 
 from attention import MultiHeadAttention
 from attention.testing import (
@@ -13,6 +12,7 @@ from attention.testing import (
     check_cached_model,
 )
 from attention.testing.checking import CHECKS
+from tests.planted_faults import Attend, Leak
 
 SIZES = {"hidden_dim": 8, "max_length": 12}
 ROTARY, BIAS = {"rotary": True}, {"bias": True}

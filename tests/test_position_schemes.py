@@ -5,7 +5,6 @@ import math
 import keras_hub
 import numpy as np
 import pytest
-from helpers import LINEAR, LLAMA3, YARN, assert_close, sample, to_numpy
 from keras import ops
 
 from attention import (
@@ -16,6 +15,7 @@ from attention import (
     T5Attention,
 )
 from attention.rotary_scaling import rotary_frequencies
+from tests.helpers import LINEAR, LLAMA3, YARN, assert_close, sample, to_numpy
 
 SCALINGS = [
     None,

@@ -3,20 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from helpers import (
-    BATCH,
-    LENGTH,
-    WIDTH,
-    EmbedAndAttendTwice,
-    ProducerAndReader,
-    assert_close,
-    raises,
-    sample,
-    secret,
-    to_numpy,
-)
 from keras import ops
-from planted_faults import Leak
 
 from attention import (
     CachedLayer,
@@ -35,6 +22,19 @@ from attention.testing import (
     check_cached_layer,
     check_cached_model,
 )
+from tests.helpers import (
+    BATCH,
+    LENGTH,
+    WIDTH,
+    EmbedAndAttendTwice,
+    ProducerAndReader,
+    assert_close,
+    raises,
+    sample,
+    secret,
+    to_numpy,
+)
+from tests.planted_faults import Leak
 
 SIZES = {"hidden_dim": 8, "max_length": 12}
 

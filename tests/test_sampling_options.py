@@ -4,9 +4,9 @@ import keras
 import keras_hub
 import numpy as np
 import pytest
-from helpers import raises
 
 from blocks.generation import engine, progress
+from tests.helpers import raises
 from tests.models import (
     RAGGED,
     brute_force_greedy,

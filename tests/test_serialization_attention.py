@@ -5,16 +5,6 @@ import json
 import keras
 import numpy as np
 import pytest
-from helpers import (
-    LLAMA3,
-    VARIANTS,
-    WIDTH,
-    YARN,
-    assert_close,
-    randomize,
-    run_chunks,
-    sample,
-)
 
 from attention import (
     AlibiBias,
@@ -26,6 +16,16 @@ from attention import (
     RotaryAttention,
     RotaryPosition,
     T5Attention,
+)
+from tests.helpers import (
+    LLAMA3,
+    VARIANTS,
+    WIDTH,
+    YARN,
+    assert_close,
+    randomize,
+    run_chunks,
+    sample,
 )
 
 COMMON = {

@@ -5,10 +5,10 @@ import functools
 import keras
 import numpy as np
 import pytest
-from helpers import raises
 
 from attention import CachedLayer
 from blocks import PromptLookup
+from tests.helpers import raises
 from tests.hybrid import HybridBackbone
 from tests.models import (
     RotaryBackbone,

@@ -3,17 +3,6 @@
 import keras
 import numpy as np
 import pytest
-from helpers import (
-    BATCH,
-    LENGTH,
-    WIDTH,
-    assert_close,
-    compiled,
-    gradients,
-    randomize,
-    sample,
-    to_numpy,
-)
 from keras import ops
 
 from attention import (
@@ -26,6 +15,17 @@ from attention import (
     create_cache,
 )
 from attention.key_value_cache import HIDDEN_POSITION
+from tests.helpers import (
+    BATCH,
+    LENGTH,
+    WIDTH,
+    assert_close,
+    compiled,
+    gradients,
+    randomize,
+    sample,
+    to_numpy,
+)
 
 SETTINGS = {
     "plain": {"num_heads": 4, "num_key_value_heads": 4},

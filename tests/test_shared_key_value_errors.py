@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from helpers import BATCH, LENGTH, raises, sample, secret
 
 from attention import SharedKeyValueAttention
+from tests.helpers import BATCH, LENGTH, raises, sample, secret
 
 
 @pytest.fixture

@@ -3,9 +3,9 @@
 import keras_hub
 import numpy as np
 import pytest
-from helpers import raises
 
 from blocks import DraftModel, PromptLookup, Speculation
+from tests.helpers import raises
 from tests.hybrid import HybridBackbone
 from tests.models import (
     RAGGED,

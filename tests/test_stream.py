@@ -3,9 +3,9 @@
 import keras_hub
 import numpy as np
 import pytest
-from helpers import raises
 
 from blocks.generation.streaming import TextPieces
+from tests.helpers import raises
 from tests.models import (
     RAGGED,
     byte_preprocessor,

@@ -7,12 +7,12 @@ import sys
 import keras
 import numpy as np
 import pytest
-from helpers import assert_close, gradients, raises
 from keras import ops
 
 from attention import CacheScope, call_with_cache, create_cache
 from attention.testing import check_cached_model
 from blocks import CausalLM, CustomDecoder
+from tests.helpers import assert_close, gradients, raises
 from tests.models import (
     RAGGED,
     VOCABULARY_SIZE,

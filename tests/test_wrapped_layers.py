@@ -3,17 +3,6 @@
 import keras
 import numpy as np
 import pytest
-from helpers import (
-    BATCH,
-    LENGTH,
-    WIDTH,
-    assert_close,
-    raises,
-    randomize,
-    run_chunks,
-    sample,
-    to_numpy,
-)
 from keras import ops
 
 from attention import (
@@ -26,6 +15,17 @@ from attention import (
     call_with_cache,
     create_cache,
     last_tokens,
+)
+from tests.helpers import (
+    BATCH,
+    LENGTH,
+    WIDTH,
+    assert_close,
+    raises,
+    randomize,
+    run_chunks,
+    sample,
+    to_numpy,
 )
 
 

@@ -8,11 +8,18 @@ import pathlib
 import keras
 import numpy as np
 import pytest
-from helpers import assert_close, gradients, randomize, run_chunks, sample, to_numpy
 from keras import ops
 
 import tests.models
 from blocks import CausalLM
+from tests.helpers import (
+    assert_close,
+    gradients,
+    randomize,
+    run_chunks,
+    sample,
+    to_numpy,
+)
 
 FILE = pathlib.Path(__file__).parent.parent / "examples" / "write_once.py"
 TREE = ast.parse(FILE.read_text(encoding="utf-8"))
