@@ -114,9 +114,25 @@ class CompositeCachedLayer(CachedLayer):
             outputs = self._transform(x, padding_mask, training, inputs)
         return outputs, scope.cache
 
-    def create_cache(self, batch_size: int, max_length: int) -> tuple:
+    def create_cache(
+        self, batch_size: int, max_length: int, source_length: int | None = None
+    ) -> tuple:
+        """Makes the caches of the layers that `transform` calls.
+
+        Args:
+            batch_size: int. The number of rows.
+            max_length: int. How many positions each row can hold.
+            source_length: int or `None`. How many positions another sequence may
+                have, for layers that attend to one (`CrossAttention`).
+        """
+        source = {} if source_length is None else {"source_length": source_length}
         return tuple(
-            layer.create_cache(batch_size, max_length) for layer in self._call_sites()
+            layer.create_cache(
+                batch_size,
+                max_length,
+                **(source if _takes_source_length(type(layer)) else {}),
+            )
+            for layer in self._call_sites()
         )
 
     def grow_cache(self, cache: Any, max_length: int) -> tuple:
@@ -221,6 +237,11 @@ class CompositeCachedLayer(CachedLayer):
             return self._transform(zeros, None, False, {})
 
         return find_call_sites(run, self.name)
+
+
+@functools.cache
+def _takes_source_length(cls: type) -> bool:
+    return "source_length" in inspect.signature(cls.create_cache).parameters  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Masks and the dot product attention of grouped heads."""
+"""The dot product attention of grouped heads."""
 
 from __future__ import annotations
 
@@ -8,110 +8,10 @@ import keras
 import numpy as np
 from keras import ops
 
-from attention.validation import describe, static_size
+from attention.validation import static_size
 
 # Finite: a row in which everything is masked must not become NaN.
 _MASKED = -1e30
-
-
-def check_attention_mask(attention_mask: Any, query: Any, keys: Any) -> None:
-    """Says so when an attention mask does not fit the queries and keys.
-
-    Args:
-        attention_mask: what was received.
-        query: the queries, `(batch, query_length, width)`.
-        keys: likewise, or `None` where a cache holds the keys: the mask may
-            then have any number of columns.
-
-    Raises:
-        TypeError: if it is of a floating dtype: such masks are added to logits
-            elsewhere, where zero means that a key is seen.
-        ValueError: if it is of another shape.
-    """
-    dtype = str(getattr(attention_mask, "dtype", "unknown"))
-    if "bool" not in dtype and "int" not in dtype:
-        raise TypeError(
-            "`attention_mask` must be boolean: true where a query may attend to a "
-            f"key. Received: attention_mask={describe(attention_mask)}. Turn a mask "
-            "that is added to logits into one with `mask == 0`."
-        )
-    wanted = [(1, static_size(query, 0)), (1, static_size(query, 1))]
-    if keys is not None:
-        wanted.append((1, static_size(keys, 1)))
-    rank_fits = len(attention_mask.shape) == 3
-    sizes = [static_size(attention_mask, axis) for axis in range(3)]
-    if not rank_fits or any(
-        None not in (size, *fitting) and size not in fitting
-        for size, fitting in zip(sizes, wanted)
-    ):
-        raise ValueError(
-            "`attention_mask` must be of shape (batch, query_length, key_length). "
-            f"Received: attention_mask={describe(attention_mask)}, query="
-            f"{describe(query)}, keys={describe(keys)}"
-        )
-
-
-def combine_masks(
-    query_positions: Any,
-    key_positions: Any,
-    causal: bool,
-    key_padding_mask: Any = None,
-    attention_mask: Any = None,
-    in_order: bool = False,
-) -> Any:
-    """Combines all that says which key a query may attend to.
-
-    Args:
-        query_positions: `int32` tensor, `(query_length,)` or `(batch,
-            query_length)`.
-        key_positions: likewise for the keys.
-        causal: bool. Whether keys at later positions are hidden.
-        key_padding_mask: `None` or boolean tensor `(batch, key_length)`.
-        attention_mask: `None` or boolean tensor `(batch, query_length,
-            positions)`: its last axis counts positions of the sequence.
-            Positions beyond its end are hidden.
-        in_order: bool. Whether the positions of keys are 0, 1, 2 and so on,
-            unless there is a row of them for each sequence.
-
-    Returns:
-        `None` where every key may be attended, otherwise a boolean tensor that
-        broadcasts to `(batch, heads, query_length, key_length)`.
-    """
-    masks = []
-    if causal:
-        visible = key_positions[..., None, :] <= query_positions[..., :, None]
-        masks.append(visible[None] if len(visible.shape) == 2 else visible)
-    if key_padding_mask is not None:
-        masks.append(key_padding_mask[:, None, :])
-    if attention_mask is not None:
-        masks.append(_align(attention_mask, key_positions, in_order))
-    if not masks:
-        return None
-    combined = masks[0]
-    for mask in masks[1:]:
-        combined = ops.logical_and(combined, mask)
-    return combined[:, None]
-
-
-def _align(attention_mask: Any, key_positions: Any, in_order: bool) -> Any:
-    """Picks the columns of `attention_mask` that belong to the keys."""
-    attention_mask = ops.cast(attention_mask, "bool")
-    length = static_size(attention_mask, len(attention_mask.shape) - 1)
-    if length is None or length == 1:
-        return attention_mask
-    if len(key_positions.shape) == 2:
-        columns = ops.minimum(key_positions, length - 1)[:, None]
-        known = (key_positions < length)[:, None]
-        return ops.logical_and(
-            ops.take_along_axis(attention_mask, columns, axis=-1), known
-        )
-    capacity = static_size(key_positions, 0)
-    if in_order and (capacity is None or capacity == length):
-        return attention_mask
-    columns = ops.minimum(key_positions, length - 1)
-    return ops.logical_and(
-        ops.take(attention_mask, columns, axis=-1), key_positions < length
-    )
 
 
 def grouped_attention(
@@ -121,6 +21,8 @@ def grouped_attention(
     bias: Any = None,
     scale: float = 1.0,
     dropout: Any = None,
+    soft_cap: float | None = None,
+    sinks: Any = None,
 ) -> tuple[Any, Any]:
     """Scaled dot product attention in which query heads share key/value heads.
 
@@ -139,6 +41,10 @@ def grouped_attention(
             key_length)`.
         scale: float. What the logits are multiplied with.
         dropout: `None` or a callable applied to the weights.
+        soft_cap: `None` or float. Scaled products are kept between it and its
+            negative.
+        sinks: `None` or tensor `(num_heads,)`: the logit of a key that every
+            query sees and whose value is zero.
 
     Returns:
         The outputs, `(batch, query_length, num_heads, value_dim)`, and the
@@ -155,6 +61,8 @@ def grouped_attention(
     key_length = ops.shape(logits)[-1]
     logits = ops.reshape(logits, (-1, groups, per_group, length, key_length))
     logits = ops.cast(logits, "float32") * scale
+    if soft_cap is not None:
+        logits = soft_cap * ops.tanh(logits / soft_cap)
     if bias is not None:
         lead = (-1,) if len(bias.shape) == 4 else ()
         bias_heads = bias.shape[-3]
@@ -162,9 +70,14 @@ def grouped_attention(
         logits = logits + ops.reshape(bias, (*lead, *split, *ops.shape(bias)[-2:]))
     if mask is not None:
         logits = ops.where(mask[:, :, None], logits, _MASKED)
+    if sinks is not None:
+        sinks = ops.reshape(ops.cast(sinks, "float32"), (1, groups, per_group, 1, 1))
+        sinks = ops.broadcast_to(sinks, (*ops.shape(logits)[:-1], 1))
+        logits = ops.concatenate([logits, sinks], axis=-1)
     # Keras warns of a softmax over a single key, which is all right here.
     one_key = static_size(logits, 4) == 1
     weights = ops.ones_like(logits) if one_key else ops.softmax(logits, axis=-1)
+    weights = weights if sinks is None else weights[..., :-1]
     dropped = weights if dropout is None else dropout(weights)
     dropped = ops.cast(dropped, parts[0][1].dtype)
     dropped = ops.reshape(dropped, (-1, groups, per_group * length, key_length))

@@ -8,9 +8,9 @@ from typing import Any
 import keras
 from keras import ops
 
+from attention.banded import Blocks
 from attention.cached_layer import CachedLayer
 from attention.dot_product import (
-    combine_masks,
     fused_attention,
     fused_attention_applies,
     grouped_attention,
@@ -23,7 +23,13 @@ from attention.position_schemes import (
     check_position,
     serialize_position,
 )
-from attention.validation import check_fraction, check_positive_int, describe
+from attention.validation import (
+    check_fraction,
+    check_positive_int,
+    check_soft_cap,
+    describe,
+)
+from attention.visibility import Visibility
 
 
 class DotProductAttention(CachedLayer):
@@ -44,8 +50,13 @@ class DotProductAttention(CachedLayer):
         use_bias: bool = True,
         position: PositionScheme | None = None,
         scale: float | None = None,
+        window: int | None = None,
         kernel_initializer: Any = "glorot_uniform",
         bias_initializer: Any = "zeros",
+        query_key_norm: bool = False,
+        logit_soft_cap: float | None = None,
+        attention_sinks: bool = False,
+        output_gate: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -78,8 +89,15 @@ class DotProductAttention(CachedLayer):
                 f"Received: scale={describe(scale)}"
             )
         self.scale = scale if scale is None else float(scale)
+        self.window = None if window is None else check_positive_int("window", window)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
+        self.query_key_norm = bool(query_key_norm)
+        self.logit_soft_cap = check_soft_cap(logit_soft_cap)
+        self.attention_sinks = bool(attention_sinks)
+        self.output_gate = bool(output_gate)
+        # Made by `build` where they are asked for.
+        self.query_norm = self.key_norm = self.sinks = self.gate_dense = None
         # Whether a query attends to no later position.
         self.causal = True
 
@@ -101,9 +119,13 @@ class DotProductAttention(CachedLayer):
         self._width = width
 
     def _head_dims(self) -> tuple[int, int]:
-        """The sizes of a key head and of a value head."""
+        """The sizes of a key head and of a value head, as they are attended."""
         key_dim = self.key_dim or self._width // self.num_heads
         return key_dim, self.value_dim or key_dim
+
+    def _query_heads(self) -> tuple[int, int]:
+        """How many query heads of which size are projected."""
+        return self.num_heads, self._head_dims()[0]
 
     def _project(self, name: str, heads: tuple, shape: tuple) -> keras.layers.Layer:
         """Makes a projection of `(batch, length, width)` to `heads`."""
@@ -127,7 +149,8 @@ class DotProductAttention(CachedLayer):
 
     def _build_output(self, query_shape: tuple) -> None:
         """Makes what comes behind the queries: dropout, bias, output projection."""
-        key_dim, value_dim = self._head_dims()
+        value_dim = self._head_dims()[1]
+        heads, key_dim = self._query_heads()
         self._logit_scale = key_dim**-0.5 if self.scale is None else self.scale
         # The letters of what is contracted are in the order of the axes: JAX sorts
         # them, and would else transpose the kernel in every decode step.
@@ -143,7 +166,28 @@ class DotProductAttention(CachedLayer):
             self.dropout, dtype=self.dtype_policy, name="attention_dropout"
         )
         if self.position is not None and not self.position.built:
-            self.position.build(self.num_heads)
+            self.position.build(heads)
+        if self.output_gate:
+            gates = (self.num_heads, value_dim)
+            self.gate_dense = self._project("output_gate", gates, query_shape)
+        if self.attention_sinks:
+            # Beside float32 logits, whatever the layer computes in.
+            self.sinks = self.add_weight(
+                name="sinks",
+                shape=(heads,),
+                initializer="zeros",
+                autocast=False,
+            )
+
+    def _build_norm(self, name: str) -> keras.layers.Layer | None:
+        """Makes the norm of query or key heads, if there is to be one."""
+        if not self.query_key_norm:
+            return None
+        norm = keras.layers.RMSNormalization(
+            epsilon=1e-6, dtype=self.dtype_policy, name=name
+        )
+        norm.build((None, None, None, self._query_heads()[1]))
+        return norm
 
     def _initializers(self) -> dict[str, Any]:
         # A random initializer with a seed would give every kernel the same
@@ -158,78 +202,140 @@ class DotProductAttention(CachedLayer):
         self,
         query: Any,
         new: tuple[Any, Any] | None,
-        query_positions: Any,
-        key_positions: Any,
+        visibility: Visibility,
         past: tuple[Any, Any] | None = None,
-        key_padding_mask: Any = None,
-        attention_mask: Any = None,
+        gate: Any = None,
         return_scores: bool = False,
         training: bool | None = None,
     ) -> tuple[Any, Any]:
-        """Attends to keys by positions, and projects what was found.
+        """Attends to what is visible, and projects what was found.
 
         Args:
             query: tensor of shape `(batch, length, num_heads, key_dim)`.
             new: `None`, or keys and values of shape `(batch, key_length,
                 num_key_value_heads, dim)`.
-            query_positions: `int32` tensor, `(length,)` or `(batch, length)`.
-            key_positions: likewise for all keys, the past ones first.
+            visibility: which query sees which key, the past ones first.
             past: `None`, or keys and values as in a cache: `(batch,
                 num_key_value_heads, key_dim, key_length)` and `(batch,
                 num_key_value_heads, key_length, value_dim)`.
-            key_padding_mask: `None` or boolean tensor `(batch, key_length)`.
-            attention_mask: `None` or boolean tensor `(batch, length, positions)`.
+            gate: `None` or tensor `(batch, length, num_heads, value_dim)`: the
+                logits of what each number is let through with.
             return_scores: bool. Whether the scores are needed.
             training: bool. Whether to apply dropout.
 
         Returns:
             The outputs, `(batch, length, width)`, and the scores or `None`.
         """
-        mask = combine_masks(
-            query_positions,
-            key_positions,
-            self.causal,
-            key_padding_mask,
-            attention_mask,
-            in_order=past is None or new is None,
+        outputs, scores = self._combine(
+            *self._attend_heads(query, new, visibility, past, return_scores, training)
         )
-        bias = None
+        if gate is not None:
+            outputs = outputs * ops.sigmoid(gate)
+        return self.output_dense(outputs), scores
+
+    def _combine(self, outputs: Any, scores: Any) -> tuple[Any, Any]:
+        """Makes of the heads that attended those that are projected."""
+        return outputs, scores
+
+    def _attend_heads(
+        self,
+        query: Any,
+        new: tuple[Any, Any] | None,
+        visibility: Visibility,
+        past: tuple[Any, Any] | None = None,
+        return_scores: bool = False,
+        training: bool | None = None,
+    ) -> tuple[Any, Any]:
+        """Means of values, `(batch, length, num_heads, value_dim)`, and weights."""
+        size = 0
+        if past is None and new is not None and not return_scores:
+            size = visibility.block_size(query, new[0])
+        if not size or new is None:
+            return self._weigh(query, new, visibility, past, return_scores, training)
+        # In time linear in the length.
+        blocks = Blocks(size, query.shape[1], self.causal)
+        outputs, scores = self._weigh(
+            blocks.queries(query),
+            (blocks.keys(new[0]), blocks.keys(new[1])),
+            visibility.in_blocks(blocks, query),
+            training=training,
+        )
+        return blocks.join(outputs), scores
+
+    def _weigh(
+        self,
+        query: Any,
+        new: tuple[Any, Any] | None,
+        visibility: Visibility,
+        past: tuple[Any, Any] | None = None,
+        return_scores: bool = False,
+        training: bool | None = None,
+    ) -> tuple[Any, Any]:
+        """As `_attend_heads`, of all queries and keys at once."""
+        mask, bias = visibility.mask(), None
         if self.position is not None:
-            bias = self.position.bias(query_positions, key_positions)
+            bias = self.position.bias(
+                visibility.query_positions, visibility.key_positions
+            )
             self._check_bias(bias)
         dropout = self.dropout_layer if training and self.dropout else None
         query, scale = scale_query(query, self._logit_scale)
         scores = None
         plain = past is None and not return_scores and dropout is None
-        if plain and new is not None and self._is_fused(new[0].shape[2]):
+        if plain and new is not None and self._is_fused(query, *new):
             outputs = fused_attention(query, new[0], new[1], mask, bias, scale)
         else:
             parts = [] if past is None else [past]
             if new is not None:
                 parts.append(to_cache_layout(*new))
             outputs, scores = grouped_attention(
-                query, parts, mask, bias, scale, dropout
+                query,
+                parts,
+                mask,
+                bias,
+                scale,
+                dropout,
+                soft_cap=self.logit_soft_cap,
+                sinks=self.sinks,
             )
-        if attention_mask is not None:
+        if visibility.attention_mask is not None:
             # A query that may attend to nothing attends to nothing. Softmax
             # would have given it the mean of all values, later ones too.
             some = ops.any(mask, axis=-1, keepdims=True)
             outputs = ops.where(ops.swapaxes(some, 1, 2), outputs, 0)
             scores = None if scores is None else ops.where(some, scores, 0)
-        return self.output_dense(outputs), scores
+        return outputs, scores
 
-    def _is_fused(self, groups: int) -> bool:
-        return fused_attention_applies(
-            self.num_heads, groups, *self._head_dims(), self.compute_dtype
+    def _gate(self, inputs: Any) -> Any:
+        """What `_attend` takes as `gate`."""
+        return None if self.gate_dense is None else self.gate_dense(inputs)
+
+    def _is_fused(self, query: Any, key: Any, value: Any) -> bool:
+        if self.logit_soft_cap is not None or self.sinks is not None:
+            return False
+        heads, groups, dims = (
+            query.shape[2],
+            key.shape[2],
+            (key.shape[3], value.shape[3]),
         )
+        return fused_attention_applies(heads, groups, *dims, self.compute_dtype)
 
     def _check_bias(self, bias: Any) -> None:
-        heads = None if bias is None else bias.shape[-3]
-        if heads not in (None, 1, self.num_heads):
+        found, heads = None if bias is None else bias.shape[-3], self._query_heads()[0]
+        if found not in (None, 1, heads):
             raise ValueError(
-                f"`position` of layer '{self.name}' gave biases for {heads} heads, "
-                f"but the layer has num_heads={self.num_heads}. Layers that share "
+                f"`position` of layer '{self.name}' gave biases for {found} heads, "
+                f"but the layer has num_heads={heads}. Layers that share "
                 "a position scheme need the same number of heads."
+            )
+
+    def _require_built(self) -> None:
+        """Says so when sizes depend on inputs that were not seen yet."""
+        if not self.built:
+            raise ValueError(
+                f"Layer '{self.name}' has no weights yet and no `key_dim`, so its "
+                "cache can't be sized. Call it once, or call `build` with the shape of "
+                "its inputs, before `create_cache`; or make it with `key_dim`."
             )
 
     def _check_index(self, cache_update_index: Any) -> None:
@@ -253,6 +359,11 @@ class DotProductAttention(CachedLayer):
             use_bias=self.use_bias,
             position=serialize_position(self.position),
             scale=self.scale,
+            window=self.window,
+            query_key_norm=self.query_key_norm,
+            logit_soft_cap=self.logit_soft_cap,
+            attention_sinks=self.attention_sinks,
+            output_gate=self.output_gate,
             kernel_initializer=keras.initializers.serialize(self.kernel_initializer),
             bias_initializer=keras.initializers.serialize(self.bias_initializer),
         )

@@ -7,12 +7,19 @@ from typing import Any
 import keras
 from keras import ops
 
+from attention.cache_policies import make_cache_policy
 from attention.cache_writes import computed_after, token_positions
-from attention.dot_product import check_attention_mask
 from attention.dot_product_attention import DotProductAttention
-from attention.key_value_cache import FullCache, is_zero, join_positions, pack_key_value
+from attention.key_value_cache import (
+    HIDDEN_POSITION,
+    is_zero,
+    join_positions,
+    pack_key_value,
+    to_cache_layout,
+)
 from attention.position_schemes import PositionScheme
 from attention.validation import check_positive_int, describe, static_size
+from attention.visibility import Visibility, check_attention_mask
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
@@ -46,8 +53,21 @@ class GroupedQueryAttention(DotProductAttention):
             outputs.
         scale: float or `None`. What the logits are multiplied with; `None`
             means `1 / sqrt(key_dim)`.
+        window: int or `None`. How many positions a query sees, itself included:
+            a sliding window, whose cache has as many slots and never grows.
+            Without causality so many to either side. `None` means all positions.
         kernel_initializer: initializer of the projections.
         bias_initializer: initializer of their biases.
+        query_key_norm: bool. Whether each query head and key head is normalized
+            by its root mean square, with a scale for each of its dimensions,
+            before positions are encoded.
+        logit_soft_cap: float or `None`. Logits `x` become `cap * tanh(x / cap)`.
+        attention_sinks: bool. Whether each head has a trainable logit that takes
+            part in the softmax and stands for no value.
+        output_gate: bool. Whether a sigmoid of a projection of the query's input
+            multiplies what the heads found, before the output projection.
+        cache_dtype: `None` or `"int8"`: keys and values are cached in 8 bits, with
+            a scale for each head of each token. `None` means the compute dtype.
         **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
 
     Call arguments:
@@ -69,12 +89,18 @@ class GroupedQueryAttention(DotProductAttention):
         return_key_value: bool. Whether to return the keys and values, too, for
             layers that attend to them as well (`SharedKeyValueAttention`).
         training: bool. Whether to apply dropout.
+        prefix_length: `None`, int, or integer tensor of shape `()` or `(batch,)`:
+            tokens before this position see each other in both directions
+            (PrefixLM). With a cache, the whole prefix belongs in one call.
+        segment_ids: `None` or integer tensor of shape `(batch, length)`: tokens
+            see only those of their own document. Not with a cache.
 
     Returns:
         A tensor of shape `(batch, length, width)` in the compute dtype. With
         `return_attention_scores`, `(outputs, scores)`, where `scores` are
         `float32` of shape `(batch, num_heads, length, key_length)`; with a
-        cache `key_length` is the cache's, zero for what is not filled. With
+        cache `key_length` is the cache's, zero for what is not filled, and with a
+        window's cache that of its slots and the new tokens. With
         `return_key_value`, `(outputs, key_value)`, where `key_value` is a dict
         of all that these queries may attend to: `"key"`, `(batch,
         num_key_value_heads, key_length, key_dim)`, `"value"` likewise, and
@@ -107,6 +133,12 @@ class GroupedQueryAttention(DotProductAttention):
 
     - [Vaswani et al., 2017](https://arxiv.org/abs/1706.03762)
     - [Ainslie et al., 2023](https://arxiv.org/abs/2305.13245)
+    - [Beltagy et al., 2020](https://arxiv.org/abs/2004.05150) (`window`)
+    - [Henry et al., 2020](https://arxiv.org/abs/2010.04245) (`query_key_norm`)
+    - [Gemma 2, 2024](https://arxiv.org/abs/2408.00118) (`logit_soft_cap`)
+    - [OpenAI, 2025](https://arxiv.org/abs/2508.10925) (`attention_sinks`)
+    - [Qiu et al., 2025](https://arxiv.org/abs/2505.06708) (`output_gate`)
+    - [Raffel et al., 2019](https://arxiv.org/abs/1910.10683) (`prefix_length`)
     """
 
     num_key_value_heads: int
@@ -122,8 +154,14 @@ class GroupedQueryAttention(DotProductAttention):
         position: PositionScheme | None = None,
         causal: bool = True,
         scale: float | None = None,
+        window: int | None = None,
         kernel_initializer: Any = "glorot_uniform",
         bias_initializer: Any = "zeros",
+        query_key_norm: bool = False,
+        logit_soft_cap: float | None = None,
+        attention_sinks: bool = False,
+        output_gate: bool = False,
+        cache_dtype: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -135,14 +173,20 @@ class GroupedQueryAttention(DotProductAttention):
             use_bias=use_bias,
             position=position,
             scale=scale,
+            window=window,
             kernel_initializer=kernel_initializer,
             bias_initializer=bias_initializer,
+            query_key_norm=query_key_norm,
+            logit_soft_cap=logit_soft_cap,
+            attention_sinks=attention_sinks,
+            output_gate=output_gate,
             **kwargs,
         )
         # Here it may not be None.
         check_positive_int("num_key_value_heads", num_key_value_heads)
         self.causal = bool(causal)
-        self.cache_policy = FullCache()
+        self.cache_dtype = cache_dtype
+        self.cache_policy = make_cache_policy(window, cache_dtype, self.compute_dtype)
 
     def build(
         self,
@@ -153,32 +197,36 @@ class GroupedQueryAttention(DotProductAttention):
         value_shape = value_shape or query_shape
         key_shape = key_shape or value_shape
         self._check_width(query_shape)
-        key_dim, value_dim = self._head_dims()
-        heads, groups = self.num_heads, self.num_key_value_heads
-        self.query_dense = self._project("query", (heads, key_dim), query_shape)
-        self.key_dense = self._project("key", (groups, key_dim), key_shape)
-        self.value_dense = self._project("value", (groups, value_dim), value_shape)
+        value_heads = (self.num_key_value_heads, self._head_dims()[1])
+        self.query_dense = self._project("query", self._query_heads(), query_shape)
+        self.key_dense = self._project("key", self._key_heads(), key_shape)
+        self.value_dense = self._project("value", value_heads, value_shape)
+        self.query_norm = self._build_norm("query_norm")
+        self.key_norm = self._build_norm("key_norm")
         self._build_output(query_shape)
 
+    def _key_heads(self) -> tuple[int, int]:
+        """How many key heads of which size are projected."""
+        return self.num_key_value_heads, self._head_dims()[0]
+
+    def _arrange(self, query: Any, key: Any) -> tuple[Any, Any]:
+        """Makes of projected and encoded heads those that are attended with."""
+        return query, key
+
     def create_cache(self, batch_size: int, max_length: int) -> Any:
-        if self.key_dim is None and not self.built:
-            raise ValueError(
-                f"Layer '{self.name}' has no weights yet and no `key_dim`, so its "
-                "cache can't be sized. Call it once, or call `build` with the shape of "
-                "its inputs, before `create_cache`; or make it with `key_dim`."
-            )
+        if self.key_dim is None:
+            self._require_built()
         if not self.causal:
             raise ValueError(
                 f"Layer '{self.name}' was made with `causal=False`: each new "
                 "token changes the outputs of all earlier ones, so there is "
                 "nothing to cache. Use it without a cache, or make it causal."
             )
+        key_dim, value_dim = self._head_dims()
+        heads = self.num_key_value_heads
+        sizes = {"key": (heads, key_dim), "value": (heads, value_dim)}
         return self.cache_policy.create(
-            batch_size,
-            max_length,
-            self.num_key_value_heads,
-            *self._head_dims(),
-            dtype=self.compute_dtype,
+            batch_size, max_length, sizes, self.compute_dtype
         )
 
     def can_rewind(self, cache: Any, from_index: int, to_index: int) -> bool:
@@ -210,8 +258,10 @@ class GroupedQueryAttention(DotProductAttention):
         return_attention_scores: bool = False,
         return_key_value: bool = False,
         training: bool | None = None,
+        prefix_length: Any = None,
+        segment_ids: Any = None,
     ) -> Any:
-        self._check_call(value, key, cache, cache_update_index)
+        self._check_call(value, key, cache, cache_update_index, segment_ids)
         if attention_mask is not None:
             keys = next((x for x in (key, value) if x is not None), query)
             check_attention_mask(attention_mask, query, keys if cache is None else None)
@@ -223,6 +273,8 @@ class GroupedQueryAttention(DotProductAttention):
         q = self.query_dense(query)
         k = self.key_dense(source if key is None else key)
         v = self.value_dense(source)
+        if self.query_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
         positions = token_positions(cache_update_index, ops.shape(query)[1])
         key_positions = positions
         key_padding_mask = padding_mask
@@ -231,52 +283,77 @@ class GroupedQueryAttention(DotProductAttention):
             key_padding_mask = None
         if self.position is not None:
             q, k = self.position.encode(q, k, positions, key_positions)
+        q, k = self._arrange(q, k)
+        if cache is not None:
+            k, v = (self.cache_policy.as_stored(x) for x in (k, v))
         past: Any = None
-        new: Any = (k, v)
-        if cache is not None and return_attention_scores:
-            # For every slot of the cache.
-            cache = self._write(cache, new, cache_update_index, padding_mask)
-            *past, key_positions = self.cache_policy.read(cache)
-            new = key_padding_mask = None
         # At index 0 there is no past: the new tokens attend to each other.
-        elif cache is not None and not is_zero(cache_update_index):
-            *past, past_positions = self.cache_policy.read(cache, cache_update_index)
+        if cache is not None and not is_zero(cache_update_index):
+            stored = self.cache_policy.read(cache)
+            past = stored["key"], stored["value"]
+            past_positions = self.cache_policy.positions(cache, cache_update_index)
+            if prefix_length is not None and padding_mask is not None:
+                key_positions = ops.where(padding_mask, key_positions, HIDDEN_POSITION)
             key_positions = join_positions(past_positions, key_positions)
-            # Padding comes after all tokens whose outputs count.
+            # Else padding comes after all tokens whose outputs count.
             key_padding_mask = None
-        outputs, scores = self._attend(
-            q,
-            new,
+        visibility = Visibility(
             positions,
             key_positions,
-            past=past,
-            key_padding_mask=key_padding_mask,
-            attention_mask=attention_mask,
+            self.causal,
+            self.window,
+            key_padding_mask,
+            attention_mask,
+            prefix_length,
+            None if segment_ids is None else (segment_ids, segment_ids),
+            in_order=past is None,
+        )
+        outputs, scores = self._attend(
+            q,
+            (k, v),
+            visibility,
+            past,
+            self._gate(query),
             return_scores=return_attention_scores,
             training=training,
         )
-        if cache is not None and not return_attention_scores:
-            new = tuple(computed_after(x, outputs) for x in (k, v))
-            cache = self._write(cache, new, cache_update_index, padding_mask)
         returned: tuple = (outputs,)
         if return_attention_scores:
+            if cache is not None:
+                cut = ops.shape(scores)[-1] - ops.shape(k)[1]
+                scores = self.cache_policy.place_scores(
+                    cache,
+                    None if past is None else scores[..., :cut],
+                    scores[..., cut:],
+                    cache_update_index,
+                    padding_mask,
+                )
             returned += (scores,)
-        if return_key_value:
-            # What these queries attended to: all of the cache, or the new tokens.
-            if past is None:
-                k, v = ops.swapaxes(k, 1, 2), ops.swapaxes(v, 1, 2)
+        if cache is not None or return_key_value:
+            k, v = to_cache_layout(k, v)
+        if cache is not None:
+            new = {"key": k, "value": v}
+            new = {name: computed_after(x, outputs) for name, x in new.items()}
+            write = (cache, new, cache_update_index)
+            if return_key_value and past is not None:
+                # What these queries attended to: the past and themselves.
+                cache, seen, key_positions = self.cache_policy.write_and_read(
+                    *write, positions, padding_mask
+                )
+                k, v = seen["key"], seen["value"]
             else:
-                k, v, key_positions = self.cache_policy.read(cache)
-                k = ops.swapaxes(k, 2, 3)
-            returned += (pack_key_value(k, v, key_positions, key_padding_mask),)
+                cache = self.cache_policy.write(*write, padding_mask)
+        if return_key_value:
+            packed = pack_key_value(
+                ops.swapaxes(k, 2, 3), v, key_positions, key_padding_mask
+            )
+            returned += (packed,)
         outputs = returned if len(returned) > 1 else outputs
         return outputs if cache is None else (outputs, cache)
 
-    def _write(self, cache: Any, new: tuple, index: Any, padding_mask: Any) -> Any:
-        key, value = new
-        return self.cache_policy.write(cache, key, value, index, padding_mask)
-
-    def _check_call(self, value: Any, key: Any, cache: Any, index: Any) -> None:
+    def _check_call(
+        self, value: Any, key: Any, cache: Any, index: Any, segment_ids: Any
+    ) -> None:
         lengths = {static_size(x, 1) for x in (value, key) if x is not None}
         if len(lengths - {None}) > 1:
             raise ValueError(
@@ -293,8 +370,13 @@ class GroupedQueryAttention(DotProductAttention):
                 f"{describe(value)}, key={describe(key)}"
             )
         self._check_index(index)
+        if segment_ids is not None:
+            raise ValueError(
+                f"Layer '{self.name}' was called with `cache` and `segment_ids`. A "
+                "cache holds one document in each row; give each its own row."
+            )
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
-        config["causal"] = self.causal
+        config.update(causal=self.causal, cache_dtype=self.cache_dtype)
         return config

@@ -89,6 +89,7 @@ class RotaryAttention(GroupedQueryAttention):
             the inputs divided by `num_heads`.
         max_wavelength: number. The longest wavelength, or `rope_theta`.
         scaling: `None` or a dict, see `RotaryPosition`.
+        rotary_dim: even int or `None`. How much of a head is rotated.
         **kwargs: as for `GroupedQueryAttention`, without `position`.
 
     Example:
@@ -111,9 +112,12 @@ class RotaryAttention(GroupedQueryAttention):
         key_dim: int | None = None,
         max_wavelength: float = 10_000,
         scaling: dict[str, Any] | None = None,
+        rotary_dim: int | None = None,
         **kwargs: Any,
     ):
-        position = RotaryPosition(max_wavelength, scaling, name="rotary_position")
+        position = RotaryPosition(
+            max_wavelength, scaling, rotary_dim, name="rotary_position"
+        )
         if num_key_value_heads is None:
             num_key_value_heads = num_heads
         super().__init__(
@@ -123,7 +127,9 @@ class RotaryAttention(GroupedQueryAttention):
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         position = config.pop("position")["config"]
-        config.update({key: position[key] for key in ("max_wavelength", "scaling")})
+        config.update(
+            {key: position[key] for key in ("max_wavelength", "scaling", "rotary_dim")}
+        )
         return config
 
 

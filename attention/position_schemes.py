@@ -104,6 +104,8 @@ class RotaryPosition(PositionScheme):
             `{"rope_type": "yarn", "factor": ...,
             "original_max_position_embeddings": ..., "beta_fast": 32,
             "beta_slow": 1, "attention_factor": None}`.
+        rotary_dim: even int or `None`. Only so many dimensions at the head's
+            front are rotated, as in GPT-NeoX and Phi; `None` means all.
 
     Raises:
         ValueError: if `max_wavelength` is not positive, `scaling` is of an
@@ -133,12 +135,16 @@ class RotaryPosition(PositionScheme):
         self,
         max_wavelength: float = 10_000,
         scaling: dict[str, Any] | None = None,
+        rotary_dim: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.rotary_dim = (
+            None if rotary_dim is None else check_positive_int("rotary_dim", rotary_dim)
+        )
         self.max_wavelength = max_wavelength
         # An early error for arguments no head size could make right.
-        rotary_frequencies(2, max_wavelength, scaling)
+        rotary_frequencies(rotary_dim or 2, max_wavelength, scaling)
         # Keras would take a dict for a structure of sublayers.
         self._scaling = None if scaling is None else tuple(scaling.items())
 
@@ -150,15 +156,25 @@ class RotaryPosition(PositionScheme):
     def encode(
         self, query: Any, key: Any, query_positions: Any, key_positions: Any
     ) -> tuple[Any, Any]:
+        size = self.rotary_dim or query.shape[-1]
+        if size > query.shape[-1]:
+            raise ValueError(
+                f"`rotary_dim` must be at most the size of a head. Received: rotary_dim="
+                f"{size}, heads of size {query.shape[-1]}"
+            )
         frequencies, magnitude = rotary_frequencies(
-            query.shape[-1], self.max_wavelength, self.scaling
+            size, self.max_wavelength, self.scaling
         )
         rotated = _rotate(query, query_positions, frequencies, magnitude)
         return rotated, _rotate(key, key_positions, frequencies, magnitude)
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
-        config.update(max_wavelength=self.max_wavelength, scaling=self.scaling)
+        config.update(
+            max_wavelength=self.max_wavelength,
+            scaling=self.scaling,
+            rotary_dim=self.rotary_dim,
+        )
         return config
 
 
@@ -170,10 +186,12 @@ def _rotate(x: Any, positions: Any, frequencies: np.ndarray, magnitude: float) -
     angles = angles[..., None, :]
     cos = ops.cast(ops.cos(angles) * magnitude, x.dtype)
     sin = ops.cast(ops.sin(angles) * magnitude, x.dtype)
-    first, second = ops.split(x, 2, axis=-1)
-    return ops.concatenate(
-        [first * cos - second * sin, second * cos + first * sin], axis=-1
-    )
+    x, half = ops.convert_to_tensor(x), frequencies.shape[0]
+    first, second = x[..., :half], x[..., half : 2 * half]
+    parts = [first * cos - second * sin, second * cos + first * sin]
+    if 2 * half < x.shape[-1]:
+        parts.append(x[..., 2 * half :])
+    return ops.concatenate(parts, axis=-1)
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")

@@ -8,9 +8,9 @@ import keras
 from keras import ops
 
 from attention.cache_writes import token_positions
-from attention.dot_product import check_attention_mask
 from attention.dot_product_attention import DotProductAttention
 from attention.validation import describe, dtype_name, static_size
+from attention.visibility import Visibility, check_attention_mask
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
@@ -43,8 +43,14 @@ class SharedKeyValueAttention(DotProductAttention):
             encodes the queries. The keys come encoded by the producer's scheme.
         scale: float or `None`. What the logits are multiplied with; `None`
             means `1 / sqrt(key_dim)`.
+        window: int or `None`. How many positions a query sees, itself included;
+            not more than the producer's window. `None` means all of them.
         kernel_initializer: initializer of the projections.
         bias_initializer: initializer of their biases.
+        query_key_norm: bool. Whether queries are normalized, as the producer's
+            keys then are.
+        logit_soft_cap: as for `GroupedQueryAttention`, and so are
+            `attention_sinks` and `output_gate`.
         **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
 
     Call arguments:
@@ -99,6 +105,7 @@ class SharedKeyValueAttention(DotProductAttention):
         self._check_width(query_shape)
         heads = (self.num_heads, self._head_dims()[0])
         self.query_dense = self._project("query", heads, query_shape)
+        self.query_norm = self._build_norm("query_norm")
         self._build_output(query_shape)
 
     def create_cache(self, batch_size: int, max_length: int) -> tuple:
@@ -133,6 +140,8 @@ class SharedKeyValueAttention(DotProductAttention):
             # Whatever stands in a padded token, zero times it is zero.
             query = ops.where(ops.cast(padding_mask, "bool")[..., None], query, 0)
         q = self.query_dense(query)
+        if self.query_norm is not None:
+            q = self.query_norm(q)
         positions = token_positions(cache_update_index, ops.shape(query)[1])
         if self.position is not None:
             # No new keys: these were encoded by the layer that made them.
@@ -145,13 +154,19 @@ class SharedKeyValueAttention(DotProductAttention):
             new = ops.swapaxes(k, 1, 2), ops.swapaxes(v, 1, 2)
         else:
             past = ops.swapaxes(k, 2, 3), v
+        visibility = Visibility(
+            positions,
+            key_positions,
+            window=self.window,
+            attention_mask=attention_mask,
+            in_order=True,
+        )
         outputs, scores = self._attend(
             q,
             new,
-            positions,
-            key_positions,
-            past=past,
-            attention_mask=attention_mask,
+            visibility,
+            past,
+            self._gate(query),
             return_scores=return_attention_scores,
             training=training,
         )

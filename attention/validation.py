@@ -112,6 +112,23 @@ def check_fraction(name: str, value: Any) -> float:
     return float(value)
 
 
+def check_soft_cap(value: Any) -> float | None:
+    """Returns a positive number or `None`, or says what may be given."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(
+            "`logit_soft_cap` must be a number or None, which means no cap. "
+            f"Received: logit_soft_cap={describe(value)}"
+        )
+    if value <= 0:
+        raise ValueError(
+            "`logit_soft_cap` must be positive: logits are kept between it and its "
+            f"negative. Received: logit_soft_cap={value}"
+        )
+    return float(value)
+
+
 def check_rewind_indices(from_index: Any, to_index: Any) -> None:
     """Says so when a cache can't be asked to go from one index back to another.
 

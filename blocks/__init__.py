@@ -4,6 +4,7 @@ from attention import clone_initializer
 from blocks.causal_lm import CausalLM
 from blocks.custom_backbone import CustomBackbone
 from blocks.custom_decoder import CustomDecoder
+from blocks.custom_encoder import CustomEncoder
 from blocks.feed_forward import FeedForward, GatedFeedForward, gelu_approximate
 from blocks.generation import (
     DraftModel,
@@ -12,6 +13,8 @@ from blocks.generation import (
     Session,
     Speculation,
 )
+from blocks.mixture_of_experts import MixtureOfExperts
+from blocks.norms import DynamicTanh
 from blocks.preprocessor import CausalLMPreprocessor
 
 __all__ = [
@@ -19,10 +22,13 @@ __all__ = [
     "CausalLMPreprocessor",
     "CustomBackbone",
     "CustomDecoder",
+    "CustomEncoder",
     "DraftModel",
+    "DynamicTanh",
     "FeedForward",
     "GatedFeedForward",
     "GenerationState",
+    "MixtureOfExperts",
     "PromptLookup",
     "Session",
     "Speculation",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import keras
@@ -9,23 +10,24 @@ import keras
 from attention import (
     CachedLayer,
     CompositeCachedLayer,
-    GroupedQueryAttention,
-    check_fraction,
-    check_positive_int,
+    CrossAttention,
     clone_initializer,
 )
-from blocks.feed_forward import FeedForward
 from blocks.hooks import build_layer, dtype_policy_scope, name_layer, run_hook
+from blocks.transformer_block import TransformerBlock
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
-class CustomDecoder(CompositeCachedLayer):
+class CustomDecoder(TransformerBlock, CompositeCachedLayer):
     """A transformer decoder block with a hook for each of its parts.
 
     ```
     x ─┬─► attention_norm ─► self_attention ─► dropout ─► + ─┬─► ffn_norm ─► ffn ─► dropout ─► + ─►
        └──────────────────────────────────────────────────┘ └─────────────────────────────────┘
     ```
+
+    Called with `encoder_sequence`, it has a third branch between these two, with
+    `cross_attention_norm` and `cross_attention`.
 
     A subclass overrides `create_attention_layer`, `create_ffn` or
     `create_norm` to change a part, `transform` to change how they are
@@ -57,6 +59,12 @@ class CustomDecoder(CompositeCachedLayer):
 
     Call arguments:
         x: tensor of shape `(batch, length, width)`.
+        encoder_sequence: `None`, or tensor of shape `(batch, source_length,
+            source_width)` that a cross-attention layer attends to: what
+            `create_cross_attention_layer` made when the block was first called
+            with one. With a cache it is given once, and read from the cache then.
+        encoder_padding_mask: `None`, or boolean tensor of shape `(batch,
+            source_length)`: its real tokens.
         padding_mask: boolean tensor of shape `(batch, length)`: the real tokens,
             padded on the right.
         cache: a cache made by `create_cache`.
@@ -101,130 +109,75 @@ class CustomDecoder(CompositeCachedLayer):
     - [keras-hub issue #1261](https://github.com/keras-team/keras-hub/issues/1261)
     """
 
-    norm_names: tuple[str, ...] = ("attention_norm", "ffn_norm")
+    # Made by `build` where the block is called with an encoder's outputs.
+    cross_attention: CachedLayer | None
+    _encoder_shape: tuple | None = None
 
-    def __init__(
-        self,
-        intermediate_dim: int,
-        num_heads: int,
-        num_key_value_heads: int | None = None,
-        dropout: float = 0.0,
-        activation: Any = "gelu",
-        layer_norm_epsilon: float = 1e-5,
-        normalize_first: bool = True,
-        kernel_initializer: Any = "glorot_uniform",
-        bias_initializer: Any = "zeros",
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        self.intermediate_dim = check_positive_int("intermediate_dim", intermediate_dim)
-        self.num_heads = check_positive_int("num_heads", num_heads)
-        if num_key_value_heads is not None:
-            check_positive_int("num_key_value_heads", num_key_value_heads)
-        self.num_key_value_heads = num_key_value_heads
-        self.dropout = check_fraction("dropout", dropout)
-        self.activation = keras.activations.get(activation)
-        self.layer_norm_epsilon = layer_norm_epsilon
-        self.normalize_first = bool(normalize_first)
-        self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self.bias_initializer = keras.initializers.get(bias_initializer)
+    def create_cross_attention_layer(self, inputs_shape: tuple) -> CachedLayer:
+        """Hook: makes the layer that attends to an encoder's outputs.
 
-    def create_attention_layer(self, inputs_shape: tuple) -> CachedLayer:
-        """Hook: makes the self-attention layer.
+        It is called only where the block is called with `encoder_sequence`.
 
         Args:
             inputs_shape: tuple. The shape of the block's inputs.
 
         Returns:
-            An `attention.CachedLayer`.
+            An `attention.CachedLayer` that takes `(x, encoder_sequence)` and
+            `value_padding_mask`, as `attention.CrossAttention`.
         """
-        num_key_value_heads = self.num_key_value_heads
-        if num_key_value_heads is None:
-            num_key_value_heads = self.num_heads
-        return GroupedQueryAttention(
-            num_heads=self.num_heads,
-            num_key_value_heads=num_key_value_heads,
+        return CrossAttention(
+            self.num_heads,
+            self.num_key_value_heads,
             dropout=self.dropout,
             kernel_initializer=clone_initializer(self.kernel_initializer),
             bias_initializer=clone_initializer(self.bias_initializer),
         )
 
-    def create_ffn(self, inputs_shape: tuple) -> keras.layers.Layer:
-        """Hook: makes the feed-forward layer.
-
-        Args:
-            inputs_shape: tuple. The shape of the block's inputs.
-
-        Returns:
-            A layer that keeps the width.
-        """
-        return FeedForward(
-            self.intermediate_dim,
-            activation=self.activation,
-            kernel_initializer=clone_initializer(self.kernel_initializer),
-            bias_initializer=clone_initializer(self.bias_initializer),
-        )
-
-    def create_norm(self, inputs_shape: tuple) -> keras.layers.Layer:
-        """Hook: makes a normalization layer; called once for each norm.
-
-        Args:
-            inputs_shape: tuple. The shape of the block's inputs.
-
-        Returns:
-            A layer that keeps the shape.
-        """
-        return keras.layers.LayerNormalization(epsilon=self.layer_norm_epsilon)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.built:
+            # Keras tells `build` of the first argument only, unless all subclasses
+            # had the same arguments.
+            names = list(inspect.signature(type(self).call).parameters)[1:]
+            given = {**dict(zip(names, args)), **kwargs}
+            encoded = given.get("encoder_sequence")
+            self._encoder_shape = None if encoded is None else tuple(encoded.shape)
+        return super().__call__(*args, **kwargs)
 
     def build(self, inputs_shape: tuple) -> None:
-        inputs_shape = tuple(inputs_shape)
-        self._check_norm_names()
+        super().build(inputs_shape)
+        self.cross_attention = None
+        if self._encoder_shape is None:
+            return
+        x_shape, encoder_shape = tuple(inputs_shape), tuple(self._encoder_shape)
         with dtype_policy_scope(self.dtype_policy):
-            # In the order of the weights: attention, a norm, ffn, other norms.
-            attention = run_hook(
-                self, "create_attention_layer", inputs_shape, cached=True
-            )
-            self.self_attention = name_layer(attention, "self_attention")
-            layers = [self.self_attention, *self._add_norms(inputs_shape, slice(1))]
-            self.ffn = name_layer(run_hook(self, "create_ffn", inputs_shape), "ffn")
-            layers += [self.ffn, *self._add_norms(inputs_shape, slice(1, None))]
-            self.residual_dropout = keras.layers.Dropout(
-                self.dropout, name="residual_dropout"
-            )
-        for layer in layers:
-            build_layer(layer, inputs_shape, self.compute_dtype)
+            hook = "create_cross_attention_layer"
+            layer = run_hook(self, hook, x_shape, cached=True)
+            norm = run_hook(self, "create_norm", x_shape)
+        self.cross_attention = name_layer(layer, "cross_attention")
+        self.cross_attention_norm = name_layer(norm, "cross_attention_norm")
+        if not layer.built:
+            layer.build(x_shape, encoder_shape)
+        build_layer(norm, x_shape, self.compute_dtype)
 
-    def _add_norms(self, inputs_shape: tuple, which: slice) -> list:
-        norms = []
-        for name in self.norm_names[which]:
-            norm = name_layer(run_hook(self, "create_norm", inputs_shape), name)
-            setattr(self, name, norm)
-            norms.append(norm)
-        return norms
+    def get_build_config(self) -> dict[str, Any] | None:
+        config = super().get_build_config()
+        if config is None or self._encoder_shape is None:
+            return config
+        return {**config, "encoder_shape": self._encoder_shape}
 
-    def _check_norm_names(self) -> None:
-        names = self.norm_names
-        if not isinstance(names, tuple) or not all(
-            isinstance(name, str) and name.isidentifier() for name in names
-        ):
-            raise TypeError(
-                f"`{type(self).__name__}.norm_names` must be a tuple of names for "
-                'attributes, such as ("attention_norm", "ffn_norm"). Received: '
-                f"norm_names={names!r}"
-            )
-        taken = {"self_attention", "ffn", "residual_dropout"}
-        # Once built, the block has its norms itself.
-        taken.update(() if self.built else dir(self))
-        taken.intersection_update(names)
-        if taken or len(set(names)) < len(names):
-            raise ValueError(
-                f"`{type(self).__name__}.norm_names` must be distinct names, of which "
-                "none is an attribute of the block already. Received: norm_names="
-                f"{names!r}"
-                + (f", of which {sorted(taken)} are taken" if taken else "")
-            )
+    def build_from_config(self, config: dict[str, Any]) -> None:
+        self._encoder_shape = config.get("encoder_shape")
+        rest = {key: x for key, x in config.items() if key != "encoder_shape"}
+        super().build_from_config(rest)
 
-    def transform(self, x: Any, padding_mask: Any = None, training: Any = None) -> Any:
+    def transform(
+        self,
+        x: Any,
+        padding_mask: Any = None,
+        training: Any = None,
+        encoder_sequence: Any = None,
+        encoder_padding_mask: Any = None,
+    ) -> Any:
         """The block's topology, written once, in plain Keras.
 
         A subclass may name further arguments, which the block then takes, and
@@ -232,34 +185,29 @@ class CustomDecoder(CompositeCachedLayer):
 
         Args:
             x: tensor of shape `(batch, length, width)`.
+            encoder_sequence: `None`, or tensor of shape `(batch, source_length,
+                source_width)`.
+            encoder_padding_mask: `None`, or boolean tensor of shape `(batch,
+                source_length)`.
             padding_mask: boolean tensor of shape `(batch, length)` or `None`.
             training: bool or `None`.
 
         Returns:
-            A tensor of the same shape.
+            A tensor of the shape of `x`.
         """
-        drop = self.residual_dropout
-        if self.normalize_first:
-            attended = self.self_attention(
-                self.attention_norm(x), padding_mask=padding_mask
-            )
-            x = x + drop(attended)
-            return x + drop(self.ffn(self.ffn_norm(x)))
-        attended = self.self_attention(x, padding_mask=padding_mask)
-        x = self.attention_norm(x + drop(attended))
-        return self.ffn_norm(x + drop(self.ffn(x)))
 
-    def get_config(self) -> dict[str, Any]:
-        config = super().get_config()
-        config.update(
-            intermediate_dim=self.intermediate_dim,
-            num_heads=self.num_heads,
-            num_key_value_heads=self.num_key_value_heads,
-            dropout=self.dropout,
-            activation=keras.activations.serialize(self.activation),
-            layer_norm_epsilon=self.layer_norm_epsilon,
-            normalize_first=self.normalize_first,
-            kernel_initializer=keras.initializers.serialize(self.kernel_initializer),
-            bias_initializer=keras.initializers.serialize(self.bias_initializer),
-        )
-        return config
+        def attend(x: Any) -> Any:
+            return self.self_attention(x, padding_mask=padding_mask)
+
+        def attend_to_encoder(x: Any) -> Any:
+            return self.cross_attention(  # type: ignore[misc]
+                x,
+                encoder_sequence,
+                value_padding_mask=encoder_padding_mask,
+                padding_mask=padding_mask,
+            )
+
+        branches = [(self.attention_norm, attend), (self.ffn_norm, self.ffn)]
+        if self.cross_attention is not None:
+            branches.insert(1, (self.cross_attention_norm, attend_to_encoder))
+        return self.connect(x, branches)

@@ -133,14 +133,39 @@ def as_index(kind, position, batch=BATCH):
     return ops.convert_to_tensor(np.full((batch,), position), dtype="int32")
 
 
+def called(layer, **kwargs):
+    """The layer's call without a cache; on JAX compiled as a whole.
+
+    There, each operation is else compiled by itself.
+    """
+    on_jax = keras.config.backend() == "jax"
+
+    def call(x):
+        return layer(x, **kwargs)
+
+    return compiled(call) if on_jax else call
+
+
 def run_chunks(layer, x, sizes, kinds=("int",), capacity=LENGTH, **kwargs):
     """Runs the sequence in chunks; returns the joined outputs and the cache."""
+    on_jax = keras.config.backend() == "jax"
+
+    def function(static):
+        def call(x, cache, index):
+            index = index if static is None else static
+            return layer(x, cache=cache, cache_update_index=index, **kwargs)
+
+        return compiled(call) if on_jax else call
+
+    functions = {}
     cache = layer.create_cache(x.shape[0], capacity)
     outputs, start = [], 0
     for i, size in enumerate(sizes):
         index = as_index(kinds[i % len(kinds)], start, x.shape[0])
-        chunk, cache = layer(
-            x[:, start : start + size], cache=cache, cache_update_index=index, **kwargs
+        static = index if isinstance(index, int) else None
+        call = functions.setdefault(static, function(static))
+        chunk, cache = call(
+            x[:, start : start + size], cache, index if static is None else None
         )
         outputs.append(to_numpy(chunk))
         start += size
@@ -180,7 +205,7 @@ def gradients(layer, x, **kwargs):
 
         trainable = [v.value for v in layer.trainable_variables]
         fixed = [v.value for v in layer.non_trainable_variables]
-        return [to_numpy(g) for g in jax.grad(loss)(trainable, fixed)]
+        return [to_numpy(g) for g in jax.jit(jax.grad(loss))(trainable, fixed)]
     layer.zero_grad()
     ops.sum(ops.square(layer(x, **kwargs))).backward()
     return [to_numpy(v.value.grad) for v in layer.trainable_variables]

@@ -46,6 +46,7 @@ class Probe:
         self.tolerance = _TOLERANCES.get(dtype, _TOLERANCES["float32"])
         if dtype == "float64" and keras.config.floatx() != "float64":
             self.tolerance = _TOLERANCES["float32"]
+        self.tolerance = max(self.tolerance, subject.tolerance)
 
     @property
     def doing(self) -> str:

@@ -127,6 +127,7 @@ class _Plain(Subject):
     def __init__(self, subject: Subject) -> None:
         self.batch_size, self.length = subject.batch_size, subject.length
         self.prefill_size, self.doing = subject.prefill_size, subject.doing
+        self.tolerance = subject.tolerance
 
     def call(self, made: Any, inputs: Any, mask: Any, **masks: Any) -> Any:
         return made(inputs)

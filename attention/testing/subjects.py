@@ -41,6 +41,8 @@ class Subject:
     """
 
     argument = "make_layer"
+    # What is allowed beyond rounding.
+    tolerance = 0.0
 
     def __init__(
         self, make: Callable, batch_size: int, length: int, dtype: Any, seed: int

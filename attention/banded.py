@@ -1,0 +1,100 @@
+"""Sequences in blocks, for attention whose cost grows with the window only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from keras import ops
+
+from attention.validation import static_size
+
+# Smaller blocks would be too many products of too little each.
+MIN_BLOCK = 64
+
+
+def block_size(length: int | None, key_length: int | None, window: int | None) -> int:
+    """The size of the blocks to compute windowed attention in.
+
+    Args:
+        length: the number of queries, or `None` where it isn't known.
+        key_length: likewise of the keys.
+        window: how many positions a query sees, or `None` for all.
+
+    Returns:
+        At least the window, so that a block sees its neighbours and no others; 0
+        where blocks would save nothing.
+    """
+    if window is None or length is None or length != key_length:
+        return 0
+    size = max(window, MIN_BLOCK)
+    return size if length > 2 * size else 0
+
+
+class Blocks:
+    """A batch of sequences as a larger batch of blocks of them.
+
+    Args:
+        size: int. The size of a block.
+        length: int. The length of the sequences.
+        causal: bool. Whether a block sees the block before it, or the one behind
+            it, too.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from attention.banded import Blocks
+    >>> blocks = Blocks(size=2, length=5, causal=True)
+    >>> x = np.arange(1, 6)[None]
+    >>> np.array(blocks.queries(x)).tolist()
+    [[1, 2], [3, 4], [5, 0]]
+    >>> np.array(blocks.keys(x)).tolist()
+    [[0, 0, 1, 2], [1, 2, 3, 4], [3, 4, 5, 0]]
+    >>> np.array(blocks.join(blocks.queries(x))).tolist()
+    [[1, 2, 3, 4, 5]]
+    """
+
+    def __init__(self, size: int, length: int, causal: bool) -> None:
+        self.size, self.length, self.causal = size, length, causal
+        self.count = -(-length // size)
+
+    def queries(self, x: Any) -> Any:
+        """Cuts `(batch, length, ...)` into `(batch * blocks, size, ...)`."""
+        return self._merge(self._cut(x, 0))
+
+    def keys(self, x: Any, fill: int = 0) -> Any:
+        """Likewise, but each block comes with its neighbours.
+
+        Args:
+            x: tensor of shape `(batch, length, ...)`.
+            fill: what stands in front of the sequence and behind it.
+        """
+        x = self._cut(x, fill)
+        edge = ops.full_like(x[:, :1], fill)
+        parts = [ops.concatenate([edge, x[:, :-1]], axis=1), x]
+        if not self.causal:
+            parts.append(ops.concatenate([x[:, 1:], edge], axis=1))
+        return self._merge(ops.concatenate(parts, axis=2))
+
+    def join(self, x: Any) -> Any:
+        """Makes sequences of blocks of queries again."""
+        x = ops.reshape(x, (-1, self.count * self.size, *x.shape[2:]))
+        return x[:, : self.length]
+
+    def _cut(self, x: Any, fill: int) -> Any:
+        missing = self.count * self.size - self.length
+        if missing:
+            width = [[0, 0], [0, missing], *([[0, 0]] * (len(x.shape) - 2))]
+            x = ops.pad(x, width, constant_values=fill)
+        return ops.reshape(x, (-1, self.count, self.size, *x.shape[2:]))
+
+    @staticmethod
+    def _merge(x: Any) -> Any:
+        return ops.reshape(x, (-1, *x.shape[2:]))
+
+
+def one_row_each(positions: Any, like: Any) -> Any:
+    """Positions as `(batch, length)`, whether or not the rows share them."""
+    if len(positions.shape) == 2:
+        return positions
+    length = static_size(positions, 0)
+    return ops.broadcast_to(positions[None], (ops.shape(like)[0], length))

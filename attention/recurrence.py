@@ -1,0 +1,260 @@
+"""Linear recurrences: states that decay and are written to, in chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from keras import ops
+
+from attention.validation import static_size
+
+# Larger ones take more products within chunks, smaller ones more between them.
+CHUNK = 64
+# Where each number decays by itself, what came in is divided by how much it decayed
+# within a chunk. RWKV's least decay of exp(-0.61) leaves 6e-5 of it after 16 steps.
+CHUNK_OF_VECTORS = 16
+_NOTHING = -1e30
+
+
+def linear_recurrence(
+    query: Any,
+    key: Any,
+    value: Any,
+    log_decay: Any,
+    state: Any,
+    remove: Any = None,
+    replace: Any = None,
+) -> tuple[Any, Any]:
+    """Reads from a state that decays, forgets along a direction, and is added to.
+
+    ```
+    state = exp(log_decay) * state + replace (remove · state) + key value
+    output = query · state
+    ```
+
+    Computed in chunks: within one as products of matrices, between them by an
+    associative scan. Time and memory are linear in the length. A step of one
+    token, a chunk and a whole sequence are the same computation.
+
+    Args:
+        query: tensor of shape `(batch, length, heads, key_dim)`.
+        key: tensor of shape `(batch, length, heads, key_dim)`.
+        value: tensor of shape `(batch, length, heads, value_dim)`.
+        log_decay: tensor of shape `(batch, length, heads, 1)`, or `(batch, length,
+            heads, key_dim)` where each number decays by itself; not positive.
+        state: tensor of shape `(batch, heads, key_dim, value_dim)`.
+        remove: `None` or tensor of the shape of `key`.
+        replace: likewise.
+
+    Returns:
+        The outputs, `(batch, length, heads, value_dim)`, and the last state, both
+        `float32`.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from attention.recurrence import linear_recurrence
+    >>> x = np.ones((1, 3, 1, 1), "float32")
+    >>> half = np.log(0.5) * x
+    >>> outputs, state = linear_recurrence(x, x, x, half, np.zeros((1, 1, 1, 1)))
+    >>> np.array(outputs)[0, :, 0, 0].tolist()
+    [1.0, 1.5, 1.75]
+
+    References:
+
+    - [Dao and Gu, 2024](https://arxiv.org/abs/2405.21060)
+    - [Yang et al., 2024](https://arxiv.org/abs/2406.06484)
+    """
+    length = static_size(query, 1)
+    size = CHUNK if log_decay.shape[-1] == 1 else CHUNK_OF_VECTORS
+    if length is None or length <= size:
+        size = ops.shape(query)[1]
+    chunks = _Chunks(length, size)
+    query, key, value, log_decay = map(chunks.cut, (query, key, value, log_decay))
+    state = ops.cast(state, "float32")
+    # Sums, not differences of sums: where much decays, little would be left of them.
+    total = ops.cumsum(log_decay, axis=3)
+    end = total[..., -1:, :]
+    earlier = _behind(total)
+    reads = _Reads(query, total, log_decay)
+    # How much of what was written in a chunk is left at its end.
+    remaining = ops.flip(ops.cumsum(ops.flip(log_decay, axis=3), axis=3), axis=3)
+    left = ops.exp(
+        ops.concatenate([remaining[..., 1:, :], ops.zeros_like(end)], axis=3)
+    )
+    if remove is None or replace is None:
+        outputs = reads.of(key, total, inclusive=True) @ value
+        written = _transposed(key * left) @ value
+        kept = ops.broadcast_to(
+            ops.swapaxes(ops.exp(end), 3, 4), (*ops.shape(written)[:4], 1)
+        )
+        states, state = _scan_decays(kept, written, state)
+        outputs = outputs + (query * ops.exp(total)) @ states
+        return chunks.join(outputs), state
+    remove, replace = chunks.cut(remove), chunks.cut(replace)
+    # What each token finds in the state in front of it: from the chunk's start, and
+    # from the tokens before it, which found something, too.
+    finds = _Reads(remove, earlier, log_decay)
+    start = remove * ops.exp(earlier)
+    from_keys = finds.of(key, total, inclusive=False) @ value
+    from_found = finds.of(replace, total, inclusive=False)
+    start, from_keys = _solve(from_found, start, from_keys)
+    found_read = reads.of(replace, total, inclusive=True)
+    outputs = reads.of(key, total, inclusive=True) @ value + found_read @ from_keys
+    from_start = query * ops.exp(total) + found_read @ start
+    left_replace = _transposed(replace * left)
+    written = _transposed(key * left) @ value + left_replace @ from_keys
+    diagonal = ops.eye(key.shape[-1], dtype="float32") * ops.swapaxes(
+        ops.exp(end), 3, 4
+    )
+    states, state = _scan_matrices(diagonal + left_replace @ start, written, state)
+    outputs = outputs + from_start @ states
+    return chunks.join(outputs), state
+
+
+class _Chunks:
+    """Sequences as `(batch, chunks, heads, size, dim)`."""
+
+    def __init__(self, length: int | None, size: Any) -> None:
+        self.length, self.size = length, size
+        self.count = 1 if length is None or length == size else -(-length // size)
+
+    def cut(self, x: Any) -> Any:
+        x = ops.cast(x, "float32")
+        if self.count > 1:
+            # What is added decays nothing, and adds nothing.
+            missing = self.count * self.size - x.shape[1]
+            x = ops.pad(x, [[0, 0], [0, missing], [0, 0], [0, 0]])
+        x = ops.reshape(x, (-1, self.count, self.size, *x.shape[2:]))
+        return ops.swapaxes(x, 2, 3)
+
+    def join(self, x: Any) -> Any:
+        x = ops.swapaxes(x, 2, 3)
+        x = ops.reshape(x, (-1, self.count * self.size, *x.shape[3:]))
+        return x if self.count == 1 else x[:, : self.length]
+
+
+class _Reads:
+    """What reads at each position find of what was written before it.
+
+    Args:
+        reader: tensor of shape `(batch, chunks, heads, size, key_dim)`.
+        total: the sum of the logarithms of all decays up to each read.
+        log_decay: the logarithms of the decays.
+    """
+
+    def __init__(self, reader: Any, total: Any, log_decay: Any) -> None:
+        self.reader, self.total, self.log_decay = reader, total, log_decay
+
+    def of(self, written: Any, total: Any, inclusive: bool) -> Any:
+        """Products of reads and writes, of those that were before them.
+
+        Args:
+            written: tensor of the shape of `reader`.
+            total: the sum of the logarithms of all decays up to each write.
+            inclusive: bool. Whether a read comes after the decay and the write of
+                its own position, or before both.
+        """
+        places = ops.arange(ops.shape(self.reader)[3], dtype="int32")
+        shift = 0 if inclusive else 1
+        before = places[:, None] >= places[None] + shift
+        if self.log_decay.shape[-1] == 1:
+            # For each pair the sum of what decays in between.
+            later = places[:, None] > places[None]
+            between = ops.cumsum(ops.where(later, self.log_decay, 0.0), axis=3)
+            if not inclusive:
+                between = _behind(between)
+            left = ops.exp(ops.where(before, between, _NOTHING))
+            return (self.reader @ _transposed(written)) * left
+        products = (self.reader * ops.exp(self.total)) @ _transposed(
+            written * ops.exp(-total)
+        )
+        return ops.where(before, products, 0.0)
+
+
+def _behind(x: Any) -> Any:
+    """Each position gets what was at the one before it, the first zero."""
+    return ops.concatenate([ops.zeros_like(x[..., :1, :]), x[..., :-1, :]], axis=3)
+
+
+def _transposed(x: Any) -> Any:
+    return ops.swapaxes(x, -1, -2)
+
+
+def _solve(strictly_lower: Any, *rights: Any) -> tuple[Any, ...]:
+    """Solves `(1 - strictly_lower) x = right` for each right side."""
+    size = static_size(strictly_lower, 3)
+    if size == 1:
+        return rights
+    sizes = [x.shape[-1] for x in rights]
+    right = ops.concatenate(rights, axis=-1)
+    places = ops.arange(ops.shape(strictly_lower)[3], dtype="int32")
+    identity = ops.cast(places[:, None] == places[None], "float32")
+    matrix = identity - strictly_lower
+    solved = ops.solve_triangular(matrix, right, lower=True)
+    return tuple(ops.split(solved, [sizes[0]], axis=-1))
+
+
+def _scan_decays(kept: Any, written: Any, state: Any) -> tuple[Any, Any]:
+    """The state in front of each chunk and behind the last, where states decay.
+
+    Args:
+        kept: tensor of shape `(batch, chunks, heads, key_dim, 1)`.
+        written: tensor of shape `(batch, chunks, heads, key_dim, value_dim)`.
+        state: tensor of shape `(batch, heads, key_dim, value_dim)`.
+    """
+
+    def join(first: tuple, second: tuple) -> tuple:
+        return first[0] * second[0], second[0] * first[1] + second[1]
+
+    if written.shape[1] == 1:
+        return state[:, None], kept[:, 0] * state + written[:, 0]
+    kept, written = _scan(join, (kept, written), written.shape[1])
+    behind = kept * state[:, None] + written
+    return _shifted(behind, state), behind[:, -1]
+
+
+def _scan_matrices(kept: Any, written: Any, state: Any) -> tuple[Any, Any]:
+    """Likewise, where a chunk multiplies the state by a matrix."""
+
+    def join(first: tuple, second: tuple) -> tuple:
+        return second[0] @ first[0], second[0] @ first[1] + second[1]
+
+    if written.shape[1] == 1:
+        return state[:, None], kept[:, 0] @ state + written[:, 0]
+    kept, written = _scan(join, (kept, written), written.shape[1])
+    behind = kept @ state[:, None] + written
+    return _shifted(behind, state), behind[:, -1]
+
+
+def _scan(join: Callable, parts: tuple, count: int) -> tuple:
+    """Joins each element along axis 1 with all before it, in linear work.
+
+    Keras's own can't be compiled by XLA on TensorFlow.
+    """
+    if count == 1:
+        return parts
+    pairs = join(
+        tuple(x[:, 0 : count - 1 : 2] for x in parts),
+        tuple(x[:, 1:count:2] for x in parts),
+    )
+    odd = _scan(join, pairs, count // 2)
+    # Those in between: the first, and others behind the pairs before them.
+    others = (count - 1) // 2
+    even = join(
+        tuple(x[:, :others] for x in odd),
+        tuple(x[:, 2 : count + 1 : 2] for x in parts),
+    )
+    even = tuple(ops.concatenate([x[:, :1], y], axis=1) for x, y in zip(parts, even))
+    return tuple(_interleaved(x, y, count) for x, y in zip(even, odd))
+
+
+def _interleaved(even: Any, odd: Any, count: int) -> Any:
+    both = ops.stack([even[:, : count // 2], odd], axis=2)
+    both = ops.reshape(both, (-1, 2 * (count // 2), *both.shape[3:]))
+    return both if count % 2 == 0 else ops.concatenate([both, even[:, -1:]], axis=1)
+
+
+def _shifted(behind: Any, state: Any) -> Any:
+    return ops.concatenate([state[:, None], behind[:, :-1]], axis=1)

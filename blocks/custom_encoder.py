@@ -1,0 +1,82 @@
+"""The encoder block whose parts come from hooks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from attention import hide_scope
+from blocks.transformer_block import TransformerBlock
+
+
+@keras.saving.register_keras_serializable(package="keras_transformer_blocks")
+class CustomEncoder(TransformerBlock):
+    """A transformer encoder block with a hook for each of its parts.
+
+    It is `CustomDecoder` without causality and without a cache: every token sees
+    every other one of its row, so nothing could be computed before all are there.
+
+    ```
+    x ─┬─► attention_norm ─► self_attention ─► dropout ─► + ─┬─► ffn_norm ─► ffn ─► dropout ─► + ─►
+       └──────────────────────────────────────────────────┘ └─────────────────────────────────┘
+    ```
+
+    A subclass overrides `create_attention_layer`, `create_ffn` or `create_norm` to
+    change a part, `transform` to change how they are connected, and `norm_names` to
+    have other norms, as for `CustomDecoder`.
+
+    Args:
+        intermediate_dim: int. The width inside the feed-forward layer.
+        num_heads: int. The number of query heads.
+        **kwargs: as for `CustomDecoder`: `num_key_value_heads`, `dropout`,
+            `activation`, `layer_norm_epsilon`, `normalize_first`, initializers,
+            `name`, `dtype`.
+
+    Call arguments:
+        x: tensor of shape `(batch, length, width)`.
+        padding_mask: boolean tensor of shape `(batch, length)`: the real tokens.
+        training: bool. Whether to apply dropout.
+
+    Returns:
+        A tensor of the shape of `x`.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from blocks import CustomDecoder, CustomEncoder
+    >>> encoder = CustomEncoder(intermediate_dim=64, num_heads=4)
+    >>> decoder = CustomDecoder(intermediate_dim=64, num_heads=4)
+    >>> source, x = np.zeros((1, 7, 16)), np.zeros((1, 3, 16))
+    >>> decoder(x, encoder_sequence=encoder(source)).shape == (1, 3, 16)
+    True
+
+    Reference:
+
+    - [Vaswani et al., 2017](https://arxiv.org/abs/1706.03762)
+    """
+
+    causal = False
+
+    def call(self, x: Any, padding_mask: Any = None, training: Any = None) -> Any:
+        # What encodes a source has no slot in the cache of what is decoded.
+        with hide_scope():
+            return self.transform(x, padding_mask=padding_mask, training=training)
+
+    def transform(self, x: Any, padding_mask: Any = None, training: Any = None) -> Any:
+        """The block's topology, written once, in plain Keras.
+
+        Args:
+            x: tensor of shape `(batch, length, width)`.
+            padding_mask: boolean tensor of shape `(batch, length)` or `None`.
+            training: bool or `None`.
+
+        Returns:
+            A tensor of the same shape.
+        """
+
+        def attend(x: Any) -> Any:
+            return self.self_attention(x, padding_mask=padding_mask)
+
+        branches = [(self.attention_norm, attend), (self.ffn_norm, self.ffn)]
+        return self.connect(x, branches)

@@ -1,0 +1,65 @@
+"""Normalization layers that Keras has not, ready for `create_norm`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+from keras import ops
+
+
+@keras.saving.register_keras_serializable(package="keras_transformer_blocks")
+class DynamicTanh(keras.layers.Layer):
+    """`scale * tanh(alpha * x) + bias`: does what a norm does, without statistics.
+
+    Beside it, `create_norm` may return Keras's `LayerNormalization` (with
+    `center=False` it has no bias), `RMSNormalization`, or `Identity` for none.
+
+    Args:
+        alpha_init: float. What the trainable `alpha`, one number, starts with.
+        **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
+
+    Call arguments:
+        x: tensor of shape `(..., width)`.
+
+    Returns:
+        A tensor of the same shape.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras import ops
+    >>> from blocks import DynamicTanh
+    >>> ops.convert_to_numpy(DynamicTanh()(np.array([[0.0, 100.0]]))).tolist()
+    [[0.0, 1.0]]
+
+    Reference:
+
+    - [Zhu et al., 2025](https://arxiv.org/abs/2503.10622)
+    """
+
+    def __init__(self, alpha_init: float = 0.5, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.alpha_init = float(alpha_init)
+        self.supports_masking = True
+
+    def build(self, inputs_shape: tuple) -> None:
+        width = inputs_shape[-1]
+        alpha = keras.initializers.Constant(self.alpha_init)
+        self.alpha = self.add_weight(name="alpha", shape=(), initializer=alpha)
+        self.scale = self.add_weight(name="scale", shape=(width,), initializer="ones")
+        self.bias = self.add_weight(name="bias", shape=(width,), initializer="zeros")
+
+    def call(self, x: Any) -> Any:
+        alpha, scale, bias = (
+            ops.cast(w, x.dtype) for w in (self.alpha, self.scale, self.bias)
+        )
+        return scale * ops.tanh(alpha * x) + bias
+
+    def compute_output_shape(self, inputs_shape: tuple) -> tuple:
+        return tuple(inputs_shape)
+
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        config["alpha_init"] = self.alpha_init
+        return config

@@ -1,0 +1,127 @@
+"""Blocks that encode, and blocks that attend to what was encoded."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from attention import T5Attention
+from blocks import CustomDecoder, CustomEncoder
+from tests.helpers import assert_close, compiled, randomize, sample, to_numpy
+
+SIZES = {"intermediate_dim": 24, "num_heads": 4}
+LENGTH, SOURCE = 9, 7
+MASK = np.arange(SOURCE)[None] < np.array([SOURCE, 3, 1])[:, None]
+
+
+@pytest.mark.parametrize("normalize_first", [True, False])
+def test_an_encoder_sees_both_directions_and_no_padding(normalize_first):
+    encoder = CustomEncoder(**SIZES, normalize_first=normalize_first)
+    x = sample(length=SOURCE)
+    encoder(x)
+    randomize(encoder)
+    outputs = to_numpy(encoder(x, padding_mask=MASK))
+    for row, length in enumerate(MASK.sum(axis=1)):
+        alone = encoder(x[row : row + 1, :length])
+        assert_close(outputs[row : row + 1, :length], alone)
+    changed = x.copy()
+    changed[:, -1] *= -1
+    moved = np.abs(to_numpy(encoder(changed)) - to_numpy(encoder(x)))
+    assert (moved.max(axis=-1) > 1e-4).all()
+
+
+def test_an_encoder_has_the_hooks():
+    class Relative(CustomEncoder):
+        def create_attention_layer(self, inputs_shape):
+            return T5Attention(self.num_heads, causal=False)
+
+        def create_norm(self, inputs_shape):
+            return keras.layers.RMSNormalization()
+
+    encoder = Relative(**SIZES)
+    assert encoder(sample()).shape == sample().shape
+    assert isinstance(encoder.self_attention, T5Attention)
+    assert encoder.self_attention.name == "self_attention"
+    assert "scale" in encoder.ffn_norm.weights[0].path
+    config = CustomEncoder.from_config(CustomEncoder(**SIZES).get_config())
+    assert config.intermediate_dim == 24
+
+
+def decoder_and_inputs(cls=CustomDecoder, **kwargs):
+    decoder = cls(**SIZES, **kwargs)
+    x, source = sample(length=LENGTH), sample(length=SOURCE, width=6, seed=1)
+    decoder(x, encoder_sequence=source)
+    return randomize(decoder), x, source
+
+
+@pytest.mark.parametrize("normalize_first", [True, False])
+def test_a_decoder_reads_its_source_once(normalize_first):
+    decoder, x, source = decoder_and_inputs(normalize_first=normalize_first)
+    encoded = {"encoder_sequence": source, "encoder_padding_mask": MASK}
+    expected = to_numpy(decoder(x, **encoded))
+    # The source matters, and its padding does not.
+    assert (
+        np.abs(to_numpy(decoder(x, encoder_sequence=-source)) - expected).max() > 0.01
+    )
+    spoiled = np.where(MASK[..., None], source, 1e6).astype("float32")
+    assert_close(
+        decoder(x, encoder_sequence=spoiled, encoder_padding_mask=MASK), expected
+    )
+    cache = decoder.create_cache(3, LENGTH, source_length=SOURCE)
+    head, cache = decoder(x[:, :4], cache=cache, cache_update_index=0, **encoded)
+    step = compiled(
+        lambda x, cache, index: decoder(x, cache=cache, cache_update_index=index)
+    )
+    parts = [to_numpy(head)]
+    for start in range(4, LENGTH):
+        index = ops.convert_to_tensor(np.full(3, start, "int32"))
+        outputs, cache = step(
+            ops.convert_to_tensor(x[:, start : start + 1]), cache, index
+        )
+        parts.append(to_numpy(outputs))
+    assert_close(np.concatenate(parts, axis=1), expected)
+
+
+def test_without_a_source_there_is_no_cross_attention():
+    decoder = CustomDecoder(**SIZES)
+    decoder(sample())
+    assert decoder.cross_attention is None
+    assert not any("cross" in weight.path for weight in decoder.weights)
+
+
+def test_the_hook_of_cross_attention():
+    class Decoder(CustomDecoder):
+        def create_cross_attention_layer(self, inputs_shape):
+            layer = super().create_cross_attention_layer(inputs_shape)
+            self.width_seen = inputs_shape[-1]
+            return layer
+
+    decoder, _, _ = decoder_and_inputs(Decoder)
+    assert decoder.width_seen == 16
+    assert decoder.cross_attention.name == "cross_attention"
+
+    class Wrong(CustomDecoder):
+        def create_cross_attention_layer(self, inputs_shape):
+            return keras.layers.Dense(4)
+
+    with pytest.raises(TypeError, match="create_cross_attention_layer"):
+        decoder_and_inputs(Wrong)
+
+
+def test_a_model_of_both_learns_and_is_saved(tmp_path):
+    source, target = keras.Input((None, 6)), keras.Input((None, 16))
+    mask = keras.Input((None,), dtype="bool")
+    encoded = keras.layers.Dense(16)(source)
+    encoded = CustomEncoder(**SIZES)(encoded, padding_mask=mask)
+    outputs = CustomDecoder(**SIZES)(
+        target, encoder_sequence=encoded, encoder_padding_mask=mask
+    )
+    model = keras.Model([source, target, mask], outputs)
+    model.compile("adam", "mse")
+    inputs = [sample(length=SOURCE, width=6), sample(length=LENGTH), MASK]
+    goal = np.zeros((3, LENGTH, 16), "float32")
+    history = model.fit(inputs, goal, epochs=4, verbose=0)
+    assert history.history["loss"][-1] < history.history["loss"][0]
+    model.save(tmp_path / "model.keras")
+    restored = keras.models.load_model(tmp_path / "model.keras")
+    assert_close(restored(inputs), model(inputs))
