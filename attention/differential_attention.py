@@ -123,7 +123,8 @@ class DifferentialAttention(GroupedQueryAttention):
 
     def _arrange(self, query: Any, key: Any) -> tuple[Any, Any]:
         """Two queries of each head, to either half of its keys."""
-        rows, length, heads, dim = (*ops.shape(query)[:2], *query.shape[2:])
+        rows, length = ops.shape(query)[:2]
+        heads, dim = query.shape[2:]
         query = ops.reshape(query, (rows, length, self.num_heads, 2, 1, dim))
         halves = ops.reshape(ops.eye(2, dtype=query.dtype), (2, 2, 1))
         query = ops.reshape(query * halves, (rows, length, heads, 2 * dim))

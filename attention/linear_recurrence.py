@@ -111,18 +111,20 @@ class LinearRecurrence(CachedLayer):
         if self.position is not None:
             positions = token_positions(cache_update_index, ops.shape(query)[1])
             query, key = self.position.encode(query, key, positions, positions)
-        inputs = (query, key, value, log_decay, remove, replace)
+        inputs: list[Any] = [query, key, value, log_decay, remove, replace]
         if padding_mask is not None:
             # A padded token keeps everything, and adds nothing.
             real = ops.cast(padding_mask, "bool")[:, :, None, None]
-            inputs = tuple(x if x is None else ops.where(real, x, 0) for x in inputs)
-        *parts, remove, replace = inputs
+            inputs = [x if x is None else ops.where(real, x, 0) for x in inputs]
+        query, key, value, log_decay, remove, replace = inputs
         state = cache
         if state is None:
             # Zeros of the batch's size, which may not be known.
             first = ops.cast(key[:, 0, :, :, None] * value[:, 0, :, None], "float32")
             state = ops.zeros_like(first)
-        outputs, state = linear_recurrence(*parts, state, remove, replace)
+        outputs, state = linear_recurrence(
+            query, key, value, log_decay, state, remove, replace
+        )
         return outputs if cache is None else (outputs, state)
 
     def get_config(self) -> dict[str, Any]:

@@ -144,7 +144,7 @@ class RWKVTimeMix(RecurrentMixer):
             self._dense(f"{name}_up", width, inner),
         ]
 
-    def transform(
+    def transform(  # type: ignore[override]
         self,
         x: Any,
         first_value: Any = None,
