@@ -6,8 +6,6 @@ from typing import Any
 
 from keras import ops
 
-from attention.validation import static_size
-
 # Smaller blocks would be too many products of too little each.
 MIN_BLOCK = 64
 
@@ -28,6 +26,22 @@ def block_size(length: int | None, key_length: int | None, window: int | None) -
         return 0
     size = max(window, MIN_BLOCK)
     return size if length > 2 * size else 0
+
+
+def cut(x: Any, count: int, size: Any, fill: int = 0) -> Any:
+    """Cuts `(batch, length, ...)` into `(batch, count, size, ...)`.
+
+    Args:
+        x: tensor of shape `(batch, length, ...)`.
+        count: int. The number of pieces. One is as long as the sequence.
+        size: the length of each.
+        fill: what the last one is filled up with.
+    """
+    if count > 1 and x.shape[1] < count * size:
+        missing = count * size - x.shape[1]
+        width = [[0, 0], [0, missing], *([[0, 0]] * (len(x.shape) - 2))]
+        x = ops.pad(x, width, constant_values=fill)
+    return ops.reshape(x, (-1, count, size, *x.shape[2:]))
 
 
 class Blocks:
@@ -59,7 +73,7 @@ class Blocks:
 
     def queries(self, x: Any) -> Any:
         """Cuts `(batch, length, ...)` into `(batch * blocks, size, ...)`."""
-        return self._merge(self._cut(x, 0))
+        return self._merge(cut(x, self.count, self.size))
 
     def keys(self, x: Any, fill: int = 0) -> Any:
         """Likewise, but each block comes with its neighbours.
@@ -68,7 +82,7 @@ class Blocks:
             x: tensor of shape `(batch, length, ...)`.
             fill: what stands in front of the sequence and behind it.
         """
-        x = self._cut(x, fill)
+        x = cut(x, self.count, self.size, fill)
         edge = ops.full_like(x[:, :1], fill)
         parts = [ops.concatenate([edge, x[:, :-1]], axis=1), x]
         if not self.causal:
@@ -80,21 +94,6 @@ class Blocks:
         x = ops.reshape(x, (-1, self.count * self.size, *x.shape[2:]))
         return x[:, : self.length]
 
-    def _cut(self, x: Any, fill: int) -> Any:
-        missing = self.count * self.size - self.length
-        if missing:
-            width = [[0, 0], [0, missing], *([[0, 0]] * (len(x.shape) - 2))]
-            x = ops.pad(x, width, constant_values=fill)
-        return ops.reshape(x, (-1, self.count, self.size, *x.shape[2:]))
-
     @staticmethod
     def _merge(x: Any) -> Any:
         return ops.reshape(x, (-1, *x.shape[2:]))
-
-
-def one_row_each(positions: Any, like: Any) -> Any:
-    """Positions as `(batch, length)`, whether or not the rows share them."""
-    if len(positions.shape) == 2:
-        return positions
-    length = static_size(positions, 0)
-    return ops.broadcast_to(positions[None], (ops.shape(like)[0], length))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from attention.key_value_cache import KEY_VALUE_AXES, FullCache
-from attention.quantized_cache import QuantizedCache
+from attention.quantized_cache import QuantizedCache, with_scales
 from attention.ring_cache import RingCache
 from attention.validation import describe
 
@@ -11,7 +11,6 @@ from attention.validation import describe
 def make_cache_policy(
     window: int | None,
     cache_dtype: str | None,
-    compute_dtype: str,
     axes: dict[str, int] = KEY_VALUE_AXES,
 ) -> FullCache:
     """Makes the cache policy of an attention layer.
@@ -19,7 +18,6 @@ def make_cache_policy(
     Args:
         window: `None` or int. How many positions a query sees.
         cache_dtype: `None` or `"int8"`.
-        compute_dtype: the dtype that the layer computes in.
         axes: as for `FullCache`.
 
     Raises:
@@ -28,7 +26,7 @@ def make_cache_policy(
     Example:
 
     >>> from attention.cache_policies import make_cache_policy
-    >>> policy = make_cache_policy(4, "int8", "float32")
+    >>> policy = make_cache_policy(4, "int8")
     >>> cache = policy.create(1, 100, {"key": (2, 8), "value": (2, 8)}, "float32")
     >>> sorted(cache), tuple(cache["value"].shape)
     (['key', 'key_scale', 'value', 'value_scale'], (1, 2, 4, 8))
@@ -38,7 +36,6 @@ def make_cache_policy(
             "`cache_dtype` must be None, which means the compute dtype, or 'int8'. "
             f"Received: cache_dtype={describe(cache_dtype)}"
         )
-    policy = FullCache(axes) if window is None else RingCache(window, axes)
-    if cache_dtype is None:
-        return policy
-    return QuantizedCache(policy, compute_dtype)
+    stored = axes if cache_dtype is None else with_scales(axes)
+    policy = FullCache(stored) if window is None else RingCache(window, stored)
+    return policy if cache_dtype is None else QuantizedCache(axes, policy)

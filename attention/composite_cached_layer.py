@@ -125,12 +125,16 @@ class CompositeCachedLayer(CachedLayer):
             source_length: int or `None`. How many positions another sequence may
                 have, for layers that attend to one (`CrossAttention`).
         """
+
+        def takes_source(layer: CachedLayer) -> bool:
+            return "source_length" in parameters(type(layer).create_cache)
+
         source = {} if source_length is None else {"source_length": source_length}
         return tuple(
             layer.create_cache(
                 batch_size,
                 max_length,
-                **(source if _takes_source_length(type(layer)) else {}),
+                **(source if takes_source(layer) else {}),
             )
             for layer in self._call_sites()
         )
@@ -237,11 +241,6 @@ class CompositeCachedLayer(CachedLayer):
             return self._transform(zeros, None, False, {})
 
         return find_call_sites(run, self.name)
-
-
-@functools.cache
-def _takes_source_length(cls: type) -> bool:
-    return "source_length" in inspect.signature(cls.create_cache).parameters  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -8,7 +8,9 @@ import keras
 from keras import ops
 
 from attention.cache_writes import token_positions
+from attention.dot_product import zero_padding
 from attention.dot_product_attention import DotProductAttention
+from attention.key_value_cache import FullCache, to_cache_layout
 from attention.validation import check_positive_int, describe, static_size
 from attention.visibility import Visibility, check_attention_mask
 
@@ -122,12 +124,10 @@ class CrossAttention(DotProductAttention):
         if source_length is not None:
             slots = check_positive_int("source_length", source_length)
         key_dim, value_dim = self._head_dims()
-        shape, dtype = (batch_size, self.num_key_value_heads), self.compute_dtype
-        return {
-            "key": ops.zeros((*shape, key_dim, slots), dtype),
-            "value": ops.zeros((*shape, slots, value_dim), dtype),
-            "padding_mask": ops.zeros((batch_size, slots), "bool"),
-        }
+        groups = self.num_key_value_heads
+        sizes = {"key": (groups, key_dim), "value": (groups, value_dim)}
+        cache = FullCache().create(batch_size, slots, sizes, self.compute_dtype)
+        return {**cache, "padding_mask": ops.zeros((batch_size, slots), "bool")}
 
     def grow_cache(self, cache: Any, max_length: int) -> Any:
         """The source is as long as it is."""
@@ -154,8 +154,7 @@ class CrossAttention(DotProductAttention):
                 f"Layer '{self.name}' needs `value`, the sequence to attend to, or a "
                 "`cache` to which an earlier call has written it. Received neither."
             )
-        if padding_mask is not None:
-            query = ops.where(ops.cast(padding_mask, "bool")[..., None], query, 0)
+        query = zero_padding(query, padding_mask)
         q = self.query_dense(query)
         if self.query_norm is not None:
             q = self.query_norm(q)
@@ -182,11 +181,11 @@ class CrossAttention(DotProductAttention):
             in_order=True,
         )
         outputs, scores = self._attend(
+            query,
             q,
             new,
             visibility,
             past,
-            self._gate(query),
             return_scores=return_attention_scores,
             training=training,
         )
@@ -198,7 +197,7 @@ class CrossAttention(DotProductAttention):
         """Keys, values and which of them are real."""
         if mask is not None:
             mask = ops.cast(mask, "bool")
-            value = ops.where(mask[..., None], value, 0)
+        value = zero_padding(value, mask)
         key = self.key_dense(value)
         if self.key_norm is not None:
             key = self.key_norm(key)
@@ -214,8 +213,7 @@ class CrossAttention(DotProductAttention):
             )
         if mask is None:
             mask = ops.ones_like(value[:, :, 0, 0], dtype="bool")
-        key = ops.transpose(key, (0, 2, 3, 1))
-        value = ops.swapaxes(value, 1, 2)
+        key, value = to_cache_layout(key, value)
         missing = slots - ops.shape(mask)[1]
         return {
             "key": ops.pad(key, [[0, 0], [0, 0], [0, 0], [0, missing]]),

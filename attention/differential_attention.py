@@ -93,10 +93,7 @@ class DifferentialAttention(GroupedQueryAttention):
             dtype="float32",
             autocast=False,
         )
-        self.head_norm = keras.layers.RMSNormalization(
-            epsilon=1e-5, dtype=self.dtype_policy, name="head_norm"
-        )
-        self.head_norm.build((None, None, None, self._head_dims()[1]))
+        self.head_norm = self._norm("head_norm", self._head_dims()[1], 1e-5)
 
     def _check_width(self, query_shape: tuple) -> None:
         super()._check_width(query_shape)

@@ -99,6 +99,18 @@ def _concatenate(parts: list[Any]) -> Any:
     return parts[0] if len(parts) == 1 else ops.concatenate(parts, axis=-1)
 
 
+def zero_padding(x: Any, padding_mask: Any) -> Any:
+    """Puts zeros into padded tokens, whatever stands there.
+
+    Args:
+        x: tensor of shape `(batch, length, width)`.
+        padding_mask: `None` or tensor `(batch, length)`, true for real tokens.
+    """
+    if padding_mask is None:
+        return x
+    return ops.where(ops.cast(padding_mask, "bool")[..., None], x, 0)
+
+
 def scale_query(query: Any, scale: float) -> tuple[Any, float]:
     """Scales the queries where the products could overflow without it.
 

@@ -181,12 +181,14 @@ class DotProductAttention(CachedLayer):
 
     def _build_norm(self, name: str) -> keras.layers.Layer | None:
         """Makes the norm of query or key heads, if there is to be one."""
-        if not self.query_key_norm:
-            return None
+        return self._norm(name, self._query_heads()[1]) if self.query_key_norm else None
+
+    def _norm(self, name: str, size: int, epsilon: float = 1e-6) -> keras.layers.Layer:
+        """Makes a norm by the root mean square along the last axis."""
         norm = keras.layers.RMSNormalization(
-            epsilon=1e-6, dtype=self.dtype_policy, name=name
+            epsilon=epsilon, dtype=self.dtype_policy, name=name
         )
-        norm.build((None, None, None, self._query_heads()[1]))
+        norm.build((None, None, size))
         return norm
 
     def _initializers(self) -> dict[str, Any]:
@@ -200,17 +202,19 @@ class DotProductAttention(CachedLayer):
 
     def _attend(
         self,
+        inputs: Any,
         query: Any,
         new: tuple[Any, Any] | None,
         visibility: Visibility,
         past: tuple[Any, Any] | None = None,
-        gate: Any = None,
         return_scores: bool = False,
         training: bool | None = None,
     ) -> tuple[Any, Any]:
         """Attends to what is visible, and projects what was found.
 
         Args:
+            inputs: tensor of shape `(batch, length, width)`: what queries were made
+                of.
             query: tensor of shape `(batch, length, num_heads, key_dim)`.
             new: `None`, or keys and values of shape `(batch, key_length,
                 num_key_value_heads, dim)`.
@@ -218,8 +222,6 @@ class DotProductAttention(CachedLayer):
             past: `None`, or keys and values as in a cache: `(batch,
                 num_key_value_heads, key_dim, key_length)` and `(batch,
                 num_key_value_heads, key_length, value_dim)`.
-            gate: `None` or tensor `(batch, length, num_heads, value_dim)`: the
-                logits of what each number is let through with.
             return_scores: bool. Whether the scores are needed.
             training: bool. Whether to apply dropout.
 
@@ -229,13 +231,17 @@ class DotProductAttention(CachedLayer):
         outputs, scores = self._combine(
             *self._attend_heads(query, new, visibility, past, return_scores, training)
         )
-        if gate is not None:
-            outputs = outputs * ops.sigmoid(gate)
-        return self.output_dense(outputs), scores
+        return self._project_output(outputs, inputs), scores
 
     def _combine(self, outputs: Any, scores: Any) -> tuple[Any, Any]:
         """Makes of the heads that attended those that are projected."""
         return outputs, scores
+
+    def _project_output(self, outputs: Any, inputs: Any) -> Any:
+        """Lets through what the gate does, if there is one, and projects it."""
+        if self.gate_dense is not None:
+            outputs = outputs * ops.sigmoid(self.gate_dense(inputs))
+        return self.output_dense(outputs)
 
     def _attend_heads(
         self,
@@ -247,31 +253,18 @@ class DotProductAttention(CachedLayer):
         training: bool | None = None,
     ) -> tuple[Any, Any]:
         """Means of values, `(batch, length, num_heads, value_dim)`, and weights."""
-        size = 0
         if past is None and new is not None and not return_scores:
             size = visibility.block_size(query, new[0])
-        if not size or new is None:
-            return self._weigh(query, new, visibility, past, return_scores, training)
-        # In time linear in the length.
-        blocks = Blocks(size, query.shape[1], self.causal)
-        outputs, scores = self._weigh(
-            blocks.queries(query),
-            (blocks.keys(new[0]), blocks.keys(new[1])),
-            visibility.in_blocks(blocks, query),
-            training=training,
-        )
-        return blocks.join(outputs), scores
-
-    def _weigh(
-        self,
-        query: Any,
-        new: tuple[Any, Any] | None,
-        visibility: Visibility,
-        past: tuple[Any, Any] | None = None,
-        return_scores: bool = False,
-        training: bool | None = None,
-    ) -> tuple[Any, Any]:
-        """As `_attend_heads`, of all queries and keys at once."""
+            if size:
+                # In time linear in the length; blocks are not cut again.
+                blocks = Blocks(size, query.shape[1], self.causal)
+                outputs, scores = self._attend_heads(
+                    blocks.queries(query),
+                    (blocks.keys(new[0]), blocks.keys(new[1])),
+                    visibility.in_blocks(blocks, query),
+                    training=training,
+                )
+                return blocks.join(outputs), scores
         mask, bias = visibility.mask(), None
         if self.position is not None:
             bias = self.position.bias(
@@ -305,10 +298,6 @@ class DotProductAttention(CachedLayer):
             outputs = ops.where(ops.swapaxes(some, 1, 2), outputs, 0)
             scores = None if scores is None else ops.where(some, scores, 0)
         return outputs, scores
-
-    def _gate(self, inputs: Any) -> Any:
-        """What `_attend` takes as `gate`."""
-        return None if self.gate_dense is None else self.gate_dense(inputs)
 
     def _is_fused(self, query: Any, key: Any, value: Any) -> bool:
         if self.logit_soft_cap is not None or self.sinks is not None:

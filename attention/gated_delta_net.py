@@ -120,10 +120,7 @@ class GatedDeltaNet(RecurrentMixer):
         self.decay_bias = self._small_weight("decay_bias", (heads,), "ones")
         self.recurrence = LinearRecurrence(heads, key_dim, value_dim, name="recurrence")
         self.recurrence.build((None, None, heads, key_dim))
-        self.head_norm = keras.layers.RMSNormalization(
-            epsilon=self.epsilon, dtype=self.dtype_policy, name="head_norm"
-        )
-        self.head_norm.build((None, None, None, value_dim))
+        self.head_norm = self._head_norm(value_dim, self.epsilon)
         inner = (*inputs_shape[:-1], values)
         self.output_dense = self._dense("output", width, inner)
         self._scale = key_dim**-0.5

@@ -9,6 +9,7 @@ from keras import ops
 
 from attention.cache_policies import make_cache_policy
 from attention.cache_writes import computed_after, token_positions
+from attention.dot_product import zero_padding
 from attention.dot_product_attention import DotProductAttention
 from attention.key_value_cache import (
     HIDDEN_POSITION,
@@ -186,7 +187,7 @@ class GroupedQueryAttention(DotProductAttention):
         check_positive_int("num_key_value_heads", num_key_value_heads)
         self.causal = bool(causal)
         self.cache_dtype = cache_dtype
-        self.cache_policy = make_cache_policy(window, cache_dtype, self.compute_dtype)
+        self.cache_policy = make_cache_policy(window, cache_dtype)
 
     def build(
         self,
@@ -267,8 +268,7 @@ class GroupedQueryAttention(DotProductAttention):
             check_attention_mask(attention_mask, query, keys if cache is None else None)
         if padding_mask is not None:
             padding_mask = ops.cast(padding_mask, "bool")
-            # Whatever stands in a padded token, zero times it is zero.
-            query = ops.where(padding_mask[..., None], query, 0)
+        query = zero_padding(query, padding_mask)
         source = query if value is None else value
         q = self.query_dense(query)
         k = self.key_dense(source if key is None else key)
@@ -289,7 +289,7 @@ class GroupedQueryAttention(DotProductAttention):
         past: Any = None
         # At index 0 there is no past: the new tokens attend to each other.
         if cache is not None and not is_zero(cache_update_index):
-            stored = self.cache_policy.read(cache)
+            stored = self.cache_policy.read(cache, k.dtype)
             past = stored["key"], stored["value"]
             past_positions = self.cache_policy.positions(cache, cache_update_index)
             if prefix_length is not None and padding_mask is not None:
@@ -309,11 +309,11 @@ class GroupedQueryAttention(DotProductAttention):
             in_order=past is None,
         )
         outputs, scores = self._attend(
+            query,
             q,
             (k, v),
             visibility,
             past,
-            self._gate(query),
             return_scores=return_attention_scores,
             training=training,
         )

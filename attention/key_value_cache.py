@@ -36,9 +36,7 @@ def pack_key_value(
     >>> np.array(pack_key_value(key, key, np.arange(3))["positions"]).tolist()
     [[0, 1, 2], [0, 1, 2]]
     """
-    if len(positions.shape) == 1:
-        positions = positions[None]
-    positions = ops.broadcast_to(positions, (ops.shape(key)[0], ops.shape(key)[2]))
+    positions = one_row_each(positions, key)
     if padding_mask is not None:
         positions = ops.where(padding_mask, positions, HIDDEN_POSITION)
     return {"key": key, "value": value, "positions": positions}
@@ -58,14 +56,24 @@ def to_cache_layout(key: Any, value: Any) -> tuple[Any, Any]:
     return ops.transpose(key, (0, 2, 3, 1)), ops.swapaxes(value, 1, 2)
 
 
+def one_row_each(positions: Any, like: Any) -> Any:
+    """Positions as `(batch, length)`, whether or not the rows share them.
+
+    Args:
+        positions: `int32` tensor of shape `(length,)` or `(batch, length)`.
+        like: a tensor with a batch axis in front.
+    """
+    if len(positions.shape) == 2:
+        return positions
+    shape = (ops.shape(like)[0], ops.shape(positions)[0])
+    return ops.broadcast_to(positions[None], shape)
+
+
 def join_positions(past: Any, new: Any) -> Any:
     """The positions of past and new keys, `(length,)` or `(batch, length)` each."""
-    batch = next((ops.shape(x)[0] for x in (past, new) if len(x.shape) == 2), None)
-    if batch is not None:
-        past, new = (
-            x if len(x.shape) == 2 else ops.broadcast_to(x, (batch, ops.shape(x)[0]))
-            for x in (past, new)
-        )
+    like = next((x for x in (past, new) if len(x.shape) == 2), None)
+    if like is not None:
+        past, new = one_row_each(past, like), one_row_each(new, like)
     return ops.concatenate([past, new], axis=-1)
 
 
@@ -92,10 +100,6 @@ class FullCache:
 
     def __init__(self, axes: dict[str, int] = KEY_VALUE_AXES) -> None:
         self.axes = dict(axes)
-
-    def with_axes(self, axes: dict[str, int]) -> FullCache:
-        """A policy of the same kind for other tensors."""
-        return FullCache(axes)
 
     def create(
         self,
@@ -171,8 +175,13 @@ class FullCache:
         name, axis = next(iter(self.axes.items()))
         return static_size(new[name], axis)
 
-    def read(self, cache: Any) -> dict[str, Any]:
-        """Returns the tensors that were stored; zeros where none were."""
+    def read(self, cache: Any, dtype: Any) -> dict[str, Any]:
+        """Returns what was stored, zeros where nothing was.
+
+        Args:
+            cache: as created.
+            dtype: the dtype of what was written, and of what is returned.
+        """
         return cache
 
     def as_stored(self, new: Any) -> Any:
@@ -212,7 +221,7 @@ class FullCache:
         """
         written = self.write(cache, new, index, mask)
         positions = ops.arange(self.capacity(cache), dtype="int32")
-        return written, self.read(written), positions
+        return written, written, positions
 
     def place_scores(
         self, cache: Any, past: Any, new: Any, index: Any, padding_mask: Any

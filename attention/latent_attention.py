@@ -9,6 +9,7 @@ from keras import ops
 
 from attention.cache_policies import make_cache_policy
 from attention.cache_writes import computed_after, token_positions
+from attention.dot_product import zero_padding
 from attention.dot_product_attention import DotProductAttention
 from attention.initializers import clone_initializer
 from attention.key_value_cache import is_zero, join_positions
@@ -126,9 +127,7 @@ class LatentAttention(DotProductAttention):
         self.latent_dim, self.rotary_dim = latent_dim, rotary_dim
         self.query_latent_dim, self.epsilon = query_latent_dim, epsilon
         self.cache_dtype = cache_dtype
-        self.cache_policy = make_cache_policy(
-            window, cache_dtype, self.compute_dtype, {"latent": 2}
-        )
+        self.cache_policy = make_cache_policy(window, cache_dtype, axes={"latent": 2})
 
     def _sizes(self) -> tuple[int, int, int, int]:
         """The sizes of the latent, the rotary part, and a key and a value head."""
@@ -149,11 +148,13 @@ class LatentAttention(DotProductAttention):
             self.query_down = self._dense("query_down", self.query_latent_dim)
             self.query_down.build(source)
             source = (*source[:-1], self.query_latent_dim)
-            self.query_norm = self._norm("query_norm", self.query_latent_dim)
+            self.query_norm = self._norm(
+                "query_norm", self.query_latent_dim, self.epsilon
+            )
         self.query_dense = self._project("query", self._query_heads(), source)
         self.latent_dense = self._dense("latent", latent_dim)
         self.latent_dense.build(query_shape)
-        self.latent_norm = self._norm("latent_norm", latent_dim)
+        self.latent_norm = self._norm("latent_norm", latent_dim, self.epsilon)
         self.rotary_key_dense = self._dense("rotary_key", rotary_dim)
         self.rotary_key_dense.build(query_shape)
         # Not layers: absorbed, they are applied from either side.
@@ -171,13 +172,6 @@ class LatentAttention(DotProductAttention):
         return keras.layers.Dense(
             size, use_bias=self.use_bias, name=name, **self._initializers()
         )
-
-    def _norm(self, name: str, size: int) -> keras.layers.Layer:
-        norm = keras.layers.RMSNormalization(
-            epsilon=self.epsilon, dtype=self.dtype_policy, name=name
-        )
-        norm.build((None, None, size))
-        return norm
 
     def create_cache(self, batch_size: int, max_length: int) -> Any:
         if self.key_dim is None:
@@ -210,7 +204,7 @@ class LatentAttention(DotProductAttention):
             )
         if padding_mask is not None:
             padding_mask = ops.cast(padding_mask, "bool")
-            query = ops.where(padding_mask[..., None], query, 0)
+        query = zero_padding(query, padding_mask)
         positions = token_positions(cache_update_index, ops.shape(query)[1])
         key_dim = self._sizes()[2]
         inner = query
@@ -245,14 +239,11 @@ class LatentAttention(DotProductAttention):
             visibility = Visibility(
                 positions, join_positions(past_positions, positions), **options
             )
-            past = self.cache_policy.read(cache)["latent"]
+            past = self.cache_policy.read(cache, latent.dtype)["latent"]
             outputs = self._attend_absorbed(
                 plain, rotary, past, latent, visibility, training
             )
-        gate = self._gate(query)
-        if gate is not None:
-            outputs = outputs * ops.sigmoid(gate)
-        outputs = self.output_dense(outputs)
+        outputs = self._project_output(outputs, query)
         if cache is None:
             return outputs
         new = {"latent": computed_after(ops.swapaxes(latent, 1, 2), outputs)}

@@ -11,7 +11,7 @@ from keras import ops
 from attention.linear_recurrence import LinearRecurrence
 from attention.recurrent_mixer import RecurrentMixer, float32, repeat_heads
 from attention.short_convolution import ShortConvolution
-from attention.validation import check_positive_int, describe
+from attention.validation import check_positive_int
 
 
 def _log_of_heads(shape: tuple, dtype: Any = None) -> Any:
@@ -87,7 +87,7 @@ class Mamba2(RecurrentMixer):
         if num_heads % num_groups:
             raise ValueError(
                 "`num_heads` must be divisible by `num_groups`. Received: "
-                f"num_heads={num_heads}, num_groups={describe(num_groups)}"
+                f"num_heads={num_heads}, num_groups={num_groups}"
             )
         self.kernel_size = kernel_size
         self.use_bias, self.epsilon = bool(use_bias), epsilon

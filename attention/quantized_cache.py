@@ -19,20 +19,14 @@ class QuantizedCache(FullCache):
     a sequence is cut into calls.
 
     Args:
-        policy: the cache policy that says where tokens are kept.
-        dtype: the dtype of what is read.
+        axes: as for `FullCache`.
+        policy: the cache policy that says where tokens are kept, for the tensors
+            of `with_scales(axes)`.
     """
 
-    def __init__(self, policy: FullCache, dtype: str) -> None:
-        super().__init__(policy.axes)
-        self.dtype = dtype
-        # Where numbers and scales are kept.
-        scales = {_scale_of(name): axis for name, axis in policy.axes.items()}
-        self.policy = policy.with_axes({**policy.axes, **scales})
-
-    def with_axes(self, axes: dict[str, int]) -> FullCache:
-        """A policy of the same kind for other tensors."""
-        raise TypeError("A cache is quantized once.")
+    def __init__(self, axes: dict[str, int], policy: FullCache) -> None:
+        super().__init__(axes)
+        self.policy = policy
 
     def create(
         self,
@@ -65,10 +59,10 @@ class QuantizedCache(FullCache):
             encoded[name], encoded[_scale_of(name)] = quantize(new[name], 5 - axis)
         return encoded
 
-    def read(self, cache: Any) -> dict[str, Any]:
+    def read(self, cache: Any, dtype: Any) -> dict[str, Any]:
         """Returns the numbers times their scales."""
         return {
-            name: dequantize(cache[name], cache[_scale_of(name)], self.dtype)
+            name: dequantize(cache[name], cache[_scale_of(name)], dtype)
             for name in self.axes
         }
 
@@ -87,7 +81,8 @@ class QuantizedCache(FullCache):
         written, seen, positions = self.policy.write_and_read(
             cache, self._encode(new), index, positions, mask
         )
-        return written, self.read(seen), positions
+        dtype = next(iter(new.values())).dtype
+        return written, self.read(seen, dtype), positions
 
     def place_scores(
         self, cache: Any, past: Any, new: Any, index: Any, padding_mask: Any
@@ -98,6 +93,11 @@ class QuantizedCache(FullCache):
     def can_rewind(self, cache: Any, from_index: int, to_index: int) -> bool:
         """Whether the other policy can."""
         return self.policy.can_rewind(cache, from_index, to_index)
+
+
+def with_scales(axes: dict[str, int]) -> dict[str, int]:
+    """The axes of tensors, and of the scales that are stored beside them."""
+    return {**axes, **{_scale_of(name): axis for name, axis in axes.items()}}
 
 
 def _scale_of(name: str) -> str:

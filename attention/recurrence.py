@@ -7,6 +7,7 @@ from typing import Any
 
 from keras import ops
 
+from attention.banded import cut
 from attention.validation import static_size
 
 # Larger ones take more products within chunks, smaller ones more between them.
@@ -75,42 +76,38 @@ def linear_recurrence(
     state = ops.cast(state, "float32")
     # Sums, not differences of sums: where much decays, little would be left of them.
     total = ops.cumsum(log_decay, axis=3)
-    end = total[..., -1:, :]
-    earlier = _behind(total)
-    reads = _Reads(query, total, log_decay)
+    end = ops.swapaxes(ops.exp(total[..., -1:, :]), 3, 4)
+    within = _Within(log_decay, total)
     # How much of what was written in a chunk is left at its end.
     remaining = ops.flip(ops.cumsum(ops.flip(log_decay, axis=3), axis=3), axis=3)
     left = ops.exp(
-        ops.concatenate([remaining[..., 1:, :], ops.zeros_like(end)], axis=3)
-    )
-    if remove is None or replace is None:
-        outputs = reads.of(key, total, inclusive=True) @ value
-        written = _transposed(key * left) @ value
-        kept = ops.broadcast_to(
-            ops.swapaxes(ops.exp(end), 3, 4), (*ops.shape(written)[:4], 1)
+        ops.concatenate(
+            [remaining[..., 1:, :], ops.zeros_like(remaining[..., :1, :])], axis=3
         )
-        states, state = _scan_decays(kept, written, state)
-        outputs = outputs + (query * ops.exp(total)) @ states
-        return chunks.join(outputs), state
+    )
+    # What is read of the state at the chunk's start, and of what was written since.
+    from_start = query * ops.exp(total)
+    outputs = within.after(query, from_start, key) @ value
+    written = _transposed(key * left) @ value
+    if remove is None or replace is None:
+        kept = ops.broadcast_to(end, (*ops.shape(written)[:4], 1))
+        states, state = _states(ops.multiply, kept, written, state)
+        return chunks.join(outputs + from_start @ states), state
     remove, replace = chunks.cut(remove), chunks.cut(replace)
     # What each token finds in the state in front of it: from the chunk's start, and
     # from the tokens before it, which found something, too.
-    finds = _Reads(remove, earlier, log_decay)
-    start = remove * ops.exp(earlier)
-    from_keys = finds.of(key, total, inclusive=False) @ value
-    from_found = finds.of(replace, total, inclusive=False)
+    start = remove * ops.exp(_behind(total))
+    from_keys = within.before(remove, start, key) @ value
+    from_found = within.before(remove, start, replace)
     start, from_keys = _solve(from_found, start, from_keys)
-    found_read = reads.of(replace, total, inclusive=True)
-    outputs = reads.of(key, total, inclusive=True) @ value + found_read @ from_keys
-    from_start = query * ops.exp(total) + found_read @ start
+    found_read = within.after(query, from_start, replace)
+    outputs = outputs + found_read @ from_keys
+    from_start = from_start + found_read @ start
     left_replace = _transposed(replace * left)
-    written = _transposed(key * left) @ value + left_replace @ from_keys
-    diagonal = ops.eye(key.shape[-1], dtype="float32") * ops.swapaxes(
-        ops.exp(end), 3, 4
-    )
-    states, state = _scan_matrices(diagonal + left_replace @ start, written, state)
-    outputs = outputs + from_start @ states
-    return chunks.join(outputs), state
+    written = written + left_replace @ from_keys
+    diagonal = ops.eye(key.shape[-1], dtype="float32") * end
+    states, state = _states(ops.matmul, diagonal + left_replace @ start, written, state)
+    return chunks.join(outputs + from_start @ states), state
 
 
 class _Chunks:
@@ -121,13 +118,8 @@ class _Chunks:
         self.count = 1 if length is None or length == size else -(-length // size)
 
     def cut(self, x: Any) -> Any:
-        x = ops.cast(x, "float32")
-        if self.count > 1:
-            # What is added decays nothing, and adds nothing.
-            missing = self.count * self.size - x.shape[1]
-            x = ops.pad(x, [[0, 0], [0, missing], [0, 0], [0, 0]])
-        x = ops.reshape(x, (-1, self.count, self.size, *x.shape[2:]))
-        return ops.swapaxes(x, 2, 3)
+        # What it is filled up with decays nothing, and adds nothing.
+        return ops.swapaxes(cut(ops.cast(x, "float32"), self.count, self.size), 2, 3)
 
     def join(self, x: Any) -> Any:
         x = ops.swapaxes(x, 2, 3)
@@ -135,42 +127,45 @@ class _Chunks:
         return x if self.count == 1 else x[:, : self.length]
 
 
-class _Reads:
-    """What reads at each position find of what was written before it.
+class _Within:
+    """What the tokens of a chunk read of what others of it have written.
 
     Args:
-        reader: tensor of shape `(batch, chunks, heads, size, key_dim)`.
-        total: the sum of the logarithms of all decays up to each read.
-        log_decay: the logarithms of the decays.
+        log_decay: tensor of shape `(batch, chunks, heads, size, 1 or key_dim)`.
+        total: its running sums.
     """
 
-    def __init__(self, reader: Any, total: Any, log_decay: Any) -> None:
-        self.reader, self.total, self.log_decay = reader, total, log_decay
+    def __init__(self, log_decay: Any, total: Any) -> None:
+        places = ops.arange(ops.shape(log_decay)[3], dtype="int32")
+        self.later = places[:, None] > places[None]
+        self.not_earlier = places[:, None] >= places[None]
+        self.left = self.grown = None
+        if log_decay.shape[-1] == 1:
+            # For each pair the sum of what decays in between.
+            between = ops.cumsum(ops.where(self.later, log_decay, 0.0), axis=3)
+            self.left = ops.exp(ops.where(self.not_earlier, between, _NOTHING))
+        else:
+            self.grown = ops.exp(-total)
 
-    def of(self, written: Any, total: Any, inclusive: bool) -> Any:
-        """Products of reads and writes, of those that were before them.
+    def after(self, reader: Any, decayed: Any, written: Any) -> Any:
+        """Products of reads and writes, where a read follows its own write.
 
         Args:
+            reader: tensor of shape `(batch, chunks, heads, size, key_dim)`.
+            decayed: the reader, times what is left then of the chunk's start.
             written: tensor of the shape of `reader`.
-            total: the sum of the logarithms of all decays up to each write.
-            inclusive: bool. Whether a read comes after the decay and the write of
-                its own position, or before both.
         """
-        places = ops.arange(ops.shape(self.reader)[3], dtype="int32")
-        shift = 0 if inclusive else 1
-        before = places[:, None] >= places[None] + shift
-        if self.log_decay.shape[-1] == 1:
-            # For each pair the sum of what decays in between.
-            later = places[:, None] > places[None]
-            between = ops.cumsum(ops.where(later, self.log_decay, 0.0), axis=3)
-            if not inclusive:
-                between = _behind(between)
-            left = ops.exp(ops.where(before, between, _NOTHING))
-            return (self.reader @ _transposed(written)) * left
-        products = (self.reader * ops.exp(self.total)) @ _transposed(
-            written * ops.exp(-total)
-        )
-        return ops.where(before, products, 0.0)
+        if self.left is not None:
+            return (reader @ _transposed(written)) * self.left
+        products = decayed @ _transposed(written * self.grown)
+        return ops.where(self.not_earlier, products, 0.0)
+
+    def before(self, reader: Any, decayed: Any, written: Any) -> Any:
+        """Likewise, where a read comes before its own decay and write."""
+        if self.left is not None:
+            return (reader @ _transposed(written)) * _behind(self.left)
+        products = decayed @ _transposed(written * self.grown)
+        return ops.where(self.later, products, 0.0)
 
 
 def _behind(x: Any) -> Any:
@@ -196,36 +191,26 @@ def _solve(strictly_lower: Any, *rights: Any) -> tuple[Any, ...]:
     return tuple(ops.split(solved, [sizes[0]], axis=-1))
 
 
-def _scan_decays(kept: Any, written: Any, state: Any) -> tuple[Any, Any]:
-    """The state in front of each chunk and behind the last, where states decay.
+def _states(times: Callable, kept: Any, written: Any, state: Any) -> tuple[Any, Any]:
+    """The state in front of each chunk, and the one behind the last.
 
     Args:
-        kept: tensor of shape `(batch, chunks, heads, key_dim, 1)`.
-        written: tensor of shape `(batch, chunks, heads, key_dim, value_dim)`.
+        times: how a chunk's `kept` is applied to a state, or to another `kept`:
+            `multiply` for decays, `(batch, chunks, heads, key_dim, 1)`, or `matmul`
+            for matrices, `(batch, chunks, heads, key_dim, key_dim)`.
+        kept: what each chunk makes of the state in front of it.
+        written: tensor of shape `(batch, chunks, heads, key_dim, value_dim)`: what
+            it adds.
         state: tensor of shape `(batch, heads, key_dim, value_dim)`.
     """
 
     def join(first: tuple, second: tuple) -> tuple:
-        return first[0] * second[0], second[0] * first[1] + second[1]
+        return times(second[0], first[0]), times(second[0], first[1]) + second[1]
 
-    if written.shape[1] == 1:
-        return state[:, None], kept[:, 0] * state + written[:, 0]
     kept, written = _scan(join, (kept, written), written.shape[1])
-    behind = kept * state[:, None] + written
-    return _shifted(behind, state), behind[:, -1]
-
-
-def _scan_matrices(kept: Any, written: Any, state: Any) -> tuple[Any, Any]:
-    """Likewise, where a chunk multiplies the state by a matrix."""
-
-    def join(first: tuple, second: tuple) -> tuple:
-        return second[0] @ first[0], second[0] @ first[1] + second[1]
-
-    if written.shape[1] == 1:
-        return state[:, None], kept[:, 0] @ state + written[:, 0]
-    kept, written = _scan(join, (kept, written), written.shape[1])
-    behind = kept @ state[:, None] + written
-    return _shifted(behind, state), behind[:, -1]
+    behind = times(kept, state[:, None]) + written
+    before = ops.concatenate([state[:, None], behind[:, :-1]], axis=1)
+    return before, behind[:, -1]
 
 
 def _scan(join: Callable, parts: tuple, count: int) -> tuple:
@@ -254,7 +239,3 @@ def _interleaved(even: Any, odd: Any, count: int) -> Any:
     both = ops.stack([even[:, : count // 2], odd], axis=2)
     both = ops.reshape(both, (-1, 2 * (count // 2), *both.shape[3:]))
     return both if count % 2 == 0 else ops.concatenate([both, even[:, -1:]], axis=1)
-
-
-def _shifted(behind: Any, state: Any) -> Any:
-    return ops.concatenate([state[:, None], behind[:, :-1]], axis=1)

@@ -56,15 +56,15 @@ class RecurrentMixer(CompositeCachedLayer):
     def _dense(
         self, name: str, size: int, inputs_shape: tuple, use_bias: bool = False
     ) -> keras.layers.Layer:
-        dense = keras.layers.Dense(
-            size,
-            use_bias=use_bias,
-            kernel_initializer=clone_initializer(self.kernel_initializer),
-            dtype=self.dtype_policy,
-            name=name,
+        return built_dense(self, name, size, inputs_shape, use_bias)
+
+    def _head_norm(self, size: int, epsilon: float) -> keras.layers.Layer:
+        """Makes a norm of each head by its root mean square."""
+        norm = keras.layers.RMSNormalization(
+            epsilon=epsilon, dtype=self.dtype_policy, name="head_norm"
         )
-        dense.build(inputs_shape)
-        return dense
+        norm.build((None, None, None, size))
+        return norm
 
     def _small_weight(self, name: str, shape: tuple, initializer: Any) -> Any:
         """A weight of decays, biases and the like, float32 whatever the policy."""
@@ -92,6 +92,21 @@ class RecurrentMixer(CompositeCachedLayer):
             kernel_initializer=keras.initializers.serialize(self.kernel_initializer),
         )
         return config
+
+
+def built_dense(
+    layer: Any, name: str, size: int, inputs_shape: tuple, use_bias: bool = False
+) -> keras.layers.Layer:
+    """Makes a projection with the initializer and the dtype policy of a layer."""
+    dense = keras.layers.Dense(
+        size,
+        use_bias=use_bias,
+        kernel_initializer=clone_initializer(layer.kernel_initializer),
+        dtype=layer.dtype_policy,
+        name=name,
+    )
+    dense.build(inputs_shape)
+    return dense
 
 
 def float32(x: Any) -> Any:

@@ -91,10 +91,7 @@ class Retention(RecurrentMixer):
             name="recurrence",
         )
         self.recurrence.build((None, None, heads, key_dim))
-        self.head_norm = keras.layers.RMSNormalization(
-            epsilon=self.epsilon, dtype=self.dtype_policy, name="head_norm"
-        )
-        self.head_norm.build((None, None, None, value_dim))
+        self.head_norm = self._head_norm(value_dim, self.epsilon)
         inner = (*inputs_shape[:-1], heads * value_dim)
         self.output_dense = self._dense("output", width, inner)
         self._scale = key_dim**-0.5

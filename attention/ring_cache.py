@@ -31,10 +31,6 @@ class RingCache(FullCache):
         super().__init__(axes)
         self.window = check_positive_int("window", window)
 
-    def with_axes(self, axes: dict[str, int]) -> FullCache:
-        """A policy of the same kind for other tensors."""
-        return RingCache(self.window, axes)
-
     def slots(self, max_length: int) -> int:
         """As many as the window has positions, however long the sequence."""
         return self.window

@@ -9,9 +9,8 @@ import keras
 from keras import ops
 
 from attention.composite_cached_layer import CompositeCachedLayer
-from attention.initializers import clone_initializer
 from attention.linear_recurrence import LinearRecurrence
-from attention.recurrent_mixer import RecurrentMixer, float32
+from attention.recurrent_mixer import RecurrentMixer, built_dense, float32
 from attention.short_convolution import TokenShift
 from attention.validation import check_positive_int
 
@@ -271,20 +270,9 @@ class RWKVChannelMix(CompositeCachedLayer):
         self.mix = self.add_weight(
             name="mix_key", shape=(width,), initializer=_uniform()
         )
-        self.key_dense = self._dense("key", self.hidden_dim, inputs_shape)
+        self.key_dense = built_dense(self, "key", self.hidden_dim, inputs_shape)
         inner = (*inputs_shape[:-1], self.hidden_dim)
-        self.value_dense = self._dense("value", width, inner)
-
-    def _dense(self, name: str, size: int, shape: tuple) -> keras.layers.Layer:
-        dense = keras.layers.Dense(
-            size,
-            use_bias=False,
-            kernel_initializer=clone_initializer(self.kernel_initializer),
-            dtype=self.dtype_policy,
-            name=name,
-        )
-        dense.build(shape)
-        return dense
+        self.value_dense = built_dense(self, "value", width, inner)
 
     def transform(self, x: Any, padding_mask: Any = None, training: Any = None) -> Any:
         mixed = x + (self.shift(x) - x) * ops.cast(self.mix, x.dtype)

@@ -8,6 +8,7 @@ import keras
 from keras import ops
 
 from attention.cache_writes import token_positions
+from attention.dot_product import zero_padding
 from attention.dot_product_attention import DotProductAttention
 from attention.validation import describe, dtype_name, static_size
 from attention.visibility import Visibility, check_attention_mask
@@ -136,9 +137,7 @@ class SharedKeyValueAttention(DotProductAttention):
             self._check_index(cache_update_index)
         if attention_mask is not None:
             check_attention_mask(attention_mask, query, None)
-        if padding_mask is not None:
-            # Whatever stands in a padded token, zero times it is zero.
-            query = ops.where(ops.cast(padding_mask, "bool")[..., None], query, 0)
+        query = zero_padding(query, padding_mask)
         q = self.query_dense(query)
         if self.query_norm is not None:
             q = self.query_norm(q)
@@ -162,11 +161,11 @@ class SharedKeyValueAttention(DotProductAttention):
             in_order=True,
         )
         outputs, scores = self._attend(
+            query,
             q,
             new,
             visibility,
             past,
-            self._gate(query),
             return_scores=return_attention_scores,
             training=training,
         )

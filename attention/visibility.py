@@ -7,8 +7,8 @@ from typing import Any
 
 from keras import ops
 
-from attention.banded import Blocks, block_size, one_row_each
-from attention.key_value_cache import HIDDEN_POSITION
+from attention.banded import Blocks, block_size
+from attention.key_value_cache import HIDDEN_POSITION, one_row_each
 from attention.validation import describe, static_size
 
 

@@ -23,6 +23,7 @@ import numpy as np
 from keras import ops
 
 import attention
+from attention.testing.backends import compile_call
 
 HEADS, WIDTH = 4, 256
 # At most so many times as long, for twice the length.
@@ -38,26 +39,12 @@ LAYERS: dict[str, Callable[[], Any]] = {
 }
 
 
-def compiled(function: Callable) -> Callable:
-    """The function, compiled by the backend."""
-    backend = keras.config.backend()
-    if backend == "jax":
-        import jax
-
-        return jax.jit(function)
-    if backend == "tensorflow":
-        import tensorflow as tf
-
-        return tf.function(function, jit_compile=True)
-    return function
-
-
 def prefill(layer: Any, length: int) -> Callable[[], None]:
     """A prompt into an empty cache, as generation does it."""
     x = np.random.default_rng(0).normal(size=(1, length, WIDTH)).astype("float32")
     x = ops.convert_to_tensor(x)
     cache = layer.create_cache(1, length)
-    call = compiled(lambda x, cache: layer(x, cache=cache, cache_update_index=0))
+    call = compile_call(lambda x, cache: layer(x, cache=cache, cache_update_index=0))
 
     def run() -> None:
         outputs, _ = call(x, cache)

@@ -219,8 +219,9 @@ class MixtureOfExperts(CachedLayer):
         one_hot = ops.one_hot(expert_of, self.num_experts, dtype="int32")
         loads = ops.sum(one_hot, axis=0)
         # Each expert's blocks, the last of them not full, behind another's.
-        ends = ops.cumsum((loads + size - 1) // size)
-        starts = (ends - (loads + size - 1) // size) * size
+        blocks_of = (loads + size - 1) // size
+        ends = ops.cumsum(blocks_of)
+        starts = (ends - blocks_of) * size
         ranks = ops.sum((ops.cumsum(one_hot, axis=0) - 1) * one_hot, axis=-1)
         slots = ops.take(starts, expert_of) + ranks
         places = ops.arange(blocks, dtype="int32")
