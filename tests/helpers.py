@@ -133,29 +133,25 @@ def as_index(kind, position, batch=BATCH):
     return ops.convert_to_tensor(np.full((batch,), position), dtype="int32")
 
 
+def compiled_on_jax(function):
+    """Compiled there, where each operation is else compiled by itself."""
+    return compiled(function) if keras.config.backend() == "jax" else function
+
+
 def called(layer, **kwargs):
-    """The layer's call without a cache; on JAX compiled as a whole.
-
-    There, each operation is else compiled by itself.
-    """
-    on_jax = keras.config.backend() == "jax"
-
-    def call(x):
-        return layer(x, **kwargs)
-
-    return compiled(call) if on_jax else call
+    """The layer's call without a cache, by `compiled_on_jax`."""
+    return compiled_on_jax(lambda x: layer(x, **kwargs))
 
 
 def run_chunks(layer, x, sizes, kinds=("int",), capacity=LENGTH, **kwargs):
     """Runs the sequence in chunks; returns the joined outputs and the cache."""
-    on_jax = keras.config.backend() == "jax"
 
     def function(static):
         def call(x, cache, index):
             index = index if static is None else static
             return layer(x, cache=cache, cache_update_index=index, **kwargs)
 
-        return compiled(call) if on_jax else call
+        return compiled_on_jax(call)
 
     functions = {}
     cache = layer.create_cache(x.shape[0], capacity)
@@ -209,6 +205,22 @@ def gradients(layer, x, **kwargs):
     layer.zero_grad()
     ops.sum(ops.square(layer(x, **kwargs))).backward()
     return [to_numpy(v.value.grad) for v in layer.trainable_variables]
+
+
+# === Formulas in NumPy ===
+
+
+def rotate(x, base=10_000, dim=None):
+    """`(length, ..., dim)`, each pair of the first `dim` numbers turned as a complex one."""
+    dim = dim or x.shape[-1]
+    turns = np.arange(len(x))[:, None] * base ** (-np.arange(0, dim, 2) / dim)
+    turns = turns.reshape(len(x), *[1] * (x.ndim - 2), dim // 2)
+    turned = (x[..., : dim // 2] + 1j * x[..., dim // 2 : dim]) * np.exp(1j * turns)
+    return np.concatenate([turned.real, turned.imag, x[..., dim:]], axis=-1)
+
+
+def rms_norm(x, scale, epsilon):
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + epsilon) * scale
 
 
 # A value no message may contain.

@@ -20,6 +20,8 @@ from tests.helpers import (
     called,
     raises,
     randomize,
+    rms_norm,
+    rotate,
     run_chunks,
     sample,
     to_numpy,
@@ -53,27 +55,18 @@ def project(layer, part, x):
     return np.tensordot(x, weights["kernel"], 1) + weights["bias"]
 
 
-def rms_norm(layer, part, x):
-    mean = np.mean(x**2, axis=-1, keepdims=True)
-    return x / np.sqrt(mean + 1e-6) * weights_of(layer, part)["scale"]
-
-
-def rotate(x, base, dim):
-    """Each pair of dimensions as a complex number, turned by its angle."""
-    frequencies = base ** (-np.arange(0, dim, 2) / dim)
-    turns = np.exp(1j * np.arange(x.shape[1])[:, None] * frequencies)[None, :, None]
-    turned = (x[..., : dim // 2] + 1j * x[..., dim // 2 : dim]) * turns
-    return np.concatenate([turned.real, turned.imag, x[..., dim:]], axis=-1)
-
-
 def reference(layer, x, visible=None):
     """One head of one row at a time, as the papers have it."""
     x = x.astype("float64")
     q, k, v = (project(layer, f"{n}_dense", x) for n in ("query", "key", "value"))
     if layer.query_key_norm:
-        q, k = rms_norm(layer, "query_norm", q), rms_norm(layer, "key_norm", k)
+        q, k = (
+            rms_norm(y, weights_of(layer, part)["scale"], 1e-6)
+            for y, part in ((q, "query_norm"), (k, "key_norm"))
+        )
     if layer.position is not None:
-        q, k = (rotate(y, 50, layer.position.rotary_dim or y.shape[-1]) for y in (q, k))
+        dim = layer.position.rotary_dim
+        q, k = (np.stack([rotate(row, 50, dim) for row in y]) for y in (q, k))
     length = x.shape[1]
     if visible is None:
         visible = np.tri(length, dtype=bool)

@@ -20,6 +20,8 @@ from tests.helpers import (
     assert_close,
     called,
     randomize,
+    rms_norm,
+    rotate,
     run_chunks,
     sample,
     to_numpy,
@@ -28,18 +30,6 @@ from tests.helpers import (
 
 def kernels(layer, *parts):
     return [to_numpy(getattr(layer, f"{p}_dense").kernel).astype("f8") for p in parts]
-
-
-def rotate(x, base=10_000):
-    """`(length, dim)`, each pair of dimensions turned as a complex number."""
-    dim = x.shape[-1]
-    turns = np.arange(len(x))[:, None] * base ** (-np.arange(0, dim, 2) / dim)
-    turned = (x[:, : dim // 2] + 1j * x[:, dim // 2 :]) * np.exp(1j * turns)
-    return np.concatenate([turned.real, turned.imag], axis=-1)
-
-
-def rms(x, scale, epsilon):
-    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + epsilon) * scale
 
 
 def softmax(x, mask):
@@ -86,7 +76,7 @@ def test_differential_attention(groups):
             for i in range(2)
         ]
         found = (maps[0] - weight * maps[1]) @ (x[row] @ v[:, group])
-        heads[row, :, head] = rms(found, scale, 1e-5) * (1 - 0.3)
+        heads[row, :, head] = rms_norm(found, scale, 1e-5) * (1 - 0.3)
     check(layer, x, np.tensordot(heads, kernels(layer, "output")[0], 2))
     _, scores = layer(x, return_attention_scores=True)
     assert_close(to_numpy(scores)[-1, -1], maps[0] - weight * maps[1])
@@ -119,9 +109,9 @@ def test_latent_attention(window, query_latent_dim):
         inner = x[row]
         if query_latent_dim:
             inner = inner @ to_numpy(layer.query_down.kernel)
-            inner = rms(inner, to_numpy(layer.query_norm.scale), 1e-6)
+            inner = rms_norm(inner, to_numpy(layer.query_norm.scale), 1e-6)
         query = inner @ q[:, head]
-        small = rms(x[row] @ latent, to_numpy(layer.latent_norm.scale), 1e-6)
+        small = rms_norm(x[row] @ latent, to_numpy(layer.latent_norm.scale), 1e-6)
         logits = query[:, :3] @ (small @ key_up[:, head]).T
         logits = logits + rotate(query[:, 3:]) @ rotate(x[row] @ rotary).T
         heads[row, :, head] = softmax(logits / np.sqrt(5), mask) @ (
@@ -156,7 +146,7 @@ def test_retention():
             state = gamma * state + np.outer(key[t], value[t])
             recurrent.append(query[t] @ state)
         np.testing.assert_allclose(parallel, recurrent, atol=1e-9)
-        found[row, :, head] = rms(parallel, to_numpy(layer.head_norm.scale), 1e-6)
+        found[row, :, head] = rms_norm(parallel, to_numpy(layer.head_norm.scale), 1e-6)
     expected = (found.reshape(2, 70, 32) * silu(x @ gate)) @ output
     assert_close(called(layer)(x), expected, 1e-4)
     outputs, _ = run_chunks(layer, x, [66, 1, 1, 2], ("int", "rows"), capacity=70)

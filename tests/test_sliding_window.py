@@ -23,6 +23,7 @@ from tests.helpers import (
     assert_close,
     called,
     compiled,
+    compiled_on_jax,
     gradients,
     raises,
     randomize,
@@ -75,7 +76,7 @@ def over_a_full_cache(layer, x, mask):
     def step(x, mask, cache, index):
         return layer(x, attention_mask=mask, cache=cache, cache_update_index=index)
 
-    step = compiled(step) if keras.config.backend() == "jax" else step
+    step = compiled_on_jax(step)
     for i in range(x.shape[1]):
         at, index = slice(i, i + 1), ops.convert_to_tensor(i, "int32")
         outputs, cache = step(x[:, at], mask[:, at], cache, index)

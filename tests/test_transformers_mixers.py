@@ -114,13 +114,12 @@ def test_gated_delta_net(key_heads):
     check(layer, x, run(theirs, x))
 
 
-def causal_mask(length):
-    return torch.full((1, 1, length, length), -1e30).triu(1)
-
-
-def rotary(module, x):
+def run_causal(attention, rotary, x):
+    """Their attention, with their rotary embedding and a causal mask."""
     positions = torch.arange(x.shape[1])[None]
-    return module(torch.from_numpy(x), positions)
+    mask = torch.full((1, 1, x.shape[1], x.shape[1]), -1e30).triu(1)
+    embeddings = rotary(torch.from_numpy(x), positions)
+    return run(attention, x, position_embeddings=embeddings, attention_mask=mask)
 
 
 @pytest.mark.parametrize("query_latent_dim", [None, 5])
@@ -164,14 +163,7 @@ def test_latent_attention(query_latent_dim):
     layer.value_up.assign(up[..., 3:])
     layer.output_dense.kernel.assign(kernel(theirs.o_proj).reshape(4, 6, WIDTH))
     x = sample(batch=2, length=LENGTH)
-    embeddings = rotary(deepseek.DeepseekV3RotaryEmbedding(config), x)
-    expected = run(
-        theirs,
-        x,
-        position_embeddings=embeddings,
-        attention_mask=causal_mask(LENGTH),
-    )
-    check(layer, x, expected)
+    check(layer, x, run_causal(theirs, deepseek.DeepseekV3RotaryEmbedding(config), x))
 
 
 def test_differential_attention():
@@ -209,11 +201,4 @@ def test_differential_attention():
     layer.lambdas.assign(np.array(vectors))
     layer.output_dense.kernel.assign(kernel(theirs.o_proj).reshape(2, 8, WIDTH))
     x = sample(batch=2, length=LENGTH)
-    embeddings = rotary(diffllama.DiffLlamaRotaryEmbedding(config), x)
-    expected = run(
-        theirs,
-        x,
-        position_embeddings=embeddings,
-        attention_mask=causal_mask(LENGTH),
-    )
-    check(layer, x, expected)
+    check(layer, x, run_causal(theirs, diffllama.DiffLlamaRotaryEmbedding(config), x))
