@@ -76,6 +76,8 @@ class CrossAttention(DotProductAttention):
     - [Vaswani et al., 2017](https://arxiv.org/abs/1706.03762)
     """
 
+    num_key_value_heads: int
+
     def __init__(
         self, num_heads: int, num_key_value_heads: int | None = None, **kwargs: Any
     ) -> None:

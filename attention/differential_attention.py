@@ -60,6 +60,8 @@ class DifferentialAttention(GroupedQueryAttention):
     - [Ye et al., 2024](https://arxiv.org/abs/2410.05258)
     """
 
+    lambda_init: float
+
     def __init__(
         self,
         num_heads: int,

@@ -86,6 +86,9 @@ class LatentAttention(DotProductAttention):
     - [DeepSeek-V2, 2024](https://arxiv.org/abs/2405.04434)
     """
 
+    position: PositionScheme
+    query_norm: Any
+
     def __init__(
         self,
         num_heads: int,
