@@ -1,5 +1,6 @@
 """Fixtures that several test files use."""
 
+import keras
 import pytest
 
 from blocks import CausalLM
@@ -27,6 +28,28 @@ def small_sizes_in_this_test(monkeypatch):
     make_sizes_small(monkeypatch)
 
 
+def optimize(much):
+    """Sets how much JAX optimizes: it takes longer than what is compiled here runs."""
+    if keras.config.backend() == "jax":
+        import jax
+
+        jax.config.update("jax_disable_most_optimizations", not much)
+
+
+optimize(False)
+
+
+@pytest.fixture(autouse=True)
+def optimized(request):
+    """All of JAX's optimizations, for the tests that ask for them by a mark."""
+    much = "optimized" in request.keywords
+    if much:
+        optimize(True)
+    yield
+    if much:
+        optimize(False)
+
+
 @pytest.fixture(autouse=True)
 def little_xla(request, monkeypatch):
     """Leaves XLA on TensorFlow to the tests that ask for it, by a mark.
@@ -34,6 +57,14 @@ def little_xla(request, monkeypatch):
     It takes seconds to compile a model that runs for milliseconds.
     """
     if "xla" not in request.keywords:
+        compile_as_asked = CausalLM.compile
+
+        def compile_for_training(lm, *args, **kwargs):
+            compile_as_asked(lm, *args, **kwargs)
+            if keras.config.backend() == "tensorflow" and "jit_compile" not in kwargs:
+                lm.jit_compile = False
+
+        monkeypatch.setattr(CausalLM, "compile", compile_for_training)
         asked_for = property(
             lambda lm: lm.__dict__.get("_generation_jit_compile") is True
         )

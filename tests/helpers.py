@@ -21,6 +21,12 @@ from attention import (
     T5Attention,
 )
 
+
+def slow(value):
+    """A parameter of a test that takes long, and is the same on every backend."""
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
 BATCH, LENGTH, WIDTH = 3, 12, 16
 
 LINEAR = {"rope_type": "linear", "factor": 4.0}

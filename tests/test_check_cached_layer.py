@@ -146,6 +146,7 @@ def model_of_many_kinds():
     return keras.Model(inputs, {"head": head, "tail": tail})
 
 
+@pytest.mark.slow
 def test_a_functional_model_with_several_outputs():
     report = check_cached_model(model_of_many_kinds, **SMALL)
     assert "padding" in report and "saving" in report

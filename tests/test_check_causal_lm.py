@@ -39,6 +39,7 @@ def test_all_checks_hold():
     assert max(report.values()) < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variant", "overrides"),
     [
@@ -55,6 +56,7 @@ def test_all_checks_hold_uncompiled(variant, overrides):
     assert list(report) == list(CHECKS)
 
 
+@pytest.mark.slow
 def test_a_model_of_zeros_is_made_lively():
     def make():
         lm = EagerLM(make_backbone(num_layers=1))
@@ -65,6 +67,7 @@ def test_a_model_of_zeros_is_made_lively():
     check_causal_lm(make, checks=["lengths", "greedy"], seed=3)
 
 
+@pytest.mark.slow
 def test_prompts_and_sizes_of_ones_own():
     report = check_causal_lm(
         lambda: EagerLM(make_backbone(num_layers=1)),
@@ -114,6 +117,7 @@ class LimitOfTheLongest(EagerLM):
         return super().generate(inputs, **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cls", "words"),
     [
@@ -147,6 +151,7 @@ class ForgetfulBackbone(MultiQueryBackbone):
         return ForgetsItsPlace(self.num_heads)
 
 
+@pytest.mark.slow
 def test_a_wrong_decode_form():
     check, message = failure(EagerLM, lambda: make_backbone(ForgetfulBackbone))
     assert check == "greedy"
@@ -167,6 +172,7 @@ class LastColumn(EagerLM):
         return prompts([row + more for row, more in zip(rows, new)])
 
 
+@pytest.mark.slow
 def test_a_wrong_prefill():
     check, message = failure(LastColumn, checks=["greedy"])
     assert check == "greedy"
@@ -188,6 +194,7 @@ class PaddingReader(EagerLM):
         return prompts([row + out[width:] for row, out in pairs])
 
 
+@pytest.mark.slow
 def test_padding_that_is_read():
     check, message = failure(PaddingReader)
     assert check == "ragged_batch"
@@ -195,6 +202,7 @@ def test_padding_that_is_read():
     assert "padding read as tokens" in message
 
 
+@pytest.mark.slow
 def test_rows_in_lockstep(monkeypatch):
     scope = engine.CacheScope
 
@@ -232,6 +240,7 @@ class AllEndTogether(EagerLM):
         return prompts(outputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cls", "words"),
     [
@@ -261,6 +270,7 @@ class Stale(EagerLM):
         return outputs
 
 
+@pytest.mark.slow
 def test_stale_weights():
     check, message = failure(Stale)
     assert check == "weights"
@@ -312,6 +322,7 @@ class NoSeed(EagerLM):
         return super().generate(inputs, **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cls", "check", "words"),
     [
@@ -346,6 +357,7 @@ class OutOfVocabulary(EagerLM):
         return outputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cls", "words"),
     [

@@ -32,7 +32,7 @@ from attention import (
 from attention.testing import check_cached_layer, check_cached_model
 from attention.testing.checking import CHECKS
 from blocks import CustomBackbone, CustomDecoder
-from tests.helpers import YARN, EmbedAndAttendTwice, ProducerAndReader
+from tests.helpers import YARN, EmbedAndAttendTwice, ProducerAndReader, slow
 from tests.models import make_variant
 
 LAYERS = {
@@ -85,7 +85,12 @@ BACKBONES = ["t5"]
 ROUNDED = {"int8": 0.05}
 
 
-@pytest.mark.parametrize("name", LAYERS)
+# What differs from another line in one thing that a third line has, too.
+MIXED = ["multi_query", "value_dim", "rotary_yarn", "t5_grouped"]
+MIXED += ["window_of_one", "latent_window", "decoder_norm_last"]
+
+
+@pytest.mark.parametrize("name", [slow(x) if x in MIXED else x for x in LAYERS])
 def test_layers(name):
     tolerance = ROUNDED.get(name)
     checks = [x for x in CHECKS if tolerance is None or x != "gradients"]
@@ -99,7 +104,7 @@ def test_layers(name):
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_backbones(name):
-    report = check_cached_model(lambda: make_variant(name), max_length=9)
+    report = check_cached_model(lambda: make_variant(name, num_layers=1), max_length=9)
     assert "padding" in report
 
 
@@ -115,7 +120,7 @@ EQUALITIES += ["masked_rows", "padding", "capacity", "rewind"]
 
 @settings(
     # Each shape is compiled anew on JAX, operation by operation.
-    max_examples=2 if keras.config.backend() == "jax" else 4,
+    max_examples=2 if keras.config.backend() == "jax" else 3,
     deadline=None,
     derandomize=True,
     # A failing example is not made smaller: each try takes seconds.

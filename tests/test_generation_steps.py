@@ -202,6 +202,7 @@ def while_bodies(hlo):
     return found
 
 
+@pytest.mark.optimized
 @pytest.mark.skipif(BACKEND != "jax", reason="looks at what JAX compiles")
 @pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize("rows_differ", [False, True])

@@ -17,6 +17,7 @@ from attention import (
     create_cache,
 )
 from blocks import CausalLM, CustomBackbone, CustomDecoder
+from tests.helpers import slow
 from tests.models import (
     PACKAGE,
     RAGGED,
@@ -140,7 +141,7 @@ def test_only_attention_to_everything_needs_more_for_longer_sequences(name):
         assert long - short == (4096 - 64) * 2 * 2 * 2 * 2
 
 
-@pytest.mark.parametrize("name", ["hybrid", "mamba2"])
+@pytest.mark.parametrize("name", [slow("hybrid"), "mamba2"])
 def test_they_learn_and_are_saved(name, tmp_path):
     lm = make_lm(make(name, num_layers=4 if name == "hybrid" else 1))
     tokens = np.random.default_rng(0).integers(1, 9, (16, 10)).astype("int32")

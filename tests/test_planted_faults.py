@@ -45,7 +45,6 @@ FAULTS = [
     ("a scale from the capacity", {}, "capacity", "from the size of the cache"),
     ("a write that is moved to fit", {}, "capacity", "reach past the end"),
     ("a write that adds to its slot", {}, "rewind", "a write replaces what is in"),
-    ("NumPy on an index", {}, "compiled", "compiled"),
     ("a mask that overflows float16", {}, "low_precision", "mixed_float16"),
     ("the value's gradient stops", {}, "gradients", "value/kernel"),
     ("a table that is no weight", {}, "config", "not kept as a weight"),
@@ -71,10 +70,9 @@ def named(make, check, part, run=check_cached_layer, **kwargs):
     return message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault, settings, check, part", FAULTS, ids=lambda x: str(x))
 def test_faults_of_attention(fault, settings, check, part):
-    if check == "compiled" and keras.config.backend() == "torch":
-        pytest.skip("nothing is compiled on torch")
     make = functools.partial(Attend, fault=fault, **settings)
     only = None
     if keras.config.backend() == "jax" and check in LAST:
@@ -82,11 +80,19 @@ def test_faults_of_attention(fault, settings, check, part):
     named(make, check, part, checks=only, **SIZES)
 
 
+@pytest.mark.skipif(keras.config.backend() == "torch", reason="compiles nothing")
+def test_a_fault_of_what_is_compiled():
+    make = functools.partial(Attend, fault="NumPy on an index")
+    named(make, "compiled", "compiled", checks="compiled", **SIZES)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("fault, check, part", RECURRENT_FAULTS)
 def test_faults_of_a_recurrence(fault, check, part):
     named(lambda: Leak(fault), check, part, **SIZES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [
@@ -105,6 +111,7 @@ def test_a_cache_that_is_changed_in_place():
     named(make, "state", "changed the cache it was given", **SIZES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [
@@ -128,6 +135,7 @@ def model(layer):
     return keras.Model(inputs, keras.layers.Dense(4)(layer(x)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "padding, check", [("causal", "prefill_and_steps"), ("same", "causality")]
 )
