@@ -18,7 +18,10 @@ import subprocess
 import sys
 import tempfile
 
-VARIANTS = ("mha", "mqa", "gqa", "rotary", "t5", "alibi")
+# Of these, the order of tokens is known by the embedding of their positions.
+LEARNED_POSITIONS = ("mha", "mqa", "gqa")
+VARIANTS = (*LEARNED_POSITIONS, "rotary", "t5", "alibi", "window", "latent")
+VARIANTS += ("differential", "retention", "rwkv", "gated_delta", "mamba2")
 END = "<|endoftext|>"
 
 
@@ -93,6 +96,15 @@ def create_attention(name, heads):
         "alibi": lambda: attention.GroupedQueryAttention(
             heads, heads // 2, position=attention.AlibiBias()
         ),
+        "window": lambda: attention.RotaryAttention(heads, heads // 2, window=32),
+        "latent": lambda: attention.LatentAttention(heads),
+        "differential": lambda: attention.DifferentialAttention(
+            heads // 2, position=attention.RotaryPosition()
+        ),
+        "retention": lambda: attention.Retention(heads),
+        "rwkv": lambda: attention.RWKVTimeMix(heads),
+        "gated_delta": lambda: attention.GatedDeltaNet(heads),
+        "mamba2": lambda: attention.Mamba2(heads),
     }[name]()
 
 
@@ -183,8 +195,7 @@ def build_model(arguments, preprocessor):
         hidden_dim=arguments.width,
         intermediate_dim=4 * arguments.width,
         max_sequence_length=2 * arguments.length,
-        # Rotary, T5's bias and ALiBi carry the positions in the attention.
-        learned_positions=arguments.attention in ("mha", "mqa", "gqa"),
+        learned_positions=arguments.attention in LEARNED_POSITIONS,
     )
     lm = CausalLM(backbone, preprocessor)
     schedule = keras.optimizers.schedules.CosineDecay(
