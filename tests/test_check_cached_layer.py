@@ -164,6 +164,7 @@ class Subclassed(keras.Model):
         return x + self.attend(x, padding_mask=inputs["mask"])
 
 
+@pytest.mark.slow
 def test_a_subclassed_model():
     example = {"ids": np.arange(10).reshape(1, 10), "mask": np.ones((1, 10), bool)}
     report = check_cached_model(Subclassed, inputs=example, **SMALL)

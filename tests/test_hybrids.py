@@ -16,11 +16,12 @@ from attention import (
     RWKVTimeMix,
     create_cache,
 )
-from blocks import CausalLM, CustomBackbone, CustomDecoder
+from blocks import CausalLM, CustomBackbone, CustomDecoder, Speculation
 from tests.helpers import slow
 from tests.models import (
     PACKAGE,
     RAGGED,
+    VOCABULARY_SIZE,
     brute_force_greedy,
     make_backbone,
     make_lm,
@@ -123,6 +124,41 @@ def test_generation_equals_no_cache_at_all(name):
     outputs = lm.generate(prompts(RAGGED), stop_token_ids=None, max_new_tokens=9)
     limits = [len(row) + 9 for row in RAGGED]
     assert rows_of(outputs) == brute_force_greedy(lm, RAGGED, limits, width=18)
+
+
+class Guess(Speculation):
+    """Guesses what comes, and in every third place something else."""
+
+    def __init__(self, expected):
+        super().__init__(3)
+        self.expected = expected
+
+    def propose(self, memory, rows):
+        guess = np.array(self.expected[len(rows[0]) :][: self.num_tokens], "int32")
+        places = len(rows[0]) + np.arange(len(guess))
+        return [np.where(places % 3 == 0, (guess + 1) % VOCABULARY_SIZE, guess)]
+
+
+OTHERS = [slow(name) for name in (*MIXERS, "rwkv") if name != "hybrid"]
+
+
+@pytest.mark.parametrize("name", ["hybrid", *OTHERS])
+@pytest.mark.usefixtures("small_generation_sizes")
+def test_speculation_and_sessions(name):
+    lm = make_lm(make(name))
+    first, more = [3, 1, 4, 1, 5, 9, 2, 6], [5, 3]
+    options = {"stop_token_ids": None, "max_new_tokens": 9}
+    expected = brute_force_greedy(lm, [first], [17], width=26)[0]
+    found = lm.generate(prompts([first]), **options, speculation=Guess(expected))
+    assert rows_of(found) == [expected]
+    session = lm.start({"token_ids": first, "padding_mask": [1] * len(first)})
+    session.generate(None, **options)
+    fork = session.fork()
+    session.generate({"token_ids": more, "padding_mask": [1, 1]}, **options)
+    fork.generate(None, **{**options, "max_new_tokens": 4})
+    whole = brute_force_greedy(lm, [[*expected, *more], expected], [28, 21], width=28)
+    assert session.tokens[0].tolist() == whole[0]
+    assert fork.tokens[0].tolist() == whole[1]
 
 
 def elements(backbone, length):

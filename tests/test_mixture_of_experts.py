@@ -125,6 +125,10 @@ class SparseBackbone(CustomBackbone):
 
 def test_the_kit():
     check_cached_layer(lambda: MixtureOfExperts(4, 12), max_length=9)
+
+
+@pytest.mark.slow
+def test_the_kit_of_a_model():
     check_cached_model(
         lambda: make_backbone(SparseBackbone, num_layers=1), max_length=8
     )

@@ -1,0 +1,116 @@
+"""How fast this library decodes with fewer bytes of weights and cache.
+
+Run it from the repository's root: `python -m benchmarks.precisions`, with
+`KERAS_BACKEND` for another backend than TensorFlow. The same GPT-2 124M in float32,
+in bfloat16, with weights in 8 bits (`backbone.quantize("int8")`), and with a cache in
+8 bits: fewer bytes are only faster where a backend's kernels take them as they are.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+
+from attention import MultiHeadAttention
+from benchmarks.cases import make_prompts, standard_plan
+from benchmarks.keras_contestants import EPSILON, Ours, assign_weights, pad_right
+from benchmarks.weights import random_weights
+from blocks import CausalLM, CustomBackbone
+
+SHAPE = standard_plan().models[0]
+PROMPT = 64
+
+
+class Int8CacheBackbone(CustomBackbone):
+    """Keys and values in 8 bits."""
+
+    def create_attention_layer(self, inputs_shape: tuple, layer_index: int) -> Any:
+        return MultiHeadAttention(self.num_heads, cache_dtype="int8")
+
+
+def loaded(weights: dict[str, Any], dtype: str) -> CausalLM:
+    """The benchmarks' model."""
+    ours = Ours()
+    ours.load(SHAPE, weights, dtype)
+    return ours.lm
+
+
+def with_int8_weights(weights: dict[str, Any]) -> CausalLM:
+    """Dense kernels and embeddings in 8 bits."""
+    lm = loaded(weights, "float32")
+    lm.backbone.quantize("int8")
+    return lm
+
+
+def with_int8_cache(weights: dict[str, Any]) -> CausalLM:
+    """The model with another cache policy."""
+    backbone = Int8CacheBackbone(
+        SHAPE.vocabulary_size,
+        SHAPE.num_layers,
+        SHAPE.num_heads,
+        SHAPE.hidden_dim,
+        SHAPE.intermediate_dim,
+        max_sequence_length=SHAPE.positions,
+        layer_norm_epsilon=EPSILON,
+    )
+    assign_weights(backbone, weights)
+    lm = CausalLM(backbone)
+    lm.compile(sampler="greedy")
+    return lm
+
+
+PRECISIONS: dict[str, Callable[[dict[str, Any]], CausalLM]] = {
+    "float32": lambda weights: loaded(weights, "float32"),
+    "bfloat16": lambda weights: loaded(weights, "bfloat16"),
+    "int8 weights": with_int8_weights,
+    "int8 cache": with_int8_cache,
+}
+
+
+def decode_seconds(lm: CausalLM, rows: int, new: int) -> float:
+    """The seconds of `new` decode steps, without the prompt's."""
+    prompts = make_prompts((PROMPT,) * rows, SHAPE.vocabulary_size, 0)
+    inputs = pad_right(prompts, PROMPT)
+    seconds = []
+    for count in (1, new + 1):
+        start = time.perf_counter()
+        lm.generate(inputs, max_new_tokens=count, stop_token_ids=None)
+        seconds.append(time.perf_counter() - start)
+    return seconds[1] - seconds[0]
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--new", type=int, default=96)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8])
+    options = parser.parse_args()
+    weights = random_weights(SHAPE)
+    models = {name: make(weights) for name, make in PRECISIONS.items()}
+    print(f"{SHAPE.name}, backend {keras.config.backend()}, {options.new} decode steps")
+    for rows in options.rows:
+        times: dict[str, list[float]] = {name: [] for name in models}
+        for lm in models.values():
+            decode_seconds(lm, rows, options.new)
+        for _ in range(options.rounds):
+            for name, lm in models.items():
+                times[name].append(decode_seconds(lm, rows, options.new))
+        medians = {name: statistics.median(found) for name, found in times.items()}
+        for name, median in medians.items():
+            speed = rows * options.new / median
+            ratio = medians["float32"] / median
+            print(f"batch {rows}, {name}: {speed:.1f} tokens/s, {ratio:.2f}x float32")
+
+
+if __name__ == "__main__":
+    main()
