@@ -100,8 +100,8 @@ def run(
         rounds: how often each contestant is timed in each case.
         device: `"cpu"` or `"gpu"`.
         quick: whether the report is to say that it is a quick one.
-        only: parts of the names of the cases to run, or of their models; none
-            means all.
+        only: parts of the names of the cases to run, such as "batch 1", "Llama" or
+            "Llama-shaped 135M: batch 1"; none means all.
         budget: see `Runner`.
         write: is given the report before the first case, and after each, so that
             little is lost.
@@ -131,7 +131,7 @@ def run(
             cases = [
                 case
                 for case in plan.cases[shape.name]
-                if not only or any(x in case.name or x in shape.name for x in only)
+                if not only or any(x in f"{shape.name}: {case.name}" for x in only)
             ]
             if not cases:
                 continue
@@ -192,7 +192,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="CASE",
-        help="cases with this in their name, or their model's; may be repeated",
+        help="cases with this in 'MODEL: CASE', as it is reported; may be repeated",
     )
     add("--without", action="append", default=[], metavar="CONTESTANT")
     add("--rounds", type=int, help="default: 5, quick: 3")
