@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import keras
@@ -12,6 +13,26 @@ from attention.validation import static_size
 
 # Finite: a row in which everything is masked must not become NaN.
 _MASKED = -1e30
+
+
+@dataclasses.dataclass(frozen=True)
+class TokensFirst:
+    """Keys that are laid out as values are.
+
+    Attributes:
+        keys: tensor of shape `(batch, num_key_value_heads, length, key_dim)`.
+    """
+
+    keys: Any
+
+
+def _products(query: Any, key: Any) -> Any:
+    """The products of `(batch, heads, queries, key_dim)` with keys in either layout."""
+    if not isinstance(key, TokensFirst):
+        return ops.matmul(query, key)
+    # The keys on the left, as they lie: on the right they would be transposed.
+    products = ops.matmul(key.keys, ops.swapaxes(query, 2, 3))
+    return ops.swapaxes(products, 2, 3)
 
 
 def grouped_attention(
@@ -34,7 +55,8 @@ def grouped_attention(
         query: tensor of shape `(batch, query_length, num_heads, key_dim)`.
         parts: keys and values, one pair or several whose lengths add up to
             `key_length`: tensors of shape `(batch, num_key_value_heads, key_dim,
-            length)` and `(batch, num_key_value_heads, length, value_dim)`.
+            length)`, or `TokensFirst`, and `(batch, num_key_value_heads, length,
+            value_dim)`.
         mask: `None` or boolean tensor that broadcasts to `(batch, num_heads,
             query_length, key_length)`, with a heads axis of 1.
         bias: `None` or float tensor `([batch,] num_heads, query_length,
@@ -51,13 +73,13 @@ def grouped_attention(
         attention weights, `(batch, num_heads, query_length, key_length)`.
     """
     length, heads, dim = ops.shape(query)[1], query.shape[2], query.shape[3]
-    groups = parts[0][0].shape[1]
+    groups = parts[0][1].shape[1]
     per_group = heads // groups
     query = ops.reshape(query, (-1, length, groups, per_group, dim))
     query = ops.transpose(query, (0, 2, 3, 1, 4))
     # What shares keys is one matrix.
     query = ops.reshape(query, (-1, groups, per_group * length, dim))
-    logits = _concatenate([ops.matmul(query, key) for key, _ in parts])
+    logits = _concatenate([_products(query, key) for key, _ in parts])
     key_length = ops.shape(logits)[-1]
     logits = ops.reshape(logits, (-1, groups, per_group, length, key_length))
     logits = ops.cast(logits, "float32") * scale

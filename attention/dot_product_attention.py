@@ -220,8 +220,8 @@ class DotProductAttention(CachedLayer):
                 num_key_value_heads, dim)`.
             visibility: which query sees which key, the past ones first.
             past: `None`, or keys and values as in a cache: `(batch,
-                num_key_value_heads, key_dim, key_length)` and `(batch,
-                num_key_value_heads, key_length, value_dim)`.
+                num_key_value_heads, key_dim, key_length)`, or `TokensFirst`, and
+                `(batch, num_key_value_heads, key_length, value_dim)`.
             return_scores: bool. Whether the scores are needed.
             training: bool. Whether to apply dropout.
 

@@ -9,7 +9,7 @@ from keras import ops
 
 from attention.cache_policies import make_cache_policy
 from attention.cache_writes import computed_after, token_positions
-from attention.dot_product import zero_padding
+from attention.dot_product import TokensFirst, zero_padding
 from attention.dot_product_attention import DotProductAttention
 from attention.initializers import clone_initializer
 from attention.key_value_cache import is_zero, join_positions
@@ -160,14 +160,18 @@ class LatentAttention(DotProductAttention):
         self.latent_norm = self._norm("latent_norm", latent_dim, self.epsilon)
         self.rotary_key_dense = self._dense("rotary_key", rotary_dim)
         self.rotary_key_dense.build(query_shape)
-        # Not layers: absorbed, they are applied from either side.
+        # Not layers: absorbed, they are applied from either side. Laid out as
+        # decoding multiplies them, head by head.
         self.key_up, self.value_up = (
             self.add_weight(
                 name=name,
-                shape=(latent_dim, self.num_heads, size),
+                shape=(self.num_heads, *shape),
                 initializer=clone_initializer(self.kernel_initializer),
             )
-            for name, size in (("key_up", key_dim), ("value_up", value_dim))
+            for name, shape in (
+                ("key_up", (key_dim, latent_dim)),
+                ("value_up", (latent_dim, value_dim)),
+            )
         )
         self._build_output(query_shape)
 
@@ -259,10 +263,9 @@ class LatentAttention(DotProductAttention):
         """Attends with keys and values of each head."""
         latent_dim, rotary_dim, *_ = self._sizes()
         shared = latent[:, :, 0, :latent_dim]
-        key, value = (
-            ops.einsum("blr,rhd->blhd", shared, ops.cast(x, shared.dtype))
-            for x in (self.key_up, self.value_up)
-        )
+        key_up, value_up = self._up(shared.dtype)
+        key = ops.einsum("blr,hdr->blhd", shared, key_up)
+        value = ops.einsum("blr,hrd->blhd", shared, value_up)
         shape = (*ops.shape(rotary)[:3], rotary_dim)
         rotary_key = ops.broadcast_to(latent[..., latent_dim:], shape)
         outputs, _ = self._attend_heads(
@@ -283,19 +286,22 @@ class LatentAttention(DotProductAttention):
         training: Any,
     ) -> Any:
         """Attends to latents as they are: one key/value head for all queries."""
-        latent_dim = self._sizes()[0]
-        key_up, value_up = (
-            ops.cast(x, plain.dtype) for x in (self.key_up, self.value_up)
-        )
-        projected = ops.einsum("blhd,rhd->blhr", plain, key_up)
+        key_up, value_up = self._up(plain.dtype)
+        projected = ops.einsum("blhd,hdr->blhr", plain, key_up)
         found, _ = self._attend_heads(
             ops.concatenate([projected, rotary], axis=-1),
-            (latent, latent[..., :latent_dim]),
+            (latent, latent),
             visibility,
-            (ops.swapaxes(past, 2, 3), past[..., :latent_dim]),
+            (TokensFirst(past), past),
             training=training,
         )
-        return ops.einsum("blhr,rhd->blhd", found, value_up)
+        # What the values are without came along: cutting the past would copy it.
+        found = found[..., : self._sizes()[0]]
+        return ops.einsum("blhr,hrd->blhd", found, value_up)
+
+    def _up(self, dtype: Any) -> tuple[Any, Any]:
+        """What makes of a latent the keys and the values of all heads."""
+        return ops.cast(self.key_up, dtype), ops.cast(self.value_up, dtype)
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from keras import ops, tree
 
-from blocks import CausalLM, GenerationState
+from attention import LatentAttention, RotaryAttention
+from blocks import CausalLM, CustomBackbone, GenerationState
 from blocks.generation import engine, running_batch, state
 from blocks.generation.state import chunk_length, round_up_capacity
 from tests.helpers import raises
@@ -193,6 +194,24 @@ def test_few_compilations_for_many_lengths():
     assert 0 < lm.compilations <= 8
 
 
+class WindowBackbone(CustomBackbone):
+    def create_attention_layer(self, inputs_shape, layer_index):
+        return RotaryAttention(self.num_heads, 2, window=320)
+
+
+class LatentBackbone(CustomBackbone):
+    def create_attention_layer(self, inputs_shape, layer_index):
+        # No kernel is as large as the hidden states of 4 rows.
+        return LatentAttention(self.num_heads, rotary_dim=6)
+
+
+def make_mixer(kind, **overrides):
+    others = {"window": WindowBackbone, "latent": LatentBackbone}
+    if kind in others:
+        return make_backbone(others[kind], learned_positions=False, **overrides)
+    return make_variant(kind, **overrides)
+
+
 def while_bodies(hlo):
     """The computations of a compiled module that are run again and again."""
     names = set(re.findall(r"body=%?([\w.\-]+)", hlo))
@@ -206,10 +225,10 @@ def while_bodies(hlo):
 @pytest.mark.skipif(BACKEND != "jax", reason="looks at what JAX compiles")
 @pytest.mark.parametrize("batch_size", [1, 4])
 @pytest.mark.parametrize("rows_differ", [False, True])
-@pytest.mark.parametrize("kind", ["mha", "gqa", "rotary"])
+@pytest.mark.parametrize("kind", ["mha", "gqa", "rotary", "window", "latent"])
 def test_a_decode_step_moves_no_cache_and_no_kernel(kind, rows_differ, batch_size):
     capacity = 640
-    lm = CausalLM(make_variant(kind, hidden_dim=32))
+    lm = CausalLM(make_mixer(kind, hidden_dim=32))
     lm.compile(sampler="greedy")
     lm.generate(prompts([[1]]), stop_token_ids=None, max_new_tokens=2)
     steps = lm._engine()
@@ -235,7 +254,11 @@ def test_a_decode_step_moves_no_cache_and_no_kernel(kind, rows_differ, batch_siz
     assert alias.count("may-alias") >= len(tree.flatten(cache))
     shapes = [tuple(x.shape) for x in tree.flatten(cache)]
     largest = max(int(np.prod(shape)) for shape in shapes)
-    kernels = {int(np.prod(w.shape)) for w in lm.weights if w.path.endswith("/kernel")}
+    kernels = {
+        int(np.prod(w.shape))
+        for w in lm.weights
+        if w.path.endswith(("/kernel", "/key_up", "/value_up"))
+    }
     written = 0
     for line in "\n".join(while_bodies(hlo)).splitlines():
         made = re.match(

@@ -112,10 +112,10 @@ def test_latent_attention(window, query_latent_dim):
             inner = rms_norm(inner, to_numpy(layer.query_norm.scale), 1e-6)
         query = inner @ q[:, head]
         small = rms_norm(x[row] @ latent, to_numpy(layer.latent_norm.scale), 1e-6)
-        logits = query[:, :3] @ (small @ key_up[:, head]).T
+        logits = query[:, :3] @ (small @ key_up[head].T).T
         logits = logits + rotate(query[:, 3:]) @ rotate(x[row] @ rotary).T
         heads[row, :, head] = softmax(logits / np.sqrt(5), mask) @ (
-            small @ value_up[:, head]
+            small @ value_up[head]
         )
     check(layer, x, np.tensordot(heads, output, 2))
     cache = layer.create_cache(2, 50)
