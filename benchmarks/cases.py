@@ -197,7 +197,9 @@ def standard_plan() -> Plan:
         memory_case(8, 832, 1024),
     )
     by_model = {gpt2.name: cases, llama.name: (*cases, cache_case(4, 64, 1024))}
-    return Plan((gpt2, llama), by_model, "float32", 0.0)
+    # Logits of float32 that are nearer are equal but for the order of summation: over
+    # thousands of tokens of random weights, some choice hangs on that.
+    return Plan((gpt2, llama), by_model, "float32", 1e-5)
 
 
 def quick_plan() -> Plan:

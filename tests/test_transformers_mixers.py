@@ -11,23 +11,12 @@ from attention import (
     RotaryPosition,
 )
 from tests.helpers import WIDTH, assert_close, called, run_chunks, sample
+from tests.torch_modules import kernel, numbers, randomized
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 LENGTH = 70
-
-
-def randomized(module):
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.4)
-    return module.eval()
-
-
-def kernel(module):
-    return module.weight.detach().numpy().T
 
 
 def check(layer, x, expected, atol=1e-4):
@@ -62,7 +51,7 @@ def test_mamba2(groups):
     layer.build((None, None, WIDTH))
     layer.input_dense.kernel.assign(kernel(theirs.in_proj))
     layer.output_dense.kernel.assign(kernel(theirs.out_proj))
-    layer.convolution.kernel.assign(theirs.conv1d.weight.detach().numpy()[:, 0].T)
+    layer.convolution.kernel.assign(numbers(theirs.conv1d.weight)[:, 0].T)
     pairs = [
         (layer.convolution.bias, theirs.conv1d.bias),
         (layer.log_rate, theirs.A_log),
@@ -71,7 +60,7 @@ def test_mamba2(groups):
         (layer.norm_scale, theirs.norm.weight),
     ]
     for ours, value in pairs:
-        ours.assign(value.detach().numpy())
+        ours.assign(numbers(value))
     x = sample(batch=2, length=LENGTH)
     check(layer, x, run(theirs, x))
 
@@ -105,10 +94,10 @@ def test_gated_delta_net(key_heads):
     small = kernel(theirs.in_proj_ba).reshape(WIDTH, key_heads, 2, per_head)
     layer.beta_dense.kernel.assign(small[:, :, 0].reshape(WIDTH, 4))
     layer.decay_dense.kernel.assign(small[:, :, 1].reshape(WIDTH, 4))
-    layer.convolution.kernel.assign(theirs.conv1d.weight.detach().numpy()[:, 0].T)
-    layer.log_rate.assign(theirs.A_log.detach().numpy())
-    layer.decay_bias.assign(theirs.dt_bias.detach().numpy())
-    layer.head_norm.scale.assign(theirs.norm.weight.detach().numpy())
+    layer.convolution.kernel.assign(numbers(theirs.conv1d.weight)[:, 0].T)
+    layer.log_rate.assign(numbers(theirs.A_log))
+    layer.decay_bias.assign(numbers(theirs.dt_bias))
+    layer.head_norm.scale.assign(numbers(theirs.norm.weight))
     layer.output_dense.kernel.assign(kernel(theirs.out_proj))
     x = sample(batch=2, length=LENGTH)
     check(layer, x, run(theirs, x))
@@ -152,12 +141,12 @@ def test_latent_attention(query_latent_dim):
     if query_latent_dim:
         query = theirs.q_b_proj
         layer.query_down.kernel.assign(kernel(theirs.q_a_proj))
-        layer.query_norm.scale.assign(theirs.q_a_layernorm.weight.detach().numpy())
+        layer.query_norm.scale.assign(numbers(theirs.q_a_layernorm.weight))
     layer.query_dense.kernel.assign(kernel(query).reshape(-1, 4, 7))
     down = kernel(theirs.kv_a_proj_with_mqa)
     layer.latent_dense.kernel.assign(down[:, :7])
     layer.rotary_key_dense.kernel.assign(down[:, 7:])
-    layer.latent_norm.scale.assign(theirs.kv_a_layernorm.weight.detach().numpy())
+    layer.latent_norm.scale.assign(numbers(theirs.kv_a_layernorm.weight))
     up = kernel(theirs.kv_b_proj).reshape(7, 4, 9)
     layer.key_up.assign(up[..., :3].transpose(1, 2, 0))
     layer.value_up.assign(up[..., 3:].transpose(1, 0, 2))
@@ -195,8 +184,7 @@ def test_differential_attention():
         dense.kernel.assign(paired(module).reshape(WIDTH, 4, 4))
     layer.value_dense.kernel.assign(paired(theirs.v_proj).reshape(WIDTH, 2, 8))
     vectors = [
-        [getattr(theirs, f"lambda_{x}{i}").detach().numpy() for x in "qk"]
-        for i in (1, 2)
+        [numbers(getattr(theirs, f"lambda_{x}{i}")) for x in "qk"] for i in (1, 2)
     ]
     layer.lambdas.assign(np.array(vectors))
     layer.output_dense.kernel.assign(kernel(theirs.o_proj).reshape(2, 8, WIDTH))
