@@ -74,13 +74,15 @@ class KerasContestant:
 class Ours(KerasContestant):
     """This library."""
 
+    def backbone_class(self, shape: ModelShape) -> type[CustomBackbone]:
+        """What the model is made of."""
+        return CustomBackbone if shape.kind == "gpt2" else LlamaBackbone
+
     def load(
         self, shape: ModelShape, weights: dict[str, np.ndarray], dtype: str
     ) -> None:
         """Makes the model, compiled with defaults but for the sampler."""
-        is_gpt2 = shape.kind == "gpt2"
-        cls = CustomBackbone if is_gpt2 else LlamaBackbone
-        backbone = cls(
+        backbone = self.backbone_class(shape)(
             vocabulary_size=shape.vocabulary_size,
             num_layers=shape.num_layers,
             num_heads=shape.num_heads,
@@ -89,7 +91,7 @@ class Ours(KerasContestant):
             intermediate_dim=shape.intermediate_dim,
             max_sequence_length=shape.positions,
             layer_norm_epsilon=EPSILON,
-            learned_positions=is_gpt2,
+            learned_positions=shape.kind == "gpt2",
             dtype=dtype,
         )
         assign_weights(backbone, weights)

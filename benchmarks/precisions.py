@@ -22,8 +22,8 @@ import keras
 
 from attention import MultiHeadAttention
 from benchmarks.cases import make_prompts, standard_plan
-from benchmarks.keras_contestants import EPSILON, Ours, assign_weights, pad_right
-from benchmarks.weights import random_weights
+from benchmarks.keras_contestants import Ours, pad_right
+from benchmarks.weights import ModelShape, random_weights
 from blocks import CausalLM, CustomBackbone
 
 SHAPE = standard_plan().models[0]
@@ -37,42 +37,35 @@ class Int8CacheBackbone(CustomBackbone):
         return MultiHeadAttention(self.num_heads, cache_dtype="int8")
 
 
-def loaded(weights: dict[str, Any], dtype: str) -> CausalLM:
+class Int8Cache(Ours):
+    """The model with another cache policy."""
+
+    def backbone_class(self, shape: ModelShape) -> type[CustomBackbone]:
+        """Attention that stores 8 bits."""
+        return Int8CacheBackbone
+
+
+def loaded(
+    weights: dict[str, Any], dtype: str = "float32", contestant: type[Ours] = Ours
+) -> CausalLM:
     """The benchmarks' model."""
-    ours = Ours()
+    ours = contestant()
     ours.load(SHAPE, weights, dtype)
     return ours.lm
 
 
 def with_int8_weights(weights: dict[str, Any]) -> CausalLM:
     """Dense kernels and embeddings in 8 bits."""
-    lm = loaded(weights, "float32")
+    lm = loaded(weights)
     lm.backbone.quantize("int8")
     return lm
 
 
-def with_int8_cache(weights: dict[str, Any]) -> CausalLM:
-    """The model with another cache policy."""
-    backbone = Int8CacheBackbone(
-        SHAPE.vocabulary_size,
-        SHAPE.num_layers,
-        SHAPE.num_heads,
-        SHAPE.hidden_dim,
-        SHAPE.intermediate_dim,
-        max_sequence_length=SHAPE.positions,
-        layer_norm_epsilon=EPSILON,
-    )
-    assign_weights(backbone, weights)
-    lm = CausalLM(backbone)
-    lm.compile(sampler="greedy")
-    return lm
-
-
 PRECISIONS: dict[str, Callable[[dict[str, Any]], CausalLM]] = {
-    "float32": lambda weights: loaded(weights, "float32"),
+    "float32": loaded,
     "bfloat16": lambda weights: loaded(weights, "bfloat16"),
     "int8 weights": with_int8_weights,
-    "int8 cache": with_int8_cache,
+    "int8 cache": lambda weights: loaded(weights, contestant=Int8Cache),
 }
 
 

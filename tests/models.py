@@ -92,6 +92,14 @@ def make_lm(
     return lm
 
 
+class EagerLM(CausalLM):
+    """Not compiled on TensorFlow: tracing takes longer than a few steps untraced."""
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        eager = keras.config.backend() == "tensorflow"
+        super().compile(*args, run_eagerly=eager, **kwargs)
+
+
 def randomize(layer: keras.layers.Layer, seed: int = 1) -> None:
     """Gives all weights, those that start at zero too, values of their own."""
     rng = np.random.default_rng(seed)
