@@ -10,34 +10,40 @@ from keras import ops
 MIN_BLOCK = 64
 
 
-def block_size(length: int | None, key_length: int | None, window: int | None) -> int:
-    """The size of the blocks to compute windowed attention in.
+def block_size(length: Any, window: int | None) -> Any:
+    """The size of the blocks to compute windowed self-attention in.
 
     Args:
-        length: the number of queries, or `None` where it isn't known.
-        key_length: likewise of the keys.
+        length: the length of the sequence: an int, or an integer tensor where it
+            is known when it runs only.
         window: how many positions a query sees, or `None` for all.
 
     Returns:
         At least the window, so that a block sees its neighbours and no others; 0
-        where blocks would save nothing.
+        where blocks would save nothing. A tensor where `length` is one.
     """
-    if window is None or length is None or length != key_length:
+    if window is None:
         return 0
     size = max(window, MIN_BLOCK)
+    if not isinstance(length, int):
+        return ops.minimum(size, length)
     return size if length > 2 * size else 0
 
 
-def cut(x: Any, count: int, size: Any, fill: int = 0) -> Any:
+def cut(x: Any, count: Any, size: Any, fill: int = 0) -> Any:
     """Cuts `(batch, length, ...)` into `(batch, count, size, ...)`.
 
     Args:
         x: tensor of shape `(batch, length, ...)`.
-        count: int. The number of pieces. One is as long as the sequence.
+        count: int, or a tensor where the length is known when it runs only. The
+            number of pieces. One is as long as the sequence.
         size: the length of each.
         fill: what the last one is filled up with.
     """
-    if count > 1 and x.shape[1] < count * size:
+    if not isinstance(count, int):
+        more = ops.full((ops.shape(x)[0], size, *x.shape[2:]), fill, x.dtype)
+        x = ops.concatenate([x, more], axis=1)[:, : count * size]
+    elif count > 1 and x.shape[1] < count * size:
         missing = count * size - x.shape[1]
         width = [[0, 0], [0, missing], *([[0, 0]] * (len(x.shape) - 2))]
         x = ops.pad(x, width, constant_values=fill)
@@ -48,8 +54,8 @@ class Blocks:
     """A batch of sequences as a larger batch of blocks of them.
 
     Args:
-        size: int. The size of a block.
-        length: int. The length of the sequences.
+        size: int, or tensor. The size of a block.
+        length: likewise. The length of the sequences.
         causal: bool. Whether a block sees the block before it, or the one behind
             it, too.
 
@@ -67,7 +73,7 @@ class Blocks:
     [[1, 2, 3, 4, 5]]
     """
 
-    def __init__(self, size: int, length: int, causal: bool) -> None:
+    def __init__(self, size: Any, length: Any, causal: bool) -> None:
         self.size, self.length, self.causal = size, length, causal
         self.count = -(-length // size)
 
@@ -96,4 +102,4 @@ class Blocks:
 
     @staticmethod
     def _merge(x: Any) -> Any:
-        return ops.reshape(x, (-1, *x.shape[2:]))
+        return ops.reshape(x, (-1, *ops.shape(x)[2:]))

@@ -8,7 +8,6 @@ from typing import Any
 import keras
 from keras import ops
 
-from attention.banded import Blocks
 from attention.cached_layer import CachedLayer
 from attention.dot_product import (
     fused_attention,
@@ -254,10 +253,9 @@ class DotProductAttention(CachedLayer):
     ) -> tuple[Any, Any]:
         """Means of values, `(batch, length, num_heads, value_dim)`, and weights."""
         if past is None and new is not None and not return_scores:
-            size = visibility.block_size(query, new[0])
-            if size:
+            blocks = visibility.blocks(query, new[0])
+            if blocks is not None:
                 # In time linear in the length; blocks are not cut again.
-                blocks = Blocks(size, query.shape[1], self.causal)
                 outputs, scores = self._attend_heads(
                     blocks.queries(query),
                     (blocks.keys(new[0]), blocks.keys(new[1])),

@@ -8,7 +8,8 @@ from typing import Any
 from keras import ops
 
 from attention.banded import cut
-from attention.validation import static_size
+from attention.tensorflow_scan import scan_states
+from attention.validation import sequence_length, static_size
 
 # Larger ones take more products within chunks, smaller ones more between them.
 CHUNK = 64
@@ -67,11 +68,8 @@ def linear_recurrence(
     - [Dao and Gu, 2024](https://arxiv.org/abs/2405.21060)
     - [Yang et al., 2024](https://arxiv.org/abs/2406.06484)
     """
-    length = static_size(query, 1)
     size = CHUNK if log_decay.shape[-1] == 1 else CHUNK_OF_VECTORS
-    if length is None or length <= size:
-        size = ops.shape(query)[1]
-    chunks = _Chunks(length, size)
+    chunks = _Chunks(query, size)
     query, key, value, log_decay = map(chunks.cut, (query, key, value, log_decay))
     state = ops.cast(state, "float32")
     # Sums, not differences of sums: where much decays, little would be left of them.
@@ -111,11 +109,23 @@ def linear_recurrence(
 
 
 class _Chunks:
-    """Sequences as `(batch, chunks, heads, size, dim)`."""
+    """Sequences as `(batch, chunks, heads, size, dim)`.
 
-    def __init__(self, length: int | None, size: Any) -> None:
-        self.length, self.size = length, size
-        self.count = 1 if length is None or length == size else -(-length // size)
+    Args:
+        like: tensor of shape `(batch, length, ...)`.
+        size: int. The size of a chunk of longer sequences.
+    """
+
+    def __init__(self, like: Any, size: int) -> None:
+        self.length = sequence_length(like)
+        self.size: Any = size
+        if self.length is None or isinstance(self.length, int):
+            one = self.length is None or self.length <= size
+            self.size = ops.shape(like)[1] if one else size
+            self.count: Any = 1 if one else -(-self.length // size)
+        else:
+            self.size = ops.minimum(size, self.length)
+            self.count = -(-self.length // self.size)
 
     def cut(self, x: Any) -> Any:
         # What it is filled up with decays nothing, and adds nothing.
@@ -124,7 +134,7 @@ class _Chunks:
     def join(self, x: Any) -> Any:
         x = ops.swapaxes(x, 2, 3)
         x = ops.reshape(x, (-1, self.count * self.size, *x.shape[3:]))
-        return x if self.count == 1 else x[:, : self.length]
+        return x[:, : self.length]
 
 
 class _Within:
@@ -207,7 +217,11 @@ def _states(times: Callable, kept: Any, written: Any, state: Any) -> tuple[Any, 
     def join(first: tuple, second: tuple) -> tuple:
         return times(second[0], first[0]), times(second[0], first[1]) + second[1]
 
-    kept, written = _scan(join, (kept, written), written.shape[1])
+    count = written.shape[1]
+    if count is None:
+        states = scan_states(times is ops.matmul, kept, written, state)
+        return states[:, :-1], states[:, -1]
+    kept, written = _scan(join, (kept, written), count)
     behind = times(kept, state[:, None]) + written
     before = ops.concatenate([state[:, None], behind[:, :-1]], axis=1)
     return before, behind[:, -1]

@@ -169,6 +169,14 @@ def static_size(x: Any, axis: int) -> int | None:
     return size if isinstance(size, int) else None
 
 
+def sequence_length(x: Any) -> Any:
+    """The size of axis 1: an int, or a tensor where a graph on TensorFlow runs with
+    sequences of any length, or `None` where nothing is computed but shapes."""
+    length = static_size(x, 1)
+    unknown = length is None and x.shape[1] is None
+    return keras.ops.shape(x)[1] if unknown else length
+
+
 def standardize_index(cache_update_index: Any, batch_size: int | None) -> Any:
     """Checks a `cache_update_index` and makes Python ints of NumPy ones.
 

@@ -8,8 +8,8 @@ from typing import Any
 from keras import ops
 
 from attention.banded import Blocks, block_size
-from attention.key_value_cache import HIDDEN_POSITION, one_row_each
-from attention.validation import describe, static_size
+from attention.key_value_cache import HIDDEN_POSITION, is_zero, one_row_each
+from attention.validation import describe, sequence_length, static_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,11 +107,19 @@ class Visibility:
             segment_ids=segments,
         )
 
-    def block_size(self, query: Any, key: Any) -> int:
-        """The size of the blocks that tell all that is seen; 0 means none do."""
+    def blocks(self, query: Any, key: Any) -> Blocks | None:
+        """The blocks that tell all that is seen; `None` where none do, or save much."""
         if self.attention_mask is not None or self.prefix_length is not None:
-            return 0
-        return block_size(static_size(query, 1), static_size(key, 1), self.window)
+            return None
+        length = sequence_length(query)
+        if isinstance(length, int):
+            same = length == static_size(key, 1)
+        else:
+            same = self.key_positions is self.query_positions
+        if length is None or not same:
+            return None
+        size = block_size(length, self.window)
+        return None if is_zero(size) else Blocks(size, length, self.causal)
 
 
 def check_attention_mask(attention_mask: Any, query: Any, keys: Any) -> None:
