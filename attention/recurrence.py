@@ -117,15 +117,16 @@ class _Chunks:
     """
 
     def __init__(self, like: Any, size: int) -> None:
-        self.length = sequence_length(like)
+        self.length = length = sequence_length(like)
         self.size: Any = size
-        if self.length is None or isinstance(self.length, int):
-            one = self.length is None or self.length <= size
-            self.size = ops.shape(like)[1] if one else size
-            self.count: Any = 1 if one else -(-self.length // size)
+        self.count: Any = 1
+        if isinstance(length, int) and length > size:
+            self.count = -(-length // size)
+        elif length is None or isinstance(length, int):
+            self.size = ops.shape(like)[1]
         else:
-            self.size = ops.minimum(size, self.length)
-            self.count = -(-self.length // self.size)
+            self.size = ops.minimum(size, length)
+            self.count = -(-length // self.size)
 
     def cut(self, x: Any) -> Any:
         # What it is filled up with decays nothing, and adds nothing.
