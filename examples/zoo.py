@@ -1,6 +1,6 @@
 """The same small language model with each mixer, trained on the same real text.
 
-    python examples/zoo.py                             # about half an hour on 2 cores
+    python examples/zoo.py                             # about 40 minutes on 2 cores
     python examples/zoo.py --mixers mamba2 retention   # only these
     python examples/zoo.py --quick                     # a few steps of a few mixers
 
