@@ -216,11 +216,14 @@ def plot(rows, path):
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    for row in rows:
+    # Names of neighbours stand above and below their points in turn.
+    for i, row in enumerate(sorted(rows, key=lambda row: row["loss"])):
         place = (row["bytes"][-1], row["loss"])
+        offset = (4, -11) if i % 2 else (4, 4)
         axes.scatter(*place, s=24)
-        axes.annotate(row["mixer"], place, xytext=(4, 4), textcoords="offset points")
+        axes.annotate(row["mixer"], place, xytext=offset, textcoords="offset points")
     axes.set_xscale("log")
+    axes.margins(x=0.2)
     axes.set_xlabel(f"bytes of cache for {LENGTHS[-1]:,} tokens")
     axes.set_ylabel("held-out loss, nats per byte")
     figure.savefig(path, dpi=120)
