@@ -19,15 +19,15 @@ def block_size(length: Any, window: int | None) -> Any:
         window: how many positions a query sees, or `None` for all.
 
     Returns:
-        At least the window, so that a block sees its neighbours and no others; 0
-        where blocks would save nothing. A tensor where `length` is one.
+        At least the window, so that a block sees its neighbours and no others;
+        `None` where blocks would save nothing. A tensor where `length` is one.
     """
     if window is None:
-        return 0
+        return None
     size = max(window, MIN_BLOCK)
     if not isinstance(length, int):
         return ops.minimum(size, length)
-    return size if length > 2 * size else 0
+    return size if length > 2 * size else None
 
 
 def cut(x: Any, count: Any, size: Any, fill: int = 0) -> Any:
@@ -40,14 +40,13 @@ def cut(x: Any, count: Any, size: Any, fill: int = 0) -> Any:
         size: the length of each.
         fill: what the last one is filled up with.
     """
-    if not isinstance(count, int):
-        more = ops.full((ops.shape(x)[0], size, *x.shape[2:]), fill, x.dtype)
-        x = ops.concatenate([x, more], axis=1)[:, : count * size]
-    elif count > 1 and x.shape[1] < count * size:
-        missing = count * size - x.shape[1]
-        width = [[0, 0], [0, missing], *([[0, 0]] * (len(x.shape) - 2))]
+    # Padding by a tensor forgets all sizes.
+    rest = x.shape[2:]
+    if not isinstance(count, int) or (count > 1 and x.shape[1] < count * size):
+        missing = count * size - ops.shape(x)[1]
+        width = [[0, 0], [0, missing], *([[0, 0]] * len(rest))]
         x = ops.pad(x, width, constant_values=fill)
-    return ops.reshape(x, (-1, count, size, *x.shape[2:]))
+    return ops.reshape(x, (-1, count, size, *rest))
 
 
 class Blocks:

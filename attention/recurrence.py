@@ -89,7 +89,7 @@ def linear_recurrence(
     written = _transposed(key * left) @ value
     if remove is None or replace is None:
         kept = ops.broadcast_to(end, (*ops.shape(written)[:4], 1))
-        states, state = _states(ops.multiply, kept, written, state)
+        states, state = _states(False, kept, written, state)
         return chunks.join(outputs + from_start @ states), state
     remove, replace = chunks.cut(remove), chunks.cut(replace)
     # What each token finds in the state in front of it: from the chunk's start, and
@@ -104,7 +104,7 @@ def linear_recurrence(
     left_replace = _transposed(replace * left)
     written = written + left_replace @ from_keys
     diagonal = ops.eye(key.shape[-1], dtype="float32") * end
-    states, state = _states(ops.matmul, diagonal + left_replace @ start, written, state)
+    states, state = _states(True, diagonal + left_replace @ start, written, state)
     return chunks.join(outputs + from_start @ states), state
 
 
@@ -202,25 +202,26 @@ def _solve(strictly_lower: Any, *rights: Any) -> tuple[Any, ...]:
     return tuple(ops.split(solved, [sizes[0]], axis=-1))
 
 
-def _states(times: Callable, kept: Any, written: Any, state: Any) -> tuple[Any, Any]:
+def _states(matrices: bool, kept: Any, written: Any, state: Any) -> tuple[Any, Any]:
     """The state in front of each chunk, and the one behind the last.
 
     Args:
-        times: how a chunk's `kept` is applied to a state, or to another `kept`:
-            `multiply` for decays, `(batch, chunks, heads, key_dim, 1)`, or `matmul`
-            for matrices, `(batch, chunks, heads, key_dim, key_dim)`.
+        matrices: whether `kept` are matrices, `(batch, chunks, heads, key_dim,
+            key_dim)`, or decays, `(batch, chunks, heads, key_dim, 1)`.
         kept: what each chunk makes of the state in front of it.
         written: tensor of shape `(batch, chunks, heads, key_dim, value_dim)`: what
             it adds.
         state: tensor of shape `(batch, heads, key_dim, value_dim)`.
     """
 
+    times = ops.matmul if matrices else ops.multiply
+
     def join(first: tuple, second: tuple) -> tuple:
         return times(second[0], first[0]), times(second[0], first[1]) + second[1]
 
     count = written.shape[1]
     if count is None:
-        states = scan_states(times is ops.matmul, kept, written, state)
+        states = scan_states(matrices, kept, written, state)
         return states[:, :-1], states[:, -1]
     kept, written = _scan(join, (kept, written), count)
     behind = times(kept, state[:, None]) + written

@@ -8,9 +8,9 @@ from typing import Any
 def scan_states(matrices: bool, kept: Any, written: Any, state: Any) -> Any:
     """The state in front of each chunk, and the one behind the last.
 
-    Where the number of chunks is known when the graph runs only. A loop, with a
-    gradient of its own: XLA can't differentiate a loop of a length not known. Backwards,
-    a linear recurrence is one with its matrices transposed.
+    Where the number of chunks is known when the graph runs only. A loop with a
+    gradient of its own, as XLA can't differentiate a loop of a length not known.
+    Backwards, a linear recurrence is one with its matrices transposed.
 
     Args:
         matrices: bool. Whether `kept` are matrices, or numbers for each row of a

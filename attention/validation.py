@@ -170,8 +170,11 @@ def static_size(x: Any, axis: int) -> int | None:
 
 
 def sequence_length(x: Any) -> Any:
-    """The size of axis 1: an int, or a tensor where a graph on TensorFlow runs with
-    sequences of any length, or `None` where nothing is computed but shapes."""
+    """The size of axis 1 of a batch of sequences.
+
+    An int, or a tensor where a graph on TensorFlow takes any length, or `None`
+    where nothing is computed but shapes.
+    """
     length = static_size(x, 1)
     unknown = length is None and x.shape[1] is None
     return keras.ops.shape(x)[1] if unknown else length

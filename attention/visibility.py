@@ -8,7 +8,7 @@ from typing import Any
 from keras import ops
 
 from attention.banded import Blocks, block_size
-from attention.key_value_cache import HIDDEN_POSITION, is_zero, one_row_each
+from attention.key_value_cache import HIDDEN_POSITION, one_row_each
 from attention.validation import describe, sequence_length, static_size
 
 
@@ -119,7 +119,7 @@ class Visibility:
         if length is None or not same:
             return None
         size = block_size(length, self.window)
-        return None if is_zero(size) else Blocks(size, length, self.causal)
+        return None if size is None else Blocks(size, length, self.causal)
 
 
 def check_attention_mask(attention_mask: Any, query: Any, keys: Any) -> None:

@@ -1,4 +1,4 @@
-"""The check of generation holds for our models: `test_causal_lm_faults` has the others."""
+"""The check of generation holds for our models; `test_causal_lm_faults` has others."""
 
 import numpy as np
 import pytest

@@ -18,6 +18,7 @@ from attention import (
 from attention.recurrence import linear_recurrence
 from blocks import CausalLM, CustomBackbone
 from tests.helpers import assert_close, randomize, to_numpy
+from tests.models import make_backbone
 from tests.test_recurrence import every_kind, every_rule, loop, sample
 
 on_tensorflow = pytest.mark.skipif(
@@ -65,6 +66,11 @@ def with_gradients(layer):
     return call
 
 
+def assert_all_close(found, expected):
+    for a, b in zip(keras.tree.flatten(found), keras.tree.flatten(expected)):
+        assert_close(a, b, atol=1e-5 * max(1, np.abs(to_numpy(b)).max()))
+
+
 @on_tensorflow
 @pytest.mark.parametrize("name", LAYERS)
 def test_any_length_gives_what_a_known_one_gives(name):
@@ -81,8 +87,7 @@ def test_any_length_gives_what_a_known_one_gives(name):
         graph = graph or any_length(call, x, mask)
         expected = call(ops.convert_to_tensor(x), ops.convert_to_tensor(mask))
         found = graph(x, mask)
-        for a, b in zip(keras.tree.flatten(found), keras.tree.flatten(expected)):
-            assert_close(a, b, atol=1e-5 * max(1, np.abs(to_numpy(b)).max()))
+        assert_all_close(found, expected)
 
 
 @on_tensorflow
@@ -112,8 +117,7 @@ def test_xla_compiles_and_differentiates_any_length():
     mask = np.ones((2, 130), bool)
     found = any_length(call, x, mask, jit_compile=True)(x, mask)
     expected = call(ops.convert_to_tensor(x), ops.convert_to_tensor(mask))
-    for a, b in zip(keras.tree.flatten(found), keras.tree.flatten(expected)):
-        assert_close(a, b, atol=1e-5 * max(1, np.abs(to_numpy(b)).max()))
+    assert_all_close(found, expected)
 
 
 @on_tensorflow
@@ -159,16 +163,7 @@ def test_training_on_batches_of_different_lengths():
             return RWKVTimeMix(2)
 
     def losses(eager):
-        keras.utils.set_random_seed(0)
-        backbone = Backbone(
-            vocabulary_size=16,
-            num_layers=2,
-            num_heads=2,
-            hidden_dim=16,
-            intermediate_dim=16,
-            learned_positions=False,
-        )
-        lm = CausalLM(backbone)
+        lm = CausalLM(make_backbone(Backbone, learned_positions=False))
         lm.compile(optimizer=keras.optimizers.SGD(0.1), run_eagerly=eager)
         history = lm.fit(dataset, epochs=2, verbose=0)
         return history.history["loss"]
