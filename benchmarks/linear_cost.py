@@ -2,6 +2,8 @@
 
 Run it from the repository's root: `python -m benchmarks.linear_cost`. A window or a
 recurrence should take about twice as long, full attention up to four times.
+Prompts are absorbed as generation does it, by `prefill` of a model of one layer that
+is nothing but the mixer; with `--whole` the layer is called once, as in training.
 """
 
 from __future__ import annotations
@@ -23,9 +25,10 @@ import numpy as np
 from keras import ops
 
 import attention
+import blocks
 from attention.testing.backends import compile_call
 
-HEADS, WIDTH = 4, 256
+HEADS, WIDTH, VOCABULARY = 4, 256, 256
 # At most so many times as long, for twice the length.
 GOAL = 2.3
 LAYERS: dict[str, Callable[[], Any]] = {
@@ -39,19 +42,71 @@ LAYERS: dict[str, Callable[[], Any]] = {
 }
 
 
-def prefill(layer: Any, length: int) -> Callable[[], None]:
-    """A prompt into an empty cache, as generation does it."""
-    x = np.random.default_rng(0).normal(size=(1, length, WIDTH)).astype("float32")
-    x = ops.convert_to_tensor(x)
-    cache = layer.create_cache(1, length)
-    call = compile_call(lambda x, cache: layer(x, cache=cache, cache_update_index=0))
+class MixerBackbone(blocks.CustomBackbone):
+    """A mixer between embeddings, without positions, norms and feed-forward."""
 
-    def run() -> None:
-        outputs, _ = call(x, cache)
+    def __init__(self, mixer: str, **kwargs: Any) -> None:
+        self.mixer = mixer
+        super().__init__(**kwargs)
+
+    def create_position_embedding(self) -> None:
+        return None
+
+    def create_attention_layer(self, inputs_shape: tuple, layer_index: int) -> Any:
+        return LAYERS[self.mixer]()
+
+    def create_ffn(self, inputs_shape: tuple, layer_index: int) -> keras.layers.Layer:
+        return keras.layers.Identity()
+
+    def create_norm(self, inputs_shape: tuple, layer_index: int) -> keras.layers.Layer:
+        return keras.layers.Identity()
+
+
+def prefill(name: str, lengths: list[int]) -> list[Callable[[], None]]:
+    """Prompts, as generation absorbs them."""
+    backbone = MixerBackbone(
+        name,
+        vocabulary_size=VOCABULARY,
+        num_layers=1,
+        num_heads=HEADS,
+        hidden_dim=WIDTH,
+        intermediate_dim=WIDTH,
+    )
+    lm = blocks.CausalLM(backbone)
+
+    def run(length: int) -> None:
+        rng = np.random.default_rng(0)
+        prompt = {
+            "token_ids": rng.integers(VOCABULARY, size=(1, length)),
+            "padding_mask": np.ones((1, length), bool),
+        }
+        state = lm.prefill(prompt, max_length=length)
         # Waits for what may be computed later.
-        ops.convert_to_numpy(outputs[0, -1, 0])
+        ops.convert_to_numpy(state.logits)
 
-    return run
+    return [lambda length=length: run(length) for length in lengths]
+
+
+def whole(name: str, lengths: list[int]) -> list[Callable[[], None]]:
+    """Prompts into empty caches by one call of the layer."""
+    layer = LAYERS[name]()
+    layer.build((None, None, WIDTH))
+
+    def make(length: int) -> Callable[[], None]:
+        x = np.random.default_rng(0).normal(size=(1, length, WIDTH)).astype("float32")
+        x = ops.convert_to_tensor(x)
+        cache = layer.create_cache(1, length)
+        call = compile_call(
+            lambda x, cache: layer(x, cache=cache, cache_update_index=0)
+        )
+
+        def run() -> None:
+            outputs, _ = call(x, cache)
+            ops.convert_to_numpy(outputs[0, -1, 0])
+
+        return run
+
+    return [make(length) for length in lengths]
 
 
 def main() -> None:
@@ -60,12 +115,11 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--layers", nargs="+", choices=list(LAYERS))
+    parser.add_argument("--whole", action="store_true", help="one call of the layer")
     options = parser.parse_args()
     print(f"backend {keras.config.backend()}, width {WIDTH}, {HEADS} heads, batch 1")
     for name in options.layers or LAYERS:
-        layer = LAYERS[name]()
-        layer.build((None, None, WIDTH))
-        runs = [prefill(layer, length) for length in options.lengths]
+        runs = (whole if options.whole else prefill)(name, options.lengths)
         for run in runs:
             run()
         times: list[list[float]] = [[] for _ in runs]

@@ -3,12 +3,13 @@
 import dataclasses
 import importlib.util
 import json
+import re
 
 import keras
 import numpy as np
 import pytest
 
-from benchmarks import generate, report
+from benchmarks import generate, linear_cost, report
 from benchmarks.cases import Case, Goal, Plan, make_plan, make_prompts
 from benchmarks.keras_contestants import KerasHub, Ours, assign_weights
 from benchmarks.processes import WorkerPool
@@ -359,3 +360,12 @@ def test_plans_fit_their_models(quick, device):
         assert len(names) == len(set(names))
         for case in plan.cases[shape.name]:
             assert max(case.lengths) < case.max_length <= shape.positions
+
+
+@pytest.mark.parametrize("mode", [[], ["--whole"]], ids=["prefill", "whole"])
+def test_linear_cost_is_printed(mode, monkeypatch, capsys):
+    command = ["linear_cost", "--lengths", "40", "80", "--rounds", "1"]
+    monkeypatch.setattr("sys.argv", [*command, "--layers", "retention", *mode])
+    linear_cost.main()
+    printed = capsys.readouterr().out
+    assert re.search(r"retention: 40: [\d.]+ s, 80: [\d.]+ s; times [\d.]+", printed)
