@@ -15,6 +15,7 @@ from attention.dot_product import (
     grouped_attention,
     scale_query,
 )
+from attention.filled_slots import attend_to_filled
 from attention.initializers import clone_initializer
 from attention.key_value_cache import to_cache_layout
 from attention.position_schemes import (
@@ -272,14 +273,12 @@ class DotProductAttention(CachedLayer):
         dropout = self.dropout_layer if training and self.dropout else None
         query, scale = scale_query(query, self._logit_scale)
         scores = None
-        plain = past is None and not return_scores and dropout is None
-        if plain and new is not None and self._is_fused(query, *new):
-            outputs = fused_attention(query, new[0], new[1], mask, bias, scale)
-        else:
+
+        def attend(past: Any, mask: Any, bias: Any) -> tuple[Any, Any]:
             parts = [] if past is None else [past]
             if new is not None:
                 parts.append(to_cache_layout(*new))
-            outputs, scores = grouped_attention(
+            return grouped_attention(
                 query,
                 parts,
                 mask,
@@ -289,6 +288,21 @@ class DotProductAttention(CachedLayer):
                 soft_cap=self.logit_soft_cap,
                 sinks=self.sinks,
             )
+
+        if new is None or return_scores or dropout is not None:
+            outputs, scores = attend(past, mask, bias)
+        elif past is not None:
+            outputs = attend_to_filled(
+                lambda *args: attend(*args)[0],
+                past,
+                mask,
+                bias,
+                visibility.key_positions,
+            )
+        elif self._is_fused(query, *new):
+            outputs = fused_attention(query, new[0], new[1], mask, bias, scale)
+        else:
+            outputs, _ = attend(None, mask, bias)
         if visibility.attention_mask is not None:
             # A query that may attend to nothing attends to nothing. Softmax
             # would have given it the mean of all values, later ones too.

@@ -138,7 +138,7 @@ def test_capacities_and_chunks():
     assert all(n <= round_up_capacity(n) < 2 * max(n, 72.5) for n in range(1, 5000))
     assert [chunk_length(1, c) for c in (8, 128, 1024, 10**5)] == [8, 32, 256, 512]
     # A long prompt of many rows is bounded, too.
-    assert chunk_length(64, 10**5) == 128
+    assert chunk_length(8, 10**5) == 128
     assert chunk_length(10**4, 10**5) == 32
 
 
