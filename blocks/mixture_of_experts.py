@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import keras
-import numpy as np
 from keras import ops
 
 from attention import CachedLayer, check_positive_int, clone_initializer, describe
 
-# A product of so many tokens with one expert is about as fast as with more.
-_LARGEST_BLOCK = 128
+# Smaller blocks are slow where there are enough tokens for larger ones.
+_SMALL_BLOCK = 32
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
@@ -185,18 +184,15 @@ class MixtureOfExperts(CachedLayer):
         """
         width, per_token = tokens.shape[-1], self.num_experts_per_token
         expert_of = ops.reshape(experts, (-1,))
-        # On JAX an unknown size is a symbol.
-        known = (
-            tokens.shape[0] * per_token if isinstance(tokens.shape[0], int) else None
-        )
-        if known is not None and known <= self.num_experts:
+        # An unknown size is a tensor on TensorFlow, on JAX a symbol.
+        count = ops.shape(expert_of)[0]
+        if isinstance(count, int) and count <= self.num_experts:
             # Few tokens, as in decoding: each has its experts' kernels read.
             found = self._expert(
                 ops.repeat(tokens, per_token, axis=0)[:, None], expert_of
             )
             return ops.reshape(found, (-1, per_token, width))
-        size = _block_size(known, self.num_experts)
-        count = ops.shape(expert_of)[0]
+        size = _block_size(count, self.num_experts)
         blocks = (count + size - 1) // size + self.num_experts
         slots, expert_of_block = self._places(expert_of, count, size, blocks)
         # Slots that no token has hold zeros, of a token behind the last.
@@ -209,7 +205,7 @@ class MixtureOfExperts(CachedLayer):
         return ops.reshape(ops.take(found, slots, axis=0), (-1, per_token, width))
 
     def _places(
-        self, expert_of: Any, count: Any, size: int, blocks: Any
+        self, expert_of: Any, count: Any, size: Any, blocks: Any
     ) -> tuple[Any, Any]:
         """A slot for each pair of token and expert, in blocks of one expert.
 
@@ -257,12 +253,20 @@ class MixtureOfExperts(CachedLayer):
         return config
 
 
-def _block_size(pairs: int | None, num_experts: int) -> int:
-    """About as many tokens as an expert gets: fewer are padded, more are split."""
-    if pairs is None:
-        return 32
-    each = max(pairs // num_experts, 1)
-    return int(min(2 ** int(np.log2(each)), _LARGEST_BLOCK))
+def _block_size(pairs: Any, num_experts: int) -> Any:
+    """About half as many tokens as an expert gets.
+
+    Each block copies the kernels of its expert, and each expert's last block is
+    padded: so there are fewer than four blocks for each expert, and little padding.
+
+    Args:
+        pairs: int, or a tensor or a symbol: how many tokens all experts get.
+        num_experts: int.
+    """
+    half = pairs // (2 * num_experts) // 8 * 8
+    if isinstance(pairs, int):
+        return max(half, min(max(pairs // num_experts, 1), _SMALL_BLOCK))
+    return ops.maximum(half, _SMALL_BLOCK) if ops.is_tensor(pairs) else _SMALL_BLOCK
 
 
 def _of_each(initializer: Any) -> Any:

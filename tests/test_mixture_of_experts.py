@@ -7,6 +7,7 @@ from keras import ops
 
 from attention.testing import check_cached_layer, check_cached_model
 from blocks import CustomBackbone, DynamicTanh, MixtureOfExperts
+from blocks.mixture_of_experts import _block_size
 from tests.helpers import (
     assert_close,
     compiled,
@@ -71,6 +72,31 @@ def test_it_equals_a_loop_over_tokens(experts, chosen, shape, gated):
     expected = reference(layer, x)
     assert_close(layer(x), expected)
     assert_close(compiled(lambda x: layer(x))(ops.convert_to_tensor(x)), expected)
+
+
+@pytest.mark.parametrize("experts", [1, 3, 8, 64])
+def test_few_copies_of_kernels_for_any_number_of_tokens(experts):
+    for pairs in [1, 7, 64, 100, 1000, 4096, 100_000]:
+        size = _block_size(pairs, experts)
+        assert -(-pairs // size) + experts < 4 * experts + 1
+        # An expert's last block may be all padding but for one token.
+        assert size <= max(pairs // experts, 1)
+
+
+@pytest.mark.skipif(
+    keras.config.backend() != "tensorflow",
+    reason="only TensorFlow has graphs of unknown sizes",
+)
+@pytest.mark.parametrize("xla", [True, False])
+def test_any_number_of_tokens_through_one_graph(xla):
+    import tensorflow as tf
+
+    layer = made(4, 5, 2)
+    signature = [tf.TensorSpec((None, None, 6), tf.float32)]
+    graph = tf.function(layer, input_signature=signature, jit_compile=xla)
+    for shape in [(1, 1), (2, 7), (4, 50), (3, 120)]:
+        x = sample(*shape, width=6)
+        assert_close(graph(x), reference(layer, x))
 
 
 def test_all_tokens_at_one_expert_are_all_computed():
