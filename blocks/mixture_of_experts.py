@@ -254,19 +254,19 @@ class MixtureOfExperts(CachedLayer):
 
 
 def _block_size(pairs: Any, num_experts: int) -> Any:
-    """About half as many tokens as an expert gets.
+    """About a fourth as many tokens as an expert gets.
 
     Each block copies the kernels of its expert, and each expert's last block is
-    padded: so there are fewer than four blocks for each expert, and little padding.
+    padded: so there are about five blocks for each expert, and a fourth is padding.
 
     Args:
         pairs: int, or a tensor or a symbol: how many tokens all experts get.
         num_experts: int.
     """
-    half = pairs // (2 * num_experts) // 8 * 8
+    size = pairs // (4 * num_experts) // 8 * 8
     if isinstance(pairs, int):
-        return max(half, min(max(pairs // num_experts, 1), _SMALL_BLOCK))
-    return ops.maximum(half, _SMALL_BLOCK) if ops.is_tensor(pairs) else _SMALL_BLOCK
+        return max(size, min(max(pairs // num_experts, 1), _SMALL_BLOCK))
+    return ops.maximum(size, _SMALL_BLOCK) if ops.is_tensor(pairs) else _SMALL_BLOCK
 
 
 def _of_each(initializer: Any) -> Any:

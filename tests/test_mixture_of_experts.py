@@ -78,7 +78,7 @@ def test_it_equals_a_loop_over_tokens(experts, chosen, shape, gated):
 def test_few_copies_of_kernels_for_any_number_of_tokens(experts):
     for pairs in [1, 7, 64, 100, 1000, 4096, 100_000]:
         size = _block_size(pairs, experts)
-        assert -(-pairs // size) + experts < 4 * experts + 1
+        assert -(-pairs // size) + experts < 6 * experts + 1
         # An expert's last block may be all padding but for one token.
         assert size <= max(pairs // experts, 1)
 
