@@ -289,9 +289,8 @@ class DotProductAttention(CachedLayer):
                 sinks=self.sinks,
             )
 
-        if new is None or return_scores or dropout is not None:
-            outputs, scores = attend(past, mask, bias)
-        elif past is not None:
+        plain = not return_scores and dropout is None
+        if plain and new is not None and past is not None:
             outputs = attend_to_filled(
                 lambda *args: attend(*args)[0],
                 past,
@@ -299,10 +298,10 @@ class DotProductAttention(CachedLayer):
                 bias,
                 visibility.key_positions,
             )
-        elif self._is_fused(query, *new):
+        elif plain and new is not None and self._is_fused(query, *new):
             outputs = fused_attention(query, new[0], new[1], mask, bias, scale)
         else:
-            outputs, _ = attend(None, mask, bias)
+            outputs, scores = attend(past, mask, bias)
         if visibility.attention_mask is not None:
             # A query that may attend to nothing attends to nothing. Softmax
             # would have given it the mean of all values, later ones too.

@@ -27,6 +27,7 @@ from keras import ops
 import attention
 import blocks
 from attention.testing.backends import compile_call
+from benchmarks.keras_contestants import pad_right
 
 HEADS, WIDTH, VOCABULARY = 4, 256, 256
 # At most so many times as long, for twice the length.
@@ -74,17 +75,18 @@ def prefill(name: str, lengths: list[int]) -> list[Callable[[], None]]:
     )
     lm = blocks.CausalLM(backbone)
 
-    def run(length: int) -> None:
-        rng = np.random.default_rng(0)
-        prompt = {
-            "token_ids": rng.integers(VOCABULARY, size=(1, length)),
-            "padding_mask": np.ones((1, length), bool),
-        }
-        state = lm.prefill(prompt, max_length=length)
-        # Waits for what may be computed later.
-        ops.convert_to_numpy(state.logits)
+    def make(length: int) -> Callable[[], None]:
+        row = np.random.default_rng(0).integers(VOCABULARY, size=length)
+        prompt = pad_right([row.tolist()], length)
 
-    return [lambda length=length: run(length) for length in lengths]
+        def run() -> None:
+            state = lm.prefill(prompt, max_length=length)
+            # Waits for what may be computed later.
+            ops.convert_to_numpy(state.logits)
+
+        return run
+
+    return [make(length) for length in lengths]
 
 
 def whole(name: str, lengths: list[int]) -> list[Callable[[], None]]:
