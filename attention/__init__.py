@@ -1,6 +1,11 @@
 """Cached sequence mixers: what one layer needs to know about the past."""
 
-from attention.cache_scope import CacheScope, NewCacheScope, hide_scope
+from attention.cache_scope import (
+    CacheScope,
+    NewCacheScope,
+    hide_scope,
+    share_padding_mask,
+)
 from attention.cached_layer import CachedLayer
 from attention.cached_model import (
     call_sites,
@@ -34,6 +39,7 @@ from attention.position_schemes import (
     RelativePositionBias,
     RotaryPosition,
 )
+from attention.prefix import WholePromptNeeded, prompt_in_chunks
 from attention.retention import Retention
 from attention.rwkv import RWKVChannelMix, RWKVTimeMix
 from attention.shared_key_value_attention import SharedKeyValueAttention
@@ -72,6 +78,7 @@ __all__ = [
     "ShortConvolution",
     "T5Attention",
     "TokenShift",
+    "WholePromptNeeded",
     "call_sites",
     "call_with_cache",
     "can_rewind",
@@ -86,4 +93,6 @@ __all__ = [
     "is_concrete",
     "last_tokens",
     "max_positions",
+    "prompt_in_chunks",
+    "share_padding_mask",
 ]

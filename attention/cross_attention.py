@@ -11,7 +11,13 @@ from attention.cache_writes import token_positions
 from attention.dot_product import zero_padding
 from attention.dot_product_attention import DotProductAttention
 from attention.key_value_cache import FullCache, to_cache_layout
-from attention.validation import check_positive_int, describe, static_size
+from attention.validation import (
+    check_padding_mask,
+    check_positive_int,
+    check_sequence_shape,
+    describe,
+    static_size,
+)
 from attention.visibility import Visibility, check_attention_mask
 
 
@@ -99,6 +105,7 @@ class CrossAttention(DotProductAttention):
                 "once with one, or call `build` with the shapes of both."
             )
         self._check_width(query_shape)
+        check_sequence_shape(self.name, value_shape, "`value`")
         key_dim, value_dim = self._head_dims()
         groups = self.num_key_value_heads
         self.query_dense = self._project("query", self._query_heads(), query_shape)
@@ -162,6 +169,7 @@ class CrossAttention(DotProductAttention):
             q = self.query_norm(q)
         new, past, mask = None, None, None
         if value is not None:
+            self._check_source(query, value, value_padding_mask)
             k, v, mask = self._source(value, value_padding_mask)
             if cache is None:
                 new = k, v
@@ -194,6 +202,17 @@ class CrossAttention(DotProductAttention):
         if return_attention_scores:
             outputs = (outputs, scores)
         return outputs if cache is None else (outputs, cache)
+
+    def _check_source(self, query: Any, value: Any, mask: Any) -> None:
+        rows = static_size(query, 0), static_size(value, 0)
+        if len(value.shape) != 3 or (None not in rows and rows[0] != rows[1]):
+            raise ValueError(
+                f"Layer '{self.name}' needs `value` of shape (batch, source_length, "
+                "source_width), a source for each row of `query`. Received: value="
+                f"{describe(value)}, query={describe(query)}"
+            )
+        if mask is not None:
+            check_padding_mask(self.name, mask, value, "value_padding_mask")
 
     def _source(self, value: Any, mask: Any) -> tuple[Any, Any, Any]:
         """Keys, values and which of them are real."""

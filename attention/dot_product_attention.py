@@ -26,6 +26,7 @@ from attention.position_schemes import (
 from attention.validation import (
     check_fraction,
     check_positive_int,
+    check_sequence_shape,
     check_soft_cap,
     describe,
 )
@@ -103,12 +104,8 @@ class DotProductAttention(CachedLayer):
 
     def _check_width(self, query_shape: tuple) -> None:
         """Notes the width of the inputs, or says why it does not fit."""
+        check_sequence_shape(self.name, query_shape)
         width = query_shape[-1]
-        if len(query_shape) != 3 or width is None:
-            raise ValueError(
-                f"Layer '{self.name}' needs inputs of shape (batch, length, "
-                f"width) with a known width. Received: shape {tuple(query_shape)}"
-            )
         if self.key_dim is None and width % self.num_heads:
             raise ValueError(
                 f"With `key_dim=None`, the width of the inputs of layer "
@@ -302,7 +299,7 @@ class DotProductAttention(CachedLayer):
             outputs = fused_attention(query, new[0], new[1], mask, bias, scale)
         else:
             outputs, scores = attend(past, mask, bias)
-        if visibility.attention_mask is not None:
+        if visibility.may_be_empty:
             # A query that may attend to nothing attends to nothing. Softmax
             # would have given it the mean of all values, later ones too.
             some = ops.any(mask, axis=-1, keepdims=True)
@@ -338,14 +335,21 @@ class DotProductAttention(CachedLayer):
                 "its inputs, before `create_cache`; or make it with `key_dim`."
             )
 
-    def _check_index(self, cache_update_index: Any) -> None:
-        """Says so when the positions of the queries are not known."""
-        if cache_update_index is None:
+    def _check_cached_call(self, cache: Any, index: Any, segment_ids: Any) -> None:
+        """Says so when a call with a cache lacks something, or has too much."""
+        if cache is None:
+            return
+        if index is None:
             raise ValueError(
                 f"Layer '{self.name}' was called with `cache` but without "
                 "`cache_update_index`, which would only read the cache; but "
                 "the positions of the queries are not known then. Pass the "
                 "number of positions that the cache has absorbed."
+            )
+        if segment_ids is not None:
+            raise ValueError(
+                f"Layer '{self.name}' was called with `cache` and `segment_ids`. A "
+                "cache holds one document in each row; give each its own row."
             )
 
     def get_config(self) -> dict[str, Any]:

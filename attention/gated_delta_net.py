@@ -15,7 +15,7 @@ from attention.recurrent_mixer import (
     unit_length,
 )
 from attention.short_convolution import ShortConvolution
-from attention.validation import check_positive_int
+from attention.validation import check_positive_int, check_sequence_shape
 
 
 def log_of_uniform(low: float, high: float) -> Any:
@@ -95,6 +95,7 @@ class GatedDeltaNet(RecurrentMixer):
         self.kernel_size, self.epsilon = kernel_size, epsilon
 
     def build(self, inputs_shape: tuple) -> None:
+        check_sequence_shape(self.name, inputs_shape)
         width, heads = inputs_shape[-1], self.num_heads
         self._key_heads = self.num_key_heads or heads
         key_dim = self.key_dim or self._divide(width, inputs_shape)

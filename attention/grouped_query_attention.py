@@ -12,13 +12,18 @@ from attention.cache_writes import computed_after, token_positions
 from attention.dot_product import zero_padding
 from attention.dot_product_attention import DotProductAttention
 from attention.key_value_cache import (
-    HIDDEN_POSITION,
+    hide_padding,
     is_zero,
     join_positions,
     pack_key_value,
     to_cache_layout,
 )
 from attention.position_schemes import PositionScheme
+from attention.prefix import (
+    check_prefix_length,
+    check_segment_ids,
+    only_whole_prefixes,
+)
 from attention.validation import check_positive_int, describe, static_size
 from attention.visibility import Visibility, check_attention_mask
 
@@ -92,7 +97,9 @@ class GroupedQueryAttention(DotProductAttention):
         training: bool. Whether to apply dropout.
         prefix_length: `None`, int, or integer tensor of shape `()` or `(batch,)`:
             tokens before this position see each other in both directions
-            (PrefixLM). With a cache, the whole prefix belongs in one call.
+            (PrefixLM). With a cache, the whole prefix belongs in one call:
+            another one that begins within it is an error, or gives NaN where that
+            is not known before a graph runs.
         segment_ids: `None` or integer tensor of shape `(batch, length)`: tokens
             see only those of their own document. Not with a cache.
 
@@ -268,6 +275,10 @@ class GroupedQueryAttention(DotProductAttention):
             check_attention_mask(attention_mask, query, keys if cache is None else None)
         if padding_mask is not None:
             padding_mask = ops.cast(padding_mask, "bool")
+        if prefix_length is not None:
+            prefix_length = check_prefix_length(self.name, prefix_length, query)
+        if segment_ids is not None:
+            segment_ids = check_segment_ids(self.name, segment_ids, query)
         query = zero_padding(query, padding_mask)
         source = query if value is None else value
         q = self.query_dense(query)
@@ -292,8 +303,8 @@ class GroupedQueryAttention(DotProductAttention):
             stored = self.cache_policy.read(cache, k.dtype)
             past = stored["key"], stored["value"]
             past_positions = self.cache_policy.positions(cache, cache_update_index)
-            if prefix_length is not None and padding_mask is not None:
-                key_positions = ops.where(padding_mask, key_positions, HIDDEN_POSITION)
+            if prefix_length is not None:
+                key_positions = hide_padding(key_positions, padding_mask)
             key_positions = join_positions(past_positions, key_positions)
             # Else padding comes after all tokens whose outputs count.
             key_padding_mask = None
@@ -317,6 +328,10 @@ class GroupedQueryAttention(DotProductAttention):
             return_scores=return_attention_scores,
             training=training,
         )
+        if cache is not None and prefix_length is not None:
+            outputs = only_whole_prefixes(
+                self.name, outputs, prefix_length, cache_update_index
+            )
         returned: tuple = (outputs,)
         if return_attention_scores:
             if cache is not None:
@@ -369,12 +384,7 @@ class GroupedQueryAttention(DotProductAttention):
                 "to: pass the new tokens as `query` alone. Received: value="
                 f"{describe(value)}, key={describe(key)}"
             )
-        self._check_index(index)
-        if segment_ids is not None:
-            raise ValueError(
-                f"Layer '{self.name}' was called with `cache` and `segment_ids`. A "
-                "cache holds one document in each row; give each its own row."
-            )
+        self._check_cached_call(cache, index, segment_ids)
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 
 
-def clone_initializer(initializer: Any) -> Any:
+def clone_initializer(initializer: Any, number: int = 0) -> Any:
     """Returns an initializer of the same configuration.
 
     One initializer object draws the same numbers each time it is used; layers
@@ -16,6 +16,8 @@ def clone_initializer(initializer: Any) -> Any:
     Args:
         initializer: a `keras.initializers.Initializer`, or any other callable,
             which is returned as it is.
+        number: int. Copies of other numbers draw other values also where the seed is
+            an int.
 
     Returns:
         An initializer.
@@ -30,4 +32,7 @@ def clone_initializer(initializer: Any) -> Any:
     """
     if not isinstance(initializer, keras.initializers.Initializer):
         return initializer
-    return type(initializer).from_config(initializer.get_config())
+    config = initializer.get_config()
+    if isinstance(config.get("seed"), int):
+        config["seed"] += number
+    return type(initializer).from_config(config)

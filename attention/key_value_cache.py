@@ -36,9 +36,7 @@ def pack_key_value(
     >>> np.array(pack_key_value(key, key, np.arange(3))["positions"]).tolist()
     [[0, 1, 2], [0, 1, 2]]
     """
-    positions = one_row_each(positions, key)
-    if padding_mask is not None:
-        positions = ops.where(padding_mask, positions, HIDDEN_POSITION)
+    positions = hide_padding(one_row_each(positions, key), padding_mask)
     return {"key": key, "value": value, "positions": positions}
 
 
@@ -67,6 +65,13 @@ def one_row_each(positions: Any, like: Any) -> Any:
         return positions
     shape = (ops.shape(like)[0], ops.shape(positions)[0])
     return ops.broadcast_to(positions[None], shape)
+
+
+def hide_padding(positions: Any, padding_mask: Any) -> Any:
+    """Positions of tokens, `HIDDEN_POSITION` for padding if there is a mask."""
+    if padding_mask is None:
+        return positions
+    return ops.where(padding_mask, positions, HIDDEN_POSITION)
 
 
 def join_positions(past: Any, new: Any) -> Any:

@@ -12,9 +12,14 @@ from attention.cache_writes import computed_after, token_positions
 from attention.dot_product import TokensFirst, zero_padding
 from attention.dot_product_attention import DotProductAttention
 from attention.initializers import clone_initializer
-from attention.key_value_cache import is_zero, join_positions
+from attention.key_value_cache import hide_padding, is_zero, join_positions
 from attention.position_schemes import PositionScheme, RotaryPosition
-from attention.validation import check_positive_int
+from attention.prefix import (
+    check_prefix_length,
+    check_segment_ids,
+    only_whole_prefixes,
+)
+from attention.validation import check_positive_int, refuse_arguments
 from attention.visibility import Visibility, check_attention_mask
 
 
@@ -60,7 +65,8 @@ class LatentAttention(DotProductAttention):
     Call arguments:
         query: tensor of shape `(batch, length, width)`.
         attention_mask: as for `GroupedQueryAttention`, and so are `padding_mask`,
-            `cache`, `cache_update_index` and `training`.
+            `cache`, `cache_update_index`, `training`, `prefix_length` and
+            `segment_ids`.
 
     Returns:
         A tensor of shape `(batch, length, width)` in the compute dtype. With a
@@ -104,6 +110,12 @@ class LatentAttention(DotProductAttention):
         use_bias: bool = False,
         **kwargs: Any,
     ) -> None:
+        refuse_arguments(
+            self,
+            kwargs,
+            num_key_value_heads="all heads share one latent",
+            query_key_norm="the latent is what is normalized",
+        )
         if position is None:
             position = RotaryPosition(name="rotary_position")
         super().__init__(
@@ -202,15 +214,20 @@ class LatentAttention(DotProductAttention):
         cache: Any = None,
         cache_update_index: Any = None,
         training: bool | None = None,
+        prefix_length: Any = None,
+        segment_ids: Any = None,
     ) -> Any:
-        if cache is not None:
-            self._check_index(cache_update_index)
+        self._check_cached_call(cache, cache_update_index, segment_ids)
         if attention_mask is not None:
             check_attention_mask(
                 attention_mask, query, query if cache is None else None
             )
         if padding_mask is not None:
             padding_mask = ops.cast(padding_mask, "bool")
+        if prefix_length is not None:
+            prefix_length = check_prefix_length(self.name, prefix_length, query)
+        if segment_ids is not None:
+            segment_ids = check_segment_ids(self.name, segment_ids, query)
         query = zero_padding(query, padding_mask)
         positions = token_positions(cache_update_index, ops.shape(query)[1])
         key_dim = self._sizes()[2]
@@ -231,20 +248,25 @@ class LatentAttention(DotProductAttention):
             "causal": self.causal,
             "window": self.window,
             "attention_mask": attention_mask,
+            "prefix_length": prefix_length,
         }
         if cache is None or is_zero(cache_update_index):
             visibility = Visibility(
                 positions,
                 positions,
                 key_padding_mask=padding_mask,
+                segment_ids=None if segment_ids is None else (segment_ids,) * 2,
                 in_order=True,
                 **options,
             )
             outputs = self._attend_expanded(plain, rotary, latent, visibility, training)
         else:
             past_positions = self.cache_policy.positions(cache, cache_update_index)
+            key_positions = positions
+            if prefix_length is not None:
+                key_positions = hide_padding(positions, padding_mask)
             visibility = Visibility(
-                positions, join_positions(past_positions, positions), **options
+                positions, join_positions(past_positions, key_positions), **options
             )
             past = self.cache_policy.read(cache, latent.dtype)["latent"]
             outputs = self._attend_absorbed(
@@ -253,6 +275,10 @@ class LatentAttention(DotProductAttention):
         outputs = self._project_output(outputs, query)
         if cache is None:
             return outputs
+        if prefix_length is not None:
+            outputs = only_whole_prefixes(
+                self.name, outputs, prefix_length, cache_update_index
+            )
         new = {"latent": computed_after(ops.swapaxes(latent, 1, 2), outputs)}
         cache = self.cache_policy.write(cache, new, cache_update_index, padding_mask)
         return outputs, cache
@@ -286,7 +312,7 @@ class LatentAttention(DotProductAttention):
         training: Any,
     ) -> Any:
         """Attends to latents as they are: one key/value head for all queries."""
-        key_up, value_up = self._up(plain.dtype)
+        key_up, _ = self._up(plain.dtype)
         projected = ops.einsum("blhd,hdr->blhr", plain, key_up)
         found, _ = self._attend_heads(
             ops.concatenate([projected, rotary], axis=-1),
@@ -297,6 +323,8 @@ class LatentAttention(DotProductAttention):
         )
         # What the values are without came along: cutting the past would copy it.
         found = found[..., : self._sizes()[0]]
+        # Keras multiplies float64 in float32 on torch.
+        _, value_up = self._up(found.dtype)
         return ops.einsum("blhr,hrd->blhd", found, value_up)
 
     def _up(self, dtype: Any) -> tuple[Any, Any]:

@@ -11,7 +11,11 @@ from keras import ops
 from attention.linear_recurrence import LinearRecurrence
 from attention.recurrent_mixer import RecurrentMixer, float32, repeat_heads
 from attention.short_convolution import ShortConvolution
-from attention.validation import check_positive_int
+from attention.validation import (
+    check_positive_int,
+    check_sequence_shape,
+    refuse_arguments,
+)
 
 
 def _log_of_heads(shape: tuple, dtype: Any = None) -> Any:
@@ -80,6 +84,7 @@ class Mamba2(RecurrentMixer):
         epsilon: float = 1e-5,
         **kwargs: Any,
     ) -> None:
+        refuse_arguments(self, kwargs, key_dim="it is called `state_dim` here")
         super().__init__(num_heads, **kwargs)
         self.state_dim = check_positive_int("state_dim", state_dim)
         self.expand = check_positive_int("expand", expand)
@@ -93,6 +98,7 @@ class Mamba2(RecurrentMixer):
         self.use_bias, self.epsilon = bool(use_bias), epsilon
 
     def build(self, inputs_shape: tuple) -> None:
+        check_sequence_shape(self.name, inputs_shape)
         width, heads = inputs_shape[-1], self.num_heads
         inner = self.expand * width
         value_dim = self._divide(inner, inputs_shape)

@@ -39,11 +39,6 @@ class RecurrentMixer(CompositeCachedLayer):
 
     def _divide(self, size: int, inputs_shape: tuple) -> int:
         """The size of a head, or an error that says what does not fit."""
-        if len(inputs_shape) != 3 or inputs_shape[-1] is None:
-            raise ValueError(
-                f"Layer '{self.name}' needs inputs of shape (batch, length, width) "
-                f"with a known width. Received: shape {tuple(inputs_shape)}"
-            )
         if size % self.num_heads:
             raise ValueError(
                 f"The heads of layer '{self.name}' share {size} numbers, which "

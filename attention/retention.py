@@ -11,7 +11,7 @@ from keras import ops
 from attention.linear_recurrence import LinearRecurrence
 from attention.position_schemes import RotaryPosition
 from attention.recurrent_mixer import RecurrentMixer, float32
-from attention.validation import check_positive_int
+from attention.validation import check_positive_int, check_sequence_shape
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
@@ -76,6 +76,7 @@ class Retention(RecurrentMixer):
         self.value_dim, self.epsilon = value_dim, epsilon
 
     def build(self, inputs_shape: tuple) -> None:
+        check_sequence_shape(self.name, inputs_shape)
         width, heads = inputs_shape[-1], self.num_heads
         key_dim = self.key_dim or self._divide(width, inputs_shape)
         value_dim = self.value_dim or 2 * key_dim

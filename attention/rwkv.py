@@ -12,7 +12,11 @@ from attention.composite_cached_layer import CompositeCachedLayer
 from attention.linear_recurrence import LinearRecurrence
 from attention.recurrent_mixer import RecurrentMixer, built_dense, float32
 from attention.short_convolution import TokenShift
-from attention.validation import check_positive_int
+from attention.validation import (
+    check_positive_int,
+    check_sequence_shape,
+    refuse_arguments,
+)
 
 # `exp(-0.5)`: a number decays to no less than `exp(-exp(-0.5))` in a step.
 _MOST_DECAY = math.exp(-0.5)
@@ -82,6 +86,7 @@ class RWKVTimeMix(RecurrentMixer):
         value_residual: bool = False,
         **kwargs: Any,
     ) -> None:
+        refuse_arguments(self, kwargs, key_dim="heads divide the width of the inputs")
         super().__init__(num_heads, **kwargs)
         sizes = {
             "decay_dim": decay_dim,
@@ -97,6 +102,7 @@ class RWKVTimeMix(RecurrentMixer):
         self.value_residual = bool(value_residual)
 
     def build(self, inputs_shape: tuple) -> None:
+        check_sequence_shape(self.name, inputs_shape)
         width, heads = inputs_shape[-1], self.num_heads
         key_dim = self._divide(width, inputs_shape)
         self.shift = TokenShift(dtype=self.dtype_policy, name="shift")
@@ -264,6 +270,7 @@ class RWKVChannelMix(CompositeCachedLayer):
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
 
     def build(self, inputs_shape: tuple) -> None:
+        check_sequence_shape(self.name, inputs_shape)
         width = inputs_shape[-1]
         self.shift = TokenShift(dtype=self.dtype_policy, name="shift")
         self.shift.build(inputs_shape)

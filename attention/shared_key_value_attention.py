@@ -133,8 +133,7 @@ class SharedKeyValueAttention(DotProductAttention):
         self._check_heads(key_value)
         k, v, key_positions = (key_value[x] for x in ("key", "value", "positions"))
         key_positions = ops.cast(key_positions, "int32")
-        if cache is not None:
-            self._check_index(cache_update_index)
+        self._check_cached_call(cache, cache_update_index, None)
         if attention_mask is not None:
             check_attention_mask(attention_mask, query, None)
         query = zero_padding(query, padding_mask)

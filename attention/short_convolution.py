@@ -10,7 +10,7 @@ from keras import ops
 from attention.cached_layer import CachedLayer
 from attention.initializers import clone_initializer
 from attention.last_tokens import last_tokens
-from attention.validation import check_positive_int
+from attention.validation import check_positive_int, check_sequence_shape
 
 
 def _with_past(x: Any, padding_mask: Any, cache: Any, count: int) -> tuple[Any, Any]:
@@ -50,6 +50,7 @@ class TokenShift(CachedLayer):
     """
 
     def build(self, inputs_shape: tuple) -> None:
+        check_sequence_shape(self.name, inputs_shape)
         self._width = inputs_shape[-1]
 
     def create_cache(self, batch_size: int, max_length: int) -> Any:

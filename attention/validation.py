@@ -129,6 +129,25 @@ def check_soft_cap(value: Any) -> float | None:
     return float(value)
 
 
+def refuse_arguments(layer: Any, given: dict[str, Any], **reasons: str) -> None:
+    """Says so when a layer gets an argument that it has no use for.
+
+    Args:
+        layer: the layer.
+        given: the arguments that it would hand on.
+        **reasons: why it can't use them, by their names.
+
+    Raises:
+        TypeError: if so.
+    """
+    for name, reason in reasons.items():
+        if name in given:
+            raise TypeError(
+                f"`{type(layer).__name__}` takes no `{name}`: {reason}. Received: "
+                f"{name}={describe(given[name])}"
+            )
+
+
 def check_rewind_indices(from_index: Any, to_index: Any) -> None:
     """Says so when a cache can't be asked to go from one index back to another.
 
@@ -244,7 +263,27 @@ def standardize_index(cache_update_index: Any, batch_size: int | None) -> Any:
     return ops.cast(index, "int32")
 
 
-def check_padding_mask(layer_name: str, padding_mask: Any, inputs: Any) -> None:
+def check_sequence_shape(layer_name: str, shape: Any, what: str = "inputs") -> None:
+    """Says so when a layer is built for anything but `(batch, length, width)`.
+
+    Args:
+        layer_name: str. The layer.
+        shape: tuple. The shape of its inputs.
+        what: str. What these inputs are called.
+
+    Raises:
+        ValueError: if there is another number of axes, or no width.
+    """
+    if len(shape) != 3 or shape[-1] is None:
+        raise ValueError(
+            f"Layer '{layer_name}' needs {what} of shape (batch, length, width) with "
+            f"a known width. Received: shape {tuple(shape)}"
+        )
+
+
+def check_padding_mask(
+    layer_name: str, padding_mask: Any, inputs: Any, what: str = "padding_mask"
+) -> None:
     """Says so when a padding mask is not one of these inputs.
 
     A mask of other sizes might broadcast, to something nobody meant.
@@ -255,9 +294,9 @@ def check_padding_mask(layer_name: str, padding_mask: Any, inputs: Any) -> None:
     if fits and all(None in pair or pair[0] == pair[1] for pair in pairs):
         return
     raise ValueError(
-        f"`padding_mask` of layer '{layer_name}' must be a boolean tensor of "
+        f"`{what}` of layer '{layer_name}' must be a boolean tensor of "
         "shape (batch, length) that marks the real tokens of these inputs, and "
-        f"of no others. Received: padding_mask={describe(padding_mask)}, inputs="
+        f"of no others. Received: {what}={describe(padding_mask)}, inputs="
         f"{describe(inputs)}"
     )
 

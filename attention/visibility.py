@@ -45,6 +45,12 @@ class Visibility:
     segment_ids: tuple[Any, Any] | None = None
     in_order: bool = False
 
+    @property
+    def may_be_empty(self) -> bool:
+        """Whether there may be a query that counts and sees no key."""
+        masked = not self.causal and self.key_padding_mask is not None
+        return masked or self.attention_mask is not None
+
     def mask(self) -> Any:
         """Combines everything.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -217,8 +219,7 @@ class CustomBackbone(keras_hub.models.Backbone):
             used again at this depth: with the same weights and another cache.
         """
         return _HookedDecoder(
-            self,
-            layer_index,
+            functools.partial(_run_backbone_hook, self, layer_index),
             intermediate_dim=self.intermediate_dim,
             num_heads=self.num_heads,
             num_key_value_heads=self.num_key_value_heads,
@@ -356,18 +357,24 @@ class CustomBackbone(keras_hub.models.Backbone):
         return config
 
 
+def _run_backbone_hook(
+    backbone: CustomBackbone, layer_index: int, name: str, inputs_shape: tuple
+) -> keras.layers.Layer:
+    cached = name == "create_attention_layer"
+    return run_hook(backbone, name, inputs_shape, layer_index, cached=cached)
+
+
 class _HookedDecoder(CustomDecoder):
     """A decoder block whose parts come from its backbone's hooks."""
 
-    def __init__(self, backbone: CustomBackbone, layer_index: int, **kwargs: Any):
+    def __init__(self, run_backbone_hook: Callable, **kwargs: Any):
         super().__init__(**kwargs)
-
-        def run(name: str, inputs_shape: tuple) -> keras.layers.Layer:
-            cached = name == "create_attention_layer"
-            return run_hook(backbone, name, inputs_shape, layer_index, cached=cached)
-
         # A function, not the backbone: Keras would take it for a sublayer.
-        self._run_backbone_hook = run
+        self._run_backbone_hook = run_backbone_hook
+
+    def get_config(self) -> dict[str, Any]:
+        # For `clone_model`. A backbone is saved by its own arguments.
+        return {**super().get_config(), "run_backbone_hook": self._run_backbone_hook}
 
     def create_attention_layer(self, inputs_shape: tuple) -> CachedLayer:
         return self._run_backbone_hook("create_attention_layer", inputs_shape)

@@ -12,6 +12,7 @@ from attention import (
     CompositeCachedLayer,
     CrossAttention,
     clone_initializer,
+    describe,
 )
 from blocks.hooks import build_layer, dtype_policy_scope, name_layer, run_hook
 from blocks.transformer_block import TransformerBlock
@@ -134,13 +135,20 @@ class CustomDecoder(TransformerBlock, CompositeCachedLayer):
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        names = list(inspect.signature(type(self).call).parameters)[1:]
+        given = {**dict(zip(names, args)), **kwargs}
+        encoded = given.get("encoder_sequence")
         if not self.built:
             # Keras tells `build` of the first argument only, unless all subclasses
             # had the same arguments.
-            names = list(inspect.signature(type(self).call).parameters)[1:]
-            given = {**dict(zip(names, args)), **kwargs}
-            encoded = given.get("encoder_sequence")
             self._encoder_shape = None if encoded is None else tuple(encoded.shape)
+        elif self.cross_attention is None and encoded is not None:
+            raise ValueError(
+                f"Block '{self.name}' was built without `encoder_sequence`, so it has no "
+                "cross-attention, but is now called with one. Call it with "
+                "`encoder_sequence` the first time, too. Received: encoder_sequence="
+                f"{describe(encoded)}"
+            )
         return super().__call__(*args, **kwargs)
 
     def build(self, inputs_shape: tuple) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from attention import hide_scope
+from attention import hide_scope, share_padding_mask
 from blocks.transformer_block import TransformerBlock
 
 
@@ -60,7 +60,7 @@ class CustomEncoder(TransformerBlock):
 
     def call(self, x: Any, padding_mask: Any = None, training: Any = None) -> Any:
         # What encodes a source has no slot in the cache of what is decoded.
-        with hide_scope():
+        with hide_scope(), share_padding_mask(padding_mask):
             return self.transform(x, padding_mask=padding_mask, training=training)
 
     def transform(self, x: Any, padding_mask: Any = None, training: Any = None) -> Any:

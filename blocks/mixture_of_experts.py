@@ -126,9 +126,9 @@ class MixtureOfExperts(CachedLayer):
             name: self.add_weight(
                 name=f"{name}_kernels",
                 shape=(self.num_experts, *shape),
-                initializer=_of_each(self.kernel_initializer),
+                initializer=_of_each(self.kernel_initializer, i * self.num_experts),
             )
-            for name, shape in shapes.items()
+            for i, (name, shape) in enumerate(shapes.items())
         }
 
     def create_cache(self, batch_size: int, max_length: int) -> tuple:
@@ -269,12 +269,11 @@ def _block_size(pairs: Any, num_experts: int) -> Any:
     return ops.maximum(size, _SMALL_BLOCK) if ops.is_tensor(pairs) else _SMALL_BLOCK
 
 
-def _of_each(initializer: Any) -> Any:
+def _of_each(initializer: Any, first: int) -> Any:
     """Draws each expert's kernel by itself: its own size counts, not that of all."""
 
     def initialize(shape: tuple, dtype: Any = None) -> Any:
-        return ops.stack(
-            [clone_initializer(initializer)(shape[1:], dtype) for _ in range(shape[0])]
-        )
+        copies = (clone_initializer(initializer, first + i) for i in range(shape[0]))
+        return ops.stack([copy(shape[1:], dtype) for copy in copies])
 
     return initialize

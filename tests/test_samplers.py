@@ -1,5 +1,8 @@
 """Every sampler of KerasHub, a user's own, and the ways to compile."""
 
+import types
+
+import keras
 import keras_hub
 import numpy as np
 import pytest
@@ -134,6 +137,78 @@ def test_a_users_sampler(sampling_lm, expected):
     x = prompts(RAGGED)
     rows = rows_of(sampling_lm.generate(x, stop_token_ids=None, max_length=13))
     assert rows == expected
+
+
+class Delegating(keras_hub.samplers.Sampler):
+    """A user's own sampler whose seed and settings are another's."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = [inner]
+
+    def get_next_token(self, probabilities):
+        return self.inner[0].get_next_token(probabilities)
+
+
+def test_seeds_move_on_wherever_they_are(sampling_lm):
+    def make():
+        return keras_hub.samplers.TopPSampler(p=0.99, seed=7)
+
+    x, options = prompts(RAGGED), {"stop_token_ids": None, "max_length": 13}
+    expected, found = [], []
+    for sampler, rows in ((make(), expected), (Delegating(make()), found)):
+        sampling_lm.compile(sampler=sampler)
+        rows += [rows_of(sampling_lm.generate(x, **options)) for _ in range(2)]
+    assert found == expected
+    assert found[0] != found[1]
+    # So small a `p` lets only the likeliest token through.
+    sampler.inner[0].p = 1e-6
+    greedy = brute_force_greedy(sampling_lm, RAGGED, [13] * 3)
+    assert rows_of(sampling_lm.generate(x, **options)) == greedy
+
+
+class Forced(keras_hub.samplers.Sampler):
+    """Chooses the token that is set, wherever that is."""
+
+    def __init__(self):
+        super().__init__()
+        self.token = 1
+        self._token = 0
+        self.settings = types.SimpleNamespace(token=0)
+        self.tokens = {0}
+        self.variable = keras.Variable(0, dtype="int32", trainable=False)
+        self.chosen = keras.Variable(0, dtype="int32", trainable=False)
+        self.traced = 0
+
+    def get_next_token(self, probabilities):
+        self.traced += 1
+        self.chosen.assign(self.chosen + 1)
+        token = self.token + self._token + self.settings.token + sum(self.tokens)
+        token = ops.convert_to_tensor(self.variable) + token
+        return ops.broadcast_to(token, (ops.shape(probabilities)[0],))
+
+
+def test_whatever_is_set_on_a_sampler_counts(sampling_lm):
+    sampler = Forced()
+    changes = [
+        lambda: None,
+        lambda: setattr(sampler, "_token", 1),
+        lambda: setattr(sampler.settings, "token", 1),
+        lambda: sampler.tokens.add(1),
+        lambda: sampler.variable.assign(1),
+    ]
+    for expected, change in enumerate(changes, start=1):
+        change()
+        rows = sample(sampling_lm, sampler, [[1, 2, 3]])
+        assert rows[0][3:] == [expected] * 10
+        assert int(sampler.chosen) == 10 * expected
+    # What tracing itself changes, and another value of a variable, compile nothing.
+    before = sampling_lm.compilations
+    sampler.variable.assign(2)
+    x = prompts([[1, 2, 3]])
+    rows = rows_of(sampling_lm.generate(x, stop_token_ids=None, max_length=13))
+    assert rows[0][3:] == [6] * 10
+    assert sampling_lm.compilations == before
 
 
 def test_a_users_loop(sampling_lm):

@@ -116,6 +116,9 @@ def test_settings_that_can_not_be():
         lm.compile(sampler=sampler)
         with raises(ValueError, f"`{name}`", type(sampler).__name__, "larger than 0"):
             generate(lm)
+    lm.compile(sampler=keras_hub.samplers.TopKSampler(k=1000))
+    with raises(ValueError, "`k`", "vocabulary", "k=1000"):
+        generate(lm)
     lm.compile(sampler=keras_hub.samplers.SpeculativeSampler())
     with raises(ValueError, "SpeculativeSampler", "speculation="):
         generate(lm)

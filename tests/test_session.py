@@ -128,6 +128,52 @@ def test_a_stream_that_is_not_finished(lm):
     assert session.tokens[0].tolist() == brute_force_greedy(lm, [[1, 2, 3]], [11])[0]
 
 
+def test_a_stream_that_was_left_behind_gives_no_more(lm):
+    options = {"max_new_tokens": 9, "stop_token_ids": None}
+    session = lm.start(tokens_of([1, 2, 3]))
+    not_begun, stream = session.stream(**options), session.stream(**options)
+    next(stream)
+    turn(session, None, 2)
+    for left_behind in (not_begun, stream):
+        with raises(ValueError, "was continued or trimmed", "`fork`"):
+            next(left_behind)
+    stream = session.stream(**options)
+    next(stream)
+    session.trim(2)
+    with raises(ValueError, "was continued or trimmed"):
+        next(stream)
+    turn(session, None, 3)
+    tokens = session.tokens[0].tolist()
+    assert tokens == brute_force_greedy(lm, [[1, 2, 3]], [len(tokens)])[0]
+
+
+@pytest.mark.parametrize("step", ["absorb", "decode"])
+def test_a_step_that_fails_loses_nothing(lm, monkeypatch, step):
+    session = lm.start(tokens_of([1, 2, 3]))
+    whole = getattr(session._engine, step)
+
+    def failing(*args):
+        whole(*args)  # which takes the cache's memory
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session._engine, step, failing)
+    with pytest.raises(KeyboardInterrupt):
+        turn(session, tokens_of([4]), 4)
+    monkeypatch.undo()
+    other = session.fork()
+    if step == "decode":
+        # The added token and the first new one are there, as before.
+        session.trim(2)
+    assert session.tokens[0].tolist() == [1, 2, 3]
+    turn(session, None, 4)
+    assert session.tokens[0].tolist() == brute_force_greedy(lm, [[1, 2, 3]], [7])[0]
+    turn(other, None, 1)
+    rows = [other.tokens[0][:-1].tolist()]
+    assert (
+        other.tokens[0].tolist() == brute_force_greedy(lm, rows, [len(rows[0]) + 1])[0]
+    )
+
+
 @pytest.mark.parametrize("kind", BACKBONES)
 def test_forks_do_not_affect_each_other(kind):
     lm = shared_lm(kind)
@@ -207,6 +253,24 @@ def test_weights_that_changed_are_noticed():
     # The same values again are the same weights.
     weight.assign(value)
     turn(session, None, 2)
+
+
+def test_any_weight_counts_but_no_way_to_compile():
+    lm = make_lm(make_backbone(num_layers=1, hidden_dim=32))
+    session = lm.start(tokens_of([1, 2, 3]))
+    for options in ({"jit_compile": False}, {"run_eagerly": True}, {}):
+        lm.compile(sampler="greedy", **options)
+        turn(session, None, 1)
+    weight = lm.backbone.trainable_weights[-1]  # a vector: the last norm's
+    value = keras.ops.convert_to_numpy(weight).copy()
+    for large in (-1e9, float("-inf")):
+        value[3] = large
+        weight.assign(value)
+        session = lm.start(tokens_of([1, 2, 3]))
+        value[5] += 1e-3
+        weight.assign(value)
+        with raises(ValueError, "weights have changed"):
+            turn(session, None, 1)
 
 
 def test_speculation_in_a_session(lm):

@@ -113,6 +113,16 @@ def test_limits_of_rows_and_of_positions():
     assert expected[:3] == brute_force_greedy(lm, RAGGED, [16] * 3, width=16)
 
 
+@pytest.mark.parametrize("kind", ["learned", "rotary"])
+def test_more_guesses_than_a_cache_has_room_for(kind):
+    lm = other_model(kind)
+    options = {"stop_token_ids": None, "max_new_tokens": 9}
+    expected = rows_of(lm.generate(prompts(RAGGED), **options))
+    for speculation in (Scripted(expected, 100), DraftModel(lm, 100)):
+        found = lm.generate(prompts(RAGGED), **options, speculation=speculation)
+        assert rows_of(found) == expected
+
+
 def test_the_distribution_stays_the_same():
     """A draft that always says the same must not make that more likely."""
     lm = make_lm(make_backbone(num_layers=1))

@@ -4,6 +4,7 @@ import keras_hub
 import numpy as np
 import pytest
 
+from blocks import CausalLMPreprocessor
 from blocks.generation.streaming import TextPieces
 from tests.helpers import raises
 from tests.models import (
@@ -95,11 +96,29 @@ def test_bytes_that_never_become_a_character_come_last():
     assert pieces.add([np.zeros((0,), "int32")], finished=True) == ["\ufffd"]
 
 
+@pytest.mark.parametrize("options", [{"replacement_char": 63}, {"errors": "strict"}])
+def test_other_ways_to_decode_bytes(options):
+    tokenizer = keras_hub.tokenizers.ByteTokenizer(**options)
+    preprocessor = CausalLMPreprocessor(tokenizer, sequence_length=16)
+    texts = ["a?世 é.", "né?"]
+    pieces = TextPieces([np.zeros((0,), "int32")] * 2, preprocessor)
+    rows = [list(text.encode()) for text in texts]
+    found = []
+    for place in range(max(map(len, rows)) + 1):
+        new = [np.array(row[place : place + 1], "int32") for row in rows]
+        found.append(pieces.add(new, finished=not any(map(len, new))))
+    assert ["".join(row) for row in zip(*found)] == texts
+    # As soon as they are there.
+    assert all(len(piece) <= 2 for both in found for piece in both)
+
+
 def test_errors_come_at_once(text_lm):
     with raises(ValueError, "Prompt 0", "max_length"):
         text_lm.stream("a long prompt", max_length=4)
     with raises(TypeError, "`stop_token_ids`"):
         text_lm.stream("a", stop_token_ids="x")
+    with raises(ValueError, "`stop_token_ids`", "32-bit"):
+        text_lm.stream("a", stop_token_ids=[2**40])
     with raises(TypeError, "`inputs`"):
         text_lm.stream(3)
     lm = make_lm(

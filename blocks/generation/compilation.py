@@ -9,11 +9,15 @@ from typing import Any
 import keras
 from keras import ops, tree
 
-from blocks.generation.sampler_settings import compiled_settings
+from blocks.generation.sampler_contents import sampler_contents
 
 
 def compile_function(
-    function: Callable, task: Any, sampler: Any = None, donate: tuple[int, ...] = ()
+    function: Callable,
+    task: Any,
+    sampler: Any = None,
+    donate: tuple[int, ...] = (),
+    fixed: bool = False,
 ) -> Callable:
     """Compiles a function that reads a model's variables.
 
@@ -21,25 +25,26 @@ def compile_function(
         function: takes and returns pytrees of tensors. It may read the
             variables of `task`, and read and assign those of `sampler`.
         task: the model. Its `run_eagerly` and `xla_generation` are obeyed.
-        sampler: a `keras_hub.samplers.Sampler`, whose variables are seeds, or
-            `None`.
+        sampler: a `keras_hub.samplers.Sampler`, or `None`.
         donate: the positions of arguments whose memory may be reused, as they
             are not used after the call.
+        fixed: bool. Whether to compile one way, whatever the task's settings, for
+            what must give the same numbers to the last bit.
 
     Returns:
         A function of the same signature.
     """
     backend = keras.config.backend()
+    eager = task.run_eagerly and not fixed
     compiled = function
     if backend == "torch":
         compiled = _without_gradients(function)
-    elif backend == "tensorflow" and not task.run_eagerly:
+    elif backend == "tensorflow" and not eager:
         import tensorflow as tf
 
-        compiled = tf.function(
-            function, jit_compile=task.xla_generation, autograph=False
-        )
-    elif backend == "jax" and not task.run_eagerly:
+        xla = task.xla_generation and not fixed
+        compiled = tf.function(function, jit_compile=xla, autograph=False)
+    elif backend == "jax" and not eager:
         compiled = _jit(function, task, sampler, donate)
 
     def run(*args: Any) -> Any:
@@ -65,8 +70,8 @@ def _jit(
 ) -> Callable:
     import jax
 
-    seeds = [] if sampler is None else list(sampler.variables)
     weights = [*task.trainable_variables, *task.non_trainable_variables]
+    seeds = sampler_variables(sampler, task)
 
     def stateless(values: Any, *args: Any) -> Any:
         mapping = zip(itertools.chain(seeds, weights), itertools.chain(*values))
@@ -82,7 +87,7 @@ def _jit(
     def run(*args: Any) -> Any:
         values = ([v.value for v in seeds], [v.value for v in weights])
         outputs, updated = jitted(values, *args)
-        # Generation changes no variable but the sampler's seeds.
+        # Generation changes no variable but the sampler's.
         for seed, value in zip(seeds, updated):
             seed.assign(value)
         return outputs
@@ -91,6 +96,14 @@ def _jit(
         ([v.value for v in seeds], [v.value for v in weights]), *args
     )
     return run
+
+
+def sampler_variables(sampler: Any, task: keras.Model) -> list[keras.Variable]:
+    """The seeds and other variables of a sampler that are not the model's."""
+    if sampler is None:
+        return []
+    own = {id(v) for v in task.variables}
+    return [v for v in sampler_contents(sampler).variables if id(v) not in own]
 
 
 class CompiledFunctions:
@@ -120,6 +133,7 @@ class CompiledFunctions:
         make: Callable[[], Callable],
         donate: tuple[int, ...] = (),
         sampler: Any = None,
+        fixed: bool = False,
     ) -> Callable:
         """Returns the function of this key, compiling what `make()` returns.
 
@@ -128,22 +142,27 @@ class CompiledFunctions:
             make: returns the function to compile.
             donate: as for `compile_function`.
             sampler: the sampler that the function uses, or `None`.
+            fixed: as for `compile_function`.
         """
         self._forget_what_is_stale(sampler)
         key = (key, sampler is not None)
         if key not in self._functions:
             self._functions[key] = compile_function(
-                self._counted(make()), self._task, sampler, donate
+                self._counted(make(), sampler), self._task, sampler, donate, fixed
             )
         return self._functions[key]
 
-    def _counted(self, function: Callable) -> Callable:
+    def _counted(self, function: Callable, sampler: Any) -> Callable:
         compiles = keras.config.backend() != "torch" and not self._task.run_eagerly
 
         def counted(*args: Any) -> Any:
             # Python runs when a function is traced, once for each compilation.
             self.count += compiles
-            return function(*args)
+            outputs = function(*args)
+            if compiles and sampler is not None:
+                # What tracing changes, a counter for instance, makes nothing stale.
+                self._sampler_read = _read_sampler(sampler)
+            return outputs
 
         return counted
 
@@ -162,13 +181,17 @@ class CompiledFunctions:
             self._model_read = (read[0], settings)
         if sampler is None:
             return
-        values, objects = compiled_settings(sampler)
-        read = ([sampler, *objects], (values,))
+        read = _read_sampler(sampler)
         if not _same(read, self._sampler_read):
             # What uses no sampler stays.
             for key in [key for key in self._functions if key[1]]:
                 del self._functions[key]
             self._sampler_read = read
+
+
+def _read_sampler(sampler: Any) -> tuple:
+    values, objects, variables = sampler_contents(sampler)
+    return [*objects, *variables], (values,)
 
 
 def _all_layers(task: keras.Model) -> list[keras.layers.Layer]:

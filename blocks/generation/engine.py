@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from keras import ops
 
-from attention import CacheScope, call_sites, grow_cache, max_positions
+from attention import (
+    CacheScope,
+    WholePromptNeeded,
+    call_sites,
+    grow_cache,
+    max_positions,
+    prompt_in_chunks,
+)
 from blocks.backbone_inputs import backbone_inputs
-from blocks.generation.compilation import CompiledFunctions
+from blocks.generation.compilation import CompiledFunctions, sampler_variables
 from blocks.generation.loop_kernels import LoopKernels
+from blocks.generation.sampler_contents import LoopSampler
 from blocks.generation.sampler_settings import number_settings, with_settings
 from blocks.generation.state import chunk_length
 
@@ -57,6 +66,8 @@ class Engine:
                 "`blocks.CustomBackbone`."
             )
         self.max_positions = max_positions(self.sites)
+        # Whether the layers can absorb a prompt in chunks.
+        self._in_chunks = True
 
     @property
     def sampler(self) -> Any:
@@ -93,8 +104,22 @@ class Engine:
             vocabulary_size)`, and the cache. For a row of no tokens the logits
             mean nothing.
         """
+        try:
+            return self._absorb(cache, capacity, tokens, index, lengths)
+        except WholePromptNeeded:
+            self._in_chunks = False
+        return self._absorb(cache, capacity, tokens, index, lengths)
+
+    def _absorb(
+        self,
+        cache: tuple | None,
+        capacity: int,
+        tokens: np.ndarray,
+        index: Any,
+        lengths: np.ndarray,
+    ) -> tuple[Any, tuple]:
         rows, longest = len(tokens), int(lengths.max())
-        chunk = chunk_length(rows, capacity)
+        chunk = chunk_length(rows, capacity) if self._in_chunks else capacity
         if cache is not None and longest <= FEW_TOKENS:
             chunk = FEW_TOKENS
         # One width for all lengths, as each is compiled.
@@ -217,7 +242,11 @@ class Engine:
 
             last = ops.zeros((rows, 1, output.shape[-1]), dtype=output.dtype)
             start = ops.zeros((), dtype="int32")
-            _, cache, last = ops.while_loop(more, absorb_chunk, (start, cache, last))
+            whole = chunk == tokens.shape[1]
+            with contextlib.nullcontext() if whole else prompt_in_chunks():
+                _, cache, last = ops.while_loop(
+                    more, absorb_chunk, (start, cache, last)
+                )
             return task.compute_logits(last)[:, 0], cache
 
         return absorb
@@ -276,7 +305,8 @@ class Engine:
                 room = room - 1
                 return step + 1, cache, token, index, room, finished, tokens, valid
 
-            _, *state = sampler.run_loop(
+            variables = sampler_variables(sampler, task)
+            _, *state = LoopSampler(variables).run_loop(
                 more,
                 body,
                 model=task,
@@ -298,8 +328,8 @@ class Engine:
 
 def sample_token(sampler: Any, logits: Any, settings: dict[str, Any]) -> Any:
     """Samples an `int32` token from each row of `(rows, vocabulary_size)`."""
-    with with_settings(sampler, settings):
-        token = sampler.get_next_token(sampler.compute_probabilities(logits))
+    sampler = with_settings(sampler, settings)
+    token = sampler.get_next_token(sampler.compute_probabilities(logits))
     return ops.cast(token, "int32")
 
 

@@ -94,9 +94,8 @@ class GenerationMixin(GenerationSteps):
         stops = resolve_stops(stop_token_ids, self.preprocessor)
         times = check_positive_int("num_return_sequences", num_return_sequences)
         purpose = None if times == 1 else "`num_return_sequences`"
-        check_sampler(
-            self._sampler(), purpose if speculation is None else "`speculation`"
-        )
+        purpose = purpose if speculation is None else "`speculation`"
+        check_sampler(self._sampler(), self.output.shape[-1], purpose)
         check_speculation(speculation, self)
         check_verbose(verbose)
         # All prompts are read before the first is continued: what is wrong with
@@ -154,7 +153,7 @@ class GenerationMixin(GenerationSteps):
         True
         """
         stops = resolve_stops(stop_token_ids, self.preprocessor)
-        check_sampler(self._sampler(), "`stream`")
+        check_sampler(self._sampler(), self.output.shape[-1], "`stream`")
         check_speculation(speculation, self)
         prompts, is_single = self._read_one(
             "stream", inputs, max_length, max_new_tokens

@@ -262,7 +262,8 @@ def resolve_stops(stop_token_ids: Any, preprocessor: Any) -> tuple[int, ...]:
 
     Raises:
         TypeError: if `stop_token_ids` is none of these.
-        ValueError: if it is `"auto"` and there is no preprocessor to ask.
+        ValueError: if it is `"auto"` and there is no preprocessor to ask, or a number
+            is too large for a token id.
     """
     if stop_token_ids is None:
         return ()
@@ -276,9 +277,14 @@ def resolve_stops(stop_token_ids: Any, preprocessor: Any) -> tuple[int, ...]:
             )
         return end_token_ids(preprocessor)
     try:
-        return tuple(operator.index(x) for x in stop_token_ids)
+        stops = tuple(operator.index(x) for x in stop_token_ids)
     except (TypeError, ValueError):
         raise TypeError(
             '`stop_token_ids` must be None, "auto" or a list of token ids. '
             f"Received: stop_token_ids={describe(stop_token_ids)}"
         ) from None
+    if any(abs(x) >= 2**31 for x in stops):
+        raise ValueError(
+            f"`stop_token_ids` must be 32-bit integers. Received: {max(stops, key=abs)}"
+        )
+    return stops

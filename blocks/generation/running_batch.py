@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -73,7 +74,8 @@ class RunningBatch:
         if self.cache is None:
             groups = _groups(lengths, self.capacity)
         old = self.logits
-        parts = [self._absorb_rows(group, tokens, lengths) for group in groups]
+        with self.forgetting_if_it_fails():
+            parts = [self._absorb_rows(group, tokens, lengths) for group in groups]
         self.logits, self.cache = parts[0]
         if len(parts) > 1:
             self.logits, self.cache = join_rows(
@@ -99,6 +101,19 @@ class RunningBatch:
             cache = self.engine.grow_cache(cache, self.capacity)
         return logits, cache
 
+    @contextlib.contextmanager
+    def forgetting_if_it_fails(self) -> Iterator[None]:
+        """For a step that may reuse the cache's memory: should it fail, that is lost.
+
+        The rows are then absorbed anew, before they go on.
+        """
+        try:
+            yield
+        except BaseException:
+            self.cache = self.logits = None
+            self.absorbed = np.zeros_like(self.absorbed)
+            raise
+
     def reserve(self, positions: int) -> None:
         """Sees to it that the cache can hold so many positions."""
         if positions <= self.capacity:
@@ -118,7 +133,7 @@ class RunningBatch:
     def copy(self) -> RunningBatch:
         """A batch in the same state, which does not affect this one."""
         other = RunningBatch(self.engine, self.batch_size)
-        other.cache = copy_cache(self.cache)
+        other.cache = None if self.cache is None else copy_cache(self.cache)
         other.capacity, other.absorbed = self.capacity, self.absorbed.copy()
         other.logits = self.logits
         return other
@@ -168,18 +183,20 @@ class RunningBatch:
             left = np.where(finished, 0, room)
             steps = min(block, int(left.max()))
             self.reserve(int((self.absorbed + np.minimum(left, steps)).max()))
-            self.cache, token, index, device_room, done, tokens, valid = (
-                self.engine.decode(
-                    self.cache,
-                    token,
-                    index,
-                    device_room,
-                    finished,
-                    np.int32(steps),
-                    stop_array,
+            with self.forgetting_if_it_fails():
+                self.cache, token, index, device_room, done, tokens, valid = (
+                    self.engine.decode(
+                        self.cache,
+                        token,
+                        index,
+                        device_room,
+                        finished,
+                        np.int32(steps),
+                        stop_array,
+                    )
                 )
-            )
-            tokens, valid = to_numpy(tokens)[:, :steps], to_numpy(valid)[:, :steps]
+                tokens = to_numpy(tokens)[:, :steps]
+            valid = to_numpy(valid)[:, :steps]
             finished = to_numpy(done)
             room = room - np.int32(steps)
             self.absorbed = self.absorbed + valid.sum(axis=1, dtype="int32")

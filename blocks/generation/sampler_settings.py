@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import numbers
-from collections.abc import Iterator
 from typing import Any
 
+import keras
 import keras_hub
 import numpy as np
 
@@ -20,20 +20,29 @@ _NUMBERS: dict[type, tuple[str, ...]] = {
     _samplers.TopPSampler: ("temperature", "p"),
 }
 
+_CHOOSE_OF_K = (
+    _samplers.TopKSampler,
+    _samplers.TopPSampler,
+    _samplers.ContrastiveSampler,
+)
 
-def check_sampler(sampler: Any, purpose: str | None = None) -> None:
+
+def check_sampler(
+    sampler: Any, vocabulary_size: int, purpose: str | None = None
+) -> None:
     """Says so when a sampler can't be used by `generate`.
 
     Args:
         sampler: what the model was compiled with, or `None`.
+        vocabulary_size: int. How many tokens there are to choose from.
         purpose: str or `None`. What needs a sampler that chooses one token
             after the other, if it does.
 
     Raises:
         ValueError: if there is none, it is one that `generate` does not drive
-            or that does not serve `purpose`, or its temperature or `p` is not
-            positive: KerasHub would divide by zero, or let the first token
-            through only.
+            or that does not serve `purpose`, its `k` is more than there are tokens, or
+            its temperature or `p` is not positive: KerasHub would divide by zero, or
+            let the first token through only.
     """
     if sampler is None:
         raise ValueError(
@@ -59,6 +68,12 @@ def check_sampler(sampler: Any, purpose: str | None = None) -> None:
                 f"`{name}` of the sampler must be larger than 0.{advice} Received: "
                 f"{type(sampler).__name__} with {name}={value}"
             )
+    k = getattr(sampler, "k", None)
+    if isinstance(sampler, _CHOOSE_OF_K) and k is not None and k > vocabulary_size:
+        raise ValueError(
+            f"`k` of the sampler must be at most {vocabulary_size}, the size of the "
+            f"vocabulary. Received: {type(sampler).__name__} with k={k}"
+        )
     if purpose is not None and has_own_loop(sampler):
         raise ValueError(
             f"`{type(sampler).__name__}` searches for one whole continuation by "
@@ -79,8 +94,11 @@ def number_settings(sampler: Any) -> dict[str, Any]:
         sampler: a `keras_hub.samplers.Sampler`.
 
     Returns:
-        A dict from attributes to float32 scalars.
+        A dict from attributes to float32 scalars; an empty one on torch, where
+        nothing is compiled.
     """
+    if keras.config.backend() == "torch":
+        return {}
     settings = {}
     for name in _NUMBERS.get(type(sampler), ()):
         value = getattr(sampler, name, None)
@@ -89,52 +107,14 @@ def number_settings(sampler: Any) -> dict[str, Any]:
     return settings
 
 
-@contextlib.contextmanager
-def with_settings(sampler: Any, settings: dict[str, Any]) -> Iterator[None]:
-    """Puts tensors in the place of a sampler's numbers while a step is traced."""
-    own = {name: getattr(sampler, name) for name in settings}
-    try:
-        for name, value in settings.items():
-            setattr(sampler, name, value)
-        yield
-    finally:
-        for name, value in own.items():
-            setattr(sampler, name, value)
+def with_settings(sampler: Any, settings: dict[str, Any]) -> Any:
+    """A sampler with tensors in the place of its numbers, for the tracing of a step.
 
-
-def compiled_settings(sampler: Any) -> tuple[list[Any], list[Any]]:
-    """The attributes of a sampler that a compiled step has in it.
-
-    Args:
-        sampler: a `keras_hub.samplers.Sampler`.
-
-    Returns:
-        What is compared by value, and what is compared by identity.
+    The sampler itself stays as it is: other threads may use it.
     """
-    values: list[Any] = []
-    objects: list[Any] = []
-
-    def add(value: Any) -> None:
-        if isinstance(value, dict):
-            value = list(value.items())
-        if isinstance(value, (list, tuple)):
-            values.append(len(value))
-            for item in value:
-                add(item)
-        elif isinstance(value, np.ndarray):
-            # The printed form of a large array leaves most of it out.
-            values.append((value.dtype.str, value.shape, value.tobytes()))
-        elif value is None or isinstance(value, (bool, str, bytes, numbers.Number)):
-            values.append((type(value).__name__, repr(value)))
-        else:
-            objects.append(value)
-
-    arguments = number_settings(sampler)
-    add(
-        {
-            name: value
-            for name, value in sorted(vars(sampler).items())
-            if not name.startswith("_") and name not in arguments
-        }
-    )
-    return values, objects
+    if not settings:
+        return sampler
+    other = copy.copy(sampler)
+    for name, value in settings.items():
+        setattr(other, name, value)
+    return other

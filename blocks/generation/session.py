@@ -19,7 +19,7 @@ from blocks.generation.token_rows import (
     pad_rows,
     vocabulary_size,
 )
-from blocks.generation.weights_signature import same_signature, weights_signature
+from blocks.generation.weights_signature import weights_signature
 
 
 class Session:
@@ -65,8 +65,10 @@ class Session:
         self.tokens = prompts.rows()
         self.num_prefilled = 0
         self._batch = RunningBatch(engine, len(self.tokens))
+        # Which turn it is: an iterator of an earlier one must not go on.
+        self._turn = 0
         self._signature = weights_signature(engine.functions, task)
-        self._absorb(room=0)
+        self._absorb(self.tokens, room=0)
 
     def generate(
         self,
@@ -118,7 +120,7 @@ class Session:
         """As `generate`, but yields pieces as they are made.
 
         A session that is continued before all pieces were taken goes on behind
-        the last one.
+        the last one, and an iterator that was left behind so gives no more.
 
         Args:
             inputs: as for `generate`.
@@ -132,18 +134,24 @@ class Session:
 
         Raises:
             TypeError: as `generate`, at once.
-            ValueError: as `generate`, at once.
+            ValueError: as `generate`, at once; and by an iterator that was left
+                behind. The weights are looked at once, when the turn begins.
         """
-        check_sampler(getattr(self._task, "sampler", None), "a session")
+        check_sampler(
+            getattr(self._task, "sampler", None),
+            self._task.output.shape[-1],
+            "a session",
+        )
         check_speculation(speculation, self._task)
         stops = resolve_stops(stop_token_ids, self._task.preprocessor)
         added = self._read(inputs)
         room = self._room(added, max_length, max_new_tokens)
         self._check_weights()
-        self.tokens = [np.concatenate(pair) for pair in zip(self.tokens, added)]
-        self._absorb(int(room.max()))
+        self._turn += 1
+        tokens = [np.concatenate(pair) for pair in zip(self.tokens, added)]
+        self._absorb(tokens, int(room.max()))
         return stream_pieces(
-            self._blocks(room, stops, speculation),
+            self._blocks(self._turn, room, stops, speculation),
             len(self.tokens),
             None,
             self._task.preprocessor if self._as_text else None,
@@ -151,8 +159,9 @@ class Session:
         )
 
     def _blocks(
-        self, room: np.ndarray, stops: tuple[int, ...], speculation: Any
+        self, turn: int, room: np.ndarray, stops: tuple[int, ...], speculation: Any
     ) -> Iterator[Block]:
+        self._check_turn(turn)
         if speculation is None:
             blocks = self._batch.decode(room, stops, block_steps=1)
         else:
@@ -163,6 +172,15 @@ class Session:
                 for row, new, mask in zip(self.tokens, tokens, valid)
             ]
             yield tokens, valid
+            self._check_turn(turn)
+
+    def _check_turn(self, turn: int) -> None:
+        if turn != self._turn:
+            raise ValueError(
+                "The session was continued or trimmed since this stream began, so it "
+                "can't go on. Take its pieces before the next turn, or stream from a "
+                "`fork`."
+            )
 
     def fork(self) -> Session:
         """Returns a session in the same state; neither affects the other."""
@@ -196,7 +214,9 @@ class Session:
         # The last token that is left is absorbed anew, as its logits are needed.
         absorbed = np.minimum(self._batch.absorbed, lengths - 1)
         sites, cache = self._engine.sites, self._batch.cache
-        for before, after in set(zip(self._batch.absorbed.tolist(), absorbed.tolist())):
+        moves = set(zip(self._batch.absorbed.tolist(), absorbed.tolist()))
+        # Without a cache all is absorbed anew anyway.
+        for before, after in () if cache is None else moves:
             layer = find_not_rewindable(sites, cache, before, after)
             if layer is not None:
                 raise ValueError(
@@ -206,12 +226,14 @@ class Session:
                     "Start a new session, or `fork` one before the tokens that "
                     "you may want to take back."
                 )
+        self._turn += 1
         self.tokens = [row[:n] for row, n in zip(self.tokens, lengths)]
         self._batch.absorbed = absorbed
 
-    def _absorb(self, room: int) -> None:
-        """Absorbs all tokens that the cache has not."""
-        self.num_prefilled += self._batch.absorb(self.tokens, room)
+    def _absorb(self, tokens: list[np.ndarray], room: int) -> None:
+        """Absorbs all of the rows' tokens that the cache has not."""
+        self.num_prefilled += self._batch.absorb(tokens, room)
+        self.tokens = tokens
 
     def _read(self, inputs: Any) -> list[np.ndarray]:
         """The tokens to add to each row."""
@@ -283,7 +305,7 @@ class Session:
 
     def _check_weights(self) -> None:
         now = weights_signature(self._engine.functions, self._task)
-        if not same_signature(now, self._signature):
+        if now != self._signature:
             raise ValueError(
                 "The model's weights have changed since the session began, so what "
                 "it remembers is no longer what the model would. Start a new one: "

@@ -290,6 +290,9 @@ def speculate(
         least = int(batch.absorbed.min())
         reached = int(np.where(finished, 0, batch.absorbed + 1 + counts).max())
         batch.reserve(reached)
+        # Many guesses may be more than a small cache takes at once.
+        width = min(guesses + 1, batch.capacity, engine.max_positions or batch.capacity)
+        tokens, counts = tokens[:, :width], np.minimum(counts, width - 1)
         rewinds = can_rewind(engine.sites, batch.cache, reached, least)
         verify = engine.functions.get(
             ("verify", rewinds),
@@ -297,17 +300,19 @@ def speculate(
             donate=(0,),
             sampler=engine.sampler,
         )
-        batch.cache, sampled, valid = verify(
-            batch.cache,
-            tokens,
-            counts,
-            batch.absorbed,
-            room,
-            finished,
-            stop_array,
-            number_settings(engine.sampler),
-        )
-        sampled, valid = to_numpy(sampled), to_numpy(valid)
+        with batch.forgetting_if_it_fails():
+            batch.cache, sampled, valid = verify(
+                batch.cache,
+                tokens,
+                counts,
+                batch.absorbed,
+                room,
+                finished,
+                stop_array,
+                number_settings(engine.sampler),
+            )
+            sampled = to_numpy(sampled)
+        valid = to_numpy(valid)
         new = valid.sum(axis=1, dtype="int32")
         batch.absorbed = batch.absorbed + new
         room = room - new

@@ -50,6 +50,13 @@ class TextPieces:
         self._rows = rows
         self._preprocessor = preprocessor
         self._given = [""] * len(rows)
+        self._replacements = _REPLACEMENT
+        own = getattr(
+            getattr(preprocessor, "tokenizer", None), "replacement_char", None
+        )
+        if isinstance(own, int):
+            # `ByteTokenizer` writes what it was told to.
+            self._replacements += chr(own)
 
     def first(self) -> list[str]:
         """The text of the tokens that were there before."""
@@ -66,13 +73,28 @@ class TextPieces:
             A string for each row.
         """
         self._rows = [np.concatenate(pair) for pair in zip(self._rows, new)]
-        texts = detokenize(self._rows, self._preprocessor)
+        texts = self._texts(finished)
         return [self._piece(row, text, finished) for row, text in enumerate(texts)]
+
+    def _texts(self, finished: bool) -> list[str]:
+        try:
+            return detokenize(self._rows, self._preprocessor)
+        except UnicodeDecodeError:
+            # A strict decoder takes no part of a character. There may be more.
+            if finished:
+                raise
+        return [self._text(row, given) for row, given in zip(self._rows, self._given)]
+
+    def _text(self, row: np.ndarray, given: str) -> str:
+        try:
+            return detokenize([row], self._preprocessor)[0]
+        except UnicodeDecodeError:
+            return given
 
     def _piece(self, row: int, text: str, finished: bool) -> str:
         given = self._given[row]
         if not finished:
-            text = text.rstrip(_REPLACEMENT)
+            text = text.rstrip(self._replacements)
             if not text.startswith(given):
                 # What comes next tells how these tokens are to be read.
                 return ""
