@@ -18,14 +18,16 @@ from attention.cache_scope import (
     share_padding_mask,
     shared_padding_mask,
 )
-from attention.validation import (
-    MADE_UP_SIZES,
+from attention.call_validation import (
     check_cache,
     check_padding_mask,
-    check_rewind_indices,
     check_updated_cache,
-    describe,
     standardize_index,
+)
+from attention.validation import (
+    MADE_UP_SIZES,
+    check_rewind_indices,
+    describe,
     static_size,
 )
 

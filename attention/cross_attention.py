@@ -8,16 +8,11 @@ import keras
 from keras import ops
 
 from attention.cache_writes import token_positions
+from attention.call_validation import check_padding_mask, check_sequence_shape
 from attention.dot_product import zero_padding
 from attention.dot_product_attention import DotProductAttention
 from attention.key_value_cache import FullCache, to_cache_layout
-from attention.validation import (
-    check_padding_mask,
-    check_positive_int,
-    check_sequence_shape,
-    describe,
-    static_size,
-)
+from attention.validation import check_positive_int, describe, static_size
 from attention.visibility import Visibility, check_attention_mask
 
 

@@ -9,6 +9,7 @@ import keras
 from keras import ops
 
 from attention.cached_layer import CachedLayer
+from attention.call_validation import check_sequence_shape
 from attention.dot_product import (
     fused_attention,
     fused_attention_applies,
@@ -26,7 +27,6 @@ from attention.position_schemes import (
 from attention.validation import (
     check_fraction,
     check_positive_int,
-    check_sequence_shape,
     check_soft_cap,
     describe,
 )

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from attention.call_validation import check_sequence_shape
 from attention.linear_recurrence import LinearRecurrence
 from attention.recurrent_mixer import (
     RecurrentMixer,
@@ -15,7 +16,7 @@ from attention.recurrent_mixer import (
     unit_length,
 )
 from attention.short_convolution import ShortConvolution
-from attention.validation import check_positive_int, check_sequence_shape
+from attention.validation import check_positive_int
 
 
 def log_of_uniform(low: float, high: float) -> Any:

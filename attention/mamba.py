@@ -8,14 +8,11 @@ from typing import Any
 import keras
 from keras import ops
 
+from attention.call_validation import check_sequence_shape
 from attention.linear_recurrence import LinearRecurrence
 from attention.recurrent_mixer import RecurrentMixer, float32, repeat_heads
 from attention.short_convolution import ShortConvolution
-from attention.validation import (
-    check_positive_int,
-    check_sequence_shape,
-    refuse_arguments,
-)
+from attention.validation import check_positive_int, refuse_arguments
 
 
 def _log_of_heads(shape: tuple, dtype: Any = None) -> Any:

@@ -8,10 +8,11 @@ import keras
 import numpy as np
 from keras import ops
 
+from attention.call_validation import check_sequence_shape
 from attention.linear_recurrence import LinearRecurrence
 from attention.position_schemes import RotaryPosition
 from attention.recurrent_mixer import RecurrentMixer, float32
-from attention.validation import check_positive_int, check_sequence_shape
+from attention.validation import check_positive_int
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")

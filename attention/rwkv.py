@@ -8,15 +8,12 @@ from typing import Any
 import keras
 from keras import ops
 
+from attention.call_validation import check_sequence_shape
 from attention.composite_cached_layer import CompositeCachedLayer
 from attention.linear_recurrence import LinearRecurrence
 from attention.recurrent_mixer import RecurrentMixer, built_dense, float32
 from attention.short_convolution import TokenShift
-from attention.validation import (
-    check_positive_int,
-    check_sequence_shape,
-    refuse_arguments,
-)
+from attention.validation import check_positive_int, refuse_arguments
 
 # `exp(-0.5)`: a number decays to no less than `exp(-exp(-0.5))` in a step.
 _MOST_DECAY = math.exp(-0.5)

@@ -8,9 +8,10 @@ import keras
 from keras import ops
 
 from attention.cached_layer import CachedLayer
+from attention.call_validation import check_sequence_shape
 from attention.initializers import clone_initializer
 from attention.last_tokens import last_tokens
-from attention.validation import check_positive_int, check_sequence_shape
+from attention.validation import check_positive_int
 
 
 def _with_past(x: Any, padding_mask: Any, cache: Any, count: int) -> tuple[Any, Any]:

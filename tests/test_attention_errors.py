@@ -5,14 +5,22 @@ import numpy as np
 import pytest
 
 from attention import (
+    GatedDeltaNet,
     GroupedQueryAttention,
+    LatentAttention,
+    Mamba2,
     MultiHeadAttention,
     MultiQueryAttention,
     PositionEmbedding,
     RelativePositionBias,
+    Retention,
     RotaryAttention,
     RotaryPosition,
+    RWKVChannelMix,
+    RWKVTimeMix,
+    ShortConvolution,
     T5Attention,
+    TokenShift,
     create_cache,
     grow_cache,
 )
@@ -137,6 +145,39 @@ def test_inputs_of_another_rank():
         MultiHeadAttention(2)(secret(3, 16))
     with raises(ValueError, "(batch, length, width)", "not the token ids"):
         PositionEmbedding(8)(np.zeros((3, 5), "int32"))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        Retention(4, key_dim=4),
+        GatedDeltaNet(4, key_dim=4),
+        RWKVTimeMix(4),
+        RWKVChannelMix(32),
+        Mamba2(4),
+        ShortConvolution(),
+        TokenShift(),
+        LatentAttention(4),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_mixers_of_inputs_of_another_rank(layer):
+    with raises(ValueError, "(batch, length, width)", "(5, 16)", layer.name):
+        layer(secret(5, 16))
+
+
+@pytest.mark.parametrize(
+    ("create", "parts"),
+    [
+        (lambda: LatentAttention(4, num_key_value_heads=2), ["num_key_value_heads=2"]),
+        (lambda: LatentAttention(4, query_key_norm=True), ["query_key_norm=True"]),
+        (lambda: RWKVTimeMix(4, key_dim=4), ["`RWKVTimeMix`", "key_dim=4"]),
+        (lambda: Mamba2(4, key_dim=4), ["key_dim=4", "`state_dim`"]),
+    ],
+)
+def test_arguments_that_mean_nothing_to_a_layer(create, parts):
+    with raises(TypeError, "takes no", *parts):
+        create()
 
 
 def test_odd_heads_can_not_be_rotated():

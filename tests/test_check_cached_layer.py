@@ -8,6 +8,7 @@ from keras import ops
 from attention import (
     CachedLayer,
     GroupedQueryAttention,
+    LatentAttention,
     MultiHeadAttention,
     PositionEmbedding,
     RotaryAttention,
@@ -87,6 +88,9 @@ def test_other_dtypes(dtype):
         lambda: RotaryAttention(4, 2), dtype=dtype, checks=checks, **SMALL
     )
     assert report["prefill_and_steps"] < (1e-4 if dtype == "float64" else 0.3)
+    check_cached_layer(
+        lambda: LatentAttention(4), dtype=dtype, checks="prefill_and_steps", **SMALL
+    )
 
 
 def test_the_random_seed_and_the_policy():

@@ -86,6 +86,31 @@ def test_it_equals_the_formula_with_and_without_a_cache(masked, slots):
     assert_close(np.concatenate(parts, axis=1), expected)
 
 
+def test_a_row_without_a_source_finds_nothing():
+    layer, x, source = make(), sample(), sample(length=SOURCE, width=6, seed=1)
+    mask = np.arange(SOURCE)[None] < np.array([SOURCE, 0, 3])[:, None]
+    outputs = layer(x, source, value_padding_mask=mask)
+    bias = to_numpy(layer.output_dense.bias)
+    assert_close(outputs[1], np.broadcast_to(bias, x.shape[1:]))
+    for slots in (SOURCE, 12):
+        cache = layer.create_cache(3, 20, source_length=slots)
+        cached, _ = layer(
+            x, source, value_padding_mask=mask, cache=cache, cache_update_index=0
+        )
+        assert_close(cached, outputs)
+
+
+def test_sources_that_do_not_fit():
+    layer, x, source = make(), sample(), sample(length=SOURCE, width=6, seed=1)
+    for wrong in (source[0], source[:1]):
+        with raises(ValueError, "`value`", layer.name, "(batch, source_length"):
+            layer(x, wrong)
+    with raises(ValueError, "`value_padding_mask`", layer.name):
+        layer(x, source, value_padding_mask=np.ones((3, SOURCE - 1)))
+    with raises(ValueError, "`value`", "(batch, length, width)"):
+        CrossAttention(4)(x, source[0])
+
+
 def test_the_source_neither_grows_nor_is_taken_back():
     layer, source = make(), sample(length=SOURCE, width=6)
     cache = layer.create_cache(3, 4, source_length=SOURCE)

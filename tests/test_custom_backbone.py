@@ -385,3 +385,23 @@ def test_a_head_of_its_own():
     np.testing.assert_allclose(
         to_numpy(lm(x)), -to_numpy(make_lm(backbone)(x)), atol=1e-5
     )
+
+
+def test_a_clone_is_made_by_the_same_hooks():
+    for backbone in (AlternatingBackbone(**CLONED), CustomBackbone(**CLONED)):
+        clone = keras.models.clone_model(backbone)
+        shapes = [[tuple(w.shape) for w in x.weights] for x in (backbone, clone)]
+        assert shapes[0] == shapes[1]
+        clone.set_weights(backbone.get_weights())
+        x = prompts(RAGGED)
+        np.testing.assert_allclose(to_numpy(clone(x)), to_numpy(backbone(x)), atol=1e-6)
+
+
+CLONED = {
+    "vocabulary_size": VOCABULARY_SIZE,
+    "num_layers": 2,
+    "num_heads": 4,
+    "hidden_dim": 16,
+    "intermediate_dim": 32,
+    "max_sequence_length": 16,
+}

@@ -6,8 +6,16 @@ import pytest
 from keras import ops
 
 from attention import T5Attention
-from blocks import CustomDecoder, CustomEncoder
-from tests.helpers import assert_close, compiled, randomize, sample, to_numpy
+from blocks import CustomDecoder, CustomEncoder, MixtureOfExperts
+from tests.helpers import (
+    WIDTH,
+    assert_close,
+    compiled,
+    raises,
+    randomize,
+    sample,
+    to_numpy,
+)
 
 SIZES = {"intermediate_dim": 24, "num_heads": 4}
 LENGTH, SOURCE = 9, 7
@@ -87,6 +95,32 @@ def test_without_a_source_there_is_no_cross_attention():
     decoder(sample())
     assert decoder.cross_attention is None
     assert not any("cross" in weight.path for weight in decoder.weights)
+
+
+def test_a_source_that_comes_too_late_is_refused():
+    called, built = CustomDecoder(**SIZES), CustomDecoder(**SIZES)
+    called(sample())
+    built.build((None, None, WIDTH))
+    for decoder in (called, built):
+        with raises(ValueError, decoder.name, "`encoder_sequence`", "the first time"):
+            decoder(sample(), encoder_sequence=sample())
+
+
+def test_padding_does_not_count_in_the_loss_of_an_encoders_experts():
+    class Encoder(CustomEncoder):
+        def create_ffn(self, inputs_shape):
+            return MixtureOfExperts(4, 32, balance_weight=1.0)
+
+    encoder, x = Encoder(**SIZES), sample()
+    mask = np.arange(x.shape[1])[None] < np.array([2, 5, 7])[:, None]
+    losses = []
+    for padding in (0.0, 3.0):
+        padded = np.where(mask[..., None], x, padding * sample(seed=1))
+        encoder(padded.astype("float32"), padding_mask=mask, training=True)
+        losses.append(float(to_numpy(encoder.losses[0])))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    encoder(x, training=True)
+    assert float(to_numpy(encoder.losses[0])) != pytest.approx(losses[0], rel=1e-3)
 
 
 def test_the_hook_of_cross_attention():

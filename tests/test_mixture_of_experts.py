@@ -99,6 +99,18 @@ def test_any_number_of_tokens_through_one_graph(xla):
         assert_close(graph(x), reference(layer, x))
 
 
+def test_an_initializer_with_a_seed_draws_other_kernels_for_each_expert():
+    layer = MixtureOfExperts(
+        3, 16, kernel_initializer=keras.initializers.RandomNormal(seed=1)
+    )
+    layer.build((None, None, 16))
+    corners = [to_numpy(x)[:, 0, 0] for x in layer.kernels.values()]
+    assert len(np.unique(corners)) == np.size(corners) == 3 * len(layer.kernels)
+    again = MixtureOfExperts.from_config(layer.get_config())
+    again.build((None, None, 16))
+    assert_close(again.kernels["output"], layer.kernels["output"])
+
+
 def test_all_tokens_at_one_expert_are_all_computed():
     layer = made(8, 5, 1)
     router = np.zeros((6, 8), "float32")

@@ -20,6 +20,7 @@ class GenerationSteps:
 
     backbone: Any
     preprocessor: Any
+    output: Any
 
     def prefill(self, inputs: Any, max_length: int) -> GenerationState:
         """Absorbs prompts: the first step of a generation loop of your own.
