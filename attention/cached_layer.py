@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextvars
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -24,18 +23,13 @@ from attention.call_validation import (
     check_updated_cache,
     standardize_index,
 )
+from attention.signatures import parameters, with_implicit_masks
 from attention.validation import (
     MADE_UP_SIZES,
     check_rewind_indices,
     describe,
     static_size,
 )
-
-
-@functools.cache
-def parameters(function: Any) -> tuple[str, ...]:
-    """The names of a method's parameters, without `self`."""
-    return tuple(inspect.signature(function).parameters)[1:]
 
 
 def _guarded(function: Callable) -> Callable:
@@ -139,7 +133,7 @@ class CachedLayer(keras.layers.Layer):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "call" in vars(cls):
-            cls.call = _guarded(cls.call)  # type: ignore[method-assign]
+            cls.call = with_implicit_masks(_guarded(cls.call))  # type: ignore
 
     def __init__(self, **kwargs: Any) -> None:
         # Keras would cast the cache, too, at every call: `__call__` casts the

@@ -9,12 +9,10 @@ from typing import Any
 
 from keras import ops
 
-from attention.cache_scope import CacheScope, cache_is_donated
+from attention.cache_scope import CacheScope, cache_is_donated, share_padding_mask
 from attention.cached_layer import (
     CachedLayer,
     Untracked,
-    parameters,
-    share_padding_mask,
 )
 from attention.cached_model import (
     can_rewind,
@@ -23,6 +21,7 @@ from attention.cached_model import (
     max_positions,
 )
 from attention.recording_scope import RecordingScope
+from attention.signatures import parameters, positional_parameters, with_implicit_masks
 from attention.validation import describe
 
 # What `call` adds to, or takes from, the arguments of `transform`.
@@ -86,7 +85,8 @@ class CompositeCachedLayer(CachedLayer):
         owner = next(base for base in cls.__mro__ if "call" in vars(base))
         ours = owner is CompositeCachedLayer or hasattr(cls.call, "transform")
         if ours and "transform" in vars(cls):
-            cls.call = _call_with_arguments_of(cls.transform)  # type: ignore
+            call = _call_with_arguments_of(cls.transform)
+            cls.call = with_implicit_masks(call)  # type: ignore
 
     def transform(self, x: Any, padding_mask: Any = None, training: Any = None) -> Any:
         """The computation, written once, without a word about caches."""
@@ -171,7 +171,8 @@ class CompositeCachedLayer(CachedLayer):
         given = {*names[: len(args)], *kwargs}
         unknown = sorted(given.difference(names))
         missing = sorted({"x", *_needed(further)} - given)
-        if len(args) <= len(names) and not unknown and not missing:
+        positional = positional_parameters(type(self).call)
+        if len(args) <= len(positional) and not unknown and not missing:
             return
         what = f"the arguments {unknown}" if unknown else "too many arguments"
         raise TypeError(

@@ -35,7 +35,8 @@ class CustomEncoder(TransformerBlock):
 
     Call arguments:
         x: tensor of shape `(batch, length, width)`.
-        padding_mask: boolean tensor of shape `(batch, length)`: the real tokens.
+        padding_mask: boolean tensor of shape `(batch, length)`: the real tokens;
+            `None` means the mask that Keras attached to `x`, if any.
         training: bool. Whether to apply dropout.
 
     Returns:
@@ -58,7 +59,19 @@ class CustomEncoder(TransformerBlock):
 
     causal = False
 
-    def call(self, x: Any, padding_mask: Any = None, training: Any = None) -> Any:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.supports_masking = True
+
+    def call(
+        self,
+        x: Any,
+        padding_mask: Any = None,
+        training: Any = None,
+        mask: Any = None,
+    ) -> Any:
+        # `mask` is what Keras attached to `x`.
+        padding_mask = mask if padding_mask is None else padding_mask
         # What encodes a source has no slot in the cache of what is decoded.
         with hide_scope(), share_padding_mask(padding_mask):
             return self.transform(x, padding_mask=padding_mask, training=training)

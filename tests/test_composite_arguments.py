@@ -120,6 +120,9 @@ def test_the_signature_of_call_is_that_of_transform():
         "cache",
         "cache_update_index",
         "training",
+        # What Keras hands over by itself.
+        "mask",
+        "x_mask",
     ]
     assert inspect.signature(make().call).parameters["gain"].default == 1.0
 
