@@ -50,7 +50,7 @@ def lm():
 
 
 @pytest.mark.parametrize(
-    "kind", ["learned", pytest.param("rotary", marks=pytest.mark.xla), "hybrid"]
+    "kind", [slow("learned"), pytest.param("rotary", marks=pytest.mark.xla), "hybrid"]
 )
 def test_turns_equal_starting_over(kind):
     lm = make_lm(BACKBONES[kind]())
@@ -174,7 +174,7 @@ def test_a_step_that_fails_loses_nothing(lm, monkeypatch, step):
     )
 
 
-@pytest.mark.parametrize("kind", BACKBONES)
+@pytest.mark.parametrize("kind", [slow("learned"), "rotary", "hybrid"])
 def test_forks_do_not_affect_each_other(kind):
     lm = shared_lm(kind)
     session = lm.start(tokens_of([3, 1, 4, 1, 5]))

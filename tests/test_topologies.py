@@ -59,10 +59,7 @@ def cut(inputs, start, end):
 # === The same in training and in decoding ===
 
 
-KITS = [
-    name if name in ("shared_key_value", "parallel") else slow(name)
-    for name in TOPOLOGIES
-]
+KITS = [name if name == "shared_key_value" else slow(name) for name in TOPOLOGIES]
 
 
 @pytest.mark.parametrize("name", KITS)

@@ -143,6 +143,7 @@ def test_what_is_computed_grows_with_the_length_only(name):
     assert 0 < max(size.numpy() for size in found) < length**2
 
 
+@on_tensorflow
 def test_training_on_batches_of_different_lengths():
     """A dataset of such batches has an unknown length, on TensorFlow the graph, too."""
     import tensorflow as tf
