@@ -8,6 +8,7 @@ import tensorflow as tf
 from keras import ops
 
 from blocks.generation import engine
+from tests.helpers import slow
 from tests.models import (
     RAGGED,
     VARIANTS,

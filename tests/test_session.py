@@ -8,7 +8,7 @@ import pytest
 
 from attention import CachedLayer
 from blocks import PromptLookup
-from tests.helpers import raises
+from tests.helpers import raises, slow
 from tests.hybrid import HybridBackbone
 from tests.models import (
     RotaryBackbone,

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from blocks import DraftModel, PromptLookup, Speculation
-from tests.helpers import raises
+from tests.helpers import raises, slow
 from tests.hybrid import HybridBackbone
 from tests.models import (
     RAGGED,
