@@ -387,16 +387,6 @@ def test_a_head_of_its_own():
     )
 
 
-def test_a_clone_is_made_by_the_same_hooks():
-    for backbone in (AlternatingBackbone(**CLONED), CustomBackbone(**CLONED)):
-        clone = keras.models.clone_model(backbone)
-        shapes = [[tuple(w.shape) for w in x.weights] for x in (backbone, clone)]
-        assert shapes[0] == shapes[1]
-        clone.set_weights(backbone.get_weights())
-        x = prompts(RAGGED)
-        np.testing.assert_allclose(to_numpy(clone(x)), to_numpy(backbone(x)), atol=1e-6)
-
-
 CLONED = {
     "vocabulary_size": VOCABULARY_SIZE,
     "num_layers": 2,
@@ -405,3 +395,13 @@ CLONED = {
     "intermediate_dim": 32,
     "max_sequence_length": 16,
 }
+
+
+def test_a_clone_is_made_by_the_same_hooks():
+    for backbone in (AlternatingBackbone(**CLONED), CustomBackbone(**CLONED)):
+        clone = keras.models.clone_model(backbone)
+        shapes = [[tuple(w.shape) for w in x.weights] for x in (backbone, clone)]
+        assert shapes[0] == shapes[1]
+        clone.set_weights(backbone.get_weights())
+        x = prompts(RAGGED)
+        np.testing.assert_allclose(to_numpy(clone(x)), to_numpy(backbone(x)), atol=1e-6)
