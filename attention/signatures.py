@@ -29,10 +29,10 @@ def positional_parameters(function: Any) -> tuple[str, ...]:
 def with_implicit_masks(call: Callable) -> Callable:
     """A layer's `call` that takes the masks Keras attaches for its padding masks.
 
-    `keras.layers.Embedding(mask_zero=True)`, for instance, attaches one. Keras hands the mask of a layer's only tensor to an argument named `mask`, and of
-    several tensors those to `NAME_mask`. They count where the padding mask that belongs
-    to the tensor is not given: `padding_mask` to the first, `value_padding_mask` to
-    `value`, and so on.
+    `keras.layers.Embedding(mask_zero=True)`, for instance, attaches one. Keras hands
+    the mask of a layer's only tensor to an argument named `mask`, and of several tensors
+    those to `NAME_mask`. They count where the padding mask that belongs to the tensor is
+    not given: `padding_mask` to the first, `value_padding_mask` to `value`, and so on.
 
     Args:
         call: a method. Without an argument `padding_mask` it is returned as it is.

@@ -104,20 +104,6 @@ class Engine:
             vocabulary_size)`, and the cache. For a row of no tokens the logits
             mean nothing.
         """
-        try:
-            return self._absorb(cache, capacity, tokens, index, lengths)
-        except WholePromptNeeded:
-            self._in_chunks = False
-        return self._absorb(cache, capacity, tokens, index, lengths)
-
-    def _absorb(
-        self,
-        cache: tuple | None,
-        capacity: int,
-        tokens: np.ndarray,
-        index: Any,
-        lengths: np.ndarray,
-    ) -> tuple[Any, tuple]:
         rows, longest = len(tokens), int(lengths.max())
         chunk = chunk_length(rows, capacity) if self._in_chunks else capacity
         if cache is not None and longest <= FEW_TOKENS:
@@ -128,14 +114,20 @@ class Engine:
         padded[:, :longest] = tokens[:, :longest]
         if cache is None:
             key = ("prefill", capacity, chunk)
+            arguments: tuple = (padded, lengths)
             absorb = self.functions.get(
                 key, lambda: self._make_prefill(capacity, chunk)
             )
-            return absorb(padded, lengths)
-        absorb = self.functions.get(
-            ("absorb", chunk), lambda: self._make_absorb(chunk), donate=(0,)
-        )
-        return absorb(cache, padded, index, lengths)
+        else:
+            arguments = (cache, padded, index, lengths)
+            absorb = self.functions.get(
+                ("absorb", chunk), lambda: self._make_absorb(chunk), donate=(0,)
+            )
+        try:
+            return absorb(*arguments)
+        except WholePromptNeeded:
+            self._in_chunks = False
+            return self.absorb(cache, capacity, tokens, index, lengths)
 
     def decode(
         self,
