@@ -1,5 +1,9 @@
 """Fixtures that several test files use."""
 
+import os
+import shutil
+import tempfile
+
 import keras
 import pytest
 
@@ -26,6 +30,29 @@ def small_generation_sizes():
 def small_sizes_in_this_test(monkeypatch):
     """As `small_generation_sizes`, for one test."""
     make_sizes_small(monkeypatch)
+
+
+FOLDER = "TESTS_COMPILATION_CACHE"  # a variable, which the workers inherit
+
+
+def pytest_configure(config):
+    """Lets JAX compile once what several tests and workers compile: small operations.
+
+    The folder is new for each run: what was compiled by another version never counts.
+    """
+    if keras.config.backend() == "jax":
+        import jax
+
+        if FOLDER not in os.environ:
+            os.environ[FOLDER] = tempfile.mkdtemp(prefix="compiled-")
+            config.add_cleanup(remove_compiled)
+        jax.config.update("jax_compilation_cache_dir", os.environ[FOLDER])
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def remove_compiled():
+    shutil.rmtree(os.environ.pop(FOLDER), ignore_errors=True)
 
 
 def optimize(much):
