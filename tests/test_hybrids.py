@@ -139,10 +139,8 @@ class Guess(Speculation):
         return [np.where(places % 3 == 0, (guess + 1) % VOCABULARY_SIZE, guess)]
 
 
-OTHERS = [slow(name) for name in (*MIXERS, "rwkv") if name != "hybrid"]
-
-
-@pytest.mark.parametrize("name", ["hybrid", *OTHERS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*MIXERS, "rwkv"])
 @pytest.mark.usefixtures("small_generation_sizes")
 def test_speculation_and_sessions(name):
     lm = make_lm(make(name))

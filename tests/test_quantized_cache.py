@@ -81,6 +81,7 @@ def loss(logits, tokens):
     return -np.take_along_axis(scores, tokens[:, 1:, None], axis=-1).mean()
 
 
+@pytest.mark.slow
 def test_the_error_on_real_text(models):
     full, int8 = models
     tokens = pieces(ROWS, LENGTH, seed=1)

@@ -12,7 +12,7 @@ from keras import ops
 from attention import CacheScope, call_with_cache, create_cache
 from attention.testing import check_cached_model
 from blocks import CausalLM, CustomDecoder
-from tests.helpers import assert_close, gradients, raises, slow
+from tests.helpers import assert_close, gradients, raises
 from tests.models import (
     RAGGED,
     VOCABULARY_SIZE,
@@ -59,10 +59,8 @@ def cut(inputs, start, end):
 # === The same in training and in decoding ===
 
 
-KITS = [name if name == "shared_key_value" else slow(name) for name in TOPOLOGIES]
-
-
-@pytest.mark.parametrize("name", KITS)
+@pytest.mark.slow
+@every_topology
 def test_the_kit(name):
     # What is shared across depth takes two blocks.
     layers = 2 if name in ("albert", "shared_key_value") else 1
