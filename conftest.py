@@ -1,6 +1,12 @@
 """Set-up for all tests and doctests: quiet logs, one seed, one dtype policy."""
 
+import atexit
+import gc
 import os
+import shutil
+import tempfile
+
+import pytest
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -8,9 +14,20 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # other and an optimizer of machine code take longer than what they save.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
-
-import keras
-import pytest
+# What several tests and processes compile on JAX, such as small operations, is compiled
+# once. Processes that are started from here inherit the folder.
+if (
+    os.environ["KERAS_BACKEND"] == "jax"
+    and "JAX_COMPILATION_CACHE_DIR" not in os.environ
+):
+    folder = tempfile.mkdtemp(prefix="compiled-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+# Tracing makes many objects that live on: looking for garbage so seldom takes a
+# twentieth off the time.
+gc.set_threshold(100_000, 20, 20)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -31,6 +48,8 @@ def pytest_cmdline_main(config):
 @pytest.fixture(autouse=True)
 def _same_start_for_each_test():
     """Each test draws the same weights, and leaves the global policy alone."""
+    import keras  # after the variables above
+
     policy = keras.config.dtype_policy()
     keras.utils.set_random_seed(0)
     yield

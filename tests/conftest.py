@@ -1,10 +1,5 @@
 """Fixtures that several test files use."""
 
-import gc
-import os
-import shutil
-import tempfile
-
 import keras
 import pytest
 
@@ -31,34 +26,6 @@ def small_generation_sizes():
 def small_sizes_in_this_test(monkeypatch):
     """As `small_generation_sizes`, for one test."""
     make_sizes_small(monkeypatch)
-
-
-FOLDER = "TESTS_COMPILATION_CACHE"  # a variable, which the workers inherit
-
-
-def pytest_configure(config):
-    """Lets JAX compile once what several tests and workers compile: small operations.
-
-    The folder is new for each run: what was compiled by another version never counts.
-    """
-    if keras.config.backend() == "jax":
-        import jax
-
-        if FOLDER not in os.environ:
-            os.environ[FOLDER] = tempfile.mkdtemp(prefix="compiled-")
-            config.add_cleanup(remove_compiled)
-        jax.config.update("jax_compilation_cache_dir", os.environ[FOLDER])
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def remove_compiled():
-    shutil.rmtree(os.environ.pop(FOLDER), ignore_errors=True)
-
-
-# Tracing makes many objects that live on: looking for garbage so seldom takes a
-# twentieth off the time.
-gc.set_threshold(100_000, 20, 20)
 
 
 def optimize(much):

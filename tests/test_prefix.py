@@ -13,6 +13,7 @@ from attention import (
     prompt_in_chunks,
 )
 from blocks import CustomBackbone, CustomDecoder
+from blocks.generation.engine import Engine
 from tests.helpers import (
     BATCH,
     LENGTH,
@@ -43,6 +44,16 @@ class PrefixDecoder(CustomDecoder):
 class PrefixBackbone(CustomBackbone):
     def create_decoder(self, layer_index):
         return PrefixDecoder(self.intermediate_dim, self.num_heads)
+
+
+def test_what_refuses_whole_prompts_too_is_heard(monkeypatch):
+    def refuse(*_):
+        raise WholePromptNeeded("not at once, either")
+
+    lm = make_lm(PrefixBackbone(60, 1, 4, 16, 32, learned_positions=False))
+    monkeypatch.setattr(Engine, "hidden_states", refuse)
+    with raises(WholePromptNeeded, "not at once, either"):
+        lm.prefill(prompts([[1, 2, 3]]), max_length=8)
 
 
 @pytest.mark.usefixtures("small_generation_sizes")

@@ -126,6 +126,8 @@ class Engine:
         try:
             return absorb(*arguments)
         except WholePromptNeeded:
+            if not self._in_chunks:
+                raise
             self._in_chunks = False
             return self.absorb(cache, capacity, tokens, index, lengths)
 
