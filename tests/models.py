@@ -165,6 +165,12 @@ def brute_force_greedy(
     return rows
 
 
+def check_generation(lm: Any, length: int = 12) -> None:
+    """Ragged prompts are continued as without a cache, each row on its own."""
+    outputs = lm.generate(prompts(RAGGED), stop_token_ids=None, max_length=length)
+    assert rows_of(outputs) == brute_force_greedy(lm, RAGGED, [length] * 3)
+
+
 def log_softmax(x: np.ndarray) -> np.ndarray:
     x = x.astype("float64")
     x = x - x.max(axis=-1, keepdims=True)

@@ -1,5 +1,6 @@
 """Every sampler of KerasHub, a user's own, and the ways to compile."""
 
+import threading
 import types
 
 import keras
@@ -49,6 +50,27 @@ def test_samplers_by_name(sampling_lm, name, expected):
     assert all(0 <= t < VOCABULARY_SIZE for row in rows for t in row)
     if name == "greedy":
         assert rows == expected
+
+
+def test_threads_never_draw_from_one_seed(sampling_lm):
+    sampler = keras_hub.samplers.RandomSampler(temperature=100.0, seed=1)
+    sampling_lm.compile(sampler=sampler)
+    x = prompts([[5, 6]] * 8)
+    drawn = []
+
+    def draw(times=40):
+        for _ in range(times):
+            outputs = sampling_lm.generate(x, stop_token_ids=None, max_new_tokens=1)
+            drawn.append(tuple(outputs["token_ids"][:, 2].tolist()))
+
+    draw(times=1)  # compiles
+    threads = [threading.Thread(target=draw) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    # Eight tokens that are the same by chance are one in millions.
+    assert len(set(drawn)) == len(drawn) == 161
 
 
 def test_a_seed_gives_the_same_tokens_again(sampling_lm):

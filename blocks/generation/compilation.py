@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +12,10 @@ import keras
 from keras import ops, tree
 
 from blocks.generation.sampler_contents import sampler_contents
+
+# Reading a seed and moving it on are two steps: of two threads between them both
+# would draw the same numbers. Models may share a sampler.
+_DRAWING = threading.RLock()
 
 
 def compile_function(
@@ -47,8 +53,12 @@ def compile_function(
     elif backend == "jax" and not eager:
         compiled = _jit(function, task, sampler, donate)
 
+    draws = bool(sampler_variables(sampler, task))
+
     def run(*args: Any) -> Any:
-        return compiled(*tree.map_structure(ops.convert_to_tensor, args))
+        args = tree.map_structure(ops.convert_to_tensor, args)
+        with _DRAWING if draws else contextlib.nullcontext():
+            return compiled(*args)
 
     # For those who want to see what JAX compiles.
     run.lower = getattr(compiled, "lower", None)  # type: ignore[attr-defined]
