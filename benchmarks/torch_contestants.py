@@ -135,7 +135,8 @@ class Bandwidth:
         torch.set_num_threads(os.cpu_count() or 1)
         columns = 1024
         shape = (BANDWIDTH_BYTES // 4 // columns, columns)
-        self.matrix = torch.ones(shape, device=torch_device())
+        # Not equal pages: a virtual machine's host would find them, and keep one.
+        self.matrix = torch.rand(shape, device=torch_device())
         self.vector = torch.ones(columns, device=torch_device())
 
     def measure(self, times: int = 40) -> dict[str, float]:
