@@ -135,17 +135,15 @@ class Bandwidth:
         torch.set_num_threads(os.cpu_count() or 1)
         columns = 1024
         shape = (BANDWIDTH_BYTES // 4 // columns, columns)
-        # Not equal pages: a virtual machine's host would find them, and keep one.
         self.matrix = torch.rand(shape, device=torch_device())
         self.vector = torch.ones(columns, device=torch_device())
 
     def measure(self, times: int = 40) -> dict[str, float]:
-        """Bytes per second of several ways to read, one of ten times is better.
+        """Bytes per second of several ways to read, which one read in ten exceeds.
 
         A product of a matrix and a vector does not everywhere read as fast as a
         plain sum does. The limit is the fastest of them: a slow one would
-        flatter the share of it. The best time of all would not do: on a shared
-        machine a single read has taken half of what the others did.
+        flatter the share of it.
         """
         ways = {
             "torch.mv": lambda: torch.mv(self.matrix, self.vector),

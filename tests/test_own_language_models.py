@@ -20,6 +20,7 @@ from tests.models import (
     VOCABULARY_SIZE,
     brute_force_greedy,
     byte_preprocessor,
+    check_generation,
     make_lm,
     prompts,
     randomize,
@@ -96,8 +97,7 @@ def make_own(kind="tensor", logits=False, sampler="greedy"):
 )
 def test_ragged_prompts_equal_brute_force(kind, logits):
     lm = make_own(kind, logits)
-    outputs = lm.generate(prompts(RAGGED), stop_token_ids=None, max_length=20)
-    assert rows_of(outputs) == brute_force_greedy(lm, RAGGED, [20] * 3)
+    check_generation(lm, 20)
 
 
 def test_samplers_with_a_loop_of_their_own():
@@ -119,8 +119,7 @@ def test_a_sequential_model():
     )
     randomize(model)
     lm = make_lm(model)
-    outputs = lm.generate(prompts(RAGGED), stop_token_ids=None, max_length=13)
-    assert rows_of(outputs) == brute_force_greedy(lm, RAGGED, [13] * 3)
+    check_generation(lm, 13)
 
 
 def test_it_learns_and_is_saved(tmp_path):

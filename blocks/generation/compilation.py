@@ -42,6 +42,7 @@ def compile_function(
     """
     backend = keras.config.backend()
     eager = task.run_eagerly and not fixed
+    seeds = sampler_variables(sampler, task)
     compiled = function
     if backend == "torch":
         compiled = _without_gradients(function)
@@ -51,13 +52,11 @@ def compile_function(
         xla = task.xla_generation and not fixed
         compiled = tf.function(function, jit_compile=xla, autograph=False)
     elif backend == "jax" and not eager:
-        compiled = _jit(function, task, sampler, donate)
-
-    draws = bool(sampler_variables(sampler, task))
+        compiled = _jit(function, task, seeds, donate)
 
     def run(*args: Any) -> Any:
         args = tree.map_structure(ops.convert_to_tensor, args)
-        with _DRAWING if draws else contextlib.nullcontext():
+        with _DRAWING if seeds else contextlib.nullcontext():
             return compiled(*args)
 
     # For those who want to see what JAX compiles.
@@ -76,12 +75,14 @@ def _without_gradients(function: Callable) -> Callable:
 
 
 def _jit(
-    function: Callable, task: keras.Model, sampler: Any, donate: tuple[int, ...]
+    function: Callable,
+    task: keras.Model,
+    seeds: list[keras.Variable],
+    donate: tuple[int, ...],
 ) -> Callable:
     import jax
 
     weights = [*task.trainable_variables, *task.non_trainable_variables]
-    seeds = sampler_variables(sampler, task)
 
     def stateless(values: Any, *args: Any) -> Any:
         mapping = zip(itertools.chain(seeds, weights), itertools.chain(*values))
