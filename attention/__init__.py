@@ -1,55 +1,39 @@
 """Cached sequence mixers: what one layer needs to know about the past."""
 
-from attention.cache_scope import (
-    CacheScope,
-    NewCacheScope,
-    hide_scope,
-    share_padding_mask,
-)
-from attention.cached_layer import CachedLayer
-from attention.cached_model import (
+from attention.contract.cached_layer import CachedLayer
+from attention.contract.cached_model import (
     call_sites,
     call_with_cache,
     can_rewind,
     create_cache,
-    find_not_rewindable,
     grow_cache,
-    max_positions,
 )
-from attention.composite_cached_layer import CompositeCachedLayer
-from attention.cross_attention import CrossAttention
-from attention.differential_attention import DifferentialAttention
-from attention.gated_delta_net import GatedDeltaNet
-from attention.grouped_query_attention import GroupedQueryAttention
-from attention.initializers import clone_initializer
-from attention.last_tokens import last_tokens
-from attention.latent_attention import LatentAttention
-from attention.linear_recurrence import LinearRecurrence
-from attention.mamba import Mamba2
-from attention.multi_head_attention import (
-    MultiHeadAttention,
-    MultiQueryAttention,
-    RotaryAttention,
-    T5Attention,
+from attention.contract.composite_cached_layer import CompositeCachedLayer
+from attention.contract.padding import last_tokens
+from attention.contract.scopes import (
+    CacheScope,
+    NewCacheScope,
 )
-from attention.position_embedding import PositionEmbedding
-from attention.position_schemes import (
-    AlibiBias,
-    PositionScheme,
-    RelativePositionBias,
-    RotaryPosition,
-)
-from attention.prefix import WholePromptNeeded, prompt_in_chunks
-from attention.retention import Retention
-from attention.rwkv import RWKVChannelMix, RWKVTimeMix
-from attention.shared_key_value_attention import SharedKeyValueAttention
-from attention.short_convolution import ShortConvolution, TokenShift
-from attention.validation import (
-    check_fraction,
-    check_positive_int,
-    describe,
-    is_concrete,
-)
+from attention.positions.alibi_bias import AlibiBias
+from attention.positions.position_embedding import PositionEmbedding
+from attention.positions.position_scheme import PositionScheme
+from attention.positions.relative_position_bias import RelativePositionBias
+from attention.positions.rotary_position import RotaryPosition
+from attention.recurrent.gated_delta_net import GatedDeltaNet
+from attention.recurrent.linear_recurrence import LinearRecurrence
+from attention.recurrent.mamba import Mamba2
+from attention.recurrent.retention import Retention
+from attention.recurrent.rwkv import RWKVChannelMix, RWKVTimeMix
+from attention.recurrent.short_convolution import ShortConvolution, TokenShift
+from attention.softmax.cross_attention import CrossAttention
+from attention.softmax.differential_attention import DifferentialAttention
+from attention.softmax.grouped_query_attention import GroupedQueryAttention
+from attention.softmax.latent_attention import LatentAttention
+from attention.softmax.multi_head_attention import MultiHeadAttention
+from attention.softmax.multi_query_attention import MultiQueryAttention
+from attention.softmax.rotary_attention import RotaryAttention
+from attention.softmax.shared_key_value_attention import SharedKeyValueAttention
+from attention.softmax.t5_attention import T5Attention
 
 __all__ = [
     "AlibiBias",
@@ -78,21 +62,10 @@ __all__ = [
     "ShortConvolution",
     "T5Attention",
     "TokenShift",
-    "WholePromptNeeded",
     "call_sites",
     "call_with_cache",
     "can_rewind",
-    "check_fraction",
-    "check_positive_int",
-    "clone_initializer",
     "create_cache",
-    "describe",
-    "find_not_rewindable",
     "grow_cache",
-    "hide_scope",
-    "is_concrete",
     "last_tokens",
-    "max_positions",
-    "prompt_in_chunks",
-    "share_padding_mask",
 ]

@@ -1,11 +1,10 @@
 """Decoder blocks, backbones and language models that know no cache."""
 
-from attention import clone_initializer
+from attention.contract import clone_initializer
 from blocks.causal_lm import CausalLM
 from blocks.custom_backbone import CustomBackbone
 from blocks.custom_decoder import CustomDecoder
 from blocks.custom_encoder import CustomEncoder
-from blocks.feed_forward import FeedForward, GatedFeedForward, gelu_approximate
 from blocks.generation import (
     DraftModel,
     GenerationState,
@@ -13,8 +12,9 @@ from blocks.generation import (
     Session,
     Speculation,
 )
-from blocks.mixture_of_experts import MixtureOfExperts
-from blocks.norms import DynamicTanh
+from blocks.layers.feed_forward import FeedForward, GatedFeedForward, gelu_approximate
+from blocks.layers.mixture_of_experts import MixtureOfExperts
+from blocks.layers.norms import DynamicTanh
 from blocks.preprocessor import CausalLMPreprocessor
 
 __all__ = [

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 from keras import tree
 
-from attention import describe
+from attention.contract import describe
 
 NAMES = ("token_ids", "padding_mask")
 

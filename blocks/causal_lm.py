@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import keras_hub
 
-from attention import describe
+from attention.contract import describe
 from blocks.backbone_inputs import (
     backbone_inputs,
     check_backbone,

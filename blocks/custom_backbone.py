@@ -9,16 +9,11 @@ from typing import Any
 import keras
 import keras_hub
 
-from attention import (
-    CachedLayer,
-    GroupedQueryAttention,
-    PositionEmbedding,
-    check_fraction,
-    check_positive_int,
-)
+from attention import CachedLayer, GroupedQueryAttention, PositionEmbedding
+from attention.contract import check_fraction, check_positive_int
 from blocks.custom_decoder import CustomDecoder
-from blocks.feed_forward import FeedForward, gelu_approximate
 from blocks.hooks import dtype_policy_scope, name_layer, run_hook
+from blocks.layers.feed_forward import FeedForward, gelu_approximate
 from blocks.presets import check_registered
 
 

@@ -7,13 +7,8 @@ from typing import Any
 
 import keras
 
-from attention import (
-    CachedLayer,
-    CompositeCachedLayer,
-    CrossAttention,
-    clone_initializer,
-    describe,
-)
+from attention import CachedLayer, CompositeCachedLayer, CrossAttention
+from attention.contract import clone_initializer, describe
 from blocks.hooks import build_layer, dtype_policy_scope, name_layer, run_hook
 from blocks.transformer_block import TransformerBlock
 

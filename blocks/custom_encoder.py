@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from attention import hide_scope, share_padding_mask
+from attention.contract import hide_scope, share_padding_mask
 from blocks.transformer_block import TransformerBlock
 
 

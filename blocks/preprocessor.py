@@ -12,7 +12,7 @@ import keras
 import keras_hub
 from keras import ops
 
-from attention import check_positive_int, describe
+from attention.contract import check_positive_int, describe
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import keras_hub
 
-from attention import describe
+from attention.contract import describe
 
 
 def check_registered(*objects: Any) -> None:

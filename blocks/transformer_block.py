@@ -6,15 +6,10 @@ from typing import Any
 
 import keras
 
-from attention import (
-    CachedLayer,
-    GroupedQueryAttention,
-    check_fraction,
-    check_positive_int,
-    clone_initializer,
-)
-from blocks.feed_forward import FeedForward
+from attention import CachedLayer, GroupedQueryAttention
+from attention.contract import check_fraction, check_positive_int, clone_initializer
 from blocks.hooks import build_layer, dtype_policy_scope, name_layer, run_hook
+from blocks.layers.feed_forward import FeedForward
 
 
 class TransformerBlock(keras.layers.Layer):

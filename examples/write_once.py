@@ -18,6 +18,8 @@ import argparse
 import os
 import time
 
+from attention import last_tokens
+
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -31,7 +33,6 @@ from attention import (
     RotaryAttention,
     call_with_cache,
     create_cache,
-    last_tokens,
 )
 from blocks import CausalLM
 

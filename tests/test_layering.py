@@ -1,6 +1,7 @@
 """Who may import whom, and that nothing but public names of others is used."""
 
 import ast
+import graphlib
 import pathlib
 
 import keras
@@ -138,14 +139,42 @@ def test_layers_of_the_library(path):
         top = module.split(".")[0]
         if package == "attention":
             assert top != "blocks", f"{path.name} imports {module}"
-        elif top == "attention":
-            assert module == "attention", f"{path.name} imports {module}"
-            assert name in attention.__all__, f"{path.name} imports {name}"
+        elif top == "attention" and path.parent.name != "testing":
+            rooms = {room.__name__: room for room in (attention, attention.contract)}
+            assert module in rooms, f"{path.name} imports {module}"
+            assert name in rooms[module].__all__, f"{path.name} imports {name}"
+
+
+def room(module):
+    """The folder of a module; files at the top of a package are one room, too."""
+    path = ROOT.joinpath(*module.split("."))
+    folder = path if path.is_dir() else path.parent
+    return str(folder.relative_to(ROOT))
+
+
+def imports_of_rooms():
+    """For each folder the other folders that its files import."""
+    found = {}
+    for path in SOURCES:
+        own = str(path.parent.relative_to(ROOT))
+        # What a package shows at its top is made of its rooms.
+        if path.name == "__init__.py" and own in PACKAGES:
+            continue
+        for module, _ in imports(parse(path)):
+            if module.split(".")[0] in PACKAGES and room(module) != own:
+                found.setdefault(own, set()).add(room(module))
+    return found
+
+
+def test_rooms_import_each_other_in_no_circle():
+    found = imports_of_rooms()
+    assert "attention/contract" in found["attention/softmax"]
+    list(graphlib.TopologicalSorter(found).static_order())
 
 
 def test_helpers_of_tests_have_one_name():
     """Under a second one (`helpers`) their classes would be registered anew."""
-    paths = list((ROOT / "tests").glob("*.py"))
+    paths = list((ROOT / "tests").rglob("*.py"))
     names = {path.stem for path in paths}
     for path in paths:
         for module, _ in imports(parse(path)):

@@ -8,7 +8,8 @@ from typing import Any
 import keras
 from keras import tree
 
-from attention.cached_layer import CachedLayer
+from attention.contract.arguments import check_positive_int, describe
+from attention.contract.cached_layer import CachedLayer
 from attention.testing.backends import full_precision
 from attention.testing.contract_checks import (
     check_cache,
@@ -33,7 +34,6 @@ from attention.testing.rewind_check import check_rewind
 from attention.testing.running import run_in_order, select
 from attention.testing.saving_checks import check_config, check_saving
 from attention.testing.subjects import LayerSubject, ModelSubject, Subject
-from attention.validation import check_positive_int, describe
 
 # From what a mistake shows in alone to what it shows in, too: the first check
 # that fails is the one to read.

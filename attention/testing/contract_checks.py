@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 from keras import ops, tree
 
-from attention.call_validation import UpdatedCacheError
+from attention.contract.arguments import describe
+from attention.contract.checks import UpdatedCacheError
 from attention.testing.backends import copy_arrays, is_tensor, to_numpy
 from attention.testing.comparing import Difference, ranges
 from attention.testing.failure import ConformanceError
 from attention.testing.probe import INT, ROWS, Probe, as_index, part, replace
 from attention.testing.subjects import Subject
-from attention.validation import describe
 
 
 def check_cache(subject: Subject, probe: Probe) -> float:

@@ -8,9 +8,9 @@ import keras
 import numpy as np
 from keras import tree
 
-from attention.cached_model import symbolic_inputs
+from attention.contract.arguments import describe
+from attention.contract.cached_model import symbolic_inputs
 from attention.testing.backends import to_numpy
-from attention.validation import describe
 
 
 class InputSpec:

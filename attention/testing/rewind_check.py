@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from keras import tree
 
+from attention.contract.arguments import describe
 from attention.testing.comparing import Difference, ranges
 from attention.testing.failure import ConformanceError
 from attention.testing.probe import (
@@ -21,7 +22,6 @@ from attention.testing.probe import (
     replace,
 )
 from attention.testing.subjects import Subject
-from attention.validation import describe
 
 
 def check_rewind(subject: Subject, probe: Probe) -> float:

@@ -11,8 +11,9 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from attention.cached_layer import CachedLayer
-from attention.cached_model import (
+from attention.contract.arguments import describe
+from attention.contract.cached_layer import CachedLayer
+from attention.contract.cached_model import (
     call_sites,
     call_with_cache,
     can_rewind,
@@ -22,7 +23,6 @@ from attention.cached_model import (
 )
 from attention.testing.backends import dtype_policy, is_tensor
 from attention.testing.inputs import input_specs
-from attention.validation import describe
 
 # Noise that is added to all trainable weights, so that what starts at zero (a
 # bias, a gate) takes part in the outputs.

@@ -9,17 +9,12 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from attention import (
-    CacheScope,
-    WholePromptNeeded,
-    call_sites,
-    grow_cache,
-    max_positions,
-    prompt_in_chunks,
-)
+from attention import CacheScope, call_sites, grow_cache
+from attention.contract import max_positions
+from attention.softmax.prefix import WholePromptNeeded, prompt_in_chunks
 from blocks.backbone_inputs import backbone_inputs
+from blocks.generation.backends.loop_kernels import LoopKernels
 from blocks.generation.compilation import CompiledFunctions, sampler_variables
-from blocks.generation.loop_kernels import LoopKernels
 from blocks.generation.sampler_contents import LoopSampler
 from blocks.generation.sampler_settings import number_settings, with_settings
 from blocks.generation.state import chunk_length

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from attention import check_positive_int
+from attention.contract import check_positive_int
 from blocks.generation.progress import check_verbose, with_progress
 from blocks.generation.prompts import Prompts, resolve_stops
 from blocks.generation.running_batch import Block, RunningBatch

@@ -9,7 +9,7 @@ from typing import Any
 
 import keras
 
-from attention import describe
+from attention.contract import describe
 
 # A call that ends before needs no bar.
 MIN_SECONDS = 2.0

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from attention import check_positive_int, describe
+from attention.contract import check_positive_int, describe
 from blocks.generation.token_rows import check_tokens
 from blocks.preprocessor import end_token_ids
 

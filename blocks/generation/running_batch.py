@@ -18,9 +18,7 @@ from blocks.generation.state import (
     round_up_capacity,
     take_rows,
 )
-from blocks.generation.token_rows import (
-    pad_rows,
-)
+from blocks.generation.token_rows import pad_rows
 
 # The smallest number of stop tokens, which is a shape. -1 is no token.
 _FEW_STOPS = 8

@@ -11,9 +11,7 @@ from keras import ops
 from attention import NewCacheScope
 from blocks.generation.engine import Engine
 from blocks.generation.running_batch import to_numpy
-from blocks.generation.token_rows import (
-    NO_TOKENS,
-)
+from blocks.generation.token_rows import NO_TOKENS
 
 
 def search(

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from attention import check_positive_int, describe, find_not_rewindable
+from attention.contract import check_positive_int, describe, find_not_rewindable
 from blocks.generation.prompts import normalize_inputs, resolve_stops
 from blocks.generation.running_batch import Block, RunningBatch
 from blocks.generation.sampler_settings import check_sampler

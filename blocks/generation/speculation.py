@@ -10,14 +10,10 @@ import keras_hub
 import numpy as np
 from keras import ops
 
-from attention import can_rewind, check_positive_int, describe
+from attention import can_rewind
+from attention.contract import check_positive_int, describe
 from blocks.generation.engine import Engine, is_any, sample_token
-from blocks.generation.running_batch import (
-    Block,
-    RunningBatch,
-    pad_stops,
-    to_numpy,
-)
+from blocks.generation.running_batch import Block, RunningBatch, pad_stops, to_numpy
 from blocks.generation.sampler_settings import number_settings
 from blocks.generation.token_rows import NO_TOKENS
 

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from attention import check_positive_int, describe, is_concrete
+from attention.contract import check_positive_int, describe, is_concrete
 from blocks.generation.engine import Engine
 from blocks.generation.prompts import Prompts, normalize_inputs, read_prompts
 from blocks.generation.state import GenerationState

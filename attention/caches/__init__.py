@@ -1,0 +1,1 @@
+"""Cache policies: where what attention remembers is kept."""

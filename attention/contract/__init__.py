@@ -1,0 +1,52 @@
+"""The contract that every cached layer keeps, and what it takes to use one.
+
+`blocks` imports from here what it needs beyond the public names of `attention`.
+"""
+
+from attention.contract.arguments import (
+    check_fraction,
+    check_positive_int,
+    describe,
+)
+from attention.contract.cached_layer import CachedLayer
+from attention.contract.cached_model import (
+    call_sites,
+    call_with_cache,
+    can_rewind,
+    create_cache,
+    find_not_rewindable,
+    grow_cache,
+    max_positions,
+)
+from attention.contract.composite_cached_layer import CompositeCachedLayer
+from attention.contract.initializers import clone_initializer
+from attention.contract.padding import last_tokens
+from attention.contract.scopes import (
+    CacheScope,
+    NewCacheScope,
+    hide_scope,
+    share_padding_mask,
+)
+from attention.contract.sizes import is_concrete
+
+__all__ = [
+    "CacheScope",
+    "CachedLayer",
+    "CompositeCachedLayer",
+    "NewCacheScope",
+    "call_sites",
+    "call_with_cache",
+    "can_rewind",
+    "check_fraction",
+    "check_positive_int",
+    "clone_initializer",
+    "create_cache",
+    "describe",
+    "find_not_rewindable",
+    "grow_cache",
+    "hide_scope",
+    "is_concrete",
+    "last_tokens",
+    "max_positions",
+    "share_padding_mask",
+]

@@ -1,0 +1,141 @@
+"""Checks of arguments, and the words for what was received."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+import keras
+import numpy as np
+
+
+def describe(value: Any) -> str:
+    """Describes a value for an error message: types and shapes, no contents.
+
+    Args:
+        value: anything.
+
+    Returns:
+        A short string.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from attention.contract import describe
+    >>> describe({"key": np.zeros((2, 4), "float32")})
+    "{'key': float32 tensor of shape (2, 4)}"
+    """
+    if value is None or isinstance(value, (bool, numbers.Number, str)):
+        return repr(value)
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{dtype_name(value)} tensor of shape {tuple(value.shape)}"
+    if isinstance(value, dict):
+        inner = ", ".join(f"{k!r}: {describe(v)}" for k, v in value.items())
+        return f"{{{inner}}}"
+    if isinstance(value, (list, tuple)):
+        shown = ", ".join(describe(v) for v in value[:3])
+        more = f", ... {len(value)} in all" if len(value) > 3 else ""
+        return f"{type(value).__name__}({shown}{more})"
+    return f"an instance of {type(value).__name__}"
+
+
+def dtype_name(x: Any) -> str:
+    """The name of a tensor's dtype, also where it is none of Keras's."""
+    try:
+        return keras.backend.standardize_dtype(x.dtype)
+    except ValueError:
+        return str(x.dtype)
+
+
+def check_positive_int(name: str, value: Any) -> int:
+    """Returns an argument as an int, or says that it must be a positive one.
+
+    Args:
+        name: str. The name of the argument, for the message.
+        value: what was received.
+
+    Returns:
+        An int.
+
+    Raises:
+        TypeError: if it is no integer.
+        ValueError: if it is not positive.
+
+    Example:
+
+    >>> from attention.contract import check_positive_int
+    >>> check_positive_int("num_heads", 8)
+    8
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(
+            f"`{name}` must be a positive integer. Received: {name}={describe(value)}"
+        )
+    if value <= 0:
+        raise ValueError(
+            f"`{name}` must be a positive integer. Received: {name}={value}"
+        )
+    return int(value)
+
+
+def check_fraction(name: str, value: Any) -> float:
+    """Returns an argument as a float, or says that it must be in `[0, 1)`.
+
+    Args:
+        name: str. The name of the argument, for the message.
+        value: what was received.
+
+    Returns:
+        A float.
+
+    Raises:
+        ValueError: if it is no number of at least 0 and below 1.
+
+    Example:
+
+    >>> from attention.contract import check_fraction
+    >>> check_fraction("dropout", 0.1)
+    0.1
+    """
+    if not isinstance(value, (int, float, np.number)) or not 0 <= value < 1:
+        raise ValueError(
+            f"`{name}` must be a number of at least 0 and below 1. Received: "
+            f"{name}={describe(value)}"
+        )
+    return float(value)
+
+
+def refuse_arguments(layer: Any, given: dict[str, Any], **reasons: str) -> None:
+    """Says so when a layer gets an argument that it has no use for.
+
+    Args:
+        layer: the layer.
+        given: the arguments that it would hand on.
+        **reasons: why it can't use them, by their names.
+
+    Raises:
+        TypeError: if so.
+    """
+    for name, reason in reasons.items():
+        if name in given:
+            raise TypeError(
+                f"`{type(layer).__name__}` takes no `{name}`: {reason}. Received: "
+                f"{name}={describe(given[name])}"
+            )
+
+
+def check_soft_cap(value: Any) -> float | None:
+    """Returns a positive number or `None`, or says what may be given."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(
+            "`logit_soft_cap` must be a number or None, which means no cap. "
+            f"Received: logit_soft_cap={describe(value)}"
+        )
+    if value <= 0:
+        raise ValueError(
+            "`logit_soft_cap` must be positive: logits are kept between it and its "
+            f"negative. Received: logit_soft_cap={value}"
+        )
+    return float(value)

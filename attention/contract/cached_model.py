@@ -1,0 +1,337 @@
+"""Caches for whole Keras models, whatever their topology."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+from keras import ops, tree
+
+from attention.contract.arguments import check_positive_int, describe
+from attention.contract.cached_layer import CachedLayer
+from attention.contract.checks import check_rewind_indices
+from attention.contract.recording_scope import RecordingScope
+from attention.contract.scopes import CacheScope
+from attention.contract.sizes import static_size
+
+# Rows and tokens of the rehearsals that find call sites. They can be told from
+# each other, from their product, and from a single one.
+_ROWS, _LENGTH = 3, 2
+
+
+def find_call_sites(
+    run: Callable[[int, int], Any], name: str
+) -> tuple[CachedLayer, ...]:
+    """Finds the calls of cached layers in a function, in call order.
+
+    Args:
+        run: runs what is to be looked at, without a cache, on zeros: it gets a
+            batch size and a length.
+        name: str. Whose calls they are, for messages.
+
+    Returns:
+        A tuple of layers. A layer that is called twice is in it twice.
+
+    Raises:
+        ValueError: if a layer is called where it can have no cache, or if the
+            calls depend on the length.
+    """
+
+    def record(length: int) -> list[Any]:
+        with RecordingScope(_ROWS) as scope:
+            run(_ROWS, length)
+        return scope.layers
+
+    layers = record(_LENGTH)
+    # A loop over the sequence calls the same layer again and again.
+    if len({id(layer) for layer in layers}) < len(layers):
+        fewer = record(1)
+        if [id(x) for x in fewer] != [id(x) for x in layers]:
+            layer = max(layers, key=layers.count)
+            raise ValueError(
+                f"'{name}' calls layer '{layer.name}' ({type(layer).__name__}) "
+                f"{layers.count(layer)} times on {_LENGTH} tokens and "
+                f"{fewer.count(layer)} times on one, as a loop over the sequence "
+                "does. Each call has a cache of its own, so these don't fit each "
+                "other. Call the layer once, on all tokens."
+            )
+    return tuple(layers)
+
+
+def call_sites(model: keras.Model, inputs: Any = None) -> tuple[CachedLayer, ...]:
+    """Finds the calls of cached layers in a model, in call order.
+
+    The model is run, without a cache, on a few tokens of zeros.
+
+    Args:
+        model: a built `keras.Model` (or layer): functional, Sequential or
+            subclassed.
+        inputs: an example of the model's inputs; needed for a subclassed
+            model. Its values play no role.
+
+    Returns:
+        A tuple of layers. A layer that is called twice is in it twice.
+
+    Raises:
+        TypeError: if `model` is no Keras model or layer.
+        ValueError: if the model is not built, `inputs` is needed, or a layer is
+            called where it can have no cache, such as in a mapped function.
+
+    Example:
+
+    >>> import keras
+    >>> from attention import MultiHeadAttention, call_sites
+    >>> attend = MultiHeadAttention(num_heads=2)
+    >>> inputs = keras.Input((None, 8))
+    >>> model = keras.Model(inputs, attend(attend(inputs)))
+    >>> [layer is attend for layer in call_sites(model)]
+    [True, True]
+    """
+    if not isinstance(model, keras.layers.Layer):
+        raise TypeError(
+            f"`model` must be a Keras model or layer. Received: model={describe(model)}"
+        )
+    if not model.built:
+        raise ValueError(
+            f"`model` '{model.name}' is not built, so the shapes of its caches "
+            "are not known. Call it once on an example of its inputs first."
+        )
+    if inputs is None:
+        specs = symbolic_inputs(model)
+
+        def zeros(spec: keras.KerasTensor, sizes: tuple[int, int]) -> Any:
+            shape = [sizes[0], *spec.shape[1:]]
+            if shape[1:] and shape[1] is None:
+                shape[1] = sizes[1]
+            return ops.zeros(shape, dtype=spec.dtype)
+
+        def run(*sizes: Any) -> Any:
+            return model(tree.map_structure(lambda x: zeros(x, sizes), specs))
+
+        return find_call_sites(run, model.name)
+    rows = {static_size(x, 0) for x in tree.flatten(inputs)}
+    with RecordingScope(rows.pop() if len(rows) == 1 else None) as scope:
+        model(inputs)
+    return tuple(scope.layers)
+
+
+def symbolic_inputs(model: keras.Model) -> Any:
+    """What a model says about its inputs: a pytree of `keras.KerasTensor`s."""
+    structure = getattr(model, "input", None)
+    if structure is None:
+        # A Sequential model has no `input` before it was called symbolically.
+        flat = getattr(model, "inputs", None) or []
+        structure = flat[0] if len(flat) == 1 else flat
+    specs = tree.flatten(structure)
+    known = specs and all(
+        isinstance(x, keras.KerasTensor) and None not in tuple(x.shape)[2:]
+        for x in specs
+    )
+    if not known:
+        raise ValueError(
+            f"The inputs of '{model.name}' are not known, as it is no functional "
+            "or Sequential model (or has axes of unknown size besides the batch "
+            "and the length). Pass `inputs`, an example of them."
+        )
+    return structure
+
+
+def create_cache(
+    model: keras.Model, batch_size: int, max_length: int, inputs: Any = None
+) -> tuple:
+    """Creates an empty cache for any Keras model made of cached layers.
+
+    Args:
+        model: a built `keras.Model`: functional, Sequential, nested or
+            subclassed. Shared layers get a cache for each call site.
+        batch_size: int. The number of rows.
+        max_length: int. How many positions each row can hold.
+        inputs: an example of the model's inputs, needed for a subclassed
+            model. Its values play no role.
+
+    Returns:
+        A tuple with a cache for each call of a cached layer, in call order.
+
+    Raises:
+        TypeError: if `model` is no Keras model or layer, or a size no integer.
+        ValueError: if the model is not built, contains no cached layer, or
+            can't represent `max_length` positions.
+
+    Example:
+
+    >>> import keras
+    >>> from attention import MultiHeadAttention, create_cache
+    >>> model = keras.Sequential([keras.Input((None, 8)), MultiHeadAttention(2)])
+    >>> cache = create_cache(model, batch_size=3, max_length=16)
+    >>> tuple(cache[0]["value"].shape)  # (batch, heads, length, value_dim)
+    (3, 2, 16, 4)
+    """
+    batch_size = check_positive_int("batch_size", batch_size)
+    max_length = check_positive_int("max_length", max_length)
+    sites = call_sites(model, inputs)
+    if not sites:
+        raise ValueError(
+            f"`model` '{model.name}' calls no cached layer, so there is nothing "
+            "to cache. Its sequence layers must be subclasses of `CachedLayer`."
+        )
+    limit = max_positions(sites)
+    if limit is not None and max_length > limit:
+        raise ValueError(
+            f"`model` '{model.name}' can represent {limit} positions (its "
+            f"learned position embedding). Received: max_length={max_length}"
+        )
+    return tuple(layer.create_cache(batch_size, max_length) for layer in sites)
+
+
+def max_positions(sites: tuple[CachedLayer, ...]) -> int | None:
+    """The largest number of positions all the layers can represent, or `None`."""
+    limits = [layer.max_sequence_length for layer in sites]
+    return min((x for x in limits if x is not None), default=None)
+
+
+def grow_cache(sites: tuple[CachedLayer, ...], cache: tuple, max_length: int) -> tuple:
+    """Copies a model's cache into a larger one.
+
+    Args:
+        sites: the model's cached layers in call order, from `call_sites` or
+            the `layers` of a `NewCacheScope`.
+        cache: the model's cache.
+        max_length: int. How many positions each row can hold from now on.
+
+    Returns:
+        A cache with the same contents.
+
+    Raises:
+        ValueError: if `cache` has another number of slots than there are
+            layers, or `max_length` is smaller than what it holds.
+
+    Example:
+
+    >>> import keras
+    >>> from attention import MultiHeadAttention, call_sites, create_cache, grow_cache
+    >>> model = keras.Sequential([keras.Input((None, 8)), MultiHeadAttention(2)])
+    >>> cache = create_cache(model, batch_size=1, max_length=16)
+    >>> cache = grow_cache(call_sites(model), cache, max_length=32)
+    >>> cache[0]["value"].shape[2]
+    32
+    """
+    _check_slots(sites, cache)
+    return tuple(
+        layer.grow_cache(slot, max_length) for layer, slot in zip(sites, cache)
+    )
+
+
+def can_rewind(
+    sites: tuple[CachedLayer, ...], cache: tuple, from_index: int, to_index: int
+) -> bool:
+    """Whether the last positions can be taken back from a model's cache.
+
+    If so, a caller may go on at `cache_update_index=to_index`, or at any index
+    from there to `from_index`, each row at its own.
+
+    Args:
+        sites: the model's cached layers in call order, from `call_sites` or
+            the `layers` of a `NewCacheScope`.
+        cache: the model's cache.
+        from_index: int. How many positions it has absorbed: the largest number,
+            where rows differ.
+        to_index: int. How many of them are kept: the smallest number.
+
+    Returns:
+        A bool: whether all of the layers can. A recurrent one can't.
+
+    Raises:
+        ValueError: if `cache` has another number of slots than there are
+            layers, or not `from_index >= to_index >= 0`, both integers.
+
+    Example:
+
+    >>> import keras
+    >>> from attention import MultiHeadAttention, call_sites, can_rewind, create_cache
+    >>> model = keras.Sequential([keras.Input((None, 8)), MultiHeadAttention(2)])
+    >>> cache = create_cache(model, batch_size=1, max_length=16)
+    >>> can_rewind(call_sites(model), cache, from_index=7, to_index=5)
+    True
+    """
+    _check_slots(sites, cache)
+    check_rewind_indices(from_index, to_index)
+    return all(
+        layer.can_rewind(slot, from_index, to_index)
+        for layer, slot in zip(sites, cache)
+    )
+
+
+def find_not_rewindable(
+    sites: tuple[CachedLayer, ...], cache: tuple, from_index: int, to_index: int
+) -> CachedLayer | None:
+    """The first layer, of however many within each other, that can't go back.
+
+    Args:
+        sites: as for `can_rewind`.
+        cache: as for `can_rewind`.
+        from_index: as for `can_rewind`.
+        to_index: as for `can_rewind`.
+
+    Returns:
+        A layer, or `None` where `can_rewind` says yes.
+    """
+    for layer, slot in zip(sites, cache):
+        if not layer.can_rewind(slot, from_index, to_index):
+            inner = layer.inner_layers()
+            found = inner and find_not_rewindable(inner, slot, from_index, to_index)
+            return found or layer
+    return None
+
+
+def _check_slots(sites: tuple[CachedLayer, ...], cache: tuple) -> None:
+    if len(sites) != len(cache):
+        raise ValueError(
+            f"`cache` has {len(cache)} slots, but there are {len(sites)} cached "
+            "calls in `sites`. They belong to different models."
+        )
+
+
+def call_with_cache(
+    model: keras.Model,
+    inputs: Any,
+    cache: tuple,
+    cache_update_index: Any,
+    padding_mask: Any = None,
+) -> tuple[Any, tuple]:
+    """Calls any Keras model made of cached layers on the next positions.
+
+    Args:
+        model: the `keras.Model` the cache was created for.
+        inputs: the model's inputs for the next positions.
+        cache: the tuple from `create_cache`, or from the last call.
+        cache_update_index: int, integer scalar tensor, or integer tensor of
+            shape `(batch_size,)`. How many positions the cache has absorbed.
+        padding_mask: `None` or tensor of shape `(batch_size, length)`, true for
+            the real tokens of the inputs, which are padded on the right: for
+            the cached layers that the model calls without one.
+
+    Returns:
+        `(outputs, cache)`: what the model returns for these positions, and the
+        updated cache.
+
+    Raises:
+        ValueError: if the cache was made for another model or batch size, or
+            the padding mask for other inputs.
+
+    Example:
+
+    >>> import keras, numpy as np
+    >>> from keras import ops
+    >>> from attention import MultiHeadAttention, call_with_cache, create_cache
+    >>> model = keras.Sequential([keras.Input((None, 8)), MultiHeadAttention(2)])
+    >>> x = np.random.normal(size=(1, 5, 8)).astype("float32")
+    >>> cache = create_cache(model, batch_size=1, max_length=8)
+    >>> head, cache = call_with_cache(model, x[:, :3], cache, 0)
+    >>> tail, cache = call_with_cache(model, x[:, 3:], cache, 3)
+    >>> bool(ops.all(ops.isclose(tail, model(x)[:, 3:], atol=1e-5)))
+    True
+    """
+    with CacheScope(cache, cache_update_index, padding_mask) as scope:
+        outputs = model(inputs)
+    return outputs, scope.cache

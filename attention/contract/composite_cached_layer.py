@@ -1,0 +1,287 @@
+"""A cached layer made of other layers, whose caches it creates and passes on."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from keras import ops
+
+from attention.contract.arguments import describe
+from attention.contract.cached_layer import CachedLayer, Untracked
+from attention.contract.cached_model import (
+    can_rewind,
+    find_call_sites,
+    grow_cache,
+    max_positions,
+)
+from attention.contract.recording_scope import RecordingScope
+from attention.contract.scopes import CacheScope, cache_is_donated, share_padding_mask
+from attention.contract.signatures import (
+    parameters,
+    positional_parameters,
+    with_implicit_masks,
+)
+
+# What `call` adds to, or takes from, the arguments of `transform`.
+_CACHE_ARGUMENTS = ("cache", "cache_update_index", "training")
+
+
+class CompositeCachedLayer(CachedLayer):
+    """A cached layer made of other layers, cached or not.
+
+    A subclass writes `transform(x, padding_mask=None, training=None)` in plain
+    Keras. The caches of the cached layers it calls are created and passed
+    along by this class: `create_cache` runs `transform` on a few zeros to
+    find the call sites, and `call` runs it in a `CacheScope`. A layer that
+    is called twice has two caches.
+
+    `transform` may name further arguments, tensors or nested tensors that come
+    from other layers: `transform(x, key_value, padding_mask=None)`. The layer
+    then takes them, too, as `layer(x, key_value)` or by keyword, with a cache
+    and without. It may return any structure of tensors, such as `(x,
+    key_value)`. As nobody can make up such arguments, the call sites are noted
+    when the layer is first called without a cache, in the symbolic call that
+    makes a functional model or in any other.
+
+    Inner cached layers that `transform` calls without a padding mask use the
+    one of this layer.
+
+    Args:
+        **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
+
+    Raises:
+        TypeError: if called with an argument that `transform` does not name, or
+            without one that it needs.
+        ValueError: if a cache is asked for before the call sites can be known.
+
+    Example:
+
+    >>> import keras, numpy as np
+    >>> from keras import ops
+    >>> from attention import CompositeCachedLayer, MultiHeadAttention
+    >>> class TwoAttentions(CompositeCachedLayer):
+    ...     def build(self, inputs_shape):
+    ...         self.first = MultiHeadAttention(num_heads=2)
+    ...         self.first.build(inputs_shape)
+    ...         self.second = MultiHeadAttention(num_heads=4)
+    ...         self.second.build(inputs_shape)
+    ...     def transform(self, x, padding_mask=None, training=None):
+    ...         return x + self.second(self.first(x))
+    >>> layer = TwoAttentions()
+    >>> x = np.random.normal(size=(1, 3, 8)).astype("float32")
+    >>> full = layer(x)
+    >>> cache = layer.create_cache(batch_size=1, max_length=3)
+    >>> head, cache = layer(x[:, :2], cache=cache, cache_update_index=0)
+    >>> tail, cache = layer(x[:, 2:], cache=cache, cache_update_index=2)
+    >>> bool(ops.all(ops.isclose(tail, full[:, 2:], atol=1e-5)))
+    True
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # Keras takes the arguments of a layer from the signature of `call`.
+        owner = next(base for base in cls.__mro__ if "call" in vars(base))
+        ours = owner is CompositeCachedLayer or hasattr(cls.call, "transform")
+        if ours and "transform" in vars(cls):
+            call = _call_with_arguments_of(cls.transform)
+            cls.call = with_implicit_masks(call)  # type: ignore
+
+    def transform(self, x: Any, padding_mask: Any = None, training: Any = None) -> Any:
+        """The computation, written once, without a word about caches."""
+        raise NotImplementedError(
+            f"{type(self).__name__} must implement `transform(x, "
+            "padding_mask=None, training=None)`."
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._check_arguments(args, kwargs)
+        return super().__call__(*args, **kwargs)
+
+    def call(
+        self,
+        x: Any,
+        padding_mask: Any = None,
+        cache: Any = None,
+        cache_update_index: Any = None,
+        training: Any = None,
+        **inputs: Any,
+    ) -> Any:
+        if cache is None:
+            return self._transform_noting_sites(x, padding_mask, training, inputs)
+        with CacheScope(cache, cache_update_index, donate=cache_is_donated()) as scope:
+            outputs = self._transform(x, padding_mask, training, inputs)
+        return outputs, scope.cache
+
+    def create_cache(
+        self, batch_size: int, max_length: int, source_length: int | None = None
+    ) -> tuple:
+        """Makes the caches of the layers that `transform` calls.
+
+        Args:
+            batch_size: int. The number of rows.
+            max_length: int. How many positions each row can hold.
+            source_length: int or `None`. How many positions another sequence may
+                have, for layers that attend to one (`CrossAttention`).
+        """
+
+        def takes_source(layer: CachedLayer) -> bool:
+            return "source_length" in parameters(type(layer).create_cache)
+
+        source = {} if source_length is None else {"source_length": source_length}
+        return tuple(
+            layer.create_cache(
+                batch_size,
+                max_length,
+                **(source if takes_source(layer) else {}),
+            )
+            for layer in self._call_sites()
+        )
+
+    def grow_cache(self, cache: Any, max_length: int) -> tuple:
+        return grow_cache(self._call_sites(), cache, max_length)
+
+    def can_rewind(self, cache: Any, from_index: int, to_index: int) -> bool:
+        return can_rewind(self._call_sites(), cache, from_index, to_index)
+
+    def inner_layers(self) -> tuple[CachedLayer, ...]:
+        return self._call_sites()
+
+    @property
+    def max_sequence_length(self) -> int | None:  # type: ignore[override]
+        return max_positions(self._call_sites())
+
+    def _transform(self, x: Any, padding_mask: Any, training: Any, inputs: dict) -> Any:
+        arguments = {"padding_mask": padding_mask, "training": training}
+        accepted = parameters(type(self).transform)
+        arguments = {k: v for k, v in arguments.items() if k in accepted}
+        with share_padding_mask(padding_mask):
+            return self.transform(x, **arguments, **inputs)
+
+    def _further_arguments(self) -> dict[str, inspect.Parameter]:
+        return _further_arguments(type(self).transform)
+
+    def _check_arguments(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        if not hasattr(type(self).call, "transform"):
+            # A subclass with a `call` of its own says itself what it takes.
+            return
+        names = parameters(type(self).call)
+        further = self._further_arguments()
+        given = {*names[: len(args)], *kwargs}
+        unknown = sorted(given.difference(names))
+        missing = sorted({"x", *_needed(further)} - given)
+        positional = positional_parameters(type(self).call)
+        if len(args) <= len(positional) and not unknown and not missing:
+            return
+        what = f"the arguments {unknown}" if unknown else "too many arguments"
+        raise TypeError(
+            f"Layer '{self.name}' was called "
+            + (f"without {missing}" if missing else f"with {what}")
+            + f". Its arguments are those of `{type(self).__name__}.transform`: "
+            f"{['x', *further, 'padding_mask']}; and, by keyword, "
+            f"{list(_CACHE_ARGUMENTS)}. Received: {describe(args)}, {describe(kwargs)}"
+        )
+
+    def _transform_noting_sites(
+        self, x: Any, padding_mask: Any, training: Any, inputs: dict
+    ) -> Any:
+        """Runs `transform` without a cache, and notes the call sites if need be."""
+        memo = self.__dict__.get("_call_site_memo")
+        if not self._further_arguments() or (memo is not None and memo.key):
+            return self._transform(x, padding_mask, training, inputs)
+        weights = len(self.weights)
+        # Nobody wants a cache of these calls, so far.
+        with RecordingScope(strict=False) as scope:
+            outputs = self._transform(x, padding_mask, training, inputs)
+        # Building inner layers may call others, and training may leave some
+        # out or add some: a later call tells better.
+        certain = self.built and not training and len(self.weights) == weights
+        self._note_call_sites(tuple(scope.layers), certain, scope.problem)
+        return outputs
+
+    def _note_call_sites(
+        self, layers: tuple[CachedLayer, ...], certain: bool, problem: str | None
+    ) -> None:
+        memo = Untracked()
+        memo.key, memo.value = certain, (layers, problem)
+        self._call_site_memo = memo
+
+    def _call_sites(self) -> tuple[CachedLayer, ...]:
+        """The cached layers that `transform` calls, in call order."""
+        if "_call_site_memo" not in self.__dict__:
+            # With further arguments, a call with all of them tells better.
+            certain = not self._further_arguments()
+            self._note_call_sites(self._record_call_sites(), certain, None)
+        layers, problem = self._call_site_memo.value
+        if problem:
+            raise ValueError(problem)
+        return layers
+
+    def _record_call_sites(self) -> tuple[CachedLayer, ...]:
+        if not self.built:
+            raise ValueError(
+                f"Layer '{self.name}' has no weights yet, so its caches can't "
+                "be sized. Call it once, or call its `build` with the shape of "
+                "its inputs, before `create_cache`."
+            )
+        needed = _needed(self._further_arguments())
+        if needed:
+            raise ValueError(
+                f"`{type(self).__name__}.transform` needs {needed}, so layer "
+                f"'{self.name}' can't find out by itself which cached layers it "
+                "calls. Call it once without a cache, with all its arguments, "
+                "before `create_cache`; making a functional model is such a call."
+            )
+        config = self.get_build_config() or {}
+        shapes = config.get("shapes_dict") or {"input": config.get("input_shape")}
+        shape = tuple(next(iter(shapes.values())))
+
+        def run(rows: int, length: int) -> Any:
+            zeros = ops.zeros((rows, length, *shape[2:]), dtype=self.compute_dtype)
+            return self._transform(zeros, None, False, {})
+
+        return find_call_sites(run, self.name)
+
+
+@functools.cache
+def _further_arguments(transform: Callable) -> dict[str, inspect.Parameter]:
+    """The parameters of `transform` that not every composite layer has."""
+    known = ("padding_mask", *_CACHE_ARGUMENTS)
+    after_x = list(inspect.signature(transform).parameters.values())[2:]
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {p.name: p for p in after_x if p.kind in kinds and p.name not in known}
+
+
+def _needed(parameters: dict[str, inspect.Parameter]) -> list[str]:
+    return [name for name, p in parameters.items() if p.default is p.empty]
+
+
+def _call_with_arguments_of(transform: Callable) -> Callable:
+    """`CompositeCachedLayer.call` with the arguments that `transform` names."""
+    further = _further_arguments(transform)
+    # Positional ones in the order in which `transform` has them.
+    order = ["x", *list(inspect.signature(transform).parameters)[2:], "padding_mask"]
+    takes = {"x", "padding_mask", *further}
+    names = [name for name in dict.fromkeys(order) if name in takes]
+    names += _CACHE_ARGUMENTS
+
+    @functools.wraps(CompositeCachedLayer.call)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs.update(zip(names, args))
+        return CompositeCachedLayer.call(self, **kwargs)
+
+    def parameter(name: str) -> inspect.Parameter:
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        if name in ("self", "x"):
+            return inspect.Parameter(name, kind)
+        default = further[name].default if name in further else None
+        # Whether one that is needed is there, the layer has checked.
+        default = None if default is inspect.Parameter.empty else default
+        return inspect.Parameter(name, kind, default=default)
+
+    signature = inspect.Signature([parameter(name) for name in ("self", *names)])
+    call.__signature__ = signature  # type: ignore[attr-defined]
+    call.transform = transform  # type: ignore[attr-defined]
+    return call

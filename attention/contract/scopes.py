@@ -1,0 +1,337 @@
+"""The scope that carries caches to the layers of a model written once."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from keras import ops, tree
+
+from attention.contract.arguments import describe
+from attention.contract.sizes import static_size
+
+_ACTIVE_SCOPE: contextvars.ContextVar[Scope | None] = contextvars.ContextVar(
+    "keras_transformer_blocks_cache_scope", default=None
+)
+# The padding mask of the scope or layer that is running, for the cached layers
+# that are called in it without one: a forgotten mask would let padded tokens
+# into their caches.
+_PADDING_MASK: contextvars.ContextVar[Any] = contextvars.ContextVar(
+    "keras_transformer_blocks_padding_mask", default=None
+)
+
+# Whether the caches that layers get in the active scope may be overwritten.
+_DONATED: contextvars.ContextVar[bool] = contextvars.ContextVar(
+    "keras_transformer_blocks_donated", default=False
+)
+
+
+def active_scope() -> Scope | None:
+    """Returns the innermost scope, or `None` when layers run without one."""
+    return _ACTIVE_SCOPE.get()
+
+
+@contextlib.contextmanager
+def hide_scope() -> Iterator[None]:
+    """Hides the active scope from the layers called inside."""
+    token = _ACTIVE_SCOPE.set(None)
+    try:
+        yield
+    finally:
+        _ACTIVE_SCOPE.reset(token)
+
+
+def shared_padding_mask() -> Any:
+    """Returns the mask for cached layers that are called without one."""
+    return _PADDING_MASK.get()
+
+
+@contextlib.contextmanager
+def share_padding_mask(padding_mask: Any) -> Iterator[None]:
+    """Gives a mask to all cached layers that are called inside without one."""
+    token = _PADDING_MASK.set(padding_mask)
+    try:
+        yield
+    finally:
+        _PADDING_MASK.reset(token)
+
+
+def cache_is_donated() -> bool:
+    """Whether a cache policy may overwrite the cache it was given."""
+    return _DONATED.get()
+
+
+class Scope:
+    """What all scopes share: being active between `__enter__` and `__exit__`.
+
+    Every call of a `CachedLayer` that passes no `cache=` is handed to
+    `run(layer, call, inputs)`; `call` is the layer's own `__call__`, and runs
+    outside of this scope so that the layer's inner layers don't see it.
+
+    A scope speaks for all layers in it: the padding mask of a scope around it
+    belongs to other tokens, and is not theirs.
+    """
+
+    def __init__(self, padding_mask: Any = None) -> None:
+        self.padding_mask = padding_mask
+        self._context = contextlib.ExitStack()
+
+    def __enter__(self) -> Any:
+        token = _ACTIVE_SCOPE.set(self)
+        self._context.callback(_ACTIVE_SCOPE.reset, token)
+        self._context.enter_context(share_padding_mask(self.padding_mask))
+        return self
+
+    def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
+        self._context.close()
+
+    def run(self, layer: Any, call: Any, inputs: Any) -> Any:
+        raise NotImplementedError
+
+    def refuse(self, message: str) -> None:
+        """Is told of a call that could have no cache."""
+        raise ValueError(message)
+
+
+_LOOP = (
+    "(A model that calls a layer once for each time step, in a loop, has another "
+    "number of cached calls for each length: call the layer once, on all steps.)"
+)
+
+
+class CacheScope(Scope):
+    """Gives every cached layer called inside of it its slot of a cache.
+
+    A `CachedLayer` that is called without `cache=` while a scope is active
+    takes its cache from the scope and leaves the updated one there. Slots
+    belong to call sites, in call order: a layer called twice has two slots. So
+    any functional, Sequential or subclassed model made of cached layers is run
+    with a cache without a line of caching code in it.
+
+    The scope is a context variable, like `keras.StatelessScope`; it lives
+    within one function that is traced (`tf.function`, `jax.jit`) or run
+    eagerly. A composite cached layer takes one slot and opens a scope of its
+    own for its inner layers.
+
+    Args:
+        cache: a tuple of slots, as returned by `attention.create_cache` or by
+            the `cache` attribute of an earlier scope.
+        cache_update_index: int, integer scalar tensor, or integer tensor of
+            shape `(batch_size,)`. How many positions of the sequence the cache
+            has absorbed.
+        padding_mask: `None` or tensor of shape `(batch_size, length)`, true for
+            the real tokens of the inputs, which are padded on the right: for
+            the cached layers that the model calls without one.
+        donate: bool. Whether the given cache is not used any more, so that its
+            memory may be: torch then overwrites it instead of copying it. In
+            compiled functions of the other backends it plays no role, as they
+            see for themselves what is used.
+
+    Attributes:
+        cache: after the scope is left, the updated cache: the same structure,
+            shapes and dtypes as the one given.
+
+    Raises:
+        TypeError: if `cache` is no tuple or list of slots.
+        ValueError: if the layers called inside do not match the slots or the
+            padding mask, or when `cache` is read before the scope was left.
+
+    Example:
+
+    >>> import keras, numpy as np
+    >>> from keras import ops
+    >>> from attention import CacheScope, MultiHeadAttention, create_cache
+    >>> model = keras.Sequential(
+    ...     [keras.Input((None, 8)), MultiHeadAttention(2), MultiHeadAttention(2)]
+    ... )
+    >>> cache = create_cache(model, batch_size=1, max_length=16)
+    >>> x = np.random.normal(size=(1, 5, 8)).astype("float32")
+    >>> with CacheScope(cache, 0) as scope:
+    ...     prefilled = model(x[:, :4])
+    >>> with CacheScope(scope.cache, 4) as scope:
+    ...     step = model(x[:, 4:])
+    >>> bool(ops.all(ops.isclose(step, model(x)[:, 4:], atol=1e-5)))
+    True
+    """
+
+    def __init__(
+        self,
+        cache: Any,
+        cache_update_index: Any,
+        padding_mask: Any = None,
+        donate: bool = False,
+    ) -> None:
+        if not isinstance(cache, (tuple, list)):
+            raise TypeError(
+                "`cache` must be the tuple of slots that `create_cache` (or an "
+                f"earlier scope) returned. Received: cache={describe(cache)}"
+            )
+        if cache_update_index is None:
+            raise ValueError(
+                "`CacheScope` needs `cache_update_index`: how many positions "
+                "the cache has absorbed (0 for a new cache). Received: "
+                "cache_update_index=None"
+            )
+        super().__init__(_check_mask(padding_mask, cache))
+        self._slots = tuple(cache)
+        self._index = cache_update_index
+        self._donate = bool(donate)
+        self._updated: list[Any] = []
+        self._entered = False
+        self._complete = False
+
+    def __enter__(self) -> Any:
+        if self._entered:
+            raise ValueError(
+                "A `CacheScope` can be entered once, as its slots are taken in "
+                "call order. Make a new one from `scope.cache`."
+            )
+        self._entered = True
+        token = _DONATED.set(self._donate)
+        self._context.callback(_DONATED.reset, token)
+        return super().__enter__()
+
+    def run(self, layer: Any, call: Any, inputs: Any) -> Any:
+        position = len(self._updated)
+        slot = self._take_slot(layer, position)
+        self._updated.append(slot)
+        outputs, self._updated[position] = call(slot, self._index)
+        return outputs
+
+    def _take_slot(self, layer: Any, position: int) -> Any:
+        if position >= len(self._slots):
+            raise ValueError(
+                f"Layer '{layer.name}' ({type(layer).__name__}) is cached call "
+                f"number {position + 1} in this scope, but the cache has "
+                f"{len(self._slots)} slots. It was made for another model: "
+                "create it with `create_cache` from the model you are calling. " + _LOOP
+            )
+        return self._slots[position]
+
+    def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
+        super().__exit__(exc_type, exc_value, traceback)
+        if exc_type is not None:
+            return
+        self._check_complete()
+        self._complete = True
+
+    def _check_complete(self) -> None:
+        if len(self._updated) != len(self._slots):
+            raise ValueError(
+                f"The cache has {len(self._slots)} slots, but "
+                f"{len(self._updated)} cached layers were called in the scope. "
+                "It was made for another model, or the model does not call the "
+                "same layers each time. " + _LOOP
+            )
+
+    @property
+    def cache(self) -> tuple:
+        if not self._complete:
+            raise ValueError(
+                "`scope.cache` can be read after the `with` block has ended "
+                "without an error."
+            )
+        return tuple(self._updated)
+
+
+class NewCacheScope(CacheScope):
+    """A `CacheScope` whose slots are created, empty, at their first use.
+
+    The first part of a sequence needs no cache made beforehand: within this
+    scope each cached layer starts from a new cache at index 0. It saves the
+    extra pass over the model that `create_cache` makes to find its call sites.
+
+    Args:
+        batch_size: int. The number of rows.
+        max_length: int. How many positions each row can hold.
+        padding_mask: as for `CacheScope`.
+
+    Attributes:
+        layers: after the scope is left, the cached layers in call order; what
+            `grow_cache` needs.
+
+    Example:
+
+    >>> import keras, numpy as np
+    >>> from attention import MultiHeadAttention, NewCacheScope
+    >>> model = keras.Sequential([keras.Input((None, 8)), MultiHeadAttention(2)])
+    >>> with NewCacheScope(batch_size=1, max_length=16) as scope:
+    ...     outputs = model(np.zeros((1, 4, 8)))
+    >>> scope.cache[0]["value"].shape[2], len(scope.layers)
+    (16, 1)
+    """
+
+    def __init__(
+        self, batch_size: int, max_length: int, padding_mask: Any = None
+    ) -> None:
+        mask = _check_mask(padding_mask, (), batch_size)
+        # Nobody else has a cache that is made here.
+        super().__init__((), 0, mask, donate=True)
+        self._batch_size = batch_size
+        self._max_length = max_length
+        self.layers: list[Any] = []
+
+    def _take_slot(self, layer: Any, position: int) -> Any:
+        if not layer.built:
+            # Building a model calls its layers, too: each would have two slots.
+            raise ValueError(
+                f"Layer '{layer.name}' has no weights yet, so its cache can't be "
+                "created. Call the model once on an example of its inputs before "
+                "it is called in a `NewCacheScope`."
+            )
+        self.layers.append(layer)
+        return layer.create_cache(self._batch_size, self._max_length)
+
+    def _check_complete(self) -> None:
+        """Every slot was made by the call that used it."""
+
+
+OR_NO_CACHE = (
+    "; or, if the calls are not to see each other's tokens, take a layer that has "
+    "no cache, such as `keras.layers.MultiHeadAttention`."
+)
+
+
+def check_not_bypassed(layer: Any) -> None:
+    """Says so when a layer's `call` is run without its `__call__` in a scope."""
+    scope = active_scope()
+    if scope is not None:
+        scope.refuse(
+            f"`call` of layer '{layer.name}' ({type(layer).__name__}) is run past "
+            "its `__call__`, as `keras.layers.TimeDistributed` does. It would get "
+            "no cache, and forget what it saw. Call the layer itself, "
+            "`layer(x)`, on the whole sequence" + OR_NO_CACHE
+        )
+
+
+def first_size(structure: Any) -> int | None:
+    """The size of the first axis of the first tensor, where it is known."""
+    leaves = (x for x in tree.flatten(structure) if getattr(x, "shape", ()))
+    return next((static_size(x, 0) for x in leaves), None)
+
+
+def _check_mask(padding_mask: Any, cache: Any, batch_size: Any = None) -> Any:
+    """Returns a scope's padding mask as booleans, or says what is wrong with it."""
+    if padding_mask is None:
+        return None
+    if isinstance(padding_mask, (list, tuple)):
+        padding_mask = np.asarray(padding_mask)
+    rows = batch_size or first_size(cache)
+    shape = tuple(getattr(padding_mask, "shape", ()))
+    if len(shape) != 2 or (None not in (rows, shape[0]) and shape[0] != rows):
+        raise ValueError(
+            "`padding_mask` must be a boolean tensor of shape (batch, length) that "
+            "marks the real tokens of the model's inputs. Received: padding_mask="
+            f"{describe(padding_mask)}" + (f", for {rows} rows" if rows else "")
+        )
+    if isinstance(padding_mask, np.ndarray):
+        real = padding_mask.astype(bool)
+        if (real[:, 1:] & ~real[:, :-1]).any():
+            raise ValueError(
+                "`padding_mask` marks real tokens behind padded ones. Rows must be "
+                "padded on the right: 1, ..., 1, 0, ..., 0."
+            )
+    return ops.cast(padding_mask, "bool")

@@ -1,0 +1,1 @@
+"""Positions: schemes, embeddings and arithmetic."""

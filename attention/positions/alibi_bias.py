@@ -1,0 +1,50 @@
+"""Attention with linear biases (ALiBi)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from attention.positions.position_scheme import PositionScheme
+
+
+@keras.saving.register_keras_serializable(package="keras_transformer_blocks")
+class AlibiBias(PositionScheme):
+    """Attention with linear biases: the farther a key, the lower its logit.
+
+    Each head has its own slope, a power of two that is not trained.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from attention import AlibiBias, MultiHeadAttention
+    >>> layer = MultiHeadAttention(num_heads=8, position=AlibiBias())
+    >>> layer(np.zeros((1, 3, 16))).shape == (1, 3, 16)
+    True
+    >>> layer.position.slopes[:2].tolist()
+    [0.5, 0.25]
+
+    Reference:
+
+    - [Press et al., 2021](https://arxiv.org/abs/2108.12409)
+    """
+
+    def build(self, num_heads: int) -> None:
+        self.slopes = _alibi_slopes(num_heads)
+
+    def bias(self, query_positions: Any, key_positions: Any) -> Any:
+        relative = key_positions[..., None, :] - query_positions[..., :, None]
+        distance = ops.expand_dims(ops.cast(ops.abs(relative), "float32"), -3)
+        return -distance * ops.convert_to_tensor(self.slopes[:, None, None])
+
+
+def _alibi_slopes(num_heads: int) -> np.ndarray:
+    """A geometric sequence; heads beyond a power of two fall in between."""
+    power = 2 ** int(math.log2(num_heads))
+    slopes = [2.0 ** (-8 * (i + 1) / power) for i in range(power)]
+    between = [2.0 ** (-4 * (i + 1) / power) for i in range(0, 2 * power, 2)]
+    return np.array((slopes + between)[:num_heads], dtype="float32")

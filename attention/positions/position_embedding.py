@@ -1,0 +1,113 @@
+"""Learned position embeddings that follow the cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from attention.contract.arguments import check_positive_int
+from attention.contract.cached_layer import CachedLayer
+from attention.positions.arithmetic import token_positions
+
+
+@keras.saving.register_keras_serializable(package="keras_transformer_blocks")
+class PositionEmbedding(CachedLayer):
+    """A trainable vector for each position, as in GPT-2.
+
+    It has no state, so its cache is `()`; it is a cached layer as it needs to
+    know the positions of the tokens it is called on.
+
+    Args:
+        sequence_length: int. The number of positions.
+        initializer: initializer of the embeddings. Defaults to
+            `"glorot_uniform"`.
+        **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
+
+    Call arguments:
+        x: tensor of shape `(batch, length, width)`, the token embeddings. Only
+            its shape matters.
+        cache: `()`.
+        cache_update_index: how many positions were seen before: an int, an
+            integer scalar tensor or an integer tensor of shape `(batch,)`.
+
+    Returns:
+        A tensor of shape `(batch, length, width)` in the compute dtype; with a
+        cache, `(tensor, ())`.
+
+    Raises:
+        ValueError: if the tokens reach beyond `sequence_length`.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras import ops
+    >>> from attention import PositionEmbedding
+    >>> layer = PositionEmbedding(sequence_length=16)
+    >>> x = np.zeros((2, 5, 8))
+    >>> embedded = layer(x)
+    >>> next_ones, _ = layer(x[:, :1], cache=(), cache_update_index=4)
+    >>> bool(ops.all(ops.isclose(next_ones, embedded[:, 4:5])))
+    True
+
+    Reference:
+
+    - [Radford et al., 2019](https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf)
+    """
+
+    def __init__(
+        self,
+        sequence_length: int,
+        initializer: Any = "glorot_uniform",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.sequence_length = check_positive_int("sequence_length", sequence_length)
+        self.max_sequence_length = self.sequence_length
+        self.initializer = keras.initializers.get(initializer)
+
+    def build(self, inputs_shape: tuple) -> None:
+        if len(inputs_shape) != 3 or inputs_shape[-1] is None:
+            raise ValueError(
+                f"Layer '{self.name}' needs inputs of shape (batch, length, "
+                "width) with a known width: the token embeddings, not the token "
+                f"ids. Received: shape {tuple(inputs_shape)}"
+            )
+        self.position_embeddings = self.add_weight(
+            name="embeddings",
+            shape=(self.sequence_length, inputs_shape[-1]),
+            initializer=self.initializer,
+        )
+
+    def create_cache(self, batch_size: int, max_length: int) -> tuple:
+        return ()
+
+    def call(
+        self,
+        x: Any,
+        padding_mask: Any = None,
+        cache: Any = None,
+        cache_update_index: Any = None,
+    ) -> Any:
+        if cache is not None and cache_update_index is None:
+            raise ValueError(
+                f"Layer '{self.name}' was called with `cache` but without "
+                "`cache_update_index`, the position of its first token."
+            )
+        positions = token_positions(cache_update_index, ops.shape(x)[1])
+        positions = ops.minimum(positions, self.sequence_length - 1)
+        embeddings = ops.convert_to_tensor(self.position_embeddings)
+        embeddings = ops.cast(embeddings, self.compute_dtype)
+        outputs = ops.take(embeddings, positions, axis=0)
+        shape = (ops.shape(x)[0], *ops.shape(outputs)[-2:])
+        outputs = ops.broadcast_to(outputs, shape)
+        return outputs if cache is None else (outputs, ())
+
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        config.update(
+            sequence_length=self.sequence_length,
+            initializer=keras.initializers.serialize(self.initializer),
+        )
+        return config

@@ -1,0 +1,107 @@
+"""The base class of position schemes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from attention.contract.arguments import describe
+
+
+class PositionScheme(keras.layers.Layer):
+    """How an attention layer knows the positions of queries and keys.
+
+    A scheme changes queries and keys (`encode`), or adds a bias to the
+    attention logits (`bias`), or both. It computes from positions alone, never
+    from lengths or cache shapes: it is the same in training, in prefill and in
+    decoding, with rows at different positions.
+
+    It is a Keras layer so that it can hold weights and be saved; an attention
+    layer that holds it builds it. Several attention layers may share one.
+
+    Example:
+
+    A bias that only knows whether two positions are equal.
+
+    >>> import keras, numpy as np
+    >>> from keras import ops
+    >>> from attention import MultiHeadAttention, PositionScheme
+    >>> class SelfBias(PositionScheme):
+    ...     def bias(self, query_positions, key_positions):
+    ...         same = query_positions[..., :, None] == key_positions[..., None, :]
+    ...         return ops.expand_dims(ops.cast(same, "float32"), -3)
+    >>> layer = MultiHeadAttention(num_heads=2, position=SelfBias())
+    >>> layer(np.zeros((1, 3, 8))).shape == (1, 3, 8)
+    True
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        # How many attention layers hold this scheme; they share its weights.
+        self.num_layers = 0
+
+    def build(self, num_heads: int) -> None:
+        """Creates weights, if any, for this number of query heads."""
+
+    def encode(
+        self, query: Any, key: Any, query_positions: Any, key_positions: Any
+    ) -> tuple[Any, Any]:
+        """Encodes positions into queries and keys.
+
+        Args:
+            query: tensor of shape `(batch, query_length, num_heads, key_dim)`.
+            key: tensor of shape `(batch, key_length, num_key_value_heads,
+                key_dim)`: the new keys only, those in the cache are encoded.
+            query_positions: `int32` tensor, `(query_length,)` or `(batch,
+                query_length)`.
+            key_positions: likewise for the keys.
+
+        Returns:
+            The encoded `(query, key)`.
+        """
+        return query, key
+
+    def bias(self, query_positions: Any, key_positions: Any) -> Any:
+        """Computes what is added to the attention logits.
+
+        Args:
+            query_positions: `int32` tensor, `(query_length,)` or `(batch,
+                query_length)`.
+            key_positions: likewise for all keys, also those in the cache.
+
+        Returns:
+            `None`, or a `float32` tensor of shape `(num_heads, query_length,
+            key_length)`, with a batch axis in front where positions have one.
+            A heads axis of 1 serves all heads.
+        """
+        return None
+
+    def get_build_config(self) -> None:
+        """The attention layer that holds a scheme builds it."""
+
+
+def serialize_position(position: PositionScheme | None) -> dict[str, Any] | None:
+    """The configuration of a scheme, marked where several layers hold it.
+
+    Keras shares an object of a file again when it finds this mark. It makes it
+    by itself for objects that are found again in the same structure, but not
+    for those that a `get_config` has serialized already.
+    """
+    config = keras.saving.serialize_keras_object(position)
+    if position is not None and position.num_layers > 1:
+        config["shared_object_id"] = id(position)
+    return config
+
+
+def check_position(position: Any) -> PositionScheme | None:
+    """Returns `position`, or says what may be given for it."""
+    if isinstance(position, dict):
+        position = keras.saving.deserialize_keras_object(position)
+    if position is not None and not isinstance(position, PositionScheme):
+        raise TypeError(
+            "`position` must be None or a position scheme: `RotaryPosition`, "
+            "`RelativePositionBias`, `AlibiBias` or another subclass of "
+            f"`PositionScheme`. Received: position={describe(position)}"
+        )
+    return position

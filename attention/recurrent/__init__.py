@@ -1,0 +1,1 @@
+"""Recurrent mixers: a state instead of keys and values."""

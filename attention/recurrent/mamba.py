@@ -1,0 +1,167 @@
+"""Mamba-2, a state space mixer."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import keras
+from keras import ops
+
+from attention.contract.arguments import check_positive_int, refuse_arguments
+from attention.contract.checks import check_sequence_shape
+from attention.recurrent.linear_recurrence import LinearRecurrence
+from attention.recurrent.recurrent_mixer import RecurrentMixer, float32, repeat_heads
+from attention.recurrent.short_convolution import ShortConvolution
+
+
+def _log_of_heads(shape: tuple, dtype: Any = None) -> Any:
+    """Each head forgets at a rate of its own: 1, 2, 3 and so on."""
+    return ops.log(ops.cast(ops.arange(1, shape[0] + 1), dtype or "float32"))
+
+
+def _inverse_softplus_of_steps(shape: tuple, dtype: Any = None) -> Any:
+    """What gives steps between 0.001 and 0.1, evenly on a logarithmic scale."""
+    low, high = math.log(1e-3), math.log(1e-1)
+    steps = ops.exp(keras.random.uniform(shape, low, high, dtype=dtype))
+    return steps + ops.log(-ops.expm1(-steps))
+
+
+@keras.saving.register_keras_serializable(package="keras_transformer_blocks")
+class Mamba2(RecurrentMixer):
+    """The state space duality layer of Mamba-2.
+
+    ```
+    x ─► input ─┬► convolution ─┬► value ──────┐
+                │               └► key, query ─┴► state ─► query · state + skip * value ─► × ─► norm ─► output
+                ├► step ─► softplus ────────────┘                                          │
+                └► gate ─► silu ───────────────────────────────────────────────────────────┘
+
+    state = exp(-rate * step) * state + key * step * value
+    ```
+
+    Args:
+        num_heads: int. The number of heads, each with a state.
+        state_dim: int. The size of queries and keys, which heads of a group share:
+            the paper's N, its C and B.
+        expand: int. The inner width is so many times that of the inputs.
+        num_groups: int. How many queries and keys there are; divides `num_heads`.
+        kernel_size: int. How many tokens the convolution sees.
+        use_bias: bool. Whether the input and output projections have biases.
+        epsilon: float. Of the norm.
+        kernel_initializer: initializer of the projections.
+        **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
+
+    Call arguments and results are those of `Retention`.
+
+    Raises:
+        ValueError: if numbers of heads or groups, or the inner width, do not divide.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from attention import Mamba2
+    >>> layer = Mamba2(num_heads=4, state_dim=8)
+    >>> layer(np.zeros((1, 3, 16))).shape == (1, 3, 16)
+    True
+
+    Reference:
+
+    - [Dao and Gu, 2024](https://arxiv.org/abs/2405.21060)
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        state_dim: int = 128,
+        expand: int = 2,
+        num_groups: int = 1,
+        kernel_size: int = 4,
+        use_bias: bool = False,
+        epsilon: float = 1e-5,
+        **kwargs: Any,
+    ) -> None:
+        refuse_arguments(self, kwargs, key_dim="it is called `state_dim` here")
+        super().__init__(num_heads, **kwargs)
+        self.state_dim = check_positive_int("state_dim", state_dim)
+        self.expand = check_positive_int("expand", expand)
+        self.num_groups = check_positive_int("num_groups", num_groups)
+        if num_heads % num_groups:
+            raise ValueError(
+                "`num_heads` must be divisible by `num_groups`. Received: "
+                f"num_heads={num_heads}, num_groups={num_groups}"
+            )
+        self.kernel_size = kernel_size
+        self.use_bias, self.epsilon = bool(use_bias), epsilon
+
+    def build(self, inputs_shape: tuple) -> None:
+        check_sequence_shape(self.name, inputs_shape)
+        width, heads = inputs_shape[-1], self.num_heads
+        inner = self.expand * width
+        value_dim = self._divide(inner, inputs_shape)
+        states = self.num_groups * self.state_dim
+        self._sizes = (inner, states)
+        convolved = inner + 2 * states
+        self.input_dense = self._dense(
+            "input", inner + convolved + heads, inputs_shape, self.use_bias
+        )
+        self.convolution = ShortConvolution(
+            self.kernel_size,
+            use_bias=True,
+            activation="silu",
+            dtype=self.dtype_policy,
+            name="convolution",
+        )
+        self.convolution.build((*inputs_shape[:-1], convolved))
+        self.log_rate = self._small_weight("log_rate", (heads,), _log_of_heads)
+        self.step_bias = self._small_weight(
+            "step_bias", (heads,), _inverse_softplus_of_steps
+        )
+        self.skip = self._small_weight("skip", (heads,), "ones")
+        self.recurrence = LinearRecurrence(
+            heads, self.state_dim, value_dim, name="recurrence"
+        )
+        self.recurrence.build((None, None, heads, self.state_dim))
+        self.norm_scale = self._small_weight("norm_scale", (inner,), "ones")
+        self.output_dense = self._dense(
+            "output", width, (*inputs_shape[:-1], inner), self.use_bias
+        )
+
+    def transform(self, x: Any, padding_mask: Any = None, training: Any = None) -> Any:
+        inner, states = self._sizes
+        gate, mixed, step = ops.split(
+            self.input_dense(x), [inner, 2 * inner + 2 * states], axis=-1
+        )
+        mixed = self.convolution(mixed)
+        value, key, query = ops.split(mixed, [inner, inner + states], axis=-1)
+        value = float32(self._heads(value, self.num_heads))
+        times = self.num_heads // self.num_groups
+        key, query = (
+            repeat_heads(float32(self._heads(y, self.num_groups)), times)
+            for y in (key, query)
+        )
+        step = ops.softplus(float32(step) + self.step_bias)[..., None]
+        log_decay = -ops.exp(self.log_rate)[:, None] * step
+        found = self.recurrence(query, key, step * value, log_decay)
+        found = found + self.skip[:, None] * value
+        found = self._join_heads(found) * ops.silu(float32(gate))
+        # One norm for each group.
+        found = self._heads(found, self.num_groups)
+        mean = ops.mean(ops.square(found), axis=-1, keepdims=True)
+        found = self._join_heads(found * ops.rsqrt(mean + self.epsilon))
+        found = ops.cast(found * self.norm_scale, self.compute_dtype)
+        return self.output_dense(found)
+
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        # Its name here is `state_dim`.
+        del config["key_dim"]
+        config.update(
+            state_dim=self.state_dim,
+            expand=self.expand,
+            num_groups=self.num_groups,
+            kernel_size=self.kernel_size,
+            use_bias=self.use_bias,
+            epsilon=self.epsilon,
+        )
+        return config

@@ -1,0 +1,1 @@
+"""Attention by softmax: the base class, its variants and kernels."""

@@ -1,0 +1,240 @@
+"""Attention to another sequence, whose keys and values are computed once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from attention.caches.full_cache import FullCache
+from attention.contract.arguments import check_positive_int, describe
+from attention.contract.checks import check_padding_mask, check_sequence_shape
+from attention.contract.padding import zero_padding
+from attention.contract.sizes import static_size
+from attention.positions.arithmetic import token_positions
+from attention.softmax.dot_product_attention import DotProductAttention
+from attention.softmax.key_value import to_cache_layout
+from attention.softmax.visibility import Visibility, check_attention_mask
+
+
+@keras.saving.register_keras_serializable(package="keras_transformer_blocks")
+class CrossAttention(DotProductAttention):
+    """Attention of a decoder to the outputs of an encoder.
+
+    ```
+    query ─────────────► query_dense ─────────────────────┐
+    value ─► key_dense, value_dense ─► cache (once) ─► softmax(q·k) ─► × ─► output_dense
+    ```
+
+    With a cache, a call that is given `value` writes its keys and values, and its
+    padding mask, to the cache; a call without reads what was written. All of a
+    source is visible to all queries.
+
+    Args:
+        num_heads: int. The number of query heads.
+        num_key_value_heads: int or `None`. The number of key/value heads; `None`
+            means `num_heads`.
+        **kwargs: as for `GroupedQueryAttention`: `key_dim`, `value_dim`,
+            `dropout`, `use_bias`, `scale`, `query_key_norm`, `logit_soft_cap`,
+            `attention_sinks`, `output_gate`, initializers, `name`, `dtype`.
+
+    Call arguments:
+        query: tensor of shape `(batch, length, width)`.
+        value: tensor of shape `(batch, source_length, source_width)`; `None`, with
+            a cache, means what was written there.
+        value_padding_mask: `None` or boolean tensor `(batch, source_length)`: the
+            real tokens of `value`.
+        attention_mask: `None` or boolean tensor `(batch, length, source_length)`.
+        padding_mask: boolean tensor `(batch, length)`: the real tokens of `query`.
+        cache: a cache made by `create_cache`.
+        cache_update_index: as for every `CachedLayer`; it makes no difference.
+        return_attention_scores: bool. Whether to return the weights, too.
+        training: bool. Whether to apply dropout.
+
+    Returns:
+        A tensor of the shape of `query`; with `return_attention_scores`, `(outputs,
+        scores)`; with a cache, `(what is said above, cache)`.
+
+    Raises:
+        ValueError: if there is neither `value` nor a cache, or the source is longer
+            than the cache.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras import ops
+    >>> from attention import CrossAttention
+    >>> layer = CrossAttention(num_heads=2)
+    >>> x, source = np.random.normal(size=(2, 1, 5, 8)).astype("float32")
+    >>> full = layer(x, source)
+    >>> cache = layer.create_cache(batch_size=1, max_length=9, source_length=5)
+    >>> head, cache = layer(x[:, :4], source, cache=cache, cache_update_index=0)
+    >>> tail, cache = layer(x[:, 4:], cache=cache, cache_update_index=4)
+    >>> bool(ops.all(ops.isclose(tail, full[:, 4:], atol=1e-5)))
+    True
+
+    Reference:
+
+    - [Vaswani et al., 2017](https://arxiv.org/abs/1706.03762)
+    """
+
+    num_key_value_heads: int
+
+    def __init__(
+        self, num_heads: int, num_key_value_heads: int | None = None, **kwargs: Any
+    ) -> None:
+        for name in ("window", "position"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"`CrossAttention` takes no `{name}`: positions of two sequences "
+                    f"are not comparable. Received: {name}={describe(kwargs[name])}"
+                )
+        if num_key_value_heads is None:
+            num_key_value_heads = num_heads
+        super().__init__(num_heads, num_key_value_heads, **kwargs)
+        self.causal = False
+
+    def build(self, query_shape: tuple, value_shape: tuple | None = None) -> None:
+        if value_shape is None:
+            raise ValueError(
+                f"Layer '{self.name}' does not know the width of `value` yet. Call it "
+                "once with one, or call `build` with the shapes of both."
+            )
+        self._check_width(query_shape)
+        check_sequence_shape(self.name, value_shape, "`value`")
+        key_dim, value_dim = self._head_dims()
+        groups = self.num_key_value_heads
+        self.query_dense = self._project("query", self._query_heads(), query_shape)
+        self.key_dense = self._project("key", (groups, key_dim), value_shape)
+        self.value_dense = self._project("value", (groups, value_dim), value_shape)
+        self.query_norm = self._build_norm("query_norm")
+        self.key_norm = self._build_norm("key_norm")
+        self._build_output(query_shape)
+
+    def create_cache(
+        self, batch_size: int, max_length: int, source_length: int | None = None
+    ) -> Any:
+        """Makes an empty cache.
+
+        Args:
+            batch_size: int. The number of rows.
+            max_length: int. How many positions the queries' sequence may have.
+            source_length: int or `None`. How many positions the source may have;
+                `None` means `max_length`.
+        """
+        if self.key_dim is None:
+            self._require_built()
+        batch_size = check_positive_int("batch_size", batch_size)
+        slots = check_positive_int("max_length", max_length)
+        if source_length is not None:
+            slots = check_positive_int("source_length", source_length)
+        key_dim, value_dim = self._head_dims()
+        groups = self.num_key_value_heads
+        sizes = {"key": (groups, key_dim), "value": (groups, value_dim)}
+        cache = FullCache().create(batch_size, slots, sizes, self.compute_dtype)
+        return {**cache, "padding_mask": ops.zeros((batch_size, slots), "bool")}
+
+    def grow_cache(self, cache: Any, max_length: int) -> Any:
+        """The source is as long as it is."""
+        return cache
+
+    def can_rewind(self, cache: Any, from_index: int, to_index: int) -> bool:
+        """What was written is the source, which no query changes."""
+        return True
+
+    def call(
+        self,
+        query: Any,
+        value: Any = None,
+        value_padding_mask: Any = None,
+        attention_mask: Any = None,
+        padding_mask: Any = None,
+        cache: Any = None,
+        cache_update_index: Any = None,
+        return_attention_scores: bool = False,
+        training: bool | None = None,
+    ) -> Any:
+        if value is None and cache is None:
+            raise ValueError(
+                f"Layer '{self.name}' needs `value`, the sequence to attend to, or a "
+                "`cache` to which an earlier call has written it. Received neither."
+            )
+        query = zero_padding(query, padding_mask)
+        q = self.query_dense(query)
+        if self.query_norm is not None:
+            q = self.query_norm(q)
+        new, past, mask = None, None, None
+        if value is not None:
+            self._check_source(query, value, value_padding_mask)
+            k, v, mask = self._source(value, value_padding_mask)
+            if cache is None:
+                new = k, v
+            else:
+                cache = self._write(cache, k, v, mask)
+        if cache is not None:
+            past, mask = (cache["key"], cache["value"]), cache["padding_mask"]
+        length = ops.shape(past[1])[2] if past is not None else ops.shape(value)[1]
+        if attention_mask is not None:
+            check_attention_mask(
+                attention_mask, query, value if cache is None else None
+            )
+        visibility = Visibility(
+            token_positions(None, ops.shape(query)[1]),
+            token_positions(None, length),
+            causal=False,
+            key_padding_mask=mask,
+            attention_mask=attention_mask,
+            in_order=True,
+        )
+        outputs, scores = self._attend(
+            query,
+            q,
+            new,
+            visibility,
+            past,
+            return_scores=return_attention_scores,
+            training=training,
+        )
+        if return_attention_scores:
+            outputs = (outputs, scores)
+        return outputs if cache is None else (outputs, cache)
+
+    def _check_source(self, query: Any, value: Any, mask: Any) -> None:
+        rows = static_size(query, 0), static_size(value, 0)
+        if len(value.shape) != 3 or (None not in rows and rows[0] != rows[1]):
+            raise ValueError(
+                f"Layer '{self.name}' needs `value` of shape (batch, source_length, "
+                "source_width), a source for each row of `query`. Received: value="
+                f"{describe(value)}, query={describe(query)}"
+            )
+        if mask is not None:
+            check_padding_mask(self.name, mask, value, "value_padding_mask")
+
+    def _source(self, value: Any, mask: Any) -> tuple[Any, Any, Any]:
+        """Keys, values and which of them are real."""
+        if mask is not None:
+            mask = ops.cast(mask, "bool")
+        value = zero_padding(value, mask)
+        key = self.key_dense(value)
+        if self.key_norm is not None:
+            key = self.key_norm(key)
+        return key, self.value_dense(value), mask
+
+    def _write(self, cache: Any, key: Any, value: Any, mask: Any) -> Any:
+        """The cache of a source, whatever was there before."""
+        slots, length = cache["value"].shape[2], static_size(value, 1)
+        if length is not None and length > slots:
+            raise ValueError(
+                f"A source of {length} tokens was given to a cache of layer "
+                f"'{self.name}' for {slots}. Create it with a larger `source_length`."
+            )
+        if mask is None:
+            mask = ops.ones_like(value[:, :, 0, 0], dtype="bool")
+        key, value = to_cache_layout(key, value)
+        missing = slots - ops.shape(mask)[1]
+        return {
+            "key": ops.pad(key, [[0, 0], [0, 0], [0, 0], [0, missing]]),
+            "value": ops.pad(value, [[0, 0], [0, 0], [0, missing], [0, 0]]),
+            "padding_mask": ops.pad(mask, [[0, 0], [0, missing]]),
+        }

@@ -1,0 +1,152 @@
+"""Attention as the difference of two softmaxes."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+import keras
+from keras import ops
+
+from attention.contract.arguments import describe
+from attention.softmax.grouped_query_attention import GroupedQueryAttention
+
+
+@keras.saving.register_keras_serializable(package="keras_transformer_blocks")
+class DifferentialAttention(GroupedQueryAttention):
+    """Attention whose weights are the difference of two softmaxes.
+
+    ```
+    query ─► q1, q2 ─┐
+    value ─► k1, k2 ─┴► softmax(q1·k1) - lambda * softmax(q2·k2) ─► × ─► norm ─► output_dense
+           └► v ──────────────────────────────────────────────────► ┘
+    ```
+
+    What both find alike is noise, and cancels out. Each head has two query and two
+    key heads and a value head of twice their size; what a head found is normalized
+    by its root mean square. `lambda = exp(q_1·k_1) - exp(q_2·k_2) + lambda_init` is
+    trained, one for all heads of a layer.
+
+    Args:
+        num_heads: int. The number of heads, pairs of softmaxes.
+        num_key_value_heads: int or `None`. How many heads have keys and values of
+            their own; divides `num_heads`. `None` means `num_heads`.
+        key_dim: int or `None`. The size of each of the two query and key heads;
+            `None` means the width of the inputs divided by `2 * num_heads`.
+        value_dim: int or `None`. The size of each value head; `None` means
+            `2 * key_dim`.
+        lambda_init: float. Where lambda starts. The paper has it grow with the
+            depth `i`, counted from 0: `0.8 - 0.6 * exp(-0.3 * i)`.
+        **kwargs: as for `GroupedQueryAttention`, such as `position`, `window`,
+            `dropout` and `use_bias`.
+
+    Call arguments and results are those of `GroupedQueryAttention`; scores are
+    differences, and may be negative.
+
+    Raises:
+        TypeError: if `lambda_init` is no number.
+        ValueError: if the width of the inputs does not fit the heads.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from attention import DifferentialAttention, RotaryPosition
+    >>> layer = DifferentialAttention(num_heads=2, position=RotaryPosition())
+    >>> layer(np.zeros((1, 3, 16))).shape == (1, 3, 16)
+    True
+
+    Reference:
+
+    - [Ye et al., 2024](https://arxiv.org/abs/2410.05258)
+    """
+
+    lambda_init: float
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_key_value_heads: int | None = None,
+        key_dim: int | None = None,
+        value_dim: int | None = None,
+        lambda_init: float = 0.8,
+        **kwargs: Any,
+    ) -> None:
+        if num_key_value_heads is None:
+            num_key_value_heads = num_heads
+        super().__init__(num_heads, num_key_value_heads, key_dim, value_dim, **kwargs)
+        if isinstance(lambda_init, bool) or not isinstance(lambda_init, numbers.Real):
+            raise TypeError(
+                f"`lambda_init` must be a number. Received: {describe(lambda_init)}"
+            )
+        self.lambda_init = float(lambda_init)
+
+    def build(
+        self,
+        query_shape: tuple,
+        value_shape: tuple | None = None,
+        key_shape: tuple | None = None,
+    ) -> None:
+        super().build(query_shape, value_shape, key_shape)
+        # What is subtracted is as exact as the softmax.
+        self.lambdas = self.add_weight(
+            name="lambdas",
+            shape=(2, 2, self._query_heads()[1]),
+            initializer=keras.initializers.RandomNormal(stddev=0.1),
+            dtype="float32",
+            autocast=False,
+        )
+        self.head_norm = self._norm("head_norm", self._head_dims()[1], 1e-5)
+
+    def _check_width(self, query_shape: tuple) -> None:
+        super()._check_width(query_shape)
+        if self.key_dim is None and query_shape[-1] % (2 * self.num_heads):
+            raise ValueError(
+                f"With `key_dim=None`, the width of the inputs of layer '{self.name}' "
+                f"must be divisible by `2 * num_heads`. Received: num_heads="
+                f"{self.num_heads}, inputs of shape {tuple(query_shape)}. Pass "
+                "`key_dim`, or another `num_heads`."
+            )
+
+    def _half_dim(self) -> int:
+        return self.key_dim or self._width // (2 * self.num_heads)
+
+    def _head_dims(self) -> tuple[int, int]:
+        # Both keys of a head lie side by side.
+        return 2 * self._half_dim(), self.value_dim or 2 * self._half_dim()
+
+    def _query_heads(self) -> tuple[int, int]:
+        return 2 * self.num_heads, self._half_dim()
+
+    def _key_heads(self) -> tuple[int, int]:
+        return 2 * self.num_key_value_heads, self._half_dim()
+
+    def _arrange(self, query: Any, key: Any) -> tuple[Any, Any]:
+        """Two queries of each head, to either half of its keys."""
+        rows, length = ops.shape(query)[:2]
+        heads, dim = query.shape[2:]
+        query = ops.reshape(query, (rows, length, self.num_heads, 2, 1, dim))
+        halves = ops.reshape(ops.eye(2, dtype=query.dtype), (2, 2, 1))
+        query = ops.reshape(query * halves, (rows, length, heads, 2 * dim))
+        shape = (*ops.shape(key)[:2], self.num_key_value_heads, 2 * dim)
+        return query, ops.reshape(key, shape)
+
+    def _combine(self, outputs: Any, scores: Any) -> tuple[Any, Any]:
+        """Subtracts the second of each two, and normalizes what is left."""
+        products = ops.exp(ops.sum(self.lambdas[:, 0] * self.lambdas[:, 1], axis=-1))
+        weight = products[0] - products[1] + self.lambda_init
+
+        def difference(x: Any, axis: int) -> Any:
+            shape = list(ops.shape(x))
+            shape[axis : axis + 1] = [self.num_heads, 2]
+            both = ops.reshape(ops.cast(x, "float32"), shape)
+            first, second = ops.split(both, 2, axis=axis + 1)
+            return ops.squeeze(first - weight * second, axis=axis + 1)
+
+        found = ops.cast(difference(outputs, 2), outputs.dtype)
+        found = self.head_norm(found) * (1 - self.lambda_init)
+        return found, None if scores is None else difference(scores, 1)
+
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        config["lambda_init"] = self.lambda_init
+        return config

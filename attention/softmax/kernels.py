@@ -1,0 +1,185 @@
+"""The dot product attention of grouped heads."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from attention.contract.sizes import static_size
+
+# Finite: a row in which everything is masked must not become NaN.
+_MASKED = -1e30
+
+
+@dataclasses.dataclass(frozen=True)
+class TokensFirst:
+    """Keys that are laid out as values are.
+
+    Attributes:
+        keys: tensor of shape `(batch, num_key_value_heads, length, key_dim)`.
+    """
+
+    keys: Any
+
+
+def _products(query: Any, key: Any) -> Any:
+    """The products of `(batch, heads, queries, key_dim)` with keys in either layout."""
+    if not isinstance(key, TokensFirst):
+        return ops.matmul(query, key)
+    # The keys on the left, as they lie: on the right they would be transposed.
+    products = ops.matmul(key.keys, ops.swapaxes(query, 2, 3))
+    return ops.swapaxes(products, 2, 3)
+
+
+def grouped_attention(
+    query: Any,
+    parts: list[tuple[Any, Any]],
+    mask: Any = None,
+    bias: Any = None,
+    scale: float = 1.0,
+    dropout: Any = None,
+    soft_cap: float | None = None,
+    sinks: Any = None,
+) -> tuple[Any, Any]:
+    """Scaled dot product attention in which query heads share key/value heads.
+
+    The heads that share a key/value head are computed as one matrix; keys and
+    values are never repeated. They may come in parts, of a cache and of new
+    tokens, which are not copied together. Softmax is computed in float32.
+
+    Args:
+        query: tensor of shape `(batch, query_length, num_heads, key_dim)`.
+        parts: keys and values, one pair or several whose lengths add up to
+            `key_length`: tensors of shape `(batch, num_key_value_heads, key_dim,
+            length)`, or `TokensFirst`, and `(batch, num_key_value_heads, length,
+            value_dim)`.
+        mask: `None` or boolean tensor that broadcasts to `(batch, num_heads,
+            query_length, key_length)`, with a heads axis of 1.
+        bias: `None` or float tensor `([batch,] num_heads, query_length,
+            key_length)`.
+        scale: float. What the logits are multiplied with.
+        dropout: `None` or a callable applied to the weights.
+        soft_cap: `None` or float. Scaled products are kept between it and its
+            negative.
+        sinks: `None` or tensor `(num_heads,)`: the logit of a key that every
+            query sees and whose value is zero.
+
+    Returns:
+        The outputs, `(batch, query_length, num_heads, value_dim)`, and the
+        attention weights, `(batch, num_heads, query_length, key_length)`.
+    """
+    length, heads, dim = ops.shape(query)[1], query.shape[2], query.shape[3]
+    groups = parts[0][1].shape[1]
+    per_group = heads // groups
+    query = ops.reshape(query, (-1, length, groups, per_group, dim))
+    query = ops.transpose(query, (0, 2, 3, 1, 4))
+    # What shares keys is one matrix.
+    query = ops.reshape(query, (-1, groups, per_group * length, dim))
+    logits = _concatenate([_products(query, key) for key, _ in parts])
+    key_length = ops.shape(logits)[-1]
+    logits = ops.reshape(logits, (-1, groups, per_group, length, key_length))
+    logits = ops.cast(logits, "float32") * scale
+    if soft_cap is not None:
+        logits = soft_cap * ops.tanh(logits / soft_cap)
+    if bias is not None:
+        lead = (-1,) if len(bias.shape) == 4 else ()
+        bias_heads = bias.shape[-3]
+        split = (1, 1) if bias_heads == 1 else (groups, per_group)
+        logits = logits + ops.reshape(bias, (*lead, *split, *ops.shape(bias)[-2:]))
+    if mask is not None:
+        logits = ops.where(mask[:, :, None], logits, _MASKED)
+    if sinks is not None:
+        sinks = ops.reshape(ops.cast(sinks, "float32"), (1, groups, per_group, 1, 1))
+        sinks = ops.broadcast_to(sinks, (*ops.shape(logits)[:-1], 1))
+        logits = ops.concatenate([logits, sinks], axis=-1)
+    # Keras warns of a softmax over a single key, which is all right here.
+    one_key = static_size(logits, 4) == 1
+    weights = ops.ones_like(logits) if one_key else ops.softmax(logits, axis=-1)
+    weights = weights if sinks is None else weights[..., :-1]
+    dropped = weights if dropout is None else dropout(weights)
+    dropped = ops.cast(dropped, parts[0][1].dtype)
+    dropped = ops.reshape(dropped, (-1, groups, per_group * length, key_length))
+    outputs: Any = 0
+    start: Any = 0
+    for _, value in parts:
+        end = start + ops.shape(value)[2]
+        # One part is all of them.
+        own = dropped if len(parts) == 1 else dropped[..., start:end]
+        outputs, start = outputs + ops.matmul(own, value), end
+    value_dim = parts[0][1].shape[3]
+    outputs = ops.reshape(outputs, (-1, groups, per_group, length, value_dim))
+    outputs = ops.transpose(outputs, (0, 3, 1, 2, 4))
+    outputs = ops.reshape(outputs, (-1, length, heads, value_dim))
+    return outputs, ops.reshape(weights, (-1, heads, length, key_length))
+
+
+def _concatenate(parts: list[Any]) -> Any:
+    return parts[0] if len(parts) == 1 else ops.concatenate(parts, axis=-1)
+
+
+def scale_query(query: Any, scale: float) -> tuple[Any, float]:
+    """Scales the queries where the products could overflow without it.
+
+    Returns:
+        The queries, and what remains to multiply the logits with.
+    """
+    if keras.backend.standardize_dtype(query.dtype) != "float16":
+        return query, scale
+    return query * scale, 1.0
+
+
+def fused_attention_applies(
+    num_heads: int, num_key_value_heads: int, key_dim: int, value_dim: int, dtype: str
+) -> bool:
+    """Whether `keras.ops.dot_product_attention` computes these heads as they are.
+
+    Outside of JAX it repeats keys and values for grouped heads. On JAX it takes
+    no values of another size than the keys, and CPUs can't compile its float16.
+    """
+    if keras.config.backend() == "jax":
+        import jax
+
+        supported = dtype != "float16" or jax.default_backend() != "cpu"
+        return key_dim == value_dim and supported
+    return num_heads == num_key_value_heads
+
+
+def fused_attention(
+    query: Any, key: Any, value: Any, mask: Any, bias: Any, scale: float
+) -> Any:
+    """Attention by the backend's fused kernel, where it has one.
+
+    Args:
+        query: tensor of shape `(batch, query_length, num_heads, key_dim)`.
+        key: tensor of shape `(batch, key_length, num_key_value_heads, key_dim)`.
+        value: tensor of shape `(batch, key_length, num_key_value_heads,
+            value_dim)`.
+        mask: as for `grouped_attention`.
+        bias: as for `grouped_attention`.
+        scale: float. What the logits are multiplied with.
+
+    Returns:
+        Outputs of shape `(batch, query_length, num_heads, value_dim)`.
+    """
+    if bias is not None:
+        # Not every backend takes a mask beside a bias.
+        bias = bias if len(bias.shape) == 4 else bias[None]
+        if mask is not None:
+            bias = ops.where(mask, bias, _MASKED)
+            mask = None
+        bias = ops.cast(ops.maximum(bias, _lowest(query.dtype)), query.dtype)
+        batch, length, heads = ops.shape(query)[:3]
+        bias = ops.broadcast_to(bias, (batch, heads, length, ops.shape(key)[1]))
+    return ops.dot_product_attention(
+        query, key, value, bias=bias, mask=mask, scale=scale
+    )
+
+
+def _lowest(dtype: Any) -> float:
+    """The lowest bias that stays finite in `dtype` when logits are added."""
+    dtype = keras.backend.standardize_dtype(dtype)
+    return float(np.finfo("float16").min) / 2 if dtype == "float16" else _MASKED

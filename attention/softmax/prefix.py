@@ -1,0 +1,139 @@
+"""Prefixes that are seen in both directions, and documents: what is received."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from keras import ops
+
+from attention.contract.arguments import describe
+from attention.contract.sizes import is_concrete, static_size
+
+_IN_CHUNKS: contextvars.ContextVar[bool] = contextvars.ContextVar(
+    "keras_transformer_blocks_in_chunks", default=False
+)
+
+
+class WholePromptNeeded(ValueError):
+    """Some layer can't absorb a prompt in chunks."""
+
+
+@contextlib.contextmanager
+def prompt_in_chunks() -> Iterator[None]:
+    """Tells the layers inside that more of the same prompt may follow.
+
+    A layer for which that would be wrong raises `WholePromptNeeded`.
+    """
+    token = _IN_CHUNKS.set(True)
+    try:
+        yield
+    finally:
+        _IN_CHUNKS.reset(token)
+
+
+def check_prefix_length(layer_name: str, prefix_length: Any, inputs: Any) -> Any:
+    """Returns the length of a prefix as a tensor, or says what is wrong with it.
+
+    Args:
+        layer_name: str. The layer that was called.
+        prefix_length: int, or integer tensor of shape `()` or `(batch,)`.
+        inputs: a tensor with a batch axis in front.
+
+    Raises:
+        TypeError: if it holds no integers.
+        ValueError: if it is negative or of another shape.
+    """
+    if isinstance(prefix_length, (list, tuple, int)):
+        prefix_length = np.asarray(prefix_length)
+    wanted = (
+        "an int, or an integer tensor of shape () or (batch,). Received by layer "
+        f"'{layer_name}': prefix_length={describe(prefix_length)}, inputs="
+        f"{describe(inputs)}"
+    )
+    if not hasattr(prefix_length, "shape") or "int" not in str(prefix_length.dtype):
+        raise TypeError(f"`prefix_length` must be {wanted}")
+    rows, given = static_size(inputs, 0), tuple(prefix_length.shape)
+    if len(given) > 1 or (given and None not in (rows, given[0]) and given[0] != rows):
+        raise ValueError(f"`prefix_length` must be {wanted}")
+    if isinstance(prefix_length, np.ndarray) and (prefix_length < 0).any():
+        raise ValueError(
+            f"`prefix_length` of layer '{layer_name}' must not be negative. Received: "
+            f"prefix_length={int(prefix_length.min())}"
+        )
+    return ops.convert_to_tensor(prefix_length, dtype="int32")
+
+
+def check_segment_ids(layer_name: str, segment_ids: Any, inputs: Any) -> Any:
+    """Returns segment ids as a tensor, or says what is wrong with them.
+
+    Args:
+        layer_name: str. The layer that was called.
+        segment_ids: integer tensor of shape `(batch, length)`.
+        inputs: tensor of shape `(batch, length, width)`.
+
+    Raises:
+        TypeError: if they are no integers.
+        ValueError: if they are of another shape.
+    """
+    if isinstance(segment_ids, (list, tuple)):
+        segment_ids = np.asarray(segment_ids)
+    received = (
+        f"Received by layer '{layer_name}': segment_ids={describe(segment_ids)}, "
+        f"inputs={describe(inputs)}"
+    )
+    if not hasattr(segment_ids, "shape") or "int" not in str(segment_ids.dtype):
+        raise TypeError(f"`segment_ids` must be an integer tensor. {received}")
+    sizes = [(static_size(x, i) for x in (segment_ids, inputs)) for i in (0, 1)]
+    if len(segment_ids.shape) != 2 or any(
+        None not in pair and pair[0] != pair[1] for pair in map(tuple, sizes)
+    ):
+        raise ValueError(
+            "`segment_ids` must be of shape (batch, length), a number for each token. "
+            + received
+        )
+    return ops.convert_to_tensor(segment_ids)
+
+
+def only_whole_prefixes(
+    layer_name: str, outputs: Any, prefix_length: Any, cache_update_index: Any
+) -> Any:
+    """Makes sure that no row goes on within its prefix.
+
+    The tokens absorbed before would have had to see those that come now.
+
+    Args:
+        layer_name: str. The layer that was called.
+        outputs: tensor of shape `(batch, length, width)`.
+        prefix_length: `int32` tensor of shape `()` or `(batch,)`.
+        cache_update_index: how many positions were absorbed.
+
+    Returns:
+        The outputs; NaN for rows of which it can't be said before the graph runs.
+
+    Raises:
+        ValueError: if a row does, where that is known.
+        WholePromptNeeded: within `prompt_in_chunks`.
+    """
+    if _IN_CHUNKS.get():
+        raise WholePromptNeeded(
+            f"Layer '{layer_name}' was called with `prefix_length`, so the whole "
+            "prompt has to be absorbed by one call."
+        )
+    index = ops.convert_to_tensor(cache_update_index, dtype="int32")
+    within = ops.logical_and(index > 0, index < prefix_length)
+    if is_concrete(within):
+        if bool(ops.any(within)):
+            raise ValueError(
+                f"A call of layer '{layer_name}' with a cache begins within the "
+                "prefix: tokens before `prefix_length` see each other in both "
+                "directions, so they belong in one call, at cache_update_index=0. "
+                f"Received: cache_update_index={describe(cache_update_index)}"
+            )
+        return outputs
+    # Better than outputs that are silently wrong.
+    within = ops.reshape(within, (-1, 1, 1))
+    return ops.where(within, float("nan"), outputs)

@@ -1,0 +1,235 @@
+"""Attention to the keys and values that another layer computed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from attention.contract.arguments import describe, dtype_name
+from attention.contract.padding import zero_padding
+from attention.contract.sizes import static_size
+from attention.positions.arithmetic import token_positions
+from attention.softmax.dot_product_attention import DotProductAttention
+from attention.softmax.visibility import Visibility, check_attention_mask
+
+
+@keras.saving.register_keras_serializable(package="keras_transformer_blocks")
+class SharedKeyValueAttention(DotProductAttention):
+    """Attention that reads the keys and values of another attention layer.
+
+    ```
+    x ─► GroupedQueryAttention(return_key_value=True) ─┬───► key_value ───────────────┐
+                                                       ▼                              ▼
+                                     query ─► query_dense ─► encode ─► softmax(q·k + bias)·v ─► output_dense
+    ```
+
+    One layer, the producer, projects keys and values and stores them in its
+    cache; layers above it have projections for queries and outputs only. Their
+    own cache is `()`: what they attend to is stored once, by the producer. The
+    call is the same in training and in decoding: keys are hidden by their
+    positions, and the queries' follow from `cache_update_index`.
+
+    Args:
+        num_heads: int. The number of query heads.
+        num_key_value_heads: int or `None`. The number of key/value heads of the
+            producer; divides `num_heads`. `None`: as many as are given.
+        key_dim: int or `None`. The size of each query and key head. `None`
+            means the width of the inputs divided by `num_heads`.
+        value_dim: int or `None`. The size of each value head; `None` means
+            `key_dim`.
+        dropout: float. The dropout rate of the attention weights.
+        use_bias: bool. Whether the projections have biases.
+        position: `None` or a position scheme, such as `RotaryPosition()`; it
+            encodes the queries. The keys come encoded by the producer's scheme.
+        scale: float or `None`. What the logits are multiplied with; `None`
+            means `1 / sqrt(key_dim)`.
+        window: int or `None`. How many positions a query sees, itself included;
+            not more than the producer's window. `None` means all of them.
+        kernel_initializer: initializer of the projections.
+        bias_initializer: initializer of their biases.
+        query_key_norm: bool. Whether queries are normalized, as the producer's
+            keys then are.
+        logit_soft_cap: as for `GroupedQueryAttention`, and so are
+            `attention_sinks` and `output_gate`.
+        **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
+
+    Call arguments:
+        query: tensor of shape `(batch, length, width)`.
+        key_value: a dict of `"key"`, of shape `(batch, num_key_value_heads,
+            key_length, key_dim)`, `"value"`, likewise, and `"positions"`, an
+            integer tensor of shape `(batch, key_length)`: what
+            `GroupedQueryAttention` returns with `return_key_value=True`, called
+            on the same tokens. A query sees keys up to its own position.
+        attention_mask: as for `GroupedQueryAttention`: boolean tensor of shape
+            `(batch, length, positions)`.
+        padding_mask: boolean tensor of shape `(batch, length)`: the real
+            tokens of `query`, padded on the right.
+        cache: `()`, the cache made by `create_cache`.
+        cache_update_index: how many positions came before these: an int, an
+            integer scalar tensor or an integer tensor of shape `(batch,)`.
+        return_attention_scores: bool. Whether to return the weights, too.
+        training: bool. Whether to apply dropout.
+
+    Returns:
+        A tensor of shape `(batch, length, width)` in the compute dtype. With
+        `return_attention_scores`, `(outputs, scores)`. With a cache,
+        `(what is said above, ())`.
+
+    Raises:
+        TypeError: if an argument has the wrong type.
+        ValueError: if `key_value` has other entries, heads, sizes or rows than
+            these queries can attend to.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from attention import GroupedQueryAttention, SharedKeyValueAttention
+    >>> producer = GroupedQueryAttention(num_heads=4, num_key_value_heads=2)
+    >>> reader = SharedKeyValueAttention(num_heads=4)
+    >>> x = np.random.normal(size=(1, 5, 16)).astype("float32")
+    >>> x, key_value = producer(x, return_key_value=True)
+    >>> tuple(key_value["key"].shape)
+    (1, 2, 5, 4)
+    >>> reader(x, key_value).shape == (1, 5, 16)
+    True
+    >>> reader.create_cache(batch_size=1, max_length=32)
+    ()
+
+    References:
+
+    - [Brandon et al., 2024](https://arxiv.org/abs/2405.12981)
+    - [Sun et al., 2024](https://arxiv.org/abs/2405.05254)
+    """
+
+    def build(self, query_shape: tuple) -> None:
+        self._check_width(query_shape)
+        heads = (self.num_heads, self._head_dims()[0])
+        self.query_dense = self._project("query", heads, query_shape)
+        self.query_norm = self._build_norm("query_norm")
+        self._build_output(query_shape)
+
+    def create_cache(self, batch_size: int, max_length: int) -> tuple:
+        return ()
+
+    def __call__(  # type: ignore[override]
+        self, query: Any, key_value: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        # Before Keras looks into it: its own errors speak of nested arguments.
+        check_key_value(self.name, key_value, query)
+        return super().__call__(query, key_value, *args, **kwargs)
+
+    def call(
+        self,
+        query: Any,
+        key_value: Any,
+        attention_mask: Any = None,
+        padding_mask: Any = None,
+        cache: Any = None,
+        cache_update_index: Any = None,
+        return_attention_scores: bool = False,
+        training: bool | None = None,
+    ) -> Any:
+        self._check_heads(key_value)
+        k, v, key_positions = (key_value[x] for x in ("key", "value", "positions"))
+        key_positions = ops.cast(key_positions, "int32")
+        self._check_cached_call(cache, cache_update_index, None)
+        if attention_mask is not None:
+            check_attention_mask(attention_mask, query, None)
+        query = zero_padding(query, padding_mask)
+        q = self.query_dense(query)
+        if self.query_norm is not None:
+            q = self.query_norm(q)
+        positions = token_positions(cache_update_index, ops.shape(query)[1])
+        if self.position is not None:
+            # No new keys: these were encoded by the layer that made them.
+            no_keys = ops.swapaxes(k[:, :, :0], 1, 2)
+            q, _ = self.position.encode(q, no_keys, positions, key_positions[:, :0])
+        past: Any = None
+        new: Any = None
+        if cache is None:
+            # A whole sequence: as its producer attends to it.
+            new = ops.swapaxes(k, 1, 2), ops.swapaxes(v, 1, 2)
+        else:
+            past = ops.swapaxes(k, 2, 3), v
+        visibility = Visibility(
+            positions,
+            key_positions,
+            window=self.window,
+            attention_mask=attention_mask,
+            in_order=True,
+        )
+        outputs, scores = self._attend(
+            query,
+            q,
+            new,
+            visibility,
+            past,
+            return_scores=return_attention_scores,
+            training=training,
+        )
+        if return_attention_scores:
+            outputs = (outputs, scores)
+        return outputs if cache is None else (outputs, cache)
+
+    def _check_heads(self, key_value: Any) -> None:
+        """Says so when keys or values are not those these queries are for."""
+        key_dim, value_dim = self._head_dims()
+        groups = key_value["key"].shape[1]
+        dims = (key_value["key"].shape[3], key_value["value"].shape[3])
+        wanted = self.num_key_value_heads or groups
+        if groups != wanted or self.num_heads % groups or dims != (key_dim, value_dim):
+            raise ValueError(
+                f"Layer '{self.name}' has num_heads={self.num_heads}, "
+                f"num_key_value_heads={self.num_key_value_heads}, key_dim={key_dim} "
+                f"and value_dim={value_dim}, which does not fit these keys and "
+                f"values. Received: key_value={describe(key_value)}. Give it the "
+                "head sizes of the layer that made them, and a `num_heads` that "
+                "their number of heads divides."
+            )
+
+
+def check_key_value(layer_name: str, key_value: Any, query: Any) -> None:
+    """Says so when `key_value` is not what an attention layer returns for it.
+
+    Args:
+        layer_name: str. The layer that was called, for the message.
+        key_value: what was received.
+        query: the queries, `(batch, length, width)`.
+
+    Raises:
+        TypeError: if it is no dict of tensors, or positions are no integers.
+        ValueError: if it has other entries, ranks, lengths or rows.
+    """
+    hint = (
+        "It is what `GroupedQueryAttention` returns, behind its outputs, when "
+        "called with `return_key_value=True`: a dict of 'key' and 'value', of shape "
+        "(batch, heads, key_length, dim), and 'positions', integers of shape "
+        f"(batch, key_length). Received: key_value={describe(key_value)}, query="
+        f"{describe(query)}"
+    )
+    if not isinstance(key_value, dict):
+        raise TypeError(f"Layer '{layer_name}' needs `key_value`. {hint}")
+    ranks = {"key": 4, "value": 4, "positions": 2}
+    if set(key_value) != set(ranks):
+        raise ValueError(f"Layer '{layer_name}' can't attend to `key_value`. {hint}")
+    if not all(hasattr(x, "shape") and hasattr(x, "dtype") for x in key_value.values()):
+        raise TypeError(f"Layer '{layer_name}' needs tensors in `key_value`. {hint}")
+    if "int" not in dtype_name(key_value["positions"]):
+        raise TypeError(
+            f"Layer '{layer_name}' needs integers as positions in `key_value`. {hint}"
+        )
+    key, value, positions = (key_value[name] for name in ranks)
+    sames = (
+        ((key, 0), (value, 0), (positions, 0), (query, 0)),
+        ((key, 1), (value, 1)),
+        ((key, 2), (value, 2), (positions, 1)),
+    )
+    if any(len(key_value[name].shape) != rank for name, rank in ranks.items()) or any(
+        len({static_size(x, axis) for x, axis in same} - {None}) > 1 for same in sames
+    ):
+        raise ValueError(
+            f"Layer '{layer_name}' can't attend to `key_value`: its shapes do not fit "
+            f"together, or not to the rows of `query`. {hint}"
+        )

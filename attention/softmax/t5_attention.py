@@ -1,0 +1,73 @@
+"""Attention with T5's relative position bias."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+
+from attention.positions.relative_position_bias import RelativePositionBias
+from attention.softmax.grouped_query_attention import GroupedQueryAttention
+
+
+@keras.saving.register_keras_serializable(package="keras_transformer_blocks")
+class T5Attention(GroupedQueryAttention):
+    """Cached attention with T5's relative position bias and unscaled logits.
+
+    Args:
+        num_heads: int. The number of heads.
+        key_dim: int or `None`. The size of each head; `None` means the width of
+            the inputs divided by `num_heads`.
+        num_buckets: int. The number of buckets of relative positions.
+        max_distance: int. The distance from which on all share one bucket.
+        causal: bool. Whether a token attends to no later one; if not, half of
+            the buckets are for later tokens.
+        use_bias: bool. Whether the projections have biases. T5's have none.
+        **kwargs: as for `GroupedQueryAttention`, without `position`.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from attention import T5Attention
+    >>> T5Attention(num_heads=2)(np.zeros((1, 3, 8))).shape == (1, 3, 8)
+    True
+
+    Reference:
+
+    - [Raffel et al., 2019](https://arxiv.org/abs/1910.10683)
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        key_dim: int | None = None,
+        num_buckets: int = 32,
+        max_distance: int = 128,
+        causal: bool = True,
+        use_bias: bool = False,
+        scale: float | None = 1.0,
+        **kwargs: Any,
+    ):
+        position = RelativePositionBias(
+            num_buckets,
+            max_distance,
+            bidirectional=not causal,
+            name="relative_position_bias",
+        )
+        super().__init__(
+            num_heads,
+            num_heads,
+            key_dim,
+            position=position,
+            causal=causal,
+            use_bias=use_bias,
+            scale=scale,
+            **kwargs,
+        )
+
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        del config["num_key_value_heads"]
+        position = config.pop("position")["config"]
+        config.update({key: position[key] for key in ("num_buckets", "max_distance")})
+        return config

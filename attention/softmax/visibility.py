@@ -1,0 +1,187 @@
+"""Which key a query may attend to."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from keras import ops
+
+from attention.contract.arguments import describe
+from attention.contract.sizes import sequence_length, static_size
+from attention.positions.arithmetic import HIDDEN_POSITION, one_row_each
+from attention.softmax.banded import Blocks, block_size
+
+
+@dataclasses.dataclass(frozen=True)
+class Visibility:
+    """All that says which key a query may attend to.
+
+    Attributes:
+        query_positions: `int32` tensor, `(query_length,)` or `(batch,
+            query_length)`.
+        key_positions: likewise for the keys.
+        causal: bool. Whether keys at later positions are hidden.
+        window: `None` or int. Keys that are so many positions away are hidden.
+        key_padding_mask: `None` or boolean tensor `(batch, key_length)`.
+        attention_mask: `None` or boolean tensor `(batch, query_length,
+            positions)`: its last axis counts positions of the sequence.
+            Positions beyond its end are hidden.
+        prefix_length: `None` or `int32` tensor, `()` or `(batch,)`: keys before
+            this position are seen from before them, too.
+        segment_ids: `None`, or a pair of integer tensors `(batch, query_length)`
+            and `(batch, key_length)`: only keys of the query's own segment are
+            seen.
+        in_order: bool. Whether the positions of keys are 0, 1, 2 and so on,
+            unless there is a row of them for each sequence.
+    """
+
+    query_positions: Any
+    key_positions: Any
+    causal: bool = True
+    window: int | None = None
+    key_padding_mask: Any = None
+    attention_mask: Any = None
+    prefix_length: Any = None
+    segment_ids: tuple[Any, Any] | None = None
+    in_order: bool = False
+
+    @property
+    def may_be_empty(self) -> bool:
+        """Whether there may be a query that counts and sees no key."""
+        masked = not self.causal and self.key_padding_mask is not None
+        return masked or self.attention_mask is not None
+
+    def mask(self) -> Any:
+        """Combines everything.
+
+        Returns:
+            `None` where every key may be attended, otherwise a boolean tensor that
+            broadcasts to `(batch, heads, query_length, key_length)`.
+        """
+        masks = [x[None] if len(x.shape) == 2 else x for x in self._by_position()]
+        if self.key_padding_mask is not None:
+            masks.append(self.key_padding_mask[:, None, :])
+        if self.attention_mask is not None:
+            masks.append(_align(self.attention_mask, self.key_positions, self.in_order))
+        if self.segment_ids is not None:
+            queries, keys = self.segment_ids
+            masks.append(queries[:, :, None] == keys[:, None, :])
+        if not masks:
+            return None
+        combined = masks[0]
+        for mask in masks[1:]:
+            combined = ops.logical_and(combined, mask)
+        return combined[:, None]
+
+    def _by_position(self) -> list[Any]:
+        keys = self.key_positions[..., None, :]
+        queries = self.query_positions[..., :, None]
+        both_sides = not self.causal or self.prefix_length is not None
+        visible = []
+        if self.causal and self.prefix_length is None:
+            visible.append(keys <= queries)
+        elif self.causal:
+            prefix = ops.cast(self.prefix_length, "int32")
+            prefix = prefix[:, None, None] if len(prefix.shape) == 1 else prefix
+            visible.append(ops.logical_or(keys <= queries, keys < prefix))
+        if self.window is not None:
+            visible.append(keys > queries - self.window)
+        if self.window is not None and both_sides:
+            visible.append(keys < queries + self.window)
+        return visible
+
+    def in_blocks(self, blocks: Blocks, like: Any) -> Visibility:
+        """The same for the blocks that a batch of sequences is cut into.
+
+        Args:
+            blocks: how they are cut.
+            like: a tensor with a batch axis in front.
+        """
+        queries, keys = (
+            one_row_each(x, like) for x in (self.query_positions, self.key_positions)
+        )
+        if self.key_padding_mask is not None:
+            keys = ops.where(self.key_padding_mask, keys, HIDDEN_POSITION)
+        segments = self.segment_ids
+        if segments is not None:
+            segments = (blocks.queries(segments[0]), blocks.keys(segments[1]))
+        return dataclasses.replace(
+            self,
+            query_positions=blocks.queries(queries),
+            key_positions=blocks.keys(keys, HIDDEN_POSITION),
+            key_padding_mask=None,
+            segment_ids=segments,
+        )
+
+    def blocks(self, query: Any, key: Any) -> Blocks | None:
+        """The blocks that tell all that is seen; `None` where none do, or save much."""
+        if self.attention_mask is not None or self.prefix_length is not None:
+            return None
+        length = sequence_length(query)
+        if isinstance(length, int):
+            same = length == static_size(key, 1)
+        else:
+            same = self.key_positions is self.query_positions
+        if length is None or not same:
+            return None
+        size = block_size(length, self.window)
+        return None if size is None else Blocks(size, length, self.causal)
+
+
+def check_attention_mask(attention_mask: Any, query: Any, keys: Any) -> None:
+    """Says so when an attention mask does not fit the queries and keys.
+
+    Args:
+        attention_mask: what was received.
+        query: the queries, `(batch, query_length, width)`.
+        keys: likewise, or `None` where a cache holds the keys: the mask may
+            then have any number of columns.
+
+    Raises:
+        TypeError: if it is of a floating dtype: such masks are added to logits
+            elsewhere, where zero means that a key is seen.
+        ValueError: if it is of another shape.
+    """
+    dtype = str(getattr(attention_mask, "dtype", "unknown"))
+    if "bool" not in dtype and "int" not in dtype:
+        raise TypeError(
+            "`attention_mask` must be boolean: true where a query may attend to a "
+            f"key. Received: attention_mask={describe(attention_mask)}. Turn a mask "
+            "that is added to logits into one with `mask == 0`."
+        )
+    wanted = [(1, static_size(query, 0)), (1, static_size(query, 1))]
+    if keys is not None:
+        wanted.append((1, static_size(keys, 1)))
+    rank_fits = len(attention_mask.shape) == 3
+    sizes = [static_size(attention_mask, axis) for axis in range(3)]
+    if not rank_fits or any(
+        None not in (size, *fitting) and size not in fitting
+        for size, fitting in zip(sizes, wanted)
+    ):
+        raise ValueError(
+            "`attention_mask` must be of shape (batch, query_length, key_length). "
+            f"Received: attention_mask={describe(attention_mask)}, query="
+            f"{describe(query)}, keys={describe(keys)}"
+        )
+
+
+def _align(attention_mask: Any, key_positions: Any, in_order: bool) -> Any:
+    """Picks the columns of `attention_mask` that belong to the keys."""
+    attention_mask = ops.cast(attention_mask, "bool")
+    length = static_size(attention_mask, len(attention_mask.shape) - 1)
+    if length is None or length == 1:
+        return attention_mask
+    if len(key_positions.shape) == 2:
+        columns = ops.minimum(key_positions, length - 1)[:, None]
+        known = (key_positions < length)[:, None]
+        return ops.logical_and(
+            ops.take_along_axis(attention_mask, columns, axis=-1), known
+        )
+    capacity = static_size(key_positions, 0)
+    if in_order and (capacity is None or capacity == length):
+        return attention_mask
+    columns = ops.minimum(key_positions, length - 1)
+    return ops.logical_and(
+        ops.take(attention_mask, columns, axis=-1), key_positions < length
+    )

@@ -1,0 +1,1 @@
+"""What exists for the compiler of one backend."""

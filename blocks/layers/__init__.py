@@ -1,0 +1,1 @@
+"""Feed-forward layers and norms, ready for the hooks."""

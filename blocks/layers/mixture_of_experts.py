@@ -1,0 +1,280 @@
+"""A feed-forward layer of experts, of which each token is sent to a few."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from attention import CachedLayer
+from attention.contract import check_positive_int, clone_initializer, describe
+
+# Smaller blocks are slow where there are enough tokens for larger ones.
+_SMALL_BLOCK = 32
+
+
+@keras.saving.register_keras_serializable(package="keras_transformer_blocks")
+class MixtureOfExperts(CachedLayer):
+    """Experts of which a router picks the best few for each token.
+
+    ```
+    x ─► router ─► softmax ─► top k ─┬─► weights ────────────────────┐
+      └──────────────────────────────┴─► the k experts of each token ─► weighted sum
+    ```
+
+    No token is ever dropped: there is no capacity that an expert could run out of.
+    Tokens are sorted by their experts and computed in blocks of one expert each, so
+    that the work grows with `num_experts_per_token`, not with `num_experts`. A loss
+    that is least where all experts get as many tokens is added when training
+    (`add_loss`); padding does not count in it. Returned from `create_ffn`, it is a
+    feed-forward layer as any other. It has no state: its cache is `()`.
+
+    Args:
+        num_experts: int. The number of experts.
+        intermediate_dim: int. The width inside each expert.
+        num_experts_per_token: int. How many experts see a token.
+        gated: bool. Whether experts are gated, as in Mixtral, or two layers with an
+            activation in between.
+        activation: the activation inside experts, of the gate if there is one.
+        normalize_weights: bool. Whether the weights of a token's experts sum to 1.
+        balance_weight: float. What the loss of uneven loads is multiplied with.
+        kernel_initializer: initializer of the router and the experts.
+        **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
+
+    Call arguments:
+        x: tensor of shape `(batch, length, width)`.
+        padding_mask: boolean tensor `(batch, length)`: the real tokens.
+        cache: `()`, the cache made by `create_cache`.
+        cache_update_index: as for every `CachedLayer`.
+        training: bool. Whether to add the loss.
+
+    Returns:
+        A tensor of the shape of `x`; with a cache, `(outputs, ())`.
+
+    Raises:
+        TypeError: if a number is no number.
+        ValueError: if a token is to see more experts than there are.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from blocks import MixtureOfExperts
+    >>> layer = MixtureOfExperts(num_experts=4, intermediate_dim=32)
+    >>> layer(np.zeros((1, 3, 8))).shape == (1, 3, 8)
+    True
+
+    References:
+
+    - [Shazeer et al., 2017](https://arxiv.org/abs/1701.06538)
+    - [Fedus et al., 2021](https://arxiv.org/abs/2101.03961) (the loss)
+    - [Gale et al., 2022](https://arxiv.org/abs/2211.15841) (without dropping)
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        intermediate_dim: int,
+        num_experts_per_token: int = 2,
+        gated: bool = True,
+        activation: Any = "silu",
+        normalize_weights: bool = True,
+        balance_weight: float = 0.01,
+        kernel_initializer: Any = "glorot_uniform",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.num_experts = check_positive_int("num_experts", num_experts)
+        self.intermediate_dim = check_positive_int("intermediate_dim", intermediate_dim)
+        self.num_experts_per_token = check_positive_int(
+            "num_experts_per_token", num_experts_per_token
+        )
+        if num_experts_per_token > num_experts:
+            raise ValueError(
+                "`num_experts_per_token` must be at most `num_experts`. Received: "
+                f"num_experts_per_token={num_experts_per_token}, num_experts="
+                f"{num_experts}"
+            )
+        if isinstance(balance_weight, bool) or not isinstance(
+            balance_weight, (int, float)
+        ):
+            raise TypeError(
+                "`balance_weight` must be a number; 0 means no loss. Received: "
+                f"balance_weight={describe(balance_weight)}"
+            )
+        self.gated = bool(gated)
+        self.activation = keras.activations.get(activation)
+        self.normalize_weights = bool(normalize_weights)
+        self.balance_weight = float(balance_weight)
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+
+    def build(self, inputs_shape: tuple) -> None:
+        width = inputs_shape[-1]
+        self.router = keras.layers.Dense(
+            self.num_experts,
+            use_bias=False,
+            kernel_initializer=clone_initializer(self.kernel_initializer),
+            # Two likely experts are told apart, whatever the policy.
+            dtype="float32",
+            name="router",
+        )
+        self.router.build(inputs_shape)
+        shapes = {"intermediate": (width, self.intermediate_dim)}
+        if self.gated:
+            shapes["gate"] = (width, self.intermediate_dim)
+        shapes["output"] = (self.intermediate_dim, width)
+        self.kernels = {
+            name: self.add_weight(
+                name=f"{name}_kernels",
+                shape=(self.num_experts, *shape),
+                initializer=_of_each(self.kernel_initializer, i * self.num_experts),
+            )
+            for i, (name, shape) in enumerate(shapes.items())
+        }
+
+    def create_cache(self, batch_size: int, max_length: int) -> tuple:
+        return ()
+
+    def call(
+        self,
+        x: Any,
+        padding_mask: Any = None,
+        cache: Any = None,
+        cache_update_index: Any = None,
+        training: bool | None = None,
+    ) -> Any:
+        if padding_mask is not None:
+            padding_mask = ops.cast(padding_mask, "bool")
+            x = ops.where(padding_mask[..., None], x, 0)
+        tokens = ops.reshape(x, (-1, x.shape[-1]))
+        chances = ops.softmax(self.router(tokens), axis=-1)
+        weights, experts = ops.top_k(chances, self.num_experts_per_token)
+        experts = ops.cast(experts, "int32")
+        if training and self.balance_weight:
+            loss = self._imbalance(chances, experts, padding_mask)
+            self.add_loss(self.balance_weight * loss)
+        if self.normalize_weights:
+            weights = weights / ops.sum(weights, axis=-1, keepdims=True)
+        found = self._run_experts(tokens, experts)
+        weights = ops.cast(weights, found.dtype)
+        outputs = ops.sum(found * weights[..., None], axis=1)
+        outputs = ops.reshape(outputs, ops.shape(x))
+        return outputs if cache is None else (outputs, cache)
+
+    def _imbalance(self, chances: Any, experts: Any, padding_mask: Any) -> Any:
+        """1 where all experts get as many tokens, more where they don't."""
+        chosen = ops.sum(ops.one_hot(experts, self.num_experts), axis=1)
+        if padding_mask is None:
+            shares = [ops.mean(y, axis=0) for y in (chosen, chances)]
+        else:
+            real = ops.cast(ops.reshape(padding_mask, (-1, 1)), "float32")
+            count = ops.maximum(ops.sum(real), 1.0)
+            shares = [ops.sum(y * real, axis=0) / count for y in (chosen, chances)]
+        scale = self.num_experts / self.num_experts_per_token
+        return scale * ops.sum(shares[0] * shares[1])
+
+    def _run_experts(self, tokens: Any, experts: Any) -> Any:
+        """What each token's experts make of it.
+
+        Args:
+            tokens: tensor of shape `(tokens, width)`.
+            experts: `int32` tensor of shape `(tokens, num_experts_per_token)`.
+
+        Returns:
+            A tensor of shape `(tokens, num_experts_per_token, width)`.
+        """
+        width, per_token = tokens.shape[-1], self.num_experts_per_token
+        expert_of = ops.reshape(experts, (-1,))
+        # An unknown size is a tensor on TensorFlow, on JAX a symbol.
+        count = ops.shape(expert_of)[0]
+        if isinstance(count, int) and count <= self.num_experts:
+            # Few tokens, as in decoding: each has its experts' kernels read.
+            found = self._expert(
+                ops.repeat(tokens, per_token, axis=0)[:, None], expert_of
+            )
+            return ops.reshape(found, (-1, per_token, width))
+        size = _block_size(count, self.num_experts)
+        blocks = (count + size - 1) // size + self.num_experts
+        slots, expert_of_block = self._places(expert_of, count, size, blocks)
+        # Slots that no token has hold zeros, of a token behind the last.
+        source = ops.full((blocks * size,), count // per_token, dtype="int32")
+        pairs = ops.arange(count, dtype="int32") // per_token
+        source = ops.scatter_update(source, slots[:, None], pairs)
+        padded = ops.concatenate([tokens, ops.zeros_like(tokens[:1])], axis=0)
+        inputs = ops.reshape(ops.take(padded, source, axis=0), (-1, size, width))
+        found = ops.reshape(self._expert(inputs, expert_of_block), (-1, width))
+        return ops.reshape(ops.take(found, slots, axis=0), (-1, per_token, width))
+
+    def _places(
+        self, expert_of: Any, count: Any, size: Any, blocks: Any
+    ) -> tuple[Any, Any]:
+        """A slot for each pair of token and expert, in blocks of one expert.
+
+        Returns:
+            The slots, `(pairs,)`, and the expert of each block, `(blocks,)`.
+        """
+        one_hot = ops.one_hot(expert_of, self.num_experts, dtype="int32")
+        loads = ops.sum(one_hot, axis=0)
+        # Each expert's blocks, the last of them not full, behind another's.
+        blocks_of = (loads + size - 1) // size
+        ends = ops.cumsum(blocks_of)
+        starts = (ends - blocks_of) * size
+        ranks = ops.sum((ops.cumsum(one_hot, axis=0) - 1) * one_hot, axis=-1)
+        slots = ops.take(starts, expert_of) + ranks
+        places = ops.arange(blocks, dtype="int32")
+        behind = ops.cast(places[:, None] >= ends[None], "int32")
+        expert_of_block = ops.minimum(ops.sum(behind, axis=-1), self.num_experts - 1)
+        return ops.cast(slots, "int32"), ops.cast(expert_of_block, "int32")
+
+    def _expert(self, x: Any, expert: Any) -> Any:
+        """`(blocks, size, width)` through the expert of each block."""
+        kernels = {
+            name: ops.cast(ops.take(kernel, expert, axis=0), x.dtype)
+            for name, kernel in self.kernels.items()
+        }
+        inner = ops.matmul(x, kernels["intermediate"])
+        if self.gated:
+            inner = inner * self.activation(ops.matmul(x, kernels["gate"]))
+        else:
+            inner = self.activation(inner)
+        return ops.matmul(inner, kernels["output"])
+
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        config.update(
+            num_experts=self.num_experts,
+            intermediate_dim=self.intermediate_dim,
+            num_experts_per_token=self.num_experts_per_token,
+            gated=self.gated,
+            activation=keras.activations.serialize(self.activation),
+            normalize_weights=self.normalize_weights,
+            balance_weight=self.balance_weight,
+            kernel_initializer=keras.initializers.serialize(self.kernel_initializer),
+        )
+        return config
+
+
+def _block_size(pairs: Any, num_experts: int) -> Any:
+    """About a fourth as many tokens as an expert gets.
+
+    Each block copies the kernels of its expert, and each expert's last block is
+    padded: so there are about five blocks for each expert, and a fourth is padding.
+
+    Args:
+        pairs: int, or a tensor or a symbol: how many tokens all experts get.
+        num_experts: int.
+    """
+    size = pairs // (4 * num_experts) // 8 * 8
+    if isinstance(pairs, int):
+        return max(size, min(max(pairs // num_experts, 1), _SMALL_BLOCK))
+    return ops.maximum(size, _SMALL_BLOCK) if ops.is_tensor(pairs) else _SMALL_BLOCK
+
+
+def _of_each(initializer: Any, first: int) -> Any:
+    """Draws each expert's kernel by itself: its own size counts, not that of all."""
+
+    def initialize(shape: tuple, dtype: Any = None) -> Any:
+        copies = (clone_initializer(initializer, first + i) for i in range(shape[0]))
+        return ops.stack([copy(shape[1:], dtype) for copy in copies])
+
+    return initialize

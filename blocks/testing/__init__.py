@@ -1,0 +1,5 @@
+"""Checks for the generation of language models, yours as well as ours."""
+
+from blocks.testing.causal_lm import check_causal_lm
+
+__all__ = ["check_causal_lm"]

@@ -1,0 +1,219 @@
+"""Whole Keras models with a cache: functional, nested, shared and subclassed."""
+
+import keras
+import numpy as np
+from keras import ops, tree
+
+from attention import (
+    CompositeCachedLayer,
+    GroupedQueryAttention,
+    MultiHeadAttention,
+    NewCacheScope,
+    PositionEmbedding,
+    RelativePositionBias,
+    RotaryAttention,
+    T5Attention,
+    call_sites,
+    call_with_cache,
+    create_cache,
+    grow_cache,
+)
+from attention.contract import max_positions
+from tests.helpers import (
+    BATCH,
+    LENGTH,
+    WIDTH,
+    EmbedAndAttendTwice,
+    as_index,
+    assert_close,
+    compiled,
+    make,
+    randomize,
+    run_chunks,
+    sample,
+    to_numpy,
+)
+
+
+def functional():
+    """Learned positions, a layer called twice, and a nested Sequential."""
+    inputs = keras.Input((None, WIDTH))
+    x = inputs + PositionEmbedding(LENGTH)(inputs)
+    attend = MultiHeadAttention(4)
+    x = x + attend(x)
+    x = x + attend(keras.layers.LayerNormalization()(x))
+    nested = keras.Sequential([RotaryAttention(4, 2), T5Attention(4)])
+    return randomize(keras.Model(inputs, keras.layers.Dense(5)(nested(x))), scale=0.2)
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.first = RotaryAttention(4, 2)
+        self.second = EmbedAndAttendTwice()
+
+    def call(self, inputs):
+        x = inputs["x"]
+        return self.second(x + self.first(x, padding_mask=inputs["padding_mask"]))
+
+
+def run_model(model, x, sizes, kinds=("int",), wrap=lambda x: x):
+    cache = create_cache(model, BATCH, LENGTH, wrap(x[:1]))
+    outputs, start = [], 0
+    for i, size in enumerate(sizes):
+        chunk, cache = call_with_cache(
+            model,
+            wrap(x[:, start : start + size]),
+            cache,
+            as_index(kinds[i % len(kinds)], start),
+        )
+        outputs.append(to_numpy(chunk))
+        start += size
+    return np.concatenate(outputs, axis=1)
+
+
+def test_a_functional_model():
+    model, x = functional(), sample()
+    outputs = run_model(model, x, [4, 1, 1, 1, 1, 4], ["int", "rows"])
+    assert_close(outputs, model(x), atol=1e-4)
+    names = [type(layer).__name__ for layer in call_sites(model)]
+    assert names == [
+        "PositionEmbedding",
+        "MultiHeadAttention",
+        "MultiHeadAttention",
+        "RotaryAttention",
+        "T5Attention",
+    ]
+    assert max_positions(call_sites(model)) == LENGTH
+
+
+def test_a_subclassed_model():
+    def wrap(x):
+        return {"x": x, "padding_mask": np.ones(x.shape[:2], bool)}
+
+    model, x = Subclassed(), sample()
+    full = model(wrap(x))
+    assert_close(run_model(model, x, [4, 1, 1, 1, 1, 4], ["rows"], wrap), full)
+    # A composite is one call site, whatever is in it.
+    assert len(call_sites(model, wrap(x))) == 2
+
+
+def test_a_new_scope_makes_its_cache_at_first_use():
+    model, x = functional(), sample()
+    with NewCacheScope(BATCH, 4) as scope:
+        head = model(x[:, :4])
+    assert scope.layers == list(call_sites(model))
+    cache = grow_cache(scope.layers, scope.cache, LENGTH)
+    expected = create_cache(model, BATCH, LENGTH)
+    same = tree.map_structure(
+        lambda a, b: tuple(a.shape) == tuple(b.shape), cache, expected
+    )
+    assert all(tree.flatten(same))
+    tail, _ = call_with_cache(model, x[:, 4:8], cache, 4)
+    outputs = np.concatenate([to_numpy(head), to_numpy(tail)], axis=1)
+    assert_close(outputs, model(x)[:, :8], atol=1e-4)
+
+
+def test_a_compiled_model():
+    model, x = functional(), sample()
+    full = model(x)
+    _, cache = call_with_cache(model, x[:, :4], create_cache(model, BATCH, LENGTH), 0)
+
+    @compiled
+    def step(token, cache, index):
+        return call_with_cache(model, token, cache, index)
+
+    for i in (4, 5):
+        token = ops.convert_to_tensor(x[:, i : i + 1])
+        outputs, cache = step(token, cache, as_index("rows", i))
+        assert_close(outputs, full[:, i : i + 1], atol=1e-4)
+
+
+def test_a_forked_cache_leaves_the_first_one_alone():
+    model, x = functional(), sample()
+    cache = create_cache(model, BATCH, LENGTH)
+    _, cache = call_with_cache(model, x[:, :4], cache, 0)
+    first, _ = call_with_cache(model, x[:, 4:5], cache, 4)
+    call_with_cache(model, x[:, 7:8], cache, 4)
+    again, _ = call_with_cache(model, x[:, 4:5], cache, 4)
+    assert_close(first, again, atol=0)
+
+
+def test_a_model_with_a_fixed_batch_or_length_has_call_sites():
+    for shape in ((BATCH, None, WIDTH), (None, LENGTH, WIDTH), (BATCH, 4, WIDTH)):
+        inputs = keras.Input(batch_shape=shape)
+        model = keras.Model(inputs, MultiHeadAttention(4)(inputs))
+        assert len(call_sites(model)) == 1
+
+
+def test_a_model_that_takes_a_cache_as_its_inputs():
+    layer = make("rotary_grouped")
+    token = keras.Input((1, WIDTH))
+    cache = tree.map_structure(
+        lambda t: keras.Input(tuple(t.shape[1:]), dtype="float32"),
+        layer.create_cache(1, LENGTH),
+    )
+    index = keras.Input((), dtype="int32")
+    outputs = layer(token, cache=cache, cache_update_index=index)
+    model = keras.Model([token, cache, index], outputs)
+    x = sample()
+    _, cache = run_chunks(layer, x[:, :4], [4])
+    token = ops.convert_to_tensor(x[:, 4:5])
+    result, _ = model([token, cache, as_index("rows", 4)])
+    assert_close(result, layer(x)[:, 4:5])
+
+
+class Pools(CompositeCachedLayer):
+    """Inner layers on other rows and lengths have no use for the mask."""
+
+    def build(self, inputs_shape):
+        self.attend = MultiHeadAttention(2)
+        self.attend.build(inputs_shape)
+        self.over_rows = MultiHeadAttention(2)
+        self.over_rows.build((None, None, inputs_shape[-1] // 2))
+
+    def transform(self, x, padding_mask=None, training=None):
+        x = x + self.attend(x)
+        batch, width = x.shape[0], x.shape[2]
+        halves = ops.reshape(ops.transpose(x, (0, 2, 1)), (2 * batch, width // 2, -1))
+        halves = ops.transpose(halves, (0, 2, 1))
+        halves = self.over_rows(halves, padding_mask=ops.tile(padding_mask, (2, 1)))
+        return x + ops.concatenate([halves, halves], axis=-1)[:batch]
+
+
+def test_inner_layers_inherit_the_mask_of_their_own_tokens_only():
+    layer, x = Pools(), sample()
+    mask = np.arange(LENGTH)[None] < np.array([11, 5, 1])[:, None]
+    layer.build(x.shape)
+    assert tuple(layer(x, padding_mask=mask).shape) == x.shape
+    composite = EmbedAndAttendTwice()
+    composite.build(x.shape)
+    padded = np.where(mask[..., None], x, np.nan).astype("float32")
+    outputs = to_numpy(composite(padded, padding_mask=mask))
+    assert_close(outputs[mask], to_numpy(composite(x))[mask])
+
+
+def test_layers_learn_with_fit():
+    inputs = keras.Input((None, WIDTH))
+    shared = RelativePositionBias(8, 10)
+    x = inputs
+    for _ in range(2):
+        x = x + GroupedQueryAttention(4, 2, position=shared, dropout=0.1)(x)
+    model = keras.Model(inputs, x)
+    # Copy the token before: what attention can learn and a dense layer can't.
+    x = sample(batch=8)
+    y = np.concatenate([np.zeros_like(x[:, :1]), x[:, :-1]], axis=1)
+    model.compile("adam", "mse")
+    losses = model.fit(x, y, epochs=8, batch_size=8, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
+    assert len(model.trainable_variables) == 17
+
+
+def test_a_scope_can_be_opened_inside_another():
+    model, x = functional(), sample()
+    cache = create_cache(model, BATCH, LENGTH)
+    with NewCacheScope(BATCH, LENGTH) as outer:
+        inner, _ = call_with_cache(model, x[:, :4], cache, 0)
+        plain = model(x[:, :4])
+    assert_close(inner, plain)
+    assert len(outer.cache) == len(cache)

@@ -1,0 +1,276 @@
+"""The topologies of `examples/topologies.py`: what is special to each."""
+
+import importlib.util
+import pathlib
+import sys
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from attention import CacheScope, call_with_cache, create_cache
+from attention.testing import check_cached_model
+from blocks import CausalLM, CustomDecoder
+from tests.helpers import assert_close, gradients, raises
+from tests.models import (
+    RAGGED,
+    VOCABULARY_SIZE,
+    brute_force_greedy,
+    make_backbone,
+    make_lm,
+    prompts,
+    rows_of,
+    to_numpy,
+)
+
+
+def load_example(name):
+    path = pathlib.Path(__file__).parents[3] / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"example_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+example = load_example("topologies")
+TOPOLOGIES = [name for name in example.TOPOLOGIES if name != "stock"]
+LENGTH = 12
+
+every_topology = pytest.mark.parametrize("name", TOPOLOGIES)
+
+
+def make(name, **overrides):
+    arguments = {"num_layers": 3, "num_key_value_heads": 2, **overrides}
+    return make_backbone(example.TOPOLOGIES[name], **arguments)
+
+
+def sample_inputs(rows=3, length=LENGTH, seed=0):
+    rng = np.random.default_rng(seed)
+    tokens = rng.integers(1, VOCABULARY_SIZE, (rows, length)).astype("int32")
+    return {"token_ids": tokens, "padding_mask": np.ones_like(tokens)}
+
+
+def cut(inputs, start, end):
+    return {key: x[:, start:end] for key, x in inputs.items()}
+
+
+# === The same in training and in decoding ===
+
+
+@pytest.mark.slow
+@every_topology
+def test_the_kit(name):
+    # What is shared across depth takes two blocks.
+    layers = 2 if name in ("albert", "shared_key_value") else 1
+    check_cached_model(lambda: make(name, num_layers=layers), max_length=9)
+
+
+@every_topology
+def test_gradients_reach_all_weights(name):
+    backbone = make(name)
+    inputs = {key: ops.convert_to_tensor(x) for key, x in sample_inputs(rows=2).items()}
+    found = dict(
+        zip(
+            (weight.path for weight in backbone.trainable_weights),
+            gradients(backbone, inputs),
+        )
+    )
+    assert len(found) == len(backbone.trainable_weights)
+    for path, gradient in found.items():
+        assert np.isfinite(gradient).all(), path
+        # What is added to all keys alike changes no attention weight.
+        if not path.endswith("self_attention/key/bias"):
+            assert np.abs(gradient).max() > 1e-6, path
+
+
+@every_topology
+def test_generation_equals_no_cache_at_all(name):
+    lm = make_lm(make(name))
+    outputs = lm.generate(prompts(RAGGED), stop_token_ids=None, max_new_tokens=6)
+    limits = [len(row) + 6 for row in RAGGED]
+    assert rows_of(outputs) == brute_force_greedy(lm, RAGGED, limits)
+
+
+@pytest.mark.parametrize("name", ["albert", "shared_key_value"])
+def test_saved_models_say_the_same(name, tmp_path):
+    lm = make_lm(make(name))
+    inputs = sample_inputs()
+    expected = to_numpy(lm(inputs))
+    lm.save(tmp_path / "lm.keras")
+    assert_close(keras.models.load_model(tmp_path / "lm.keras")(inputs), expected)
+    lm.save_to_preset(str(tmp_path / "preset"))
+    restored = CausalLM.from_preset(str(tmp_path / "preset"))
+    assert type(restored.backbone) is example.TOPOLOGIES[name]
+    assert_close(restored(inputs), expected)
+    # The blocks of a model that was loaded know their call sites.
+    head, _ = call_with_cache(
+        restored.backbone, inputs, create_cache(restored.backbone, 3, LENGTH), 0
+    )
+    assert_close(head, lm.backbone(inputs))
+
+
+# === What is stored, and how often ===
+
+
+def elements(backbone, length=LENGTH):
+    cache = create_cache(backbone, 1, length)
+    return sum(int(np.prod(x.shape)) for x in keras.tree.flatten(cache))
+
+
+def test_shared_keys_and_values_are_stored_once():
+    width = 16
+    assert elements(make("shared_key_value")) == 2 * (width // 2) * LENGTH
+    assert elements(make("shared_key_value", num_layers=6)) == width * LENGTH
+    backbone = make("shared_key_value")
+    # The position embedding has no state, nor have the readers.
+    _, producer, *readers = create_cache(backbone, 1, LENGTH)
+    assert producer[0]["key"].shape[1] == 2
+    assert readers == [((),), ((),)]
+    readers = backbone.transformer_layers[1:]
+    paths = [weight.path for reader in readers for weight in reader.weights]
+    assert not any("/key/" in path or "/value/" in path for path in paths)
+
+
+def test_a_shared_block_has_a_cache_at_each_depth():
+    backbone = make("albert")
+    assert len({id(block) for block in backbone.transformer_layers}) == 1
+    assert elements(backbone) == 3 * elements(make("albert", num_layers=1))
+    assert backbone.count_params() == make("albert", num_layers=1).count_params()
+
+
+def test_a_layer_applied_twice_has_two_caches():
+    assert elements(make("twice")) == 2 * elements(make("parallel", num_layers=3))
+
+
+def test_a_token_shift_keeps_one_token():
+    assert elements(make("token_shift"), 8) - elements(make("sandwich"), 8) == 3 * 16
+    assert elements(make("token_shift"), 64) - elements(make("sandwich"), 64) == 3 * 16
+
+
+def test_sandwich_norms_have_names_of_their_own():
+    block = make("sandwich").transformer_layers[1]
+    names = [w.path.split("/")[-2] for w in block.weights if w.path.endswith("/scale")]
+    assert sorted(names) == [
+        "attention_norm",
+        "attention_post_norm",
+        "ffn_norm",
+        "ffn_post_norm",
+    ]
+    assert block.attention_post_norm.name == "attention_post_norm"
+
+
+def test_the_parallel_block_is_what_it_says():
+    block = make("parallel").transformer_layers[0]
+    x = ops.convert_to_tensor(np.random.default_rng(0).normal(size=(2, 5, 16)))
+    x = ops.cast(x, "float32")
+    h = block.norm(x)
+    assert_close(block(x), x + block.self_attention(h) + block.ffn(h))
+    assert not hasattr(block, "ffn_norm")
+
+
+def test_the_cache_of_a_growing_batch_grows():
+    backbone = make("shared_key_value")
+    inputs = sample_inputs()
+    full = to_numpy(backbone(inputs))
+    block, *_ = backbone.transformer_layers
+    x = ops.convert_to_tensor(np.ones((3, 4, 16), "float32"))
+    cache = block.create_cache(3, 4)
+    _, cache = block(x, cache=cache, cache_update_index=0)
+    assert block.grow_cache(cache, 8)[0]["value"].shape[2] == 8
+    lm = make_lm(backbone)
+    outputs = lm.generate(prompts([[1, 2]]), stop_token_ids=None, max_new_tokens=40)
+    assert rows_of(outputs) == brute_force_greedy(lm, [[1, 2]], [42], width=48)
+    assert_close(backbone(inputs), full)
+
+
+# === norm_names ===
+
+
+def test_default_norms_are_as_they_were():
+    block = CustomDecoder(32, 4, name="block")
+    block.build((None, None, 16))
+    assert block.norm_names == ("attention_norm", "ffn_norm")
+    layers = dict.fromkeys(weight.path.split("/")[1] for weight in block.weights)
+    assert list(layers) == ["self_attention", "attention_norm", "ffn", "ffn_norm"]
+
+
+@pytest.mark.parametrize(
+    "names, kind, parts",
+    [
+        (["attention_norm"], TypeError, ["a tuple of names", "['attention_norm']"]),
+        ("attention_norm", TypeError, ["a tuple of names"]),
+        (("attention norm",), TypeError, ["attention norm"]),
+        ((1,), TypeError, ["norm_names=(1,)"]),
+        (("norm", "norm"), ValueError, ["distinct"]),
+        (("norm", "ffn"), ValueError, ["['ffn'] are taken"]),
+        (("num_heads", "build"), ValueError, ["['build', 'num_heads'] are taken"]),
+        (("max_sequence_length",), ValueError, ["max_sequence_length"]),
+    ],
+)
+def test_norm_names_are_checked(names, kind, parts):
+    class Decoder(CustomDecoder):
+        norm_names = names
+
+    with raises(kind, "Decoder.norm_names", *parts):
+        Decoder(32, 4).build((None, None, 16))
+
+
+def test_a_block_without_norms():
+    class Bare(CustomDecoder):
+        norm_names = ()
+
+        def transform(self, x, padding_mask=None):
+            return x + self.ffn(self.self_attention(x))
+
+    block = Bare(32, 4)
+    x = np.ones((1, 4, 16), "float32")
+    outputs, _ = block(x, cache=_built(block, x), cache_update_index=0)
+    assert_close(outputs, block(x))
+
+
+def _built(block, x):
+    block(x)
+    return block.create_cache(x.shape[0], x.shape[1])
+
+
+# === Values that flow between blocks ===
+
+
+def test_a_backbone_that_forgets_the_keys_is_told():
+    class Forgetful(example.SharedKeyValueBackbone):
+        def transform(self, x, padding_mask):
+            producer, *readers = self.transformer_layers
+            x, _ = producer(x, padding_mask=padding_mask)
+            for reader in readers:
+                x = reader(x, padding_mask=padding_mask)
+            return x
+
+    with raises(TypeError, "without ['key_value']", "ReaderDecoder.transform"):
+        make_backbone(Forgetful)
+
+
+def test_a_subclassed_model_passes_them_on_too():
+    backbone = make("shared_key_value")
+
+    class Blocks(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.blocks = backbone.transformer_layers
+
+        def call(self, x):
+            x, key_value = self.blocks[0](x)
+            for block in self.blocks[1:]:
+                x = block(x, key_value=key_value)
+            return x
+
+    model = Blocks()
+    x = np.random.default_rng(0).normal(size=(2, 6, 16)).astype("float32")
+    full = to_numpy(model(x))
+    cache = create_cache(model, 2, 6, inputs=x[:, :1])
+    with CacheScope(cache, 0) as scope:
+        head = model(x[:, :4])
+    with CacheScope(scope.cache, 4) as scope:
+        tail = model(x[:, 4:])
+    assert_close(np.concatenate([to_numpy(head), to_numpy(tail)], axis=1), full)

@@ -1,0 +1,282 @@
+"""What attention layers do beyond what `test_conformance.py` checks of every layer:
+masks, scores, rewinding, and padding that holds NaN."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops, tree
+
+import attention.testing.backends as backends
+from attention import GroupedQueryAttention, MultiHeadAttention, RotaryAttention
+from tests.helpers import (
+    ATTENTIONS,
+    BATCH,
+    LENGTH,
+    WIDTH,
+    as_index,
+    assert_close,
+    gradients,
+    make,
+    run_chunks,
+    sample,
+    to_numpy,
+)
+
+every_attention = pytest.mark.parametrize("name", ATTENTIONS)
+# Chunks are of 12, 4 or 1 tokens wherever possible: JAX compiles every operation
+# anew for each shape. For the same reason, what can't differ between variants is
+# tried on few of them.
+few_variants = pytest.mark.parametrize(
+    "name", ["rotary_grouped", "t5_grouped", "position_embedding", "composite"]
+)
+few_attentions = pytest.mark.parametrize("name", ["rotary_grouped", "t5_grouped"])
+GARBAGE = np.array([np.nan, np.inf, 1e30])[:, None, None]
+
+
+def with_garbage(x, mask):
+    """Puts something else into the padded tokens of each row."""
+    return np.where(mask[..., None], x, GARBAGE).astype("float32")
+
+
+@few_variants
+def test_ragged_rows_continue_as_each_would_alone(name):
+    layer, x = make(name), sample()
+    full = to_numpy(layer(x))
+    lengths = np.array([2, 4, 3])
+    mask = np.arange(4)[None] < lengths[:, None]
+    prompts = with_garbage(x[:, :4], mask)
+    # An int and an entry per row take different ways through the cache.
+    for kind in ("int", "rows"):
+        cache = layer.create_cache(BATCH, LENGTH)
+        outputs, cache = layer(
+            prompts,
+            padding_mask=mask,
+            cache=cache,
+            cache_update_index=as_index(kind, 0),
+        )
+        assert_close(to_numpy(outputs)[mask], full[:, :4][mask])
+        index = lengths.copy()
+        for _ in range(2):
+            token = x[np.arange(BATCH), index][:, None]
+            outputs, cache = layer(token, cache=cache, cache_update_index=index)
+            assert_close(outputs[:, 0], full[np.arange(BATCH), index])
+            index += 1
+    if name not in ("position_embedding", "composite"):
+        assert all(np.isfinite(to_numpy(leaf)).all() for leaf in tree.flatten(cache))
+
+
+@few_attentions
+@pytest.mark.parametrize("kind", ["int", "scalar"])
+def test_rows_at_one_position_with_padding_past_the_end(name, kind):
+    layer, x = make(name), sample()
+    _, cache = run_chunks(layer, x[:, :10], [4, 4, 1, 1])
+    mask = np.tile(np.arange(4) < 2, (BATCH, 1))
+    chunk = np.concatenate([x[:, 10:], np.full((BATCH, 2, WIDTH), np.inf)], axis=1)
+    outputs, _ = layer(
+        chunk.astype("float32"),
+        padding_mask=mask,
+        cache=cache,
+        cache_update_index=as_index(kind, 10),
+    )
+    assert_close(outputs[:, :2], layer(x)[:, 10:])
+
+
+@few_variants
+def test_what_stands_in_padded_tokens_is_not_seen_without_a_cache(name):
+    layer, x = make(name), sample()
+    mask = np.arange(LENGTH)[None] < np.array([11, 5, 1])[:, None]
+    outputs = to_numpy(layer(with_garbage(x, mask), padding_mask=mask))
+    assert_close(outputs[mask], to_numpy(layer(x))[mask])
+
+
+def test_a_row_among_others_equals_the_row_alone():
+    layer, x = make("rotary_grouped"), sample()
+    mask = np.arange(LENGTH)[None] < np.array([11, 5, 1])[:, None]
+    outputs = layer(with_garbage(x, mask), padding_mask=mask)
+    assert_close(outputs[1, :5], layer(x[1:2, :5])[0])
+
+
+def test_padded_tokens_are_not_seen_by_a_layer_that_is_not_causal():
+    layer = MultiHeadAttention(4, causal=False)
+    x = sample()
+    mask = np.arange(LENGTH)[None] < np.array([11, 5, 1])[:, None]
+    outputs = layer(with_garbage(x, mask), padding_mask=mask)
+    assert_close(outputs[1, :5], layer(x[1:2, :5])[0])
+
+
+@few_attentions
+def test_rewinding_a_cache_forgets_what_came_after(name):
+    layer, x = make(name), sample()
+    _, cache = run_chunks(layer, sample(seed=7), [LENGTH])
+    _, cache = layer(x[:, :4], cache=cache, cache_update_index=0)
+    outputs, _ = layer(x[:, 4:5], cache=cache, cache_update_index=4)
+    assert_close(outputs, layer(x)[:, 4:5])
+
+
+def random_mask(seed=3):
+    mask = np.random.default_rng(seed).random((BATCH, LENGTH, LENGTH)) < 0.6
+    mask[0, 6] = False  # a query that may attend to nothing
+    mask[1, 4] = False
+    mask[1, 4, 9] = True  # a query that may attend to a later token only
+    return mask
+
+
+@every_attention
+def test_attention_mask_with_a_cache_and_without(name):
+    layer, x, mask = make(name), sample(), random_mask()
+    full = to_numpy(layer(x, attention_mask=mask))
+    assert np.isfinite(full).all()
+    for kind in ("int", "scalar", "rows"):
+        cache, outputs = layer.create_cache(BATCH, LENGTH), []
+        for start, size in ((0, 4), (4, 4), (8, 1), (9, 1), (10, 1), (11, 1)):
+            rows = slice(start, start + size)
+            chunk, cache = layer(
+                x[:, rows],
+                # Its columns count positions; those not reached play no role.
+                attention_mask=mask[:, rows, : 8 if start < 8 else LENGTH],
+                cache=cache,
+                cache_update_index=as_index(kind, start),
+            )
+            outputs.append(to_numpy(chunk))
+        assert_close(np.concatenate(outputs, axis=1), full)
+
+
+def test_a_query_that_may_attend_to_nothing_leaks_nothing():
+    layer, x, mask = make("multi_head"), sample(), random_mask()
+    changed = x.copy()
+    changed[:, 7:] += 10.0
+    outputs = [to_numpy(layer(v, attention_mask=mask)) for v in (x, changed)]
+    assert_close(outputs[0][:, :7], outputs[1][:, :7])
+    scored, scores = layer(x, attention_mask=mask, return_attention_scores=True)
+    assert_close(scored, outputs[0])
+    assert_close(scores[0, :, 6], np.zeros((4, LENGTH)))
+    assert_close(scored[0, 6], layer.output_dense.bias)
+
+
+@every_attention
+def test_attention_scores_with_a_cache_and_without(name):
+    layer, x = make(name), sample()
+    outputs, scores = layer(x, return_attention_scores=True)
+    assert_close(outputs, layer(x))
+    heads = layer.num_heads
+    assert tuple(scores.shape) == (BATCH, heads, LENGTH, LENGTH)
+    assert_close(ops.sum(scores, axis=-1), np.ones((BATCH, heads, LENGTH)))
+    assert_close(scores, np.tril(to_numpy(scores)), atol=0)
+    cache = layer.create_cache(BATCH, LENGTH)
+    (head, head_scores), cache = layer(
+        x[:, :4], cache=cache, cache_update_index=0, return_attention_scores=True
+    )
+    (tail, tail_scores), cache = layer(
+        x[:, 4:5], cache=cache, cache_update_index=4, return_attention_scores=True
+    )
+    assert_close(head, outputs[:, :4])
+    assert_close(tail, outputs[:, 4:5])
+    assert_close(head_scores, scores[:, :, :4])
+    assert_close(tail_scores, scores[:, :, 4:5])
+
+
+@every_attention
+def test_fused_attention_equals_the_explicit_one(name):
+    layer, x = make(name), sample()
+    mask = np.arange(LENGTH)[None] < np.array([12, 5, 1])[:, None]
+    both = {"padding_mask": mask, "attention_mask": random_mask()}
+    for given in ({}, both):
+        fused = to_numpy(layer(x, **given))
+        # The scores are asked for, so the fused kernel can't be used.
+        explicit, _ = layer(x, return_attention_scores=True, **given)
+        assert_close(fused[mask], to_numpy(explicit)[mask])
+
+
+def test_float16_products_do_not_overflow():
+    layer = GroupedQueryAttention(1, 1, key_dim=64, dtype="float16")
+    x = np.full((1, 2, WIDTH), 8.0, "float32")
+    layer.build(x.shape)
+    for dense in (layer.query_dense, layer.key_dense):
+        dense.kernel.assign(np.full(dense.kernel.shape, 0.3))
+    # 64 products of 38 * 38: more than float16 can hold before they are scaled.
+    assert np.isfinite(to_numpy(layer(x))).all()
+
+
+@pytest.mark.parametrize("name", ["t5", "position_embedding"])
+def test_gradients_are_finite_whatever_the_padding_holds(name):
+    layer, x = make(name), sample()
+    mask = np.arange(LENGTH)[None] < np.array([11, 5, 0])[:, None]
+    padded = ops.convert_to_tensor(with_garbage(x, mask))
+    values = gradients(layer, padded, padding_mask=mask)
+    assert len(values) == len(layer.trainable_variables)
+    assert all(np.isfinite(g).all() and np.abs(g).max() > 0 for g in values)
+
+
+@pytest.mark.parametrize("heads", [(4, 4), (4, 2)])
+def test_dropout_only_in_training(heads):
+    layer, x = GroupedQueryAttention(*heads, dropout=0.5), sample()
+    plain = to_numpy(layer(x))
+    assert_close(layer(x, training=False), plain)
+    dropped = to_numpy(layer(x, training=True))
+    assert np.abs(dropped - plain).max() > 1e-3
+    assert np.abs(to_numpy(layer(x, training=True)) - dropped).max() > 1e-3
+    # The scores that are returned are those before dropout.
+    _, scores = layer(x, training=True, return_attention_scores=True)
+    assert_close(ops.sum(scores, axis=-1), np.ones((BATCH, 4, LENGTH)))
+
+
+def test_arguments_may_be_given_by_keyword_in_any_order():
+    layer, x = make("multi_head"), sample()
+    mask = np.ones((1, 4, 4), bool)  # a batch axis of 1 serves all rows
+    cache = layer.create_cache(BATCH, LENGTH)
+    outputs, cache = layer(
+        attention_mask=mask, query=x[:, :4], cache=cache, cache_update_index=0
+    )
+    assert_close(outputs, layer(x)[:, :4])
+
+
+def test_a_shared_scheme_of_positions_is_one_set_of_weights():
+    from attention import RelativePositionBias
+
+    shared = RelativePositionBias(8, 10)
+    layers = [MultiHeadAttention(4, position=shared) for _ in range(2)]
+    x = sample()
+    for layer in layers:
+        full = layer(x)
+        outputs, _ = run_chunks(layer, x, [4, 4, 4])
+        assert_close(outputs, full)
+    assert layers[0].position.embeddings is layers[1].position.embeddings
+
+
+def test_rotary_positions_are_relative():
+    """Scores depend on distances alone, so a shifted sequence has the same."""
+    layer, x = RotaryAttention(4, 2), sample(length=4)
+    _, scores = layer(x, return_attention_scores=True)
+    cache = layer.create_cache(BATCH, LENGTH)
+    hidden = np.zeros((BATCH, 4, LENGTH), bool)
+    hidden[:, :, 5:9] = True
+    (_, shifted), _ = layer(
+        x,
+        attention_mask=hidden,
+        cache=cache,
+        cache_update_index=5,
+        return_attention_scores=True,
+    )
+    assert_close(shifted[..., 5:9], scores)
+
+
+@pytest.mark.parametrize("start", [0, 3, 9])
+def test_gradients_flow_through_slice_update(start):
+    """TensorFlow has none of its own; a slice that does not fit is moved."""
+    if start == 9 and keras.config.backend() == "torch":
+        pytest.skip("torch takes no slice that does not fit")
+    rng = np.random.default_rng(0)
+    cache, update = rng.normal(size=(2, 8, 3)), rng.normal(size=(2, 2, 3))
+    weights = rng.normal(size=cache.shape)
+    first = min(start, 6)
+
+    def loss(tensors):
+        old, new = tensors
+        written = ops.slice_update(old, ops.convert_to_tensor([0, start, 0]), new)
+        return ops.sum(written * ops.convert_to_tensor(weights))
+
+    found = backends.gradients(loss, [], [cache, update])
+    kept = np.ones(cache.shape)
+    kept[:, first : first + 2] = 0
+    assert_close(found[0], weights * kept)
+    assert_close(found[1], weights[:, first : first + 2])

@@ -1,0 +1,191 @@
+"""Experts: against a loop over tokens, balanced, and none is ever too full."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from attention.testing import check_cached_layer, check_cached_model
+from blocks import CustomBackbone, DynamicTanh, MixtureOfExperts
+from blocks.layers.mixture_of_experts import _block_size
+from tests.helpers import (
+    assert_close,
+    compiled,
+    gradients,
+    raises,
+    randomize,
+    sample,
+    to_numpy,
+)
+from tests.models import (
+    RAGGED,
+    brute_force_greedy,
+    make_backbone,
+    make_lm,
+    prompts,
+    rows_of,
+)
+
+
+def made(*args, width=6, **kwargs):
+    layer = MixtureOfExperts(*args, **kwargs)
+    layer.build((None, None, width))
+    return randomize(layer)
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def chances_of(layer, x):
+    logits = x @ to_numpy(layer.router.kernel).astype("float64")
+    chances = np.exp(logits - logits.max(-1, keepdims=True))
+    return chances / chances.sum(-1, keepdims=True)
+
+
+def reference(layer, x):
+    """One token after the other."""
+    kernels = {name: to_numpy(w).astype("float64") for name, w in layer.kernels.items()}
+    outputs = np.zeros(x.shape)
+    for place in np.ndindex(*x.shape[:2]):
+        token = x[place].astype("float64")
+        chances = chances_of(layer, token)
+        best = np.argsort(-chances)[: layer.num_experts_per_token]
+        total = chances[best].sum() if layer.normalize_weights else 1
+        for expert in best:
+            inner = token @ kernels["intermediate"][expert]
+            if layer.gated:
+                inner = inner * silu(token @ kernels["gate"][expert])
+            else:
+                inner = silu(inner)
+            weight = chances[expert] / total
+            outputs[place] += weight * (inner @ kernels["output"][expert])
+    return outputs
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (2, 7), (4, 50)])
+@pytest.mark.parametrize(("experts", "chosen"), [(4, 2), (7, 1), (5, 5), (1, 1)])
+def test_it_equals_a_loop_over_tokens(experts, chosen, shape, gated):
+    layer = made(experts, 5, chosen, gated=gated, normalize_weights=gated)
+    x = sample(*shape, width=6)
+    expected = reference(layer, x)
+    assert_close(layer(x), expected)
+    assert_close(compiled(lambda x: layer(x))(ops.convert_to_tensor(x)), expected)
+
+
+@pytest.mark.parametrize("experts", [1, 3, 8, 64])
+def test_few_copies_of_kernels_for_any_number_of_tokens(experts):
+    for pairs in [1, 7, 64, 100, 1000, 4096, 100_000]:
+        size = _block_size(pairs, experts)
+        assert -(-pairs // size) + experts < 6 * experts + 1
+        # An expert's last block may be all padding but for one token.
+        assert size <= max(pairs // experts, 1)
+
+
+@pytest.mark.skipif(
+    keras.config.backend() != "tensorflow",
+    reason="only TensorFlow has graphs of unknown sizes",
+)
+@pytest.mark.parametrize("xla", [True, False])
+def test_any_number_of_tokens_through_one_graph(xla):
+    import tensorflow as tf
+
+    layer = made(4, 5, 2)
+    signature = [tf.TensorSpec((None, None, 6), tf.float32)]
+    graph = tf.function(layer, input_signature=signature, jit_compile=xla)
+    for shape in [(1, 1), (2, 7), (4, 50), (3, 120)]:
+        x = sample(*shape, width=6)
+        assert_close(graph(x), reference(layer, x))
+
+
+def test_an_initializer_with_a_seed_draws_other_kernels_for_each_expert():
+    layer = MixtureOfExperts(
+        3, 16, kernel_initializer=keras.initializers.RandomNormal(seed=1)
+    )
+    layer.build((None, None, 16))
+    corners = [to_numpy(x)[:, 0, 0] for x in layer.kernels.values()]
+    assert len(np.unique(corners)) == np.size(corners) == 3 * len(layer.kernels)
+    again = MixtureOfExperts.from_config(layer.get_config())
+    again.build((None, None, 16))
+    assert_close(again.kernels["output"], layer.kernels["output"])
+
+
+def test_all_tokens_at_one_expert_are_all_computed():
+    layer = made(8, 5, 1)
+    router = np.zeros((6, 8), "float32")
+    router[:, 3] = 5.0
+    layer.router.kernel.assign(router)
+    x = np.abs(sample(4, 100, width=6))
+    outputs = to_numpy(layer(x))
+    assert_close(outputs, reference(layer, x))
+    assert (np.abs(outputs).max(axis=-1) > 0).all()
+
+
+def test_the_loss_of_uneven_loads():
+    layer = made(4, 5, 2, balance_weight=0.5)
+    x = sample(3, 8, width=6)
+    layer(x)
+    assert layer.losses == []
+    layer(x, training=True)
+    (loss,) = layer.losses
+    chances = chances_of(layer, x)
+    chosen = np.argsort(-chances, axis=-1)[..., :2]
+    shares = np.bincount(chosen.ravel(), minlength=4) / (3 * 8 * 2)
+    expected = 0.5 * 4 * (shares * chances.mean(axis=(0, 1))).sum()
+    np.testing.assert_allclose(to_numpy(loss), expected, rtol=1e-5)
+    # Padding does not count.
+    mask = np.arange(8)[None] < np.array([3, 8, 5])[:, None]
+    layer = made(4, 5, 2, balance_weight=0.5)
+    layer(x, padding_mask=mask, training=True)
+    real, chosen = chances[mask], chosen[mask]
+    shares = np.bincount(chosen.ravel(), minlength=4) / chosen.size
+    expected = 0.5 * 4 * (shares * real.mean(axis=0)).sum()
+    np.testing.assert_allclose(to_numpy(layer.losses[0]), expected, rtol=1e-5)
+
+
+def test_gradients_reach_the_router_and_the_chosen_experts():
+    layer = made(3, 5, 2)
+    for gradient in gradients(layer, sample(2, 9, width=6)):
+        assert np.isfinite(gradient).all() and np.abs(gradient).max() > 0
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class SparseBackbone(CustomBackbone):
+    """Experts and a norm without statistics."""
+
+    def create_ffn(self, inputs_shape, layer_index):
+        return MixtureOfExperts(4, self.intermediate_dim)
+
+    def create_norm(self, inputs_shape, layer_index):
+        return DynamicTanh()
+
+
+def test_the_kit():
+    check_cached_layer(lambda: MixtureOfExperts(4, 12), max_length=9)
+
+
+@pytest.mark.slow
+def test_the_kit_of_a_model():
+    check_cached_model(
+        lambda: make_backbone(SparseBackbone, num_layers=1), max_length=8
+    )
+
+
+def test_a_language_model_of_experts_learns_and_generates():
+    lm = make_lm(make_backbone(SparseBackbone, num_layers=1))
+    outputs = lm.generate(prompts(RAGGED), stop_token_ids=None, max_new_tokens=4)
+    limits = [len(row) + 4 for row in RAGGED]
+    assert rows_of(outputs) == brute_force_greedy(lm, RAGGED, limits, width=12)
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(1, 9, (16, 8)).astype("int32")
+    inputs = {"token_ids": tokens, "padding_mask": np.ones_like(tokens)}
+    history = lm.fit(inputs, tokens, epochs=2, batch_size=8, verbose=0)
+    assert history.history["loss"][-1] < history.history["loss"][0]
+
+
+def test_errors():
+    with raises(ValueError, "num_experts_per_token", "3", "2"):
+        MixtureOfExperts(2, 8, 3)
+    with raises(TypeError, "balance_weight"):
+        MixtureOfExperts(2, 8, balance_weight="much")

@@ -1,0 +1,374 @@
+"""Presets and `.keras` files: what is saved comes back, or it is said why not."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+
+from attention import RotaryAttention
+from blocks import CausalLM, CausalLMPreprocessor, CustomBackbone
+from tests.models import (
+    PACKAGE,
+    RAGGED,
+    VOCABULARY_SIZE,
+    RotaryBackbone,
+    byte_preprocessor,
+    make_backbone,
+    make_lm,
+    make_variant,
+    prompts,
+    rows_of,
+    to_numpy,
+)
+
+
+def bpe_preprocessor(**kwargs):
+    letters = [chr(ord("a") + i) for i in range(26)]
+    vocabulary = ["<pad>", "<s>", "</s>", *letters, "Ġ", "th", "he", "Ġt"]
+    vocabulary += [f"<{i}>" for i in range(VOCABULARY_SIZE - len(vocabulary))]
+    tokenizer = keras_hub.tokenizers.BytePairTokenizer(
+        vocabulary={token: i for i, token in enumerate(vocabulary)},
+        merges=["t h", "h e", "Ġ t"],
+        unsplittable_tokens=["<pad>", "<s>", "</s>"],
+    )
+    arguments = {
+        "sequence_length": 16,
+        "start_token": "<s>",
+        "end_token": "</s>",
+        **kwargs,
+    }
+    return CausalLMPreprocessor(tokenizer, **arguments)
+
+
+def word_preprocessor():
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "quick", "fox"]
+    vocabulary += [f"w{i}" for i in range(VOCABULARY_SIZE - len(vocabulary))]
+    tokenizer = keras_hub.tokenizers.WordPieceTokenizer(vocabulary=vocabulary)
+    return CausalLMPreprocessor(
+        tokenizer, 16, start_token="[CLS]", end_token="[SEP]", pad_token_id=0
+    )
+
+
+def check_same_logits(restored, lm, atol=1e-5):
+    x = prompts(RAGGED)
+    np.testing.assert_allclose(to_numpy(restored(x)), to_numpy(lm(x)), atol=atol)
+
+
+@pytest.fixture(scope="module")
+def text_lm():
+    """A user's backbone with a BPE tokenizer."""
+    return make_lm(
+        make_variant("rotary", num_layers=1, num_key_value_heads=2),
+        bpe_preprocessor(),
+    )
+
+
+@pytest.fixture(scope="module")
+def preset(text_lm, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("presets") / "rotary"
+    text_lm.save_to_preset(str(folder))
+    return str(folder)
+
+
+# === Round trips ===
+
+
+@pytest.mark.parametrize("variant", ["mha", "t5", "alibi"])
+def test_backbones_come_back(variant, tmp_path):
+    lm = make_lm(make_variant(variant))
+    lm.save_to_preset(str(tmp_path / "preset"))
+    restored = CausalLM.from_preset(str(tmp_path / "preset"))
+    assert type(restored) is CausalLM
+    assert type(restored.backbone) is type(lm.backbone)
+    assert restored.preprocessor is None
+    assert restored.backbone.get_config() == lm.backbone.get_config()
+    check_same_logits(restored, lm)
+    # The folder may be given as a path, too.
+    assert CausalLM.from_preset(tmp_path / "preset").backbone.num_layers == 2
+
+
+def test_a_users_backbone_and_its_tokenizer_come_back(text_lm, preset):
+    restored = CausalLM.from_preset(preset)
+    assert type(restored.backbone) is RotaryBackbone
+    assert restored.backbone.num_key_value_heads == 2
+    check_same_logits(restored, text_lm)
+    preprocessor = restored.preprocessor
+    assert preprocessor.get_config() == text_lm.preprocessor.get_config()
+    assert (preprocessor.start_token_id, preprocessor.end_token_id) == (1, 2)
+    restored.compile(sampler="greedy")
+    texts = ["the cat", "a", "the </s>"]
+    assert restored.generate(texts) == text_lm.generate(texts)
+
+
+@pytest.mark.parametrize("make", [word_preprocessor, byte_preprocessor])
+def test_other_tokenizers_come_back(make, tmp_path):
+    preprocessor = make()
+    backbone = make_backbone(
+        num_layers=1, vocabulary_size=preprocessor.tokenizer.vocabulary_size()
+    )
+    lm = make_lm(backbone, preprocessor)
+    lm.save_to_preset(str(tmp_path))
+    restored = CausalLM.from_preset(str(tmp_path))
+    texts = ["the quick fox", "the"]
+    ours, theirs = lm.preprocessor(texts), restored.preprocessor(texts)
+    for a, b in zip(keras.tree.flatten(ours), keras.tree.flatten(theirs)):
+        np.testing.assert_array_equal(to_numpy(a), to_numpy(b))
+    assert restored.preprocessor.get_config() == preprocessor.get_config()
+
+
+FRESH = """
+import sys, keras
+sys.path.insert(0, sys.argv[1])
+import tests.models
+from blocks import CausalLM
+lm = CausalLM.from_preset(sys.argv[2])
+lm.compile(sampler="greedy")
+print("RESULT" + repr(lm.generate(["the cat", "a"])))
+"""
+
+
+def test_a_fresh_process_gives_the_same_text(text_lm, preset):
+    root = str(pathlib.Path(__file__).parents[2])
+    result = subprocess.run(
+        [sys.executable, "-c", FRESH, root, preset],
+        capture_output=True,
+        text=True,
+        cwd=root,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    printed = result.stdout.split("RESULT")[1].strip()
+    assert printed == repr(text_lm.generate(["the cat", "a"]))
+
+
+@keras.saving.register_keras_serializable(package=PACKAGE)
+class SoftCappedLM(CausalLM):
+    """A user's model: a head with weights and an argument of its own."""
+
+    def __init__(self, backbone, preprocessor=None, cap=5.0, **kwargs):
+        self.cap = cap
+        self.head = keras.layers.Dense(backbone.vocabulary_size, name="head")
+        super().__init__(backbone, preprocessor, **kwargs)
+
+    def compute_logits(self, hidden_states):
+        return self.cap * keras.ops.tanh(self.head(hidden_states) / self.cap)
+
+    def get_config(self):
+        return {**super().get_config(), "cap": self.cap}
+
+
+def test_a_users_model_comes_back(tmp_path):
+    lm = SoftCappedLM(make_backbone(num_layers=1), cap=2.0)
+    lm.compile(sampler="greedy")
+    lm.save_to_preset(str(tmp_path))
+    for cls in (CausalLM, SoftCappedLM):
+        restored = cls.from_preset(str(tmp_path))
+        assert type(restored) is SoftCappedLM
+        assert restored.cap == 2.0
+        check_same_logits(restored, lm)
+    assert np.abs(to_numpy(restored(prompts(RAGGED)))).max() <= 2.0
+    assert SoftCappedLM.from_preset(str(tmp_path), cap=3.0).cap == 3.0
+    outputs = restored.generate(prompts(RAGGED), stop_token_ids=None, max_length=9)
+    assert [len(row) for row in rows_of(outputs)] == [9] * 3
+
+
+def test_a_preset_of_another_class(preset):
+    with pytest.raises(ValueError, match=r"holds a CausalLM.*no SoftCappedLM"):
+        SoftCappedLM.from_preset(preset)
+
+
+def test_quantized_presets(tmp_path):
+    lm = make_lm(make_backbone(num_layers=1))
+    # Some models are made in between, whose layers must not take the names.
+    lm.quantize("int8")
+    lm.save_to_preset(str(tmp_path))
+    make_backbone()
+    restored = CausalLM.from_preset(str(tmp_path))
+    kinds = {w.path: w.dtype for w in lm.backbone.weights}
+    assert "int8" in kinds.values()
+    assert {w.path: w.dtype for w in restored.backbone.weights} == kinds
+    x = prompts(RAGGED)
+    np.testing.assert_allclose(
+        restored.predict_on_batch(x), lm.predict_on_batch(x), atol=1e-5
+    )
+
+
+def test_dtype_on_loading(text_lm, preset):
+    restored = CausalLM.from_preset(preset, dtype="bfloat16")
+    assert restored.backbone.transformer_layers[0].compute_dtype == "bfloat16"
+    assert {w.dtype for w in restored.weights if "seed" not in w.path} == {"bfloat16"}
+    x = prompts(RAGGED)
+    expected, outputs = to_numpy(text_lm(x)), to_numpy(restored(x)).astype("float32")
+    assert np.abs(outputs - expected).max() < 0.5
+    assert keras.config.dtype_policy().name == "float32"
+
+
+def test_without_weights(text_lm, preset):
+    restored = CausalLM.from_preset(preset, load_weights=False)
+    x = prompts(RAGGED)
+    assert np.abs(to_numpy(restored(x)) - to_numpy(text_lm(x))).max() > 0.1
+
+
+def test_another_preprocessor_on_loading(preset):
+    assert CausalLM.from_preset(preset, preprocessor=None).preprocessor is None
+    other = bpe_preprocessor(sequence_length=5)
+    assert CausalLM.from_preset(preset, preprocessor=other).preprocessor is other
+
+
+# === .keras files ===
+
+
+def test_keras_files(tmp_path, text_lm):
+    lm = make_lm(text_lm.backbone, text_lm.preprocessor)
+    lm.compile(
+        optimizer=keras.optimizers.Adam(0.125),
+        sampler=keras_hub.samplers.TopKSampler(k=3, seed=11, temperature=0.7),
+    )
+    lm.fit(["the cat", "the dog"], verbose=0)
+    lm.save(tmp_path / "lm.keras")
+    restored = keras.models.load_model(tmp_path / "lm.keras")
+    assert type(restored) is CausalLM
+    assert type(restored.backbone) is RotaryBackbone
+    check_same_logits(restored, lm)
+    assert type(restored.sampler) is keras_hub.samplers.TopKSampler
+    sampler = restored.sampler
+    assert (sampler.k, sampler.seed, sampler.temperature) == (3, 11, 0.7)
+    assert float(to_numpy(restored.optimizer.learning_rate)) == 0.125
+    assert int(to_numpy(restored.optimizer.iterations)) == 1
+    restored.compile(sampler="greedy")
+    lm.compile(sampler="greedy")
+    assert restored.generate(["the cat"]) == lm.generate(["the cat"])
+
+
+# === What can be wrong with a folder ===
+
+
+def copy_of(preset, tmp_path):
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for root, _, files in os.walk(preset):
+        for name in files:
+            path = os.path.join(root, name)
+            target = folder / os.path.relpath(path, preset)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "rb") as source:
+                target.write_bytes(source.read())
+    return folder
+
+
+def find(folder, name):
+    (path,) = folder.rglob(name)
+    return path
+
+
+def test_a_folder_that_is_missing(tmp_path):
+    with pytest.raises(ValueError, match=r"no preset folder.*save_to_preset"):
+        CausalLM.from_preset(str(tmp_path / "nothing"))
+    with pytest.raises(TypeError, match="`preset` must be a folder"):
+        CausalLM.from_preset(None)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"has no config.json"):
+        CausalLM.from_preset(str(tmp_path / "empty"))
+
+
+FILES = [
+    "config.json",
+    "task.json",
+    "preprocessor.json",
+    "model.weights.h5",
+    "vocabulary.json",
+]
+
+
+@pytest.mark.parametrize("name", [*FILES, "merges.txt"])
+def test_a_file_that_is_missing(preset, tmp_path, name):
+    folder = copy_of(preset, tmp_path)
+    find(folder, name).unlink()
+    with pytest.raises(ValueError, match=r"Save .* again") as error:
+        CausalLM.from_preset(str(folder))
+    assert str(folder) in str(error.value)
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("kept", [0.5, 0.0])
+def test_a_file_that_is_truncated(preset, tmp_path, name, kept):
+    folder = copy_of(preset, tmp_path)
+    path = find(folder, name)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * kept)])
+    with pytest.raises(ValueError, match=r"Save .* again") as error:
+        CausalLM.from_preset(str(folder))
+    assert str(folder) in str(error.value)
+
+
+def test_weights_of_another_model(preset, tmp_path):
+    folder = copy_of(preset, tmp_path)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["config"]["hidden_dim"] = 32
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="could not be loaded"):
+        CausalLM.from_preset(str(folder))
+
+
+class UnregisteredBackbone(CustomBackbone):
+    def create_attention_layer(self, inputs_shape, layer_index):
+        return RotaryAttention(self.num_heads)
+
+
+class UnregisteredLM(CausalLM):
+    pass
+
+
+class UnregisteredTokenizer(keras_hub.tokenizers.ByteTokenizer):
+    pass
+
+
+@pytest.mark.parametrize("part", ["backbone", "task", "tokenizer"])
+def test_a_class_that_is_not_registered_on_saving(tmp_path, part):
+    cls = UnregisteredBackbone if part == "backbone" else CustomBackbone
+    lm_cls = UnregisteredLM if part == "task" else CausalLM
+    preprocessor = None
+    if part == "tokenizer":
+        preprocessor = CausalLMPreprocessor(UnregisteredTokenizer(), 8, end_token=1)
+    lm = lm_cls(make_backbone(cls, num_layers=1), preprocessor)
+    folder = tmp_path / "preset"
+    with pytest.raises(ValueError, match="is not registered with Keras") as error:
+        lm.save_to_preset(str(folder))
+    assert "register_keras_serializable" in str(error.value)
+    assert not folder.exists()
+
+
+def test_a_backbone_alone_that_is_not_registered(tmp_path):
+    backbone = UnregisteredBackbone(16, 1, 2, 8, 8, max_sequence_length=8)
+    with pytest.raises(ValueError, match="UnregisteredBackbone is not registered"):
+        backbone.save_to_preset(str(tmp_path / "preset"))
+    assert not (tmp_path / "preset").exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "task.json", "preprocessor.json"])
+def test_a_part_that_is_not_registered_on_loading(preset, tmp_path, name):
+    folder = copy_of(preset, tmp_path)
+    path = folder / name
+    config = json.loads(path.read_text())
+    config["registered_name"] = "somewhere>Else"
+    config["class_name"] = "Else"
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="holds a Else, which is not registered"):
+        CausalLM.from_preset(str(folder))
+
+
+def test_a_tokenizer_that_is_not_registered_on_loading(preset, tmp_path):
+    folder = copy_of(preset, tmp_path)
+    path = folder / "preprocessor.json"
+    config = json.loads(path.read_text())
+    config["config"]["tokenizer"]["registered_name"] = "somewhere>Else"
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="not registered with Keras"):
+        CausalLM.from_preset(str(folder))
