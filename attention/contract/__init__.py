@@ -28,12 +28,28 @@ from attention.contract.scopes import (
     share_padding_mask,
 )
 from attention.contract.sizes import is_concrete
+from attention.contract.types import (
+    Activation,
+    Cache,
+    DType,
+    Index,
+    Initializer,
+    Shape,
+    Tensor,
+)
 
 __all__ = [
+    "Activation",
+    "Cache",
     "CacheScope",
     "CachedLayer",
     "CompositeCachedLayer",
+    "DType",
+    "Index",
+    "Initializer",
     "NewCacheScope",
+    "Shape",
+    "Tensor",
     "call_sites",
     "call_with_cache",
     "can_rewind",
