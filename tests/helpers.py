@@ -1,6 +1,9 @@
-"""What the tests of `attention/` share: variants, and ways of running them."""
+"""Layers, inputs and ways of running them that many tests share."""
 
+import importlib.util
+import pathlib
 import re
+import sys
 
 import keras
 import numpy as np
@@ -9,6 +12,7 @@ from keras import ops
 
 from attention import (
     AlibiBias,
+    CachedLayer,
     CompositeCachedLayer,
     GroupedQueryAttention,
     MultiHeadAttention,
@@ -19,12 +23,23 @@ from attention import (
     RotaryPosition,
     SharedKeyValueAttention,
     T5Attention,
+    last_tokens,
 )
 
 
 def slow(value):
     """A parameter of a test that takes long, and is the same on every backend."""
     return pytest.param(value, marks=pytest.mark.slow)
+
+
+def load_example(name):
+    """The module of `examples/`."""
+    path = pathlib.Path(__file__).parents[1] / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"example_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 BATCH, LENGTH, WIDTH = 3, 12, 16
@@ -38,6 +53,23 @@ LLAMA3 = {
     "original_max_position_embeddings": 32,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Shift(CachedLayer):
+    """Adds the token before: padding that gets into its cache is seen at once."""
+
+    def build(self, inputs_shape):
+        self.width = inputs_shape[-1]
+
+    def create_cache(self, batch_size, max_length):
+        return ops.zeros((batch_size, 1, self.width), self.compute_dtype)
+
+    def call(self, x, padding_mask=None, cache=None, cache_update_index=None):
+        past = ops.zeros_like(x[:, :1]) if cache is None else cache
+        seen = ops.concatenate([past, x], axis=1)
+        outputs = x + seen[:, :-1]
+        return outputs if cache is None else (outputs, last_tokens(seen, padding_mask))
 
 
 @keras.saving.register_keras_serializable(package="tests")

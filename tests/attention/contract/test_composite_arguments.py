@@ -11,14 +11,13 @@ from attention import (
     CachedLayer,
     CompositeCachedLayer,
     MultiHeadAttention,
-    call_with_cache,
     create_cache,
 )
+from attention.testing import check_cached_model
 from tests.helpers import (
     LENGTH,
     WIDTH,
     assert_close,
-    compiled,
     gradients,
     raises,
     randomize,
@@ -64,50 +63,32 @@ def others(x):
     return {"first": sample(batch=x.shape[0], length=x.shape[1], seed=5)}
 
 
-def decode(layer, x, other, sizes, **kwargs):
-    cache, start, outputs = layer.create_cache(x.shape[0], LENGTH), 0, []
-    for size in sizes:
-        end = start + size
-        (y, more), cache = layer(
-            x[:, start:end],
-            {"first": other["first"][:, start:end]},
-            cache=cache,
-            cache_update_index=start,
-            **kwargs,
-        )
+def decode(layer, x, other, **kwargs):
+    """Seven tokens, then the others, with a cache."""
+    cache, outputs = layer.create_cache(x.shape[0], LENGTH), []
+    for start, end in ((0, 7), (7, LENGTH)):
+        now = {"first": other["first"][:, start:end]}
+        index = {"cache": cache, "cache_update_index": start}
+        (y, more), cache = layer(x[:, start:end], now, **index, **kwargs)
         outputs.append((to_numpy(y), to_numpy(more["first"])))
-        start = end
     return [np.concatenate(parts, axis=1) for parts in zip(*outputs)]
-
-
-# === Called directly ===
-
-
-def test_with_a_cache_as_without():
-    layer, x = make(), sample()
-    other = others(x)
-    y, more = layer(x, other)
-    assert len(layer.create_cache(1, 4)) == 2
-    for sizes in ([7, 5], [1] * LENGTH, [4, 1, 1, 6]):
-        cached = decode(layer, x, other, sizes)
-        assert_close(cached[0], y)
-        assert_close(cached[1], more["first"])
 
 
 def test_arguments_by_position_or_keyword():
     layer, x = make(), sample()
     other, mask = others(x), np.ones(x.shape[:2], bool)
-    y, _ = layer(x, other)
+    y, more = layer(x, other)
+    doubled = {"first": 2 * other["first"]}
     for outputs in (
         layer(x, other=other),
         layer(x=x, other=other, gain=1.0),
         layer(x, other, padding_mask=mask, training=False),
+        layer(x, doubled, gain=0.5),
+        decode(layer, x, other),
+        decode(layer, x, doubled, gain=0.5),
     ):
         assert_close(outputs[0], y)
-    doubled, _ = layer(x, {"first": 2 * other["first"]}, gain=0.5)
-    assert_close(doubled, y)
-    cached = decode(layer, x, {"first": 2 * other["first"]}, [7, 5], gain=0.5)
-    assert_close(cached[0], y)
+    assert_close(decode(layer, x, other)[1], more["first"])
 
 
 def test_the_signature_of_call_is_that_of_transform():
@@ -127,23 +108,6 @@ def test_the_signature_of_call_is_that_of_transform():
     assert inspect.signature(make().call).parameters["gain"].default == 1.0
 
 
-def test_a_compiled_step_and_gradients():
-    layer, x = make(), ops.convert_to_tensor(sample())
-    other = {"first": ops.convert_to_tensor(others(x)["first"])}
-    y, _ = layer(x, other)
-
-    @compiled
-    def step(x, first, cache, index):
-        return layer(x, {"first": first}, cache=cache, cache_update_index=index)
-
-    cache = layer.create_cache(x.shape[0], LENGTH)
-    for i in range(LENGTH):
-        now = slice(i, i + 1)
-        index = ops.convert_to_tensor(i, dtype="int32")
-        (outputs, _), cache = step(x[:, now], other["first"][:, now], cache, index)
-        assert_close(outputs, y[:, now])
-
-
 def test_gradients_of_a_first_call():
     """Whatever traces it, the first call without a cache is only a call."""
 
@@ -158,36 +122,23 @@ def test_gradients_of_a_first_call():
     assert len(layer.create_cache(1, 4)) == 2
 
 
-# === In models ===
-
-
 def make_model():
     x, first = keras.Input((None, WIDTH)), keras.Input((None, WIDTH))
     mixer = Mixer(name="first_mixer")
     y, more = mixer(x, {"first": first}, gain=0.5)
     y, more = Mixer()(y, more)
-    return randomize(keras.Model([x, first], y + more["first"]), scale=0.2)
+    return keras.Model([x, first], y + more["first"])
 
 
 def test_a_functional_model(tmp_path):
-    model, inputs = make_model(), [sample(), sample(seed=5)]
-    full = to_numpy(model(inputs))
-    cache = create_cache(model, 3, LENGTH)
-    assert [len(slot) for slot in cache] == [2, 2]
-    head, cache = call_with_cache(model, [x[:, :7] for x in inputs], cache, 0)
-    tail, cache = call_with_cache(model, [x[:, 7:] for x in inputs], cache, 7)
-    assert_close(np.concatenate([to_numpy(head), to_numpy(tail)], axis=1), full)
-    model.save(tmp_path / "model.keras")
-    restored = keras.models.load_model(tmp_path / "model.keras")
-    assert_close(restored(inputs), full)
-    assert len(restored.get_layer("first_mixer").create_cache(1, 4)) == 2
-
-
-def test_training():
+    check_cached_model(make_model, max_length=9)
     model, inputs = make_model(), [sample(), sample(seed=5)]
     model.compile(optimizer="adam", loss="mse")
     model.fit(inputs, sample(seed=6), epochs=1, verbose=0)
     assert [len(slot) for slot in create_cache(model, 1, 4)] == [2, 2]
+    model.save(tmp_path / "model.keras")
+    restored = keras.models.load_model(tmp_path / "model.keras")
+    assert len(restored.get_layer("first_mixer").create_cache(1, 4)) == 2
 
 
 def test_padding_reaches_the_inner_layers():

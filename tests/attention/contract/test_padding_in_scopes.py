@@ -18,119 +18,66 @@ from attention import (
     create_cache,
     last_tokens,
 )
+from attention.testing import check_cached_model
 from tests.helpers import (
     BATCH,
     LENGTH,
     WIDTH,
+    Shift,
     assert_close,
     compiled,
     raises,
-    randomize,
     sample,
     secret,
     to_numpy,
 )
 
-LENGTHS = np.array([7, 3, 5])
-MASK = np.arange(7)[None] < LENGTHS[:, None]
-
-
-class LagAndAdd(CachedLayer):
-    def build(self, inputs_shape):
-        self.width = inputs_shape[-1]
-
-    def create_cache(self, batch_size, max_length):
-        return ops.zeros((batch_size, 2, self.width), self.compute_dtype)
-
-    def call(self, x, padding_mask=None, cache=None, cache_update_index=None):
-        shape = (ops.shape(x)[0], 2, self.width)
-        past = ops.zeros(shape, x.dtype) if cache is None else cache
-        seen = ops.concatenate([past, x], axis=1)
-        outputs = x + seen[:, 1:-1] - seen[:, :-2]
-        if cache is None:
-            return outputs
-        return outputs, last_tokens(seen, padding_mask, count=2)
+MASK = np.arange(7)[None] < np.array([[7], [3], [5]])
 
 
 class Both(CompositeCachedLayer):
     def build(self, inputs_shape):
-        self.lag = LagAndAdd()
+        self.shift = Shift()
         self.attend = RotaryAttention(4, 2)
-        for layer in (self.lag, self.attend):
+        for layer in (self.shift, self.attend):
             layer.build(inputs_shape)
 
     def transform(self, x):
-        return x + self.attend(self.lag(x))
+        return x + self.attend(self.shift(x))
 
 
 def functional():
     inputs = keras.Input((None, WIDTH))
-    x = inputs + PositionEmbedding(LENGTH)(inputs)
-    x = x + MultiHeadAttention(4)(LagAndAdd()(x))
-    return randomize(keras.Model(inputs, Both()(x)), scale=0.2)
+    x = inputs + PositionEmbedding(LENGTH, "random_normal")(inputs)
+    x = x + MultiHeadAttention(4)(Shift()(x))
+    return keras.Model(inputs, Both()(x))
 
 
 def sequential():
-    layers = [LagAndAdd(), RotaryAttention(4, 2), T5Attention(4), Both()]
-    return randomize(keras.Sequential([keras.Input((None, WIDTH)), *layers]), scale=0.2)
+    layers = [Shift(), RotaryAttention(4, 2), T5Attention(4), Both()]
+    return keras.Sequential([keras.Input((None, WIDTH)), *layers])
 
 
-models = pytest.mark.parametrize("make", [functional, sequential])
+@pytest.mark.parametrize("make", [functional, sequential])
+def test_ragged_rows_give_what_each_gives_alone(make):
+    check_cached_model(make, max_length=9, checks=["padding", "compiled"])
 
 
-@models
-@pytest.mark.parametrize("kind", ["numpy", "tensor", "list", "int"])
-def test_ragged_rows_give_what_each_gives_alone(make, kind):
-    model, x = make(), sample()
-    convert = {
-        "numpy": np.asarray,
-        "tensor": ops.convert_to_tensor,
-        "list": np.ndarray.tolist,
-        "int": lambda m: m.astype("int32"),
-    }[kind]
-    padded = np.where(MASK[..., None], x[:, :7], 99.0).astype("float32")
+@pytest.mark.parametrize(
+    "convert",
+    [ops.convert_to_tensor, np.ndarray.tolist, lambda mask: mask.astype("int32")],
+)
+def test_kinds_of_masks(convert):
+    model, x = sequential(), sample(length=7)
     cache = create_cache(model, BATCH, LENGTH)
-    head, cache = call_with_cache(model, padded, cache, 0, padding_mask=convert(MASK))
-    # Each row goes on at its own position; one of them has nothing more to say.
-    new = np.stack([x[i, n : n + 2] for i, n in enumerate(LENGTHS)])
-    more = np.array([[1, 1], [0, 0], [1, 0]])
-    tail, cache = call_with_cache(
-        model, new, cache, LENGTHS.astype("int32"), convert(more.astype(bool))
-    )
-    index = (LENGTHS + more.sum(axis=1)).astype("int32")
-    last, _ = call_with_cache(
-        model, np.stack([x[i, n : n + 1] for i, n in enumerate(index)]), cache, index
-    )
-    for row, length in enumerate(LENGTHS):
-        alone = to_numpy(model(x[row : row + 1]))[0]
-        assert_close(head[row, :length], alone[:length], atol=1e-4)
-        count = more[row].sum()
-        assert_close(tail[row, :count], alone[length : length + count], atol=1e-4)
-        assert_close(last[row, 0], alone[index[row]], atol=1e-4)
-
-
-def test_new_scopes_and_compiled_ones():
-    model, x = functional(), sample()
-
-    @compiled
-    def prefill(x, mask):
-        with NewCacheScope(BATCH, LENGTH, padding_mask=mask) as scope:
-            outputs = model(x)
-        return outputs, scope.cache
-
-    @compiled
-    def step(x, mask, cache, index):
-        return call_with_cache(model, x, cache, index, mask)
-
-    head, cache = prefill(*map(ops.convert_to_tensor, (x[:, :7], MASK)))
-    new = np.stack([x[i, n : n + 1] for i, n in enumerate(LENGTHS)])
-    one = np.ones((BATCH, 1), bool)
-    index = ops.convert_to_tensor(LENGTHS.astype("int32"))
-    outputs, _ = step(*map(ops.convert_to_tensor, (new, one)), cache, index)
-    full = to_numpy(model(x))
-    for row, length in enumerate(LENGTHS):
-        assert_close(head[row, :length], full[row, :length], atol=1e-4)
-        assert_close(outputs[row, 0], full[row, length], atol=1e-4)
+    _, expected = call_with_cache(model, x, cache, 0, padding_mask=MASK)
+    _, found = call_with_cache(model, x, cache, 0, padding_mask=convert(MASK))
+    for a, b in zip(keras.tree.flatten(found), keras.tree.flatten(expected)):
+        assert_close(a, b, atol=0)
+    with NewCacheScope(BATCH, LENGTH, padding_mask=convert(MASK)) as scope:
+        model(x)
+    for a, b in zip(keras.tree.flatten(scope.cache), keras.tree.flatten(expected)):
+        assert_close(a, b)
 
 
 def test_a_mask_of_its_own_wins_and_inner_scopes_speak_for_themselves():
@@ -205,7 +152,7 @@ def test_masks_that_are_none(mask, parts):
 def test_a_mask_of_other_tokens():
     model, x = sequential(), secret(BATCH, 4, WIDTH)
     cache = create_cache(model, BATCH, LENGTH)
-    with raises(ValueError, "does not fit", "'lag_and_add", "(3, 7)", "(3, 4, 16)"):
+    with raises(ValueError, "does not fit", "'shift", "(3, 7)", "(3, 4, 16)"):
         call_with_cache(model, x, cache, 0, MASK)
     with raises(ValueError, "does not fit"), CacheScope(cache, 0, MASK):
         model(x)
@@ -214,8 +161,15 @@ def test_a_mask_of_other_tokens():
 # === last_tokens ===
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "bool"])
-@pytest.mark.parametrize("shape", [(3, 10), (3, 10, 4), (3, 10, 2, 3)])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((3, 10), "int32"),
+        ((3, 10), "bool"),
+        ((3, 10, 4), "float32"),
+        ((3, 10, 2, 3), "bfloat16"),
+    ],
+)
 def test_last_tokens(shape, dtype):
     history = ops.cast(np.random.default_rng(0).integers(-9, 9, shape), dtype)
     values = to_numpy(ops.cast(history, "float32"))

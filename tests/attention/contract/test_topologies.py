@@ -1,18 +1,14 @@
 """The topologies of `examples/topologies.py`: what is special to each."""
 
-import importlib.util
-import pathlib
-import sys
-
 import keras
 import numpy as np
 import pytest
 from keras import ops
 
-from attention import CacheScope, call_with_cache, create_cache
-from attention.testing import check_cached_model
+from attention import call_with_cache, create_cache
+from attention.testing import check_cached_layer, check_cached_model
 from blocks import CausalLM, CustomDecoder
-from tests.helpers import assert_close, gradients, raises
+from tests.helpers import assert_close, gradients, load_example, raises
 from tests.models import (
     RAGGED,
     VOCABULARY_SIZE,
@@ -23,16 +19,6 @@ from tests.models import (
     rows_of,
     to_numpy,
 )
-
-
-def load_example(name):
-    path = pathlib.Path(__file__).parents[3] / "examples" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"example_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
 
 example = load_example("topologies")
 TOPOLOGIES = [name for name in example.TOPOLOGIES if name != "stock"]
@@ -52,10 +38,6 @@ def sample_inputs(rows=3, length=LENGTH, seed=0):
     return {"token_ids": tokens, "padding_mask": np.ones_like(tokens)}
 
 
-def cut(inputs, start, end):
-    return {key: x[:, start:end] for key, x in inputs.items()}
-
-
 # === The same in training and in decoding ===
 
 
@@ -71,14 +53,8 @@ def test_the_kit(name):
 def test_gradients_reach_all_weights(name):
     backbone = make(name)
     inputs = {key: ops.convert_to_tensor(x) for key, x in sample_inputs(rows=2).items()}
-    found = dict(
-        zip(
-            (weight.path for weight in backbone.trainable_weights),
-            gradients(backbone, inputs),
-        )
-    )
-    assert len(found) == len(backbone.trainable_weights)
-    for path, gradient in found.items():
+    paths = [weight.path for weight in backbone.trainable_weights]
+    for path, gradient in zip(paths, gradients(backbone, inputs), strict=True):
         assert np.isfinite(gradient).all(), path
         # What is added to all keys alike changes no attention weight.
         if not path.endswith("self_attention/key/bias"):
@@ -133,32 +109,16 @@ def test_shared_keys_and_values_are_stored_once():
     assert not any("/key/" in path or "/value/" in path for path in paths)
 
 
-def test_a_shared_block_has_a_cache_at_each_depth():
-    backbone = make("albert")
-    assert len({id(block) for block in backbone.transformer_layers}) == 1
-    assert elements(backbone) == 3 * elements(make("albert", num_layers=1))
-    assert backbone.count_params() == make("albert", num_layers=1).count_params()
-
-
-def test_a_layer_applied_twice_has_two_caches():
-    assert elements(make("twice")) == 2 * elements(make("parallel", num_layers=3))
-
-
-def test_a_token_shift_keeps_one_token():
-    assert elements(make("token_shift"), 8) - elements(make("sandwich"), 8) == 3 * 16
-    assert elements(make("token_shift"), 64) - elements(make("sandwich"), 64) == 3 * 16
-
-
-def test_sandwich_norms_have_names_of_their_own():
-    block = make("sandwich").transformer_layers[1]
-    names = [w.path.split("/")[-2] for w in block.weights if w.path.endswith("/scale")]
-    assert sorted(names) == [
-        "attention_norm",
-        "attention_post_norm",
-        "ffn_norm",
-        "ffn_post_norm",
-    ]
-    assert block.attention_post_norm.name == "attention_post_norm"
+def test_each_call_has_a_cache_of_its_own():
+    albert, single = make("albert"), make("albert", num_layers=1)
+    assert len({id(block) for block in albert.transformer_layers}) == 1
+    assert elements(albert) == 3 * elements(single)
+    assert albert.count_params() == single.count_params()
+    assert elements(make("twice")) == 2 * elements(make("parallel"))
+    # A token shift keeps one token, however long the sequence is.
+    for length in (8, 64):
+        shifted, plain = make("token_shift"), make("sandwich")
+        assert elements(shifted, length) - elements(plain, length) == 3 * 16
 
 
 def test_the_parallel_block_is_what_it_says():
@@ -168,21 +128,17 @@ def test_the_parallel_block_is_what_it_says():
     h = block.norm(x)
     assert_close(block(x), x + block.self_attention(h) + block.ffn(h))
     assert not hasattr(block, "ffn_norm")
-
-
-def test_the_cache_of_a_growing_batch_grows():
-    backbone = make("shared_key_value")
-    inputs = sample_inputs()
-    full = to_numpy(backbone(inputs))
-    block, *_ = backbone.transformer_layers
-    x = ops.convert_to_tensor(np.ones((3, 4, 16), "float32"))
-    cache = block.create_cache(3, 4)
-    _, cache = block(x, cache=cache, cache_update_index=0)
-    assert block.grow_cache(cache, 8)[0]["value"].shape[2] == 8
-    lm = make_lm(backbone)
-    outputs = lm.generate(prompts([[1, 2]]), stop_token_ids=None, max_new_tokens=40)
-    assert rows_of(outputs) == brute_force_greedy(lm, [[1, 2]], [42], width=48)
-    assert_close(backbone(inputs), full)
+    names = [
+        w.path.split("/")[-2]
+        for w in make("sandwich").transformer_layers[1].weights
+        if w.path.endswith("/scale")
+    ]
+    assert sorted(names) == [
+        "attention_norm",
+        "attention_post_norm",
+        "ffn_norm",
+        "ffn_post_norm",
+    ]
 
 
 # === norm_names ===
@@ -224,15 +180,7 @@ def test_a_block_without_norms():
         def transform(self, x, padding_mask=None):
             return x + self.ffn(self.self_attention(x))
 
-    block = Bare(32, 4)
-    x = np.ones((1, 4, 16), "float32")
-    outputs, _ = block(x, cache=_built(block, x), cache_update_index=0)
-    assert_close(outputs, block(x))
-
-
-def _built(block, x):
-    block(x)
-    return block.create_cache(x.shape[0], x.shape[1])
+    check_cached_layer(lambda: Bare(32, 4), max_length=8, checks="chunks")
 
 
 # === Values that flow between blocks ===
@@ -249,28 +197,3 @@ def test_a_backbone_that_forgets_the_keys_is_told():
 
     with raises(TypeError, "without ['key_value']", "ReaderDecoder.transform"):
         make_backbone(Forgetful)
-
-
-def test_a_subclassed_model_passes_them_on_too():
-    backbone = make("shared_key_value")
-
-    class Blocks(keras.Model):
-        def __init__(self):
-            super().__init__()
-            self.blocks = backbone.transformer_layers
-
-        def call(self, x):
-            x, key_value = self.blocks[0](x)
-            for block in self.blocks[1:]:
-                x = block(x, key_value=key_value)
-            return x
-
-    model = Blocks()
-    x = np.random.default_rng(0).normal(size=(2, 6, 16)).astype("float32")
-    full = to_numpy(model(x))
-    cache = create_cache(model, 2, 6, inputs=x[:, :1])
-    with CacheScope(cache, 0) as scope:
-        head = model(x[:, :4])
-    with CacheScope(scope.cache, 4) as scope:
-        tail = model(x[:, 4:])
-    assert_close(np.concatenate([to_numpy(head), to_numpy(tail)], axis=1), full)

@@ -15,14 +15,7 @@ from attention import (
     RotaryAttention,
     RWKVTimeMix,
 )
-from attention.recurrent.chunked_scan import linear_recurrence
 from blocks import CausalLM, CustomBackbone
-from tests.attention.recurrent.test_recurrence import (
-    every_kind,
-    every_rule,
-    loop,
-    sample,
-)
 from tests.helpers import assert_close, randomize, to_numpy
 from tests.models import make_backbone
 
@@ -93,23 +86,6 @@ def test_any_length_gives_what_a_known_one_gives(name):
         expected = call(ops.convert_to_tensor(x), ops.convert_to_tensor(mask))
         found = graph(x, mask)
         assert_all_close(found, expected)
-
-
-@on_tensorflow
-@every_kind
-@every_rule
-def test_recurrences_of_any_length_equal_a_loop(vectors, delta):
-    inputs = sample(400, vectors, delta)
-    names = [name for name in inputs if name != "state"]
-    state = inputs.pop("state")
-    graph = any_length(
-        lambda *args: linear_recurrence(**dict(zip(names, args)), state=state),
-        *inputs.values(),
-    )
-    outputs, last = graph(*inputs.values())
-    expected, expected_last = loop(**inputs, state=state)
-    assert_close(outputs, expected, atol=1e-4)
-    assert_close(last, expected_last, atol=1e-4)
 
 
 @on_tensorflow

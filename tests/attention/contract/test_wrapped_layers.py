@@ -16,14 +16,13 @@ from attention import (
     create_cache,
     last_tokens,
 )
+from attention.testing import check_cached_layer, check_cached_model
 from tests.helpers import (
     BATCH,
     LENGTH,
     WIDTH,
     assert_close,
     raises,
-    randomize,
-    run_chunks,
     sample,
     to_numpy,
 )
@@ -84,12 +83,7 @@ def model_of(layer):
     ],
 )
 def test_wrappers_that_call_the_layer_have_caches(wrap):
-    model, x = randomize(model_of(wrap()), scale=0.2), sample()
-    full = to_numpy(model(x))
-    cache = create_cache(model, BATCH, LENGTH)
-    head, cache = call_with_cache(model, x[:, :5], cache, 0)
-    tail, cache = call_with_cache(model, x[:, 5:], cache, 5)
-    assert_close(np.concatenate([to_numpy(head), to_numpy(tail)], axis=1), full)
+    check_cached_model(lambda: model_of(wrap()), max_length=8, checks="chunks")
 
 
 def over_time(x):
@@ -198,7 +192,7 @@ def test_a_layer_applied_several_times_is_no_loop_over_the_sequence():
     assert len(call_sites(model_of(Applies(function)))) == 4
 
 
-def test_scopes_without_a_rehearsal_say_so_too():
+def test_scopes_without_a_dry_run_refuse_it_too():
     model, x = model_of(Applies(time_distributed)), sample()
     model(x)
     with raises(ValueError, "past its `__call__`"), NewCacheScope(BATCH, LENGTH):
@@ -239,9 +233,8 @@ def test_a_subclass_may_call_its_parent():
             )
             return outputs / 2, cache
 
+    check_cached_layer(lambda: Halved(4), max_length=8, checks="chunks")
     layer, x = Halved(4), sample()
-    full = to_numpy(layer(x))
-    assert_close(run_chunks(layer, x, [5, 7])[0], full)
     model = keras.Sequential([keras.Input((None, WIDTH)), layer])
     with NewCacheScope(BATCH, LENGTH):
-        assert_close(model(x), full)
+        assert_close(model(x), layer(x))
