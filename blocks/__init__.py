@@ -7,6 +7,7 @@ from blocks.custom_decoder import CustomDecoder
 from blocks.custom_encoder import CustomEncoder
 from blocks.generation import (
     DraftModel,
+    GenerationSizes,
     GenerationState,
     PromptLookup,
     Session,
@@ -27,6 +28,7 @@ __all__ = [
     "DynamicTanh",
     "FeedForward",
     "GatedFeedForward",
+    "GenerationSizes",
     "GenerationState",
     "MixtureOfExperts",
     "PromptLookup",

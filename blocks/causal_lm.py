@@ -15,6 +15,7 @@ from blocks.backbone_inputs import (
     token_embedding,
 )
 from blocks.generation.mixin import GenerationMixin
+from blocks.generation.sizes import GenerationSizes
 from blocks.presets import check_registered, load_task
 
 
@@ -40,6 +41,9 @@ class CausalLM(GenerationMixin, keras_hub.models.CausalLM):
             another functional model of cached layers.
         preprocessor: a `blocks.CausalLMPreprocessor` or one of KerasHub's, for
             strings in and strings out; `None` for tokens.
+        generation_sizes: a `blocks.GenerationSizes`, or `None` for the default: how
+            much `generate` does at once. Not saved: it depends on the machine, and
+            changes no output.
         **kwargs: arguments of `keras_hub.models.CausalLM`.
 
     Call arguments:
@@ -79,7 +83,14 @@ class CausalLM(GenerationMixin, keras_hub.models.CausalLM):
     backbone_cls = None
     preprocessor_cls = None
 
-    def __init__(self, backbone: Any, preprocessor: Any = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        backbone: Any,
+        preprocessor: Any = None,
+        *,
+        generation_sizes: GenerationSizes | None = None,
+        **kwargs: Any,
+    ) -> None:
         check_backbone(backbone)
         if type(self).compute_logits is CausalLM.compute_logits:
             token_embedding(backbone)
@@ -96,6 +107,7 @@ class CausalLM(GenerationMixin, keras_hub.models.CausalLM):
                 f"{describe(outputs)}"
             )
         super().__init__(inputs=inputs, outputs=outputs, **kwargs)
+        self.generation_sizes = generation_sizes or GenerationSizes()
 
     def compute_logits(self, hidden_states: Any) -> Any:
         """Computes the logits of the next token.

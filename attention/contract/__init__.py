@@ -20,6 +20,7 @@ from attention.contract.cached_model import (
 )
 from attention.contract.composite_cached_layer import CompositeCachedLayer
 from attention.contract.initializers import clone_initializer
+from attention.contract.inner_layers import all_layers
 from attention.contract.padding import last_tokens
 from attention.contract.scopes import (
     CacheScope,
@@ -50,6 +51,7 @@ __all__ = [
     "NewCacheScope",
     "Shape",
     "Tensor",
+    "all_layers",
     "call_sites",
     "call_with_cache",
     "can_rewind",

@@ -10,6 +10,7 @@ from keras import tree
 
 from attention.contract.arguments import describe
 from attention.contract.cached_model import symbolic_inputs
+from attention.contract.inner_layers import all_layers
 from attention.testing.backends import to_numpy
 
 
@@ -85,21 +86,3 @@ def _vocabulary_size(model: keras.Model, name: str) -> int:
             "`keras.layers.Embedding`. Pass `inputs`, an example of the inputs."
         )
     return int(size)
-
-
-def all_layers(layer: Any) -> list[Any]:
-    """A layer or model and what is known to be inside of it."""
-    found: list[Any] = []
-    pending = [layer]
-    while pending:
-        current = pending.pop()
-        if any(current is other for other in found):
-            continue
-        found.append(current)
-        values = [*vars(current).values(), *getattr(current, "layers", ())]
-        if hasattr(current, "children"):  # on torch, layers are torch modules
-            values.extend(current.children())
-        for value in values:
-            items = value if isinstance(value, (list, tuple)) else [value]
-            pending.extend(x for x in items if isinstance(x, keras.layers.Layer))
-    return found

@@ -10,9 +10,9 @@ from typing import Any
 
 import keras
 
+from attention.contract.inner_layers import all_layers
 from attention.testing.comparing import Difference
 from attention.testing.failure import ConformanceError
-from attention.testing.inputs import all_layers
 from attention.testing.probe import Probe, part
 from attention.testing.subjects import Subject, copy_weights
 

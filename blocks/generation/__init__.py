@@ -1,11 +1,13 @@
 """Generation: prefill, compiled decode blocks, streams, sessions, speculation."""
 
 from blocks.generation.session import Session
+from blocks.generation.sizes import GenerationSizes
 from blocks.generation.speculation import DraftModel, PromptLookup, Speculation
 from blocks.generation.state import GenerationState
 
 __all__ = [
     "DraftModel",
+    "GenerationSizes",
     "GenerationState",
     "PromptLookup",
     "Session",

@@ -11,6 +11,7 @@ from typing import Any
 import keras
 from keras import ops, tree
 
+from attention.contract import all_layers
 from blocks.generation.sampler_contents import sampler_contents
 
 # Reading a seed and moving it on are two steps: of two threads between them both
@@ -186,7 +187,7 @@ class CompiledFunctions:
         )
         if not _same(read, self._model_read):
             self._functions.clear()
-            self.layers = _all_layers(task)
+            self.layers = all_layers(task)
             policies = tuple(layer.dtype_policy.name for layer in self.layers)
             settings = (task.run_eagerly, task.xla_generation, policies)
             self._model_read = (read[0], settings)
@@ -203,23 +204,6 @@ class CompiledFunctions:
 def _read_sampler(sampler: Any) -> tuple:
     values, objects, variables = sampler_contents(sampler)
     return [*objects, *variables], (values,)
-
-
-def _all_layers(task: keras.Model) -> list[keras.layers.Layer]:
-    """A model's layers, and those within them, however they are kept."""
-    found: dict[int, keras.layers.Layer] = {}
-    waiting: list[Any] = [task]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, keras.layers.Layer):
-            if id(value) not in found:
-                found[id(value)] = value
-                waiting += vars(value).values()
-        elif isinstance(value, dict):
-            waiting += value.values()
-        elif isinstance(value, (list, tuple)):
-            waiting += value
-    return list(found.values())
 
 
 def _same(a: tuple, b: tuple) -> bool:

@@ -12,9 +12,9 @@ import numpy as np
 from keras import ops
 
 from attention.contract.arguments import describe
+from attention.contract.inner_layers import all_layers
 from attention.testing.backends import to_numpy, without_gradients
 from attention.testing.failure import ConformanceError
-from attention.testing.inputs import all_layers
 from blocks.testing.generation_prompts import (
     Rows,
     max_length,
