@@ -1,11 +1,11 @@
-"""`CustomBackbone`: hooks by depth, other ways through the blocks, a head of its own."""
+"""`CustomBackbone`: its hooks, configuration and clones."""
 
 import keras
 import numpy as np
 import pytest
 
-from attention import MultiHeadAttention, RotaryAttention, call_sites
-from blocks import CausalLM, CustomBackbone, CustomDecoder, GatedFeedForward
+from attention import MultiHeadAttention, RotaryAttention
+from blocks import CustomBackbone, CustomDecoder, GatedFeedForward
 from tests.models import (
     PACKAGE,
     RAGGED,
@@ -17,8 +17,6 @@ from tests.models import (
     rows_of,
     to_numpy,
 )
-
-# === Hooks ===
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)
@@ -83,30 +81,6 @@ def test_other_blocks():
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)
-class SharedBlockBackbone(CustomBackbone):
-    """ALBERT: one block at every depth."""
-
-    def create_decoder(self, layer_index):
-        if layer_index == 0:
-            self.shared = super().create_decoder(0)
-        return self.shared
-
-
-def test_one_block_at_every_depth(tmp_path):
-    backbone = make_backbone(SharedBlockBackbone, num_layers=3)
-    single = make_backbone(num_layers=1)
-    assert backbone.count_params() == single.count_params()
-    # Each depth has a cache of its own: with one, the others would be lost.
-    assert len(call_sites(backbone)) == 1 + 3
-    lm = make_lm(backbone)
-    check_generation(lm)
-    lm.save(tmp_path / "shared.keras")
-    restored = keras.models.load_model(tmp_path / "shared.keras")
-    x = prompts(RAGGED)
-    np.testing.assert_allclose(to_numpy(restored(x)), to_numpy(lm(x)), atol=1e-5)
-
-
-@keras.saving.register_keras_serializable(package=PACKAGE)
 class ScaledEmbedding(keras.layers.ReversibleEmbedding):
     """Gemma's: embeddings are scaled on the way in."""
 
@@ -143,28 +117,6 @@ def test_embedding_hooks():
     row = [t % VOCABULARY_SIZE for t in range(70)]
     outputs = lm.generate(prompts([row]), stop_token_ids=None, max_new_tokens=3)
     assert len(rows_of(outputs)[0]) == 73 > backbone.max_sequence_length
-
-
-@keras.saving.register_keras_serializable(package=PACKAGE)
-class SkippingBackbone(CustomBackbone):
-    """Values flow between blocks: the embeddings, and the first block's outputs."""
-
-    def transform(self, x, padding_mask):
-        first = None
-        embedded = x
-        for decoder in self.transformer_layers:
-            x = decoder(x, padding_mask=padding_mask)
-            first = x if first is None else first
-            x = x + 0.5 * first - 0.25 * embedded
-        return x
-
-
-def test_values_that_flow_between_blocks():
-    lm = make_lm(make_backbone(SkippingBackbone, num_layers=3))
-    plain = make_lm(make_backbone(num_layers=3))
-    x = prompts(RAGGED)
-    assert np.abs(to_numpy(lm(x)) - to_numpy(plain(x))).max() > 0.1
-    check_generation(lm)
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)
@@ -227,34 +179,6 @@ def test_config_round_trip():
     assert restored.trainable is False
     assert restored.transformer_layers[0].compute_dtype == "bfloat16"
     assert restored.transformer_layers[0].self_attention.num_key_value_heads == 2
-
-
-def test_the_names_of_weights_are_the_same_in_every_model():
-    first, second = make_backbone(), make_backbone()
-    assert [w.path for w in first.weights] == [w.path for w in second.weights]
-    assert len({w.path for w in first.weights}) == len(first.weights)
-
-
-# === The head, and clones ===
-
-
-class CappedLM(CausalLM):
-    """A head of its own: the most likely token of the plain one is forbidden."""
-
-    def compute_logits(self, hidden_states):
-        logits = super().compute_logits(hidden_states)
-        return keras.ops.negative(logits)
-
-
-def test_a_head_of_its_own():
-    backbone = make_backbone(num_layers=1)
-    lm = CappedLM(backbone)
-    lm.compile(sampler="greedy")
-    check_generation(lm)
-    x = prompts(RAGGED)
-    np.testing.assert_allclose(
-        to_numpy(lm(x)), -to_numpy(make_lm(backbone)(x)), atol=1e-5
-    )
 
 
 CLONED = {

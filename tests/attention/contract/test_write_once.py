@@ -20,7 +20,8 @@ def test_the_demonstrations_pass(capsys):
 
 
 def test_the_recurrence_keeps_the_contract_and_equals_its_formula():
-    check_cached_layer(lambda: example.Recurrence(4), max_length=9)
+    checks = ["chunks", "padding", "low_precision", "gradients"]
+    check_cached_layer(lambda: example.Recurrence(4), max_length=9, checks=checks)
     layer, x = example.Recurrence(num_heads=4), sample()
     layer.build(x.shape)
     randomize(layer)

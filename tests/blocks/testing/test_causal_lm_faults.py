@@ -21,32 +21,27 @@ from tests.models import (
 pytestmark = pytest.mark.slow
 
 
-def failure(cls, backbone=None, **kwargs):
-    """The message of the check that fails for a class of models."""
+class Faulty(EagerLM):
+    """A right model; its subclasses are wrong in one thing."""
 
+    @staticmethod
     def make():
-        return cls(backbone() if backbone else make_backbone(num_layers=1))
-
-    with pytest.raises(ConformanceError) as raised:
-        check_causal_lm(make, **{"prompts": RAGGED, "max_new_tokens": 5, **kwargs})
-    message = str(raised.value)
-    assert message.startswith(f"Check '{raised.value.check}' failed. ")
-    return raised.value.check, message
+        return make_backbone(num_layers=1)
 
 
-class OneTooMany(EagerLM):
+class OneTooMany(Faulty):
     def generate(self, inputs, max_new_tokens=None, **kwargs):
         more = max_new_tokens and max_new_tokens + 1
         return super().generate(inputs, max_new_tokens=more, **kwargs)
 
 
-class PromptShifter(EagerLM):
+class PromptShifter(Faulty):
     def generate(self, inputs, **kwargs):
         outputs = super().generate(inputs, **kwargs)
         return prompts([[0, *row] for row in rows_of(outputs)])
 
 
-class LimitOfTheLongest(EagerLM):
+class LimitOfTheLongest(Faulty):
     """Gives each row as many new tokens as the longest has room for."""
 
     def generate(self, inputs, max_length=None, **kwargs):
@@ -54,20 +49,6 @@ class LimitOfTheLongest(EagerLM):
             longest = inputs["padding_mask"].sum(axis=1).max()
             kwargs["max_new_tokens"] = int(max_length - longest)
         return super().generate(inputs, **kwargs)
-
-
-@pytest.mark.parametrize(
-    ("cls", "words"),
-    [
-        (OneTooMany, "row 0 (a prompt of 3 tokens) must get 5 new tokens. It got 6"),
-        (PromptShifter, "Row 0 has the prompt"),
-        (LimitOfTheLongest, "`max_length=9`"),
-    ],
-)
-def test_wrong_lengths(cls, words):
-    check, message = failure(cls)
-    assert check == "lengths"
-    assert words in message
 
 
 class ForgetsItsPlace(MultiHeadAttention):
@@ -89,14 +70,13 @@ class ForgetfulBackbone(MultiQueryBackbone):
         return ForgetsItsPlace(self.num_heads)
 
 
-def test_a_wrong_decode_form():
-    check, message = failure(EagerLM, lambda: make_backbone(ForgetfulBackbone))
-    assert check == "greedy"
-    assert "run `check_cached_model` on the backbone" in message
-    assert "Checks that held before it: lengths." in message
+class ForgetfulLM(Faulty):
+    @staticmethod
+    def make():
+        return make_backbone(ForgetfulBackbone)
 
 
-class LastColumn(EagerLM):
+class LastColumn(Faulty):
     """Reads the prompt without its last token."""
 
     def generate(self, inputs, **kwargs):
@@ -109,15 +89,7 @@ class LastColumn(EagerLM):
         return prompts([row + more for row, more in zip(rows, new)])
 
 
-def test_a_wrong_prefill():
-    check, message = failure(LastColumn, checks=["greedy"])
-    assert check == "greedy"
-    assert "The first new token is wrong already" in message
-    assert "the prefix without its last token" in message
-    assert "step 0 (after a prefix of 3 tokens)" in message
-
-
-class PaddingReader(EagerLM):
+class PaddingReader(Faulty):
     """Reads padding as if it were tokens, as a loop without a mask does."""
 
     def generate(self, inputs, **kwargs):
@@ -130,26 +102,7 @@ class PaddingReader(EagerLM):
         return prompts([row + out[width:] for row, out in pairs])
 
 
-def test_padding_that_is_read():
-    check, message = failure(PaddingReader)
-    assert check == "ragged_batch"
-    assert "Only rows that are shorter than the longest are wrong" in message
-    assert "padding read as tokens" in message
-
-
-def test_rows_in_lockstep(monkeypatch):
-    scope = engine.CacheScope
-
-    def lockstep(cache, index, *others):
-        return scope(cache, ops.max(index) * ops.ones_like(index), *others)
-
-    monkeypatch.setattr(engine, "CacheScope", lockstep)
-    check, message = failure(EagerLM)
-    assert check == "ragged_batch"
-    assert "at their positions" in message
-
-
-class EndlessRow(EagerLM):
+class EndlessRow(Faulty):
     """Does not see the stop token in the row that ends first."""
 
     def generate(self, inputs, stop_token_ids=None, **kwargs):
@@ -162,7 +115,7 @@ class EndlessRow(EagerLM):
         return prompts([*rows[:first], free[first], *rows[first + 1 :]])
 
 
-class AllEndTogether(EagerLM):
+class AllEndTogether(Faulty):
     """Ends all rows as soon as one has ended."""
 
     def generate(self, inputs, **kwargs):
@@ -174,20 +127,7 @@ class AllEndTogether(EagerLM):
         return prompts(outputs)
 
 
-@pytest.mark.parametrize(
-    ("cls", "words"),
-    [
-        (EndlessRow, "Each row needs its own flag of being done"),
-        (AllEndTogether, "Did it end because another row did"),
-    ],
-)
-def test_wrong_ends(cls, words):
-    check, message = failure(cls)
-    assert check == "stop_tokens"
-    assert words in message
-
-
-class Stale(EagerLM):
+class Stale(Faulty):
     """Keeps the weights of the first `generate` after `compile`."""
 
     def compile(self, *args, **kwargs):
@@ -203,13 +143,7 @@ class Stale(EagerLM):
         return outputs
 
 
-def test_stale_weights():
-    check, message = failure(Stale)
-    assert check == "weights"
-    assert "exactly those of the earlier weights" in message
-
-
-class GreedyInsteadOf(EagerLM):
+class GreedyInsteadOf(Faulty):
     """Ignores the sampler, if it is one of some kinds."""
 
     kinds = ()
@@ -234,7 +168,7 @@ class OnlyBuiltInSamplers(GreedyInsteadOf):
         return super().generate(inputs, **kwargs)
 
 
-class Flat(EagerLM):
+class Flat(Faulty):
     """Chooses any token where top-k was asked for."""
 
     def generate(self, inputs, **kwargs):
@@ -244,7 +178,7 @@ class Flat(EagerLM):
         return super().generate(inputs, **kwargs)
 
 
-class NoSeed(EagerLM):
+class NoSeed(Faulty):
     calls = 0
 
     def generate(self, inputs, **kwargs):
@@ -254,49 +188,89 @@ class NoSeed(EagerLM):
         return super().generate(inputs, **kwargs)
 
 
-@pytest.mark.parametrize(
-    ("cls", "check", "words"),
-    [
-        (NoBeams, "beam", "This is the greedy continuation"),
-        (OnlyBuiltInSamplers, "own_sampler", "the sampler was not used"),
-        (Flat, "sampling", "must choose one of the 5 likeliest"),
-        (NoSeed, "sampling", "must give the same tokens"),
-    ],
-)
-def test_samplers_that_are_not_obeyed(cls, check, words):
-    found, message = failure(cls)
-    assert found == check
-    assert words in message
-
-
-class OneRowOnly(EagerLM):
+class OneRowOnly(Faulty):
     def generate(self, inputs, **kwargs):
         if len(inputs["token_ids"]) > 1:
             raise RuntimeError("no batches")
         return super().generate(inputs, **kwargs)
 
 
-class NotADict(EagerLM):
+class NotADict(Faulty):
     def generate(self, inputs, **kwargs):
         return super().generate(inputs, **kwargs)["token_ids"]
 
 
-class OutOfVocabulary(EagerLM):
+class OutOfVocabulary(Faulty):
     def generate(self, inputs, **kwargs):
         outputs = super().generate(inputs, **kwargs)
         outputs["token_ids"][0, 5] = 1000
         return outputs
 
 
+# The class of models, the check that must find what is wrong with it, and parts of
+# the message that lead to the mistake.
+FAULTS = [
+    (OneTooMany, "lengths", ["row 0 (a prompt of 3 tokens) must get 5 new", "got 6"]),
+    (PromptShifter, "lengths", ["Row 0 has the prompt"]),
+    (LimitOfTheLongest, "lengths", ["`max_length=9`"]),
+    (OneRowOnly, "lengths", ["raised RuntimeError when it was asked to `generate("]),
+    (NotADict, "lengths", ["must return a dict of `token_ids` and `padding_mask`"]),
+    (OutOfVocabulary, "lengths", ["token 1000, which is outside of the vocabulary of"]),
+    (
+        ForgetfulLM,
+        "greedy",
+        [
+            "run `check_cached_model` on the backbone",
+            "Checks that held before it: lengths.",
+        ],
+    ),
+    (
+        LastColumn,
+        "greedy",
+        [
+            "The first new token is wrong already",
+            "the prefix without its last token",
+            "step 0 (after a prefix of 3 tokens)",
+        ],
+    ),
+    (
+        PaddingReader,
+        "ragged_batch",
+        ["Only rows that are shorter than the longest are", "padding read as tokens"],
+    ),
+    (EndlessRow, "stop_tokens", ["Each row needs its own flag of being done"]),
+    (AllEndTogether, "stop_tokens", ["Did it end because another row did"]),
+    (Stale, "weights", ["exactly those of the earlier weights"]),
+    (NoBeams, "beam", ["This is the greedy continuation"]),
+    (OnlyBuiltInSamplers, "own_sampler", ["the sampler was not used"]),
+    (Flat, "sampling", ["must choose one of the 5 likeliest"]),
+    (NoSeed, "sampling", ["must give the same tokens"]),
+]
+
+
 @pytest.mark.parametrize(
-    ("cls", "words"),
-    [
-        (OneRowOnly, "raised RuntimeError when it was asked to `generate("),
-        (NotADict, "must return a dict of `token_ids` and `padding_mask`"),
-        (OutOfVocabulary, "token 1000, which is outside of the vocabulary of 60"),
-    ],
+    "cls, check, words", FAULTS, ids=[x[0].__name__ for x in FAULTS]
 )
-def test_what_can_not_be_compared(cls, words):
-    check, message = failure(cls, checks="lengths")
-    assert check == "lengths"
-    assert words in message
+def test_each_fault_is_found_and_named(cls, check, words):
+    """All checks are run, and this one is the first that fails."""
+    with pytest.raises(ConformanceError) as raised:
+        check_causal_lm(
+            lambda: cls(cls.make()),
+            prompts=RAGGED,
+            max_new_tokens=5,
+            checks=check if cls is LastColumn else None,
+        )
+    message = str(raised.value)
+    assert message.startswith(f"Check '{check}' failed. ")
+    for word in words:
+        assert word in message
+
+
+def test_rows_in_lockstep_are_found(monkeypatch):
+    scope = engine.CacheScope
+
+    def lockstep(cache, index, *others):
+        return scope(cache, ops.max(index) * ops.ones_like(index), *others)
+
+    monkeypatch.setattr(engine, "CacheScope", lockstep)
+    test_each_fault_is_found_and_named(Faulty, "ragged_batch", ["at their positions"])
