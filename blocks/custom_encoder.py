@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from attention.contract import hide_scope, share_padding_mask
+from attention.contract import change_context
 from blocks.transformer_block import TransformerBlock
 
 
@@ -73,7 +73,7 @@ class CustomEncoder(TransformerBlock):
         # `mask` is what Keras attached to `x`.
         padding_mask = mask if padding_mask is None else padding_mask
         # What encodes a source has no slot in the cache of what is decoded.
-        with hide_scope(), share_padding_mask(padding_mask):
+        with change_context(scope=None, padding_mask=padding_mask):
             return self.transform(x, padding_mask=padding_mask, training=training)
 
     def transform(self, x: Any, padding_mask: Any = None, training: Any = None) -> Any:

@@ -10,7 +10,7 @@ from keras import ops
 
 from attention.caches import tensorflow_gradients
 from attention.contract.arguments import dtype_name
-from attention.contract.scopes import cache_is_donated
+from attention.contract.context import context
 from attention.contract.sizes import static_size
 from attention.positions.arithmetic import token_positions
 
@@ -179,7 +179,7 @@ def _write_indexed(
 def _own(cache: Any) -> Any:
     """A torch tensor that may be overwritten."""
     cache = ops.convert_to_tensor(cache)
-    if cache_is_donated() and not cache.requires_grad:
+    if context().donated and not cache.requires_grad:
         return cache
     return cache.clone()
 

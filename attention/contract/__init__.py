@@ -19,14 +19,13 @@ from attention.contract.cached_model import (
     max_positions,
 )
 from attention.contract.composite_cached_layer import CompositeCachedLayer
+from attention.contract.context import change_context
 from attention.contract.initializers import clone_initializer
 from attention.contract.inner_layers import all_layers
 from attention.contract.padding import last_tokens
 from attention.contract.scopes import (
     CacheScope,
     NewCacheScope,
-    hide_scope,
-    share_padding_mask,
 )
 from attention.contract.sizes import is_concrete
 from attention.contract.types import (
@@ -55,6 +54,7 @@ __all__ = [
     "call_sites",
     "call_with_cache",
     "can_rewind",
+    "change_context",
     "check_fraction",
     "check_positive_int",
     "clone_initializer",
@@ -62,9 +62,7 @@ __all__ = [
     "describe",
     "find_not_rewindable",
     "grow_cache",
-    "hide_scope",
     "is_concrete",
     "last_tokens",
     "max_positions",
-    "share_padding_mask",
 ]

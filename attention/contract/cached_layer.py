@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextvars
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -18,15 +17,10 @@ from attention.contract.checks import (
     check_updated_cache,
     standardize_index,
 )
-from attention.contract.scopes import (
-    active_scope,
-    check_not_bypassed,
-    hide_scope,
-    share_padding_mask,
-    shared_padding_mask,
-)
+from attention.contract.context import change_context, context
+from attention.contract.scopes import check_not_bypassed
 from attention.contract.signatures import parameters, with_implicit_masks
-from attention.contract.sizes import MADE_UP_SIZES, static_size
+from attention.contract.sizes import static_size
 
 
 def _guarded(function: Callable) -> Callable:
@@ -80,6 +74,9 @@ class CachedLayer(keras.layers.Layer):
     Attributes:
         max_sequence_length: int or `None`. The largest number of positions
             the layer can represent; `None` where there is no limit.
+        whole_prompt_arguments: tuple of str. The call arguments with which a call
+            needs the whole prompt at once, because its tokens see later ones: a
+            prefill is then not split into chunks.
 
     Args:
         **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
@@ -126,6 +123,7 @@ class CachedLayer(keras.layers.Layer):
     """
 
     max_sequence_length: int | None = None
+    whole_prompt_arguments: tuple[str, ...] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -230,7 +228,7 @@ class CachedLayer(keras.layers.Layer):
                 "neither of the two. Received: cache_update_index="
                 f"{describe(cache_update_index)}"
             )
-        scope = active_scope()
+        scope = context().scope
         if scope is None:
             return call(None, None)
         return scope.run(self, call, (args, kwargs))
@@ -246,7 +244,11 @@ class CachedLayer(keras.layers.Layer):
             )
         # What is sized by the batch is measured by the first argument.
         inputs = next(filter(_is_tensor, tree.flatten(given.get(names[0]))), None)
-        mask = shared_padding_mask()
+        dry_run, mask = context().dry_run, context().padding_mask
+        if dry_run and any(
+            given.get(x) is not None for x in self.whole_prompt_arguments
+        ):
+            dry_run.whole_prompt = True
         if given.get("padding_mask") is not None:
             mask = given["padding_mask"]
             check_padding_mask(self.name, mask, inputs)
@@ -267,18 +269,11 @@ class CachedLayer(keras.layers.Layer):
         # Composite layers see to it themselves, and in symbolic calls, in which
         # this mask is not yet the one that `call` gets, nobody else needs it.
         mask = None if isinstance(mask, keras.KerasTensor) else mask
-        symbolic = isinstance(inputs, keras.KerasTensor)
-        with hide_scope(), share_padding_mask(mask):
-            if symbolic and keras.config.backend() == "torch":
-                return self._with_made_up_sizes(
-                    self._call_checked, args, kwargs, cache, index, inputs
-                )
+        changes = {"scope": None, "padding_mask": mask}
+        if isinstance(inputs, keras.KerasTensor) and keras.config.backend() == "torch":
+            changes["made_up_sizes"] = True
+        with change_context(**changes):
             return self._call_checked(args, kwargs, cache, index, inputs)
-
-    def _with_made_up_sizes(self, function: Callable, *args: Any) -> Any:
-        context = contextvars.copy_context()
-        context.run(MADE_UP_SIZES.set, True)
-        return context.run(function, *args)
 
     def _call_checked(
         self, args: tuple, kwargs: dict, cache: Any, index: Any, inputs: Any
@@ -306,8 +301,8 @@ class CachedLayer(keras.layers.Layer):
             input_shape: tuple. The shape of the first argument.
         """
         x = keras.KerasTensor(input_shape, dtype=self.compute_dtype)
-        with hide_scope():
-            outputs = self._with_made_up_sizes(self.compute_output_spec, x)
+        with change_context(scope=None, made_up_sizes=True):
+            outputs = self.compute_output_spec(x)
         return tree.map_structure(lambda x: tuple(x.shape), outputs)
 
     @property
@@ -348,7 +343,7 @@ class CachedLayer(keras.layers.Layer):
         pairs = [(static_size(mask, i), static_size(inputs, i)) for i in (0, 1)]
         if all(None in pair or pair[0] == pair[1] for pair in pairs):
             return mask
-        if active_scope() is not None:
+        if context().scope is not None:
             raise ValueError(
                 f"The scope's padding_mask={describe(mask)} does not fit the inputs "
                 f"of layer '{self.name}': {describe(inputs)}. It must mark the real "

@@ -20,9 +20,26 @@ from attention.contract.sizes import static_size
 _ROWS, _LENGTH = 3, 2
 
 
-def find_call_sites(
-    run: Callable[[int, int], Any], name: str
-) -> tuple[CachedLayer, ...]:
+class CallSites(tuple[CachedLayer, ...]):
+    """The cached layers that a model calls, in call order.
+
+    Attributes:
+        whole_prompt: bool. Whether some call needs a whole prompt at once (see
+            `CachedLayer.whole_prompt_arguments`), so that a prefill can't be split
+            into chunks.
+    """
+
+    whole_prompt = False
+
+    @classmethod
+    def of(cls, scope: RecordingScope) -> CallSites:
+        """Returns the call sites that a dry run has noted."""
+        sites = cls(scope.layers)
+        sites.whole_prompt = scope.whole_prompt
+        return sites
+
+
+def find_call_sites(run: Callable[[int, int], Any], name: str) -> CallSites:
     """Finds the calls of cached layers in a function, in call order.
 
     Args:
@@ -38,10 +55,10 @@ def find_call_sites(
             calls depend on the length.
     """
 
-    def record(length: int) -> list[Any]:
+    def record(length: int) -> CallSites:
         with RecordingScope(_ROWS) as scope:
             run(_ROWS, length)
-        return scope.layers
+        return CallSites.of(scope)
 
     layers = record(_LENGTH)
     # A loop over the sequence calls the same layer again and again.
@@ -56,10 +73,10 @@ def find_call_sites(
                 "does. Each call has a cache of its own, so these don't fit each "
                 "other. Call the layer once, on all tokens."
             )
-    return tuple(layers)
+    return layers
 
 
-def call_sites(model: keras.Model, inputs: Any = None) -> tuple[CachedLayer, ...]:
+def call_sites(model: keras.Model, inputs: Any = None) -> CallSites:
     """Finds the calls of cached layers in a model, in call order.
 
     The model is run, without a cache, on a few tokens of zeros.
@@ -71,7 +88,8 @@ def call_sites(model: keras.Model, inputs: Any = None) -> tuple[CachedLayer, ...
             model. Its values play no role.
 
     Returns:
-        A tuple of layers. A layer that is called twice is in it twice.
+        A tuple of layers. A layer that is called twice is in it twice. Its attribute
+        `whole_prompt` says whether some call needs a whole prompt at once.
 
     Raises:
         TypeError: if `model` is no Keras model or layer.
@@ -113,7 +131,7 @@ def call_sites(model: keras.Model, inputs: Any = None) -> tuple[CachedLayer, ...
     rows = {static_size(x, 0) for x in tree.flatten(inputs)}
     with RecordingScope(rows.pop() if len(rows) == 1 else None) as scope:
         model(inputs)
-    return tuple(scope.layers)
+    return CallSites.of(scope)
 
 
 def symbolic_inputs(model: keras.Model) -> Any:

@@ -17,8 +17,9 @@ from attention.contract.cached_model import (
     grow_cache,
     max_positions,
 )
+from attention.contract.context import change_context, context
 from attention.contract.recording_scope import RecordingScope
-from attention.contract.scopes import CacheScope, cache_is_donated, share_padding_mask
+from attention.contract.scopes import CacheScope
 from attention.contract.signatures import (
     parameters,
     positional_parameters,
@@ -111,7 +112,7 @@ class CompositeCachedLayer(CachedLayer):
     ) -> Any:
         if cache is None:
             return self._transform_noting_sites(x, padding_mask, training, inputs)
-        with CacheScope(cache, cache_update_index, donate=cache_is_donated()) as scope:
+        with CacheScope(cache, cache_update_index, donate=context().donated) as scope:
             outputs = self._transform(x, padding_mask, training, inputs)
         return outputs, scope.cache
 
@@ -157,7 +158,7 @@ class CompositeCachedLayer(CachedLayer):
         arguments = {"padding_mask": padding_mask, "training": training}
         accepted = parameters(type(self).transform)
         arguments = {k: v for k, v in arguments.items() if k in accepted}
-        with share_padding_mask(padding_mask):
+        with change_context(padding_mask=padding_mask):
             return self.transform(x, **arguments, **inputs)
 
     def _further_arguments(self) -> dict[str, inspect.Parameter]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from keras import ops, tree
 
+from attention.contract.context import context
 from attention.contract.scopes import OR_NO_CACHE, Scope, first_size
 from attention.contract.sizes import is_concrete
 
@@ -26,15 +27,18 @@ class RecordingScope(Scope):
     Attributes:
         layers: the cached layers in call order.
         problem: `None`, or why the calls could have no cache.
+        whole_prompt: bool. Whether some call, at whatever depth, needs a whole
+            prompt at once (see `CachedLayer.whole_prompt_arguments`).
 
     Raises:
         ValueError: at the call that could have no cache.
     """
 
     def __init__(self, batch_size: int | None = None, strict: bool = True) -> None:
-        super().__init__()
+        super().__init__(dry_run=context().dry_run or self)
         self.layers: list[Any] = []
         self.problem: str | None = None
+        self.whole_prompt = False
         self._strict = strict
         self._batch_size = batch_size
         self._eager = False

@@ -2,66 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from keras import ops, tree
 
 from attention.contract.arguments import describe
+from attention.contract.context import change_context, context
 from attention.contract.sizes import static_size
-
-_ACTIVE_SCOPE: contextvars.ContextVar[Scope | None] = contextvars.ContextVar(
-    "keras_transformer_blocks_cache_scope", default=None
-)
-# The padding mask of the scope or layer that is running, for the cached layers
-# that are called in it without one: a forgotten mask would let padded tokens
-# into their caches.
-_PADDING_MASK: contextvars.ContextVar[Any] = contextvars.ContextVar(
-    "keras_transformer_blocks_padding_mask", default=None
-)
-
-# Whether the caches that layers get in the active scope may be overwritten.
-_DONATED: contextvars.ContextVar[bool] = contextvars.ContextVar(
-    "keras_transformer_blocks_donated", default=False
-)
-
-
-def active_scope() -> Scope | None:
-    """Returns the innermost scope, or `None` when layers run without one."""
-    return _ACTIVE_SCOPE.get()
-
-
-@contextlib.contextmanager
-def hide_scope() -> Iterator[None]:
-    """Hides the active scope from the layers called inside."""
-    token = _ACTIVE_SCOPE.set(None)
-    try:
-        yield
-    finally:
-        _ACTIVE_SCOPE.reset(token)
-
-
-def shared_padding_mask() -> Any:
-    """Returns the mask for cached layers that are called without one."""
-    return _PADDING_MASK.get()
-
-
-@contextlib.contextmanager
-def share_padding_mask(padding_mask: Any) -> Iterator[None]:
-    """Gives a mask to all cached layers that are called inside without one."""
-    token = _PADDING_MASK.set(padding_mask)
-    try:
-        yield
-    finally:
-        _PADDING_MASK.reset(token)
-
-
-def cache_is_donated() -> bool:
-    """Whether a cache policy may overwrite the cache it was given."""
-    return _DONATED.get()
 
 
 class Scope:
@@ -75,18 +23,15 @@ class Scope:
     belongs to other tokens, and is not theirs.
     """
 
-    def __init__(self, padding_mask: Any = None) -> None:
-        self.padding_mask = padding_mask
-        self._context = contextlib.ExitStack()
+    def __init__(self, padding_mask: Any = None, **changes: Any) -> None:
+        self._context = change_context(scope=self, padding_mask=padding_mask, **changes)
 
     def __enter__(self) -> Any:
-        token = _ACTIVE_SCOPE.set(self)
-        self._context.callback(_ACTIVE_SCOPE.reset, token)
-        self._context.enter_context(share_padding_mask(self.padding_mask))
+        self._context.__enter__()
         return self
 
     def __exit__(self, exc_type: Any, exc_value: Any, traceback: Any) -> None:
-        self._context.close()
+        self._context.__exit__(None, None, None)
 
     def run(self, layer: Any, call: Any, inputs: Any) -> Any:
         raise NotImplementedError
@@ -175,10 +120,9 @@ class CacheScope(Scope):
                 "the cache has absorbed (0 for a new cache). Received: "
                 "cache_update_index=None"
             )
-        super().__init__(_check_mask(padding_mask, cache))
+        super().__init__(_check_mask(padding_mask, cache), donated=bool(donate))
         self._slots = tuple(cache)
         self._index = cache_update_index
-        self._donate = bool(donate)
         self._updated: list[Any] = []
         self._entered = False
         self._complete = False
@@ -190,8 +134,6 @@ class CacheScope(Scope):
                 "call order. Make a new one from `scope.cache`."
             )
         self._entered = True
-        token = _DONATED.set(self._donate)
-        self._context.callback(_DONATED.reset, token)
         return super().__enter__()
 
     def run(self, layer: Any, call: Any, inputs: Any) -> Any:
@@ -297,7 +239,7 @@ OR_NO_CACHE = (
 
 def check_not_bypassed(layer: Any) -> None:
     """Says so when a layer's `call` is run without its `__call__` in a scope."""
-    scope = active_scope()
+    scope = context().scope
     if scope is not None:
         scope.refuse(
             f"`call` of layer '{layer.name}' ({type(layer).__name__}) is run past "

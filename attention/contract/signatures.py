@@ -9,7 +9,7 @@ from typing import Any
 
 import keras
 
-from attention.contract.scopes import share_padding_mask
+from attention.contract.context import change_context
 
 
 @functools.cache
@@ -57,7 +57,8 @@ def with_implicit_masks(call: Callable) -> Callable:
         if mask is None:
             return call(self, *args, **kwargs)
         # For the layers within, too, as with a mask that is given.
-        with share_padding_mask(None if isinstance(mask, keras.KerasTensor) else mask):
+        mask = None if isinstance(mask, keras.KerasTensor) else mask
+        with change_context(padding_mask=mask):
             return call(self, *args, **kwargs)
 
     kind = inspect.Parameter.KEYWORD_ONLY

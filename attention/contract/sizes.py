@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextvars
 from typing import Any
 
 import keras
 from keras import ops
 
-# Whether a layer runs on stand-ins for tensors whose sizes are not known.
-MADE_UP_SIZES: contextvars.ContextVar[bool] = contextvars.ContextVar(
-    "keras_transformer_blocks_made_up_sizes", default=False
-)
+from attention.contract.context import context
 
 
 def static_size(x: Any, axis: int) -> int | None:
@@ -24,7 +20,7 @@ def static_size(x: Any, axis: int) -> int | None:
     shape = getattr(x, "shape", ())
     if len(shape) <= axis or getattr(getattr(x, "device", None), "type", "") == "meta":
         return None
-    if MADE_UP_SIZES.get() and not isinstance(x, keras.KerasTensor):
+    if context().made_up_sizes and not isinstance(x, keras.KerasTensor):
         return None
     size = shape[axis]
     return size if isinstance(size, int) else None

@@ -152,6 +152,8 @@ class GroupedQueryAttention(DotProductAttention):
 
     num_key_value_heads: int
 
+    whole_prompt_arguments = ("prefix_length",)
+
     def __init__(
         self,
         num_heads: int,

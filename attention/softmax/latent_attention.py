@@ -102,6 +102,8 @@ class LatentAttention(DotProductAttention):
     position: PositionScheme
     query_norm: Any
 
+    whole_prompt_arguments = ("prefix_length",)
+
     def __init__(
         self,
         num_heads: int,

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,27 +9,6 @@ from keras import ops
 
 from attention.contract.arguments import describe
 from attention.contract.sizes import is_concrete, static_size
-
-_IN_CHUNKS: contextvars.ContextVar[bool] = contextvars.ContextVar(
-    "keras_transformer_blocks_in_chunks", default=False
-)
-
-
-class WholePromptNeeded(ValueError):
-    """Some layer can't absorb a prompt in chunks."""
-
-
-@contextlib.contextmanager
-def prompt_in_chunks() -> Iterator[None]:
-    """Tells the layers inside that more of the same prompt may follow.
-
-    A layer for which that would be wrong raises `WholePromptNeeded`.
-    """
-    token = _IN_CHUNKS.set(True)
-    try:
-        yield
-    finally:
-        _IN_CHUNKS.reset(token)
 
 
 def check_prefix_length(layer_name: str, prefix_length: Any, inputs: Any) -> Any:
@@ -116,13 +92,7 @@ def only_whole_prefixes(
 
     Raises:
         ValueError: if a row does, where that is known.
-        WholePromptNeeded: within `prompt_in_chunks`.
     """
-    if _IN_CHUNKS.get():
-        raise WholePromptNeeded(
-            f"Layer '{layer_name}' was called with `prefix_length`, so the whole "
-            "prompt has to be absorbed by one call."
-        )
     index = ops.convert_to_tensor(cache_update_index, dtype="int32")
     within = ops.logical_and(index > 0, index < prefix_length)
     if is_concrete(within):

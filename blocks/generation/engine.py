@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,6 @@ from keras import ops
 
 from attention import CacheScope, call_sites, grow_cache
 from attention.contract import max_positions
-from attention.softmax.prefix import WholePromptNeeded, prompt_in_chunks
 from blocks.backbone_inputs import backbone_inputs
 from blocks.generation.backends.loop_kernels import LoopKernels
 from blocks.generation.compilation import CompiledFunctions, sampler_variables
@@ -61,8 +59,6 @@ class Engine:
                 "`blocks.CustomBackbone`."
             )
         self.max_positions = max_positions(self.sites)
-        # Whether the layers can absorb a prompt in chunks.
-        self._in_chunks = True
 
     @property
     def sampler(self) -> Any:
@@ -100,7 +96,7 @@ class Engine:
             mean nothing.
         """
         rows, longest = len(tokens), int(lengths.max())
-        chunk = chunk_length(rows, capacity) if self._in_chunks else capacity
+        chunk = capacity if self.sites.whole_prompt else chunk_length(rows, capacity)
         if cache is not None and longest <= FEW_TOKENS:
             chunk = FEW_TOKENS
         # One width for all lengths, as each is compiled.
@@ -118,13 +114,7 @@ class Engine:
             absorb = self.functions.get(
                 ("absorb", chunk), lambda: self._make_absorb(chunk), donate=(0,)
             )
-        try:
-            return absorb(*arguments)
-        except WholePromptNeeded:
-            if not self._in_chunks:
-                raise
-            self._in_chunks = False
-            return self.absorb(cache, capacity, tokens, index, lengths)
+        return absorb(*arguments)
 
     def decode(
         self,
@@ -231,11 +221,7 @@ class Engine:
 
             last = ops.zeros((rows, 1, output.shape[-1]), dtype=output.dtype)
             start = ops.zeros((), dtype="int32")
-            whole = chunk == tokens.shape[1]
-            with contextlib.nullcontext() if whole else prompt_in_chunks():
-                _, cache, last = ops.while_loop(
-                    more, absorb_chunk, (start, cache, last)
-                )
+            _, cache, last = ops.while_loop(more, absorb_chunk, (start, cache, last))
             return task.compute_logits(last)[:, 0], cache
 
         return absorb

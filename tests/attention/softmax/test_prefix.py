@@ -5,10 +5,13 @@ import numpy as np
 import pytest
 from keras import ops
 
-from attention import GroupedQueryAttention, LatentAttention, RotaryAttention
-from attention.softmax.prefix import WholePromptNeeded, prompt_in_chunks
+from attention import (
+    GroupedQueryAttention,
+    LatentAttention,
+    RotaryAttention,
+    call_sites,
+)
 from blocks import CustomBackbone, CustomDecoder
-from blocks.generation.engine import Engine
 from tests.helpers import (
     BATCH,
     LENGTH,
@@ -41,19 +44,12 @@ class PrefixBackbone(CustomBackbone):
         return PrefixDecoder(self.intermediate_dim, self.num_heads)
 
 
-def test_what_refuses_whole_prompts_too_is_heard(monkeypatch):
-    def refuse(*_):
-        raise WholePromptNeeded("not at once, either")
-
-    lm = make_lm(PrefixBackbone(60, 1, 4, 16, 32, learned_positions=False))
-    monkeypatch.setattr(Engine, "hidden_states", refuse)
-    with raises(WholePromptNeeded, "not at once, either"):
-        lm.prefill(prompts([[1, 2, 3]]), max_length=8)
-
-
 @pytest.mark.usefixtures("small_generation_sizes")
 def test_a_model_with_a_prefix_absorbs_its_prompt_at_once():
     backbone = PrefixBackbone(60, 2, 4, 16, 32, learned_positions=False)
+    assert call_sites(backbone).whole_prompt
+    causal = CustomBackbone(60, 1, 4, 16, 32)
+    assert not call_sites(causal).whole_prompt
     for seed, weight in enumerate(backbone.trainable_weights):
         value = np.random.default_rng(seed).normal(scale=0.3, size=weight.shape)
         weight.assign(to_numpy(weight) + value)
@@ -128,8 +124,6 @@ def test_what_begins_within_a_prefix_is_refused(make):
     options = {"prefix_length": np.array([2, 4, 9]), "cache": cache}
     with raises(ValueError, "begins within the prefix", "cache_update_index=0"):
         layer(x[:, :3], cache_update_index=np.asarray([3, 3, 3]), **options)
-    with prompt_in_chunks(), raises(WholePromptNeeded, layer.name, "`prefix_length`"):
-        layer(x[:, :3], cache_update_index=0, **options)
 
     def step(x, cache, index):
         return layer(x, cache=cache, cache_update_index=index, prefix_length=4)[0]

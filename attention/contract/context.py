@@ -1,0 +1,63 @@
+"""What a cached layer knows of the call that it is part of.
+
+There is one context, a frozen value in one context variable (as Keras's own
+`StatelessScope` is one). Scopes and the calls of cached layers change it for what
+runs inside of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from attention.contract.recording_scope import RecordingScope
+    from attention.contract.scopes import Scope
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What holds for the cached layers that are called now.
+
+    Attributes:
+        scope: the `Scope` that gives them their caches, or `None`.
+        padding_mask: the mask of what encloses them, or `None`.
+        donated: bool. Whether a cache policy may overwrite the cache it is given.
+        dry_run: the outermost `RecordingScope` around them, or `None`.
+        made_up_sizes: bool. Whether the sizes of tensors are stand-ins for unknown
+            ones.
+    """
+
+    scope: Scope | None = None
+    padding_mask: Any = None
+    donated: bool = False
+    dry_run: RecordingScope | None = None
+    made_up_sizes: bool = False
+
+
+_OUTSIDE = Context()
+_CONTEXT: contextvars.ContextVar[Context] = contextvars.ContextVar(
+    "keras_transformer_blocks", default=_OUTSIDE
+)
+
+
+def context() -> Context:
+    """Returns the context of what runs now."""
+    return _CONTEXT.get()
+
+
+@contextlib.contextmanager
+def change_context(**changes: Any) -> Iterator[None]:
+    """Changes fields of the context for what runs inside.
+
+    Args:
+        **changes: fields of `Context`.
+    """
+    token = _CONTEXT.set(dataclasses.replace(_CONTEXT.get(), **changes))
+    try:
+        yield
+    finally:
+        _CONTEXT.reset(token)
