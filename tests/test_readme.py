@@ -1,28 +1,95 @@
-"""Everything in README.md was run: here it is."""
+"""Runs what README.md shows, and compares what it prints with what it says."""
 
+import ast
+import contextlib
+import doctest
+import io
 import pathlib
 import re
 
-README = pathlib.Path(__file__).parent.parent / "README.md"
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_every_python_block_runs(capsys):
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+def python_blocks(text):
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+
+
+def comment_after(statement, lines):
+    """The comment at the end of a statement, or in the lines after it."""
+    comment = re.search(r"  # (.*)", lines[statement.end_lineno - 1])
+    if comment:
+        return comment[1]
+    rest = "\n".join(lines[statement.end_lineno :])
+    return re.match(r"(# .*(\n|$))*", rest)[0].replace("# ", "").rstrip()
+
+
+def run_block(block, namespace):
+    """Returns pairs of what each statement printed and what is said that it prints."""
+    lines, pairs = block.splitlines(), []
+    for statement in ast.parse(block).body:
+        code = compile(ast.Module([statement], []), "README.md", "exec")
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            exec(code, namespace)
+        if out.getvalue():
+            pairs.append((out.getvalue().rstrip(), comment_after(statement, lines)))
+    return pairs
+
+
+def same(printed, said):
+    checker = doctest.OutputChecker()
+    return checker.check_output(said, printed, doctest.ELLIPSIS)
+
+
+def test_every_python_block_prints_what_it_says():
+    blocks, namespace = python_blocks(README), {}
     assert len(blocks) >= 4
-    namespace = {}
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), namespace)
-    out = capsys.readouterr().out
-    assert out.startswith("[12 10]\nonce upon a time")
-    # The session: 5 + 1 + 9 tokens were absorbed; 5 + 6 + 9 + 6 - 4 are left.
-    assert out.endswith("15 22\n")
-    assert namespace["text"].startswith("to be")
-    assert len(namespace["texts"]) == 3
-    assert namespace["state"].cache_update_index[0] == 17
+        pairs = run_block(block, namespace)
+        assert pairs, f"says nothing of what it prints:\n{block}"
+        for printed, said in pairs:
+            assert same(printed, said), f"prints {printed!r}, not {said!r}"
+
+
+@pytest.mark.parametrize(
+    "code, agrees",
+    [
+        ("print(1 + 1)  # 2", True),
+        ("print(1 + 1)\n# 2", True),
+        ("print('a\\nb')\n# a\n# b\n\n# Something else.", True),
+        ("print('ab' * 9)  # ab...", True),
+        ("for i in (1, 2):\n    print(i, end='')  # 12", True),
+        ("print(1 + 1)  # 3", False),
+        ("print(1 + 1)", False),
+    ],
+)
+def test_a_wrong_comment_is_found(code, agrees):
+    assert all(same(*pair) for pair in run_block(code, {})) == agrees
 
 
 def test_the_two_commands_are_there():
-    commands = re.findall(r"```bash\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    commands = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
     run, test = (command.strip() for command in commands)
     assert run.endswith("python examples/swap_attention.py") and "\n" not in run
     assert test.endswith("python -m pytest") and "\n" not in test
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["README.md", "ARCHITECTURE.md", "benchmarks/README.md", "examples/README.md"],
+)
+def test_links_lead_somewhere(name):
+    """Also that the pages that a newcomer reads stay short."""
+    path = ROOT / name
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 200
+    for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+        assert link.startswith("https://") or (path.parent / link).exists(), link
+
+
+def test_every_example_is_described():
+    text = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+    for path in (ROOT / "examples").glob("*.py"):
+        assert f"## {path.name}\n" in text, path.name
