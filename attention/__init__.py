@@ -1,4 +1,4 @@
-"""Cached sequence mixers: what one layer needs to know about the past."""
+"""Layers that mix along the sequence, with a cache: attention and recurrences."""
 
 from attention.contract.cached_layer import CachedLayer
 from attention.contract.cached_model import (

@@ -1,4 +1,4 @@
-"""Decoder blocks, backbones and language models that know no cache."""
+"""Blocks, backbones and language models, which know no cache."""
 
 from attention.contract import clone_initializer
 from blocks.causal_lm import CausalLM

@@ -1,1 +1,1 @@
-"""Cache policies: where what attention remembers is kept."""
+"""Cache policies: which keys and values attention keeps, and in which slots."""

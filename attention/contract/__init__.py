@@ -1,4 +1,4 @@
-"""The contract that every cached layer keeps, and what it takes to use one.
+"""The contract of cached layers: its base classes, scopes, and caches of models.
 
 `blocks` imports from here what it needs beyond the public names of `attention`.
 """

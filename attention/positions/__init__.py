@@ -1,1 +1,1 @@
-"""Positions: schemes, embeddings and arithmetic."""
+"""Position schemes, the position embedding, and arithmetic of positions."""

@@ -1,1 +1,1 @@
-"""Recurrent mixers: a state instead of keys and values."""
+"""Recurrent mixers, which keep a state of fixed size instead of a KV cache."""

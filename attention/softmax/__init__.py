@@ -1,1 +1,1 @@
-"""Attention by softmax: the base class, its variants and kernels."""
+"""Softmax attention: its base class, a file for each variant, and the kernels."""

@@ -1,4 +1,4 @@
-"""Checks for cached layers and models, yours as well as ours."""
+"""Checks of the contract, for your cached layers and models as well as ours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Generation: prefill, compiled decode blocks, streams, sessions, speculation."""
+"""Generation: prefill, compiled decode steps, streams, sessions, speculation."""
 
 from blocks.generation.session import Session
 from blocks.generation.sizes import GenerationSizes

@@ -1,1 +1,1 @@
-"""Feed-forward layers and norms, ready for the hooks."""
+"""Feed-forward layers and norms, for the hooks to return."""

@@ -1,4 +1,4 @@
-"""Checks for the generation of language models, yours as well as ours."""
+"""Checks of generation, for your language models as well as ours."""
 
 from blocks.testing.causal_lm import check_causal_lm
 

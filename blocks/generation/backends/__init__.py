@@ -1,1 +1,1 @@
-"""What exists for the compiler of one backend."""
+"""Code that exists for the compiler of one backend, with what it saves."""
