@@ -67,7 +67,7 @@ import keras_hub  # noqa: E402
 import numpy as np  # noqa: E402
 
 import attention  # noqa: E402
-from blocks import CausalLM, CausalLMPreprocessor, CustomBackbone, CustomDecoder
+from blocks import CausalLM, CausalLMPreprocessor, CustomBackbone, CustomDecoder  # noqa: E402
 
 
 class SwappedDecoder(CustomDecoder):
