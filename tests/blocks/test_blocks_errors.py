@@ -13,6 +13,7 @@ from blocks import (
     FeedForward,
     GatedFeedForward,
 )
+from tests.helpers import raises
 from tests.models import (
     RAGGED,
     byte_preprocessor,
@@ -22,41 +23,12 @@ from tests.models import (
     rows_of,
 )
 
-# === Hooks ===
+# === Hooks and arguments ===
 
 
 def decoder_whose(hook, value):
     cls = type("MyDecoder", (CustomDecoder,), {hook: lambda self, shape: value()})
-    return cls(32, 4)
-
-
-@pytest.mark.parametrize(
-    "hook", ["create_attention_layer", "create_ffn", "create_norm"]
-)
-@pytest.mark.parametrize(
-    ("value", "received"),
-    [
-        (lambda: None, "NoneType"),
-        (lambda: "gelu", "str"),
-        (lambda: keras.layers.Dense, "a class Dense"),
-        (lambda: keras.ops.gelu, "function"),
-    ],
-)
-def test_a_hook_that_returns_no_layer(hook, value, received):
-    with pytest.raises(TypeError) as error:
-        decoder_whose(hook, value)(np.zeros((1, 2, 16)))
-    message = str(error.value)
-    assert f"`MyDecoder.{hook}` must return a Keras layer" in message
-    assert received in message
-
-
-@pytest.mark.parametrize(
-    "value", [lambda: keras.layers.MultiHeadAttention(2, 4), lambda: FeedForward(8)]
-)
-def test_an_attention_layer_without_a_cache(value):
-    with pytest.raises(TypeError, match="`create_cache`") as error:
-        decoder_whose("create_attention_layer", value)(np.zeros((1, 2, 16)))
-    assert "attention.MultiHeadAttention" in str(error.value)
+    return cls(32, 4)(np.zeros((1, 2, 16)))
 
 
 def backbone_whose(hook, value):
@@ -64,48 +36,48 @@ def backbone_whose(hook, value):
     return cls(60, 1, 4, 16, 32)
 
 
+def uncached():
+    return keras.layers.MultiHeadAttention(2, 4)
+
+
+PARTS = ["create_attention_layer", "create_ffn", "create_norm"]
+WHOLE = ["create_embedding", "create_decoder", "create_final_norm"]
+
+
 @pytest.mark.parametrize(
-    "hook",
+    ("make", "hook", "value", "words"),
     [
-        "create_attention_layer",
-        "create_ffn",
-        "create_norm",
-        "create_embedding",
-        "create_decoder",
-        "create_final_norm",
+        *[(decoder_whose, x, lambda: None, ["a Keras layer", "None"]) for x in PARTS],
+        *[(backbone_whose, x, lambda: None, []) for x in PARTS + WHOLE],
+        (decoder_whose, "create_ffn", lambda: "gelu", ["str"]),
+        (decoder_whose, "create_norm", lambda: keras.layers.Dense, ["a class Dense"]),
+        (decoder_whose, "create_ffn", lambda: keras.ops.gelu, ["function"]),
+        (
+            decoder_whose,
+            "create_attention_layer",
+            uncached,
+            ["`create_cache`", "attention.MultiHeadAttention"],
+        ),
+        (
+            decoder_whose,
+            "create_attention_layer",
+            lambda: FeedForward(8),
+            ["`create_cache`"],
+        ),
+        (backbone_whose, "create_decoder", lambda: FeedForward(8), ["create_cache"]),
+        (backbone_whose, "create_attention_layer", uncached, ["create_cache"]),
+        (
+            backbone_whose,
+            "create_position_embedding",
+            lambda: keras_hub.layers.PositionEmbedding(32),
+            ["create_cache"],
+        ),
     ],
 )
-def test_the_hooks_of_a_backbone(hook):
-    with pytest.raises(TypeError, match=f"`MyBackbone.{hook}` must return"):
-        backbone_whose(hook, lambda: None)
-
-
-def test_a_block_without_a_cache():
-    with pytest.raises(TypeError, match=r"`MyBackbone.create_decoder`.*create_cache"):
-        backbone_whose("create_decoder", lambda: FeedForward(8))
-    with pytest.raises(TypeError, match=r"create_attention_layer`.*create_cache"):
-        backbone_whose(
-            "create_attention_layer", lambda: keras.layers.MultiHeadAttention(2, 4)
-        )
-
-
-def test_a_position_embedding_that_knows_no_index():
-    def position_embedding():
-        return keras_hub.layers.PositionEmbedding(32)
-
-    with pytest.raises(TypeError, match=r"create_position_embedding`.*create_cache"):
-        backbone_whose("create_position_embedding", position_embedding)
-
-
-def test_an_embedding_that_makes_no_logits():
-    backbone = backbone_whose(
-        "create_embedding", lambda: keras.layers.Embedding(60, 16)
-    )
-    with pytest.raises(TypeError, match="reverse=True"):
-        CausalLM(backbone)
-
-
-# === Arguments ===
+def test_hooks_that_return_the_wrong_thing(make, hook, value, words):
+    owner = "MyDecoder" if make is decoder_whose else "MyBackbone"
+    with raises(TypeError, f"`{owner}.{hook}` must return", *words):
+        make(hook, value)
 
 
 @pytest.mark.parametrize(
@@ -121,41 +93,44 @@ def test_an_embedding_that_makes_no_logits():
 )
 def test_arguments_out_of_range(name, value, kind):
     arguments = {"intermediate_dim": 32, "num_heads": 4, name: value}
-    with pytest.raises(kind, match=f"`{name}`.*Received: {name}="):
-        CustomDecoder(**arguments)
-    with pytest.raises(kind, match=f"`{name}`.*Received: {name}="):
-        make_backbone(**{name: value})
+    for make in (CustomDecoder, make_backbone):
+        with raises(kind, f"`{name}`", f"Received: {name}="):
+            make(**arguments)
 
 
-@pytest.mark.parametrize("name", ["vocabulary_size", "num_layers", "hidden_dim"])
-def test_sizes_of_a_backbone(name):
-    with pytest.raises(ValueError, match=f"`{name}`.*Received: {name}=0"):
-        make_backbone(**{name: 0})
-
-
-@pytest.mark.parametrize("cls", [FeedForward, GatedFeedForward])
-def test_sizes_of_feed_forward_layers(cls):
-    with pytest.raises(ValueError, match="`intermediate_dim`"):
-        cls(0)
-    with pytest.raises(TypeError, match="`intermediate_dim`"):
-        cls(None)
-    assert cls(np.int64(8)).intermediate_dim == 8
-
-
-def test_heads_that_do_not_divide():
-    with pytest.raises(ValueError, match="divisible by `num_key_value_heads`"):
-        make_backbone(num_key_value_heads=3)
-    with pytest.raises(ValueError, match="divisible by `num_heads`"):
-        make_backbone(hidden_dim=18)
-
-
-def test_wrong_backbones():
-    with pytest.raises(TypeError, match="`backbone` must be"):
-        CausalLM("gpt2")
-    uncached = keras_hub.models.GPT2Backbone(60, 1, 2, 8, 16, max_sequence_length=16)
-    lm = make_lm(uncached)
-    with pytest.raises(ValueError, match="calls no cached layer"):
-        lm.generate(prompts(RAGGED), stop_token_ids=None, max_new_tokens=2)
+@pytest.mark.parametrize(
+    ("make", "kind", "words"),
+    [
+        (lambda: make_backbone(vocabulary_size=0), ValueError, ["vocabulary_size=0"]),
+        (lambda: make_backbone(num_layers=0), ValueError, ["num_layers=0"]),
+        (lambda: make_backbone(hidden_dim=0), ValueError, ["hidden_dim=0"]),
+        (lambda: FeedForward(0), ValueError, ["`intermediate_dim`"]),
+        (lambda: GatedFeedForward(None), TypeError, ["`intermediate_dim`"]),
+        (
+            lambda: make_backbone(num_key_value_heads=3),
+            ValueError,
+            ["divisible by `num_key_value_heads`"],
+        ),
+        (
+            lambda: make_backbone(hidden_dim=18),
+            ValueError,
+            ["divisible by `num_heads`"],
+        ),
+        (lambda: CausalLM("gpt2"), TypeError, ["`backbone` must be"]),
+        (
+            lambda: CausalLM(
+                backbone_whose(
+                    "create_embedding", lambda: keras.layers.Embedding(60, 16)
+                )
+            ),
+            TypeError,
+            ["reverse=True"],
+        ),
+    ],
+)
+def test_models_that_can_not_be_made(make, kind, words):
+    with raises(kind, *words):
+        make()
 
 
 # === Generation ===
@@ -200,21 +175,12 @@ def refuse(model, inputs, kind, *words, **kwargs):
 
 def test_prompts_that_are_too_long(lm, text_lm):
     x = prompts([[1, 2], [1, 2, 3, 4, 5]])
-    refuse(
-        lm, x, ValueError, "Prompt 1 has 5 tokens", "`max_length` of 4", max_length=4
-    )
-    refuse(
-        text_lm,
-        ["a", "abcdefghijkl"],
-        ValueError,
-        "Prompt 1",
-        "`sequence_length` of 8",
-        "larger `max_length`",
-    )
+    words = ("Prompt 1 has 5 tokens", "`max_length` of 4")
+    refuse(lm, x, ValueError, *words, max_length=4)
+    words = ("Prompt 1", "`sequence_length` of 8", "larger `max_length`")
+    refuse(text_lm, ["a", "abcdefghijkl"], ValueError, *words)
     refuse(text_lm, "abcdef", ValueError, "Prompt 0", "`max_length` of 3", max_length=3)
-
-
-def test_more_than_the_learned_positions(lm):
+    # More than the learned positions.
     x = prompts([[1, 2, 3]])
     words = ("16 positions", "sequences of 17 tokens", "`max_sequence_length`")
     refuse(lm, x, ValueError, *words, max_length=17)
@@ -229,14 +195,8 @@ def test_tokens_outside_of_the_vocabulary(lm, token):
     x = prompts([[1, 2], [3, 4]])
     x["token_ids"] = x["token_ids"].astype("int64")
     x["token_ids"][1, 1] = token
-    refuse(
-        lm,
-        x,
-        ValueError,
-        f"Token {token} at position 1 of prompt 1",
-        "vocabulary of 60",
-        max_length=8,
-    )
+    words = (f"Token {token} at position 1 of prompt 1", "vocabulary of 60")
+    refuse(lm, x, ValueError, *words, max_length=8)
 
 
 def test_a_tokenizer_of_another_model(lm):
@@ -282,15 +242,11 @@ def test_wrong_inputs(lm, text_lm):
     refuse(lm, ragged, ValueError, "pad rows of different lengths")
 
 
-@pytest.mark.parametrize("name", ["max_length", "max_new_tokens"])
-def test_wrong_lengths(lm, name):
+def test_wrong_lengths_and_stop_tokens(lm):
     x = prompts(RAGGED)
-    for value, kind in ((0, ValueError), (-3, ValueError), (4.5, TypeError)):
-        refuse(lm, x, kind, f"`{name}` must be a positive integer", **{name: value})
-
-
-def test_wrong_stop_tokens(lm):
-    x = prompts(RAGGED)
+    for name in ("max_length", "max_new_tokens"):
+        for value, kind in ((0, ValueError), (-3, ValueError), (4.5, TypeError)):
+            refuse(lm, x, kind, f"`{name}` must be a positive integer", **{name: value})
     for value in (5, "end", [1.5], [[1]]):
         refuse(lm, x, TypeError, "`stop_token_ids`", stop_token_ids=value)
     refuse(lm, x, ValueError, "no preprocessor", stop_token_ids="auto")
@@ -307,6 +263,8 @@ def test_samplers_that_do_not_fit(lm):
     refuse(other, prompts(RAGGED), ValueError, "SpeculativeSampler", max_length=9)
 
 
-def test_a_model_that_was_not_compiled(lm):
+def test_models_that_can_not_generate(lm):
     other = CausalLM(lm.backbone, compile=False)
     refuse(other, prompts(RAGGED), ValueError, "not compiled", max_length=9)
+    uncached = keras_hub.models.GPT2Backbone(60, 1, 2, 8, 16, max_sequence_length=16)
+    refuse(make_lm(uncached), prompts(RAGGED), ValueError, "calls no cached layer")

@@ -90,16 +90,11 @@ def test_a_decoder_reads_its_source_once(normalize_first):
     assert_close(np.concatenate(parts, axis=1), expected)
 
 
-def test_without_a_source_there_is_no_cross_attention():
-    decoder = CustomDecoder(**SIZES)
-    decoder(sample())
-    assert decoder.cross_attention is None
-    assert not any("cross" in weight.path for weight in decoder.weights)
-
-
 def test_a_source_that_comes_too_late_is_refused():
     called, built = CustomDecoder(**SIZES), CustomDecoder(**SIZES)
     called(sample())
+    assert called.cross_attention is None
+    assert not any("cross" in weight.path for weight in called.weights)
     built.build((None, None, WIDTH))
     for decoder in (called, built):
         with raises(ValueError, decoder.name, "`encoder_sequence`", "the first time"):

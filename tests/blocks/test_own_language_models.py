@@ -6,20 +6,17 @@ import pytest
 from keras import ops
 
 from attention import (
-    CachedLayer,
     CacheScope,
     PositionEmbedding,
     RotaryAttention,
-    last_tokens,
 )
 from blocks import CausalLM
-from tests.helpers import raises
+from tests.helpers import Shift, raises
 from tests.models import (
     PACKAGE,
     RAGGED,
     VOCABULARY_SIZE,
     brute_force_greedy,
-    byte_preprocessor,
     check_generation,
     make_lm,
     prompts,
@@ -28,23 +25,6 @@ from tests.models import (
 )
 
 pytestmark = pytest.mark.usefixtures("small_generation_sizes")
-
-
-@keras.saving.register_keras_serializable(package=PACKAGE)
-class Shift(CachedLayer):
-    """Adds the token before: padding that gets into its cache is seen at once."""
-
-    def build(self, inputs_shape):
-        self.width = inputs_shape[-1]
-
-    def create_cache(self, batch_size, max_length):
-        return ops.zeros((batch_size, 1, self.width), self.compute_dtype)
-
-    def call(self, x, padding_mask=None, cache=None, cache_update_index=None):
-        past = ops.zeros_like(x[:, :1]) if cache is None else cache
-        seen = ops.concatenate([past, x], axis=1)
-        outputs = x + seen[:, :-1]
-        return outputs if cache is None else (outputs, last_tokens(seen, padding_mask))
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)
@@ -65,22 +45,22 @@ INPUTS = {
 }
 
 
-def outputs_of(tokens, logits, vocabulary_size=VOCABULARY_SIZE):
+def outputs_of(tokens, logits):
     embedding = keras.layers.ReversibleEmbedding(
-        vocabulary_size, 16, name="token_embedding"
+        VOCABULARY_SIZE, 16, name="token_embedding"
     )
     x = embedding(tokens)
     x = x + PositionEmbedding(64)(x)
     attend = RotaryAttention(4, 2)
     x = Shift()(x + attend(x))
     x = x + attend(keras.layers.LayerNormalization()(x))
-    return keras.layers.Dense(vocabulary_size)(x) if logits else x
+    return keras.layers.Dense(VOCABULARY_SIZE)(x) if logits else x
 
 
-def make_model(kind="tensor", logits=False, **kwargs):
+def make_model(kind="tensor", logits=False):
     inputs = INPUTS[kind]()
     tokens = keras.tree.flatten(inputs)[-1]
-    model = keras.Model(inputs, outputs_of(tokens, logits, **kwargs))
+    model = keras.Model(inputs, outputs_of(tokens, logits))
     randomize(model)
     return model
 
@@ -108,20 +88,6 @@ def test_samplers_with_a_loop_of_their_own():
         assert rows_of(alone)[0] == rows_of(outputs)[row]
 
 
-def test_a_sequential_model():
-    model = keras.Sequential(
-        [
-            token_input(),
-            keras.layers.ReversibleEmbedding(60, 16, name="token_embedding"),
-            RotaryAttention(4),
-            Shift(),
-        ]
-    )
-    randomize(model)
-    lm = make_lm(model)
-    check_generation(lm, 13)
-
-
 def test_it_learns_and_is_saved(tmp_path):
     lm = make_own()
     tokens = np.tile(np.arange(1, 9, dtype="int32"), (8, 1))
@@ -136,13 +102,6 @@ def test_it_learns_and_is_saved(tmp_path):
     for other in (restored, keras.models.load_model(tmp_path / "lm.keras")):
         outputs = other.generate(prompts(RAGGED), stop_token_ids=None, max_length=13)
         assert rows_of(outputs) == expected
-
-
-def test_strings_in_strings_out():
-    lm = make_lm(make_model(vocabulary_size=256), byte_preprocessor())
-    lm.fit(["abc", "defg"], batch_size=2, verbose=0)
-    outputs = lm.generate(["abc", "z"], max_new_tokens=4)
-    assert outputs[0].startswith("abc") and outputs[1].startswith("z")
 
 
 def test_tokens_are_checked_against_the_logits():
@@ -232,17 +191,6 @@ def test_what_only_kerashub_backbones_can_do(tmp_path):
     with raises(TypeError, '`save("model.keras")`', "Nothing was written"):
         lm.save_to_preset(str(tmp_path / "preset"))
     assert not (tmp_path / "preset").exists()
-
-
-def test_a_model_without_cached_layers():
-    model = keras.Sequential(
-        [
-            token_input(),
-            keras.layers.ReversibleEmbedding(8, 4, name="token_embedding"),
-        ]
-    )
-    with raises(ValueError, "calls no cached layer"):
-        make_lm(model).generate(prompts([[1]]), stop_token_ids=None, max_length=4)
 
 
 def test_the_scope_tells_what_is_padding():

@@ -7,6 +7,7 @@ import pytest
 import tensorflow as tf
 
 from blocks import CausalLMPreprocessor
+from tests.helpers import raises
 from tests.models import byte_preprocessor, make_backbone, make_lm, to_numpy
 
 
@@ -66,15 +67,12 @@ def test_special_tokens_by_name_and_by_id():
     assert as_lists(x["token_ids"]) == [[[4, 6, 7, 7, 7, 7]]]
 
 
-def test_a_tokenizer_without_special_tokens():
+def test_special_tokens_are_those_of_the_tokenizer():
     preprocessor = CausalLMPreprocessor(bpe_tokenizer(), 4)
     assert preprocessor.start_token_id is None
     assert preprocessor.end_token_id is None
     x, y, _ = preprocessor(["ab a"])
     assert as_lists(x["token_ids"], y) == [[[5, 6, 0, 0]], [[6, 0, 0, 0]]]
-
-
-def test_the_special_tokens_of_keras_hubs_tokenizers_are_taken():
     vocabulary = {"<|endoftext|>": 0, "a": 1, "b": 2, "c": 3, "bc": 4}
     tokenizer = keras_hub.tokenizers.GPT2Tokenizer(
         vocabulary=vocabulary, merges=["b c"]
@@ -176,20 +174,37 @@ def test_sequence_length_may_be_set_later():
     assert as_lists(x["token_ids"]) == [[[97, 98, 99, 100]]]
 
 
-@pytest.mark.parametrize("name", ["start_token", "end_token"])
-def test_unknown_tokens(name):
-    with pytest.raises(ValueError, match=f"`{name}='\\[END\\]'` is not in"):
-        CausalLMPreprocessor(word_tokenizer(), 6, **{name: "[END]"})
-    with pytest.raises(ValueError, match=f"{name}=8"):
-        CausalLMPreprocessor(word_tokenizer(), 6, **{name: 8})
-
-
-def test_wrong_arguments():
-    with pytest.raises(TypeError, match="`tokenizer` must be a"):
-        CausalLMPreprocessor("gpt2")
-    with pytest.raises(TypeError, match='dtype="int32"'):
-        CausalLMPreprocessor(word_tokenizer(dtype="string"))
-    with pytest.raises(ValueError, match="`sequence_length`"):
-        CausalLMPreprocessor(word_tokenizer(), 0)
-    with pytest.raises(ValueError, match="pad_token_id=-1"):
-        CausalLMPreprocessor(word_tokenizer(), 4, pad_token_id=-1)
+@pytest.mark.parametrize(
+    ("make", "kind", "words"),
+    [
+        (
+            lambda: CausalLMPreprocessor(word_tokenizer(), 6, start_token="[END]"),
+            ValueError,
+            "`start_token='[END]'` is not in",
+        ),
+        (
+            lambda: CausalLMPreprocessor(word_tokenizer(), 6, end_token=8),
+            ValueError,
+            "end_token=8",
+        ),
+        (lambda: CausalLMPreprocessor("gpt2"), TypeError, "`tokenizer` must be a"),
+        (
+            lambda: CausalLMPreprocessor(word_tokenizer(dtype="string")),
+            TypeError,
+            'dtype="int32"',
+        ),
+        (
+            lambda: CausalLMPreprocessor(word_tokenizer(), 0),
+            ValueError,
+            "`sequence_length`",
+        ),
+        (
+            lambda: CausalLMPreprocessor(word_tokenizer(), 4, pad_token_id=-1),
+            ValueError,
+            "pad_token_id=-1",
+        ),
+    ],
+)
+def test_wrong_arguments(make, kind, words):
+    with raises(kind, words):
+        make()
