@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import itertools
 import json
 import re
 
@@ -96,15 +97,9 @@ def test_weights_come_back_from_a_file(tmp_path):
     assert set(loaded) == set(weights) == set(weight_shapes(GPT2))
     for name, value in weights.items():
         np.testing.assert_array_equal(loaded[name], value)
-    again = random_weights(GPT2)
-    np.testing.assert_array_equal(
-        again["layer_norm/gamma"], weights["layer_norm/gamma"]
-    )
-
-
-def test_weights_of_another_model_are_refused():
+        np.testing.assert_array_equal(random_weights(GPT2)[name], value)
     ours = Ours()
-    ours.load(GPT2, random_weights(GPT2), "float32")
+    ours.load(GPT2, weights, "float32")
     with pytest.raises(ValueError, match="names differ"):
         assign_weights(ours.lm.backbone, random_weights(LLAMA))
 
@@ -134,28 +129,19 @@ def compare(first, second, case=TIMED, near_tie=0.0):
     return tokens, pool
 
 
-def test_other_tokens_void_the_row():
+def test_other_tokens_void_the_row_unless_nearly_tied_or_limited():
     tokens, pool = compare([[7, 8], [7, 9]], [[7, 8], [7, 5]])
     assert tokens.void.startswith("void: tokens differ at row 1, new token 2: b, a")
     assert "0.01 apart" in tokens.void
     assert pool.asked == ("gap", {"row": [4, 5, 6, 7], "first": 9, "second": 5})
-
-
-def test_a_near_tie_is_only_noted():
     tokens, _ = compare([[7, 8], [7, 9]], [[7, 8], [7, 5]], near_tie=0.02)
     assert tokens.void is None
     assert tokens.notes[0].startswith("near tie: tokens differ at row 1")
-
-
-def test_missing_tokens_void_the_row_unless_the_work_differs():
     tokens, _ = compare([[7, 8], [7, 9]], [[7, 8], [7]])
     assert tokens.void == "void: b gave 1 new tokens in row 1, a 2"
     limited = dataclasses.replace(TIMED, max_new_tokens=2)
     tokens, _ = compare([[7, 8], [7, 9]], [[7, 8, 3], [7, 9, 5]], limited)
     assert tokens.void is None
-
-
-def test_until_stop():
     assert until_stop([4, 5, 6, 0, 0], [5, 6]) == [4, 5]
     assert until_stop([4, 5], None) == [4, 5]
 
@@ -163,36 +149,32 @@ def test_until_stop():
 # === Runs that share the work ===
 
 
-def a_run(rows, **settings):
-    return {
-        "settings": {
-            "quick": True,
-            "device": "cpu",
-            "dtype": "float32",
-            "contestants": ["ours/jax"],
-            "rounds": 2,
-            **settings,
-        },
-        "machine": {"processor": "p", "cores": 2, "gpu": "", "versions": {}},
-        "rows": rows,
-        "minutes": 2.0,
-        "finished": True,
+def test_a_later_run_replaces_its_own_cases():
+    settings = {
+        "quick": True,
+        "device": "cpu",
+        "dtype": "float32",
+        "contestants": ["ours/jax"],
+        "rounds": 2,
     }
 
+    def a_run(*rows, **others):
+        return {
+            "settings": {**settings, **others},
+            "machine": {"processor": "p", "cores": 2, "gpu": "", "versions": {}},
+            "rows": list(rows),
+            "minutes": 2.0,
+            "finished": True,
+        }
 
-def test_a_later_run_replaces_its_own_cases():
-    first = a_run([row(case="a", metric="old"), row(case="b")])
-    merged = generate.merge(first, a_run([row(case="a", metric="new")]))
-    assert [(x["case"], x["metric"]) for x in merged["rows"]] == [
-        ("b", "all"),
-        ("a", "new"),
-    ]
+    first = a_run(row(case="a", metric="old"), row(case="b"))
+    merged = generate.merge(first, a_run(row(case="a", metric="new")))
+    found = [(x["case"], x["metric"]) for x in merged["rows"]]
+    assert found == [("b", "all"), ("a", "new")]
     assert merged["minutes"] == 4.0
     with pytest.raises(ValueError, match="`dtype` was float32 and is bfloat16"):
-        generate.merge(first, a_run([], dtype="bfloat16"))
-
-
-def test_keras_hub_does_not_run_twice_what_it_can_not_limit():
+        generate.merge(first, a_run(dtype="bfloat16"))
+    # KerasHub does not run twice what it can not limit.
     assert is_same_call("few", "keras_hub/jax")
     assert not is_same_call("all", "keras_hub/jax")
     assert not is_same_call("few", "ours/jax")
@@ -238,6 +220,8 @@ def test_keras_hubs_faster_setting_counts():
     assert report.goal_text(row(values=faster)) == "4x keras_hub: tensorflow met"
     disturbed = row(notes=["BUSY MACHINE: cores in use by others: ..."])
     assert report.goal_text(disturbed).endswith("of little worth: BUSY MACHINE")
+    assert report.ratios(row(void="void: x")) == {}
+    assert "not measured" in report.goal_text(row(void="void: x"))
 
 
 def test_goals_without_an_opponent():
@@ -248,11 +232,6 @@ def test_goals_without_an_opponent():
     most = [dataclasses.asdict(Goal("compiled steps", at_most=8.0))]
     steps = row(values={"ours/jax": [9], "keras_hub/jax": [5]}, goals=most)
     assert report.goal_text({**steps, "comparable": False}) == "<= 8: jax MISSED"
-
-
-def test_void_rows_have_no_ratios():
-    assert report.ratios(row(void="void: x")) == {}
-    assert "not measured" in report.goal_text(row(void="void: x"))
 
 
 # === The whole ===
@@ -277,9 +256,17 @@ def tiny_report():
 
 
 @pytest.mark.slow
-def test_a_run_has_all_rows(tiny_report):
-    # It is what goes to the file.
-    json.dumps(tiny_report)
+def test_a_run_has_all_rows_and_a_table(tiny_report, tmp_path, capsys):
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(tiny_report), encoding="utf-8")
+    generate.main(["--table", str(path)])
+    text = capsys.readouterr().out
+    assert text.rstrip("\n") == report.table(tiny_report).rstrip("\n")
+    heads = [line for line in text.splitlines() if line.startswith("| case |")]
+    assert len(heads) == 1
+    assert "ours/tensorflow | keras_hub/tensorflow | tensorflow: vs" in heads[0]
+    bars = {line.count("|") for line in text.splitlines() if line.startswith("|")}
+    assert len(bars) == 1
     rows = {(row["case"], row["metric"]): row for row in tiny_report["rows"]}
     assert {metric for case, metric in rows if case == "tiny"} >= {"prefill", "all"}
     for found in rows.values():
@@ -300,21 +287,6 @@ def test_a_run_has_all_rows(tiny_report):
     # KerasHub compiles for each length.
     assert steps["keras_hub/tensorflow"] == [2]
     assert 0 < steps["ours/tensorflow"][0] <= 3
-
-
-@pytest.mark.slow
-def test_the_table_is_printed_from_the_file(tiny_report, tmp_path, capsys):
-    path = tmp_path / "report.json"
-    path.write_text(json.dumps(tiny_report), encoding="utf-8")
-    generate.main(["--table", str(path)])
-    text = capsys.readouterr().out
-    assert text.rstrip("\n") == report.table(tiny_report).rstrip("\n")
-    assert "QUICK" in text
-    heads = [line for line in text.splitlines() if line.startswith("| case |")]
-    assert len(heads) == 1
-    assert "ours/tensorflow | keras_hub/tensorflow | tensorflow: vs" in heads[0]
-    bars = {line.count("|") for line in text.splitlines() if line.startswith("|")}
-    assert len(bars) == 1
 
 
 @pytest.mark.slow
@@ -351,15 +323,14 @@ def test_peak_memory_is_that_of_now():
     assert peak_memory()["bytes"] >= before + 0.9 * array.nbytes
 
 
-@pytest.mark.parametrize("device", ["cpu", "gpu"])
-@pytest.mark.parametrize("quick", [False, True])
-def test_plans_fit_their_models(quick, device):
-    plan = make_plan(quick, device)
-    for shape in plan.models:
-        names = [case.name for case in plan.cases[shape.name]]
-        assert len(names) == len(set(names))
-        for case in plan.cases[shape.name]:
-            assert max(case.lengths) < case.max_length <= shape.positions
+def test_plans_fit_their_models():
+    for quick, device in itertools.product((False, True), ("cpu", "gpu")):
+        plan = make_plan(quick, device)
+        for shape in plan.models:
+            names = [case.name for case in plan.cases[shape.name]]
+            assert len(names) == len(set(names))
+            for case in plan.cases[shape.name]:
+                assert max(case.lengths) < case.max_length <= shape.positions
 
 
 @pytest.mark.parametrize("mode", [[], ["--whole"]], ids=["prefill", "whole"])

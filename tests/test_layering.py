@@ -1,12 +1,12 @@
 """Who may import whom, and that nothing but public names of others is used."""
 
 import ast
+import functools
 import graphlib
 import pathlib
 
 import keras
 import keras_hub
-import pytest
 
 import attention
 
@@ -17,11 +17,10 @@ SOURCES = sorted(path for name in PACKAGES for path in (ROOT / name).rglob("*.py
 SCRIPTS = sorted(
     path for name in ("examples", "benchmarks") for path in (ROOT / name).rglob("*.py")
 )
-every_file = pytest.mark.parametrize(
-    "path", [*SOURCES, *SCRIPTS], ids=lambda path: str(path.relative_to(ROOT))
-)
+FILES = [*SOURCES, *SCRIPTS]
 
 
+@functools.cache
 def parse(path):
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
@@ -115,34 +114,32 @@ self._head_dims
     assert "_head_dims" in OURS
 
 
-@every_file
-def test_only_public_names_of_others_are_used(path):
-    assert foreign_privates(parse(path)) == []
+def test_only_public_names_of_others_are_used():
+    for path in FILES:
+        assert foreign_privates(parse(path)) == [], path
 
 
-@every_file
-def test_only_public_modules_of_others_are_imported(path):
-    for module, name in imports(parse(path)):
-        parts = module.split(".")
-        if parts[0] == "__future__":
-            continue
-        assert not (parts[0] in ("keras", "keras_hub") and "src" in parts), module
-        assert not (parts[0] in ("keras", "keras_hub") and name == "src"), module
-        private = [part for part in (*parts, name or "") if is_private(part)]
-        assert parts[0] in PACKAGES or not private, (module, name)
+def test_only_public_modules_of_others_are_imported():
+    for path in FILES:
+        for module, name in imports(parse(path)):
+            parts = [*module.split("."), name or ""]
+            if parts[0] in ("keras", "keras_hub"):
+                assert "src" not in parts, (path, module)
+            private = [part for part in parts if is_private(part)]
+            assert parts[0] in PACKAGES or not private, (path, module, name)
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_layers_of_the_library(path):
-    package = path.relative_to(ROOT).parts[0]
-    for module, name in imports(parse(path)):
-        top = module.split(".")[0]
-        if package == "attention":
-            assert top != "blocks", f"{path.name} imports {module}"
-        elif top == "attention" and path.parent.name != "testing":
-            rooms = {room.__name__: room for room in (attention, attention.contract)}
-            assert module in rooms, f"{path.name} imports {module}"
-            assert name in rooms[module].__all__, f"{path.name} imports {name}"
+def test_layers_of_the_library():
+    rooms = {room.__name__: room for room in (attention, attention.contract)}
+    for path in SOURCES:
+        package = path.relative_to(ROOT).parts[0]
+        for module, name in imports(parse(path)):
+            top = module.split(".")[0]
+            if package == "attention":
+                assert top != "blocks", f"{path} imports {module}"
+            elif top == "attention" and path.parent.name != "testing":
+                assert module in rooms, f"{path} imports {module}"
+                assert name in rooms[module].__all__, f"{path} imports {name}"
 
 
 def room(module):
@@ -181,9 +178,9 @@ def test_helpers_of_tests_have_one_name():
             assert module not in names, f"{path.name}: import tests.{module}"
 
 
-@every_file
-def test_files_stay_readable(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 400
+def test_files_stay_readable():
+    for path in FILES:
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 400, path
 
 
 def test_all_names_are_there_and_documented():
