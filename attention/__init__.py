@@ -21,10 +21,12 @@ from attention.positions.relative_position_bias import RelativePositionBias
 from attention.positions.rotary_position import RotaryPosition
 from attention.recurrent.gated_delta_net import GatedDeltaNet
 from attention.recurrent.linear_recurrence import LinearRecurrence
-from attention.recurrent.mamba import Mamba2
+from attention.recurrent.mamba2 import Mamba2
 from attention.recurrent.retention import Retention
-from attention.recurrent.rwkv import RWKVChannelMix, RWKVTimeMix
-from attention.recurrent.short_convolution import ShortConvolution, TokenShift
+from attention.recurrent.rwkv_channel_mix import RWKVChannelMix
+from attention.recurrent.rwkv_time_mix import RWKVTimeMix
+from attention.recurrent.short_convolution import ShortConvolution
+from attention.recurrent.token_shift import TokenShift
 from attention.softmax.cross_attention import CrossAttention
 from attention.softmax.differential_attention import DifferentialAttention
 from attention.softmax.grouped_query_attention import GroupedQueryAttention

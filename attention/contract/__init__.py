@@ -5,6 +5,7 @@
 
 from attention.contract.arguments import (
     check_fraction,
+    check_optional_positive_int,
     check_positive_int,
     describe,
 )
@@ -34,6 +35,7 @@ from attention.contract.types import (
     DType,
     Index,
     Initializer,
+    Mask,
     Shape,
     Tensor,
 )
@@ -47,6 +49,7 @@ __all__ = [
     "DType",
     "Index",
     "Initializer",
+    "Mask",
     "NewCacheScope",
     "Shape",
     "Tensor",
@@ -56,6 +59,7 @@ __all__ = [
     "can_rewind",
     "change_context",
     "check_fraction",
+    "check_optional_positive_int",
     "check_positive_int",
     "clone_initializer",
     "create_cache",

@@ -78,6 +78,11 @@ def check_positive_int(name: str, value: Any) -> int:
     return int(value)
 
 
+def check_optional_positive_int(name: str, value: Any) -> int | None:
+    """Returns `None`, or what `check_positive_int` returns."""
+    return None if value is None else check_positive_int(name, value)
+
+
 def check_fraction(name: str, value: Any) -> float:
     """Returns an argument as a float, or says that it must be in `[0, 1)`.
 

@@ -10,6 +10,7 @@ from keras import ops, tree
 
 from attention.contract.arguments import describe, dtype_name
 from attention.contract.sizes import static_size
+from attention.contract.types import Shape
 
 
 def standardize_index(cache_update_index: Any, batch_size: int | None) -> Any:
@@ -76,13 +77,16 @@ def standardize_index(cache_update_index: Any, batch_size: int | None) -> Any:
     return ops.cast(index, "int32")
 
 
-def check_sequence_shape(layer_name: str, shape: Any, what: str = "inputs") -> None:
-    """Says so when a layer is built for anything but `(batch, length, width)`.
+def check_sequence_shape(layer_name: str, shape: Shape, what: str = "inputs") -> int:
+    """Checks that a layer is built for `(batch, length, width)`.
 
     Args:
-        layer_name: str. The layer.
+        layer_name: str. The name of the layer.
         shape: tuple. The shape of its inputs.
         what: str. What these inputs are called.
+
+    Returns:
+        The width.
 
     Raises:
         ValueError: if there is another number of axes, or no width.
@@ -92,6 +96,7 @@ def check_sequence_shape(layer_name: str, shape: Any, what: str = "inputs") -> N
             f"Layer '{layer_name}' needs {what} of shape (batch, length, width) with "
             f"a known width. Received: shape {tuple(shape)}"
         )
+    return shape[-1]
 
 
 def check_padding_mask(

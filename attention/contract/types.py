@@ -13,6 +13,9 @@ from typing import Any, TypeAlias
 # made from symbolic inputs. Its shape is in the docstring.
 Tensor: TypeAlias = Any
 
+# A boolean tensor. A padding mask is of shape `(batch, length)`, true for real tokens.
+Mask: TypeAlias = Tensor
+
 # What `create_cache` returns, and a `call` with `cache=` returns updated: a tensor or
 # a pytree of tensors (tuple, list, dict), each with the batch as its first axis.
 Cache: TypeAlias = Any

@@ -1,57 +1,61 @@
-"""Linear recurrences: states that decay and are written to, in chunks."""
+"""Gated linear recurrences, computed in chunks.
+
+The letters in the comments on shapes are explained in `attention.recurrent`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from keras import ops
 
 from attention.contract.sizes import sequence_length, static_size
+from attention.contract.types import Tensor
 from attention.recurrent.tensorflow_scan import scan_states
 from attention.softmax.banded import cut
 
-# Larger ones take more products within chunks, smaller ones more between them.
+# Larger chunks mean more products within chunks, smaller ones more between them.
 CHUNK = 64
-# Where each number decays by itself, what came in is divided by how much it decayed
-# within a chunk. RWKV's least decay of exp(-0.61) leaves 6e-5 of it after 16 steps.
+# Where each number has its own decay, keys are divided by the decay since the start of
+# the chunk. RWKV's strongest decay, exp(-0.61), leaves 6e-5 after 16 tokens.
 CHUNK_OF_VECTORS = 16
 _NOTHING = -1e30
 
 
 def linear_recurrence(
-    query: Any,
-    key: Any,
-    value: Any,
-    log_decay: Any,
-    state: Any,
-    remove: Any = None,
-    replace: Any = None,
-) -> tuple[Any, Any]:
-    """Reads from a state that decays, forgets along a direction, and is added to.
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_decay: Tensor,
+    state: Tensor,
+    remove: Tensor | None = None,
+    replace: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Computes a gated linear recurrence over a batch of sequences.
 
     ```
     state = exp(log_decay) * state + replace (remove · state) + key value
     output = query · state
     ```
 
-    Computed in chunks: within one as products of matrices, between them by an
-    associative scan. Time and memory are linear in the length. A step of one
-    token, a chunk and a whole sequence are the same computation.
+    Within a chunk by products of matrices, between chunks by an associative scan.
+    Time and memory are linear in the length. One token, a few tokens and a whole
+    sequence are the same computation.
 
     Args:
         query: tensor of shape `(batch, length, heads, key_dim)`.
         key: tensor of shape `(batch, length, heads, key_dim)`.
         value: tensor of shape `(batch, length, heads, value_dim)`.
         log_decay: tensor of shape `(batch, length, heads, 1)`, or `(batch, length,
-            heads, key_dim)` where each number decays by itself; not positive.
+            heads, key_dim)` where each row of the state has its own decay; not
+            positive.
         state: tensor of shape `(batch, heads, key_dim, value_dim)`.
         remove: `None` or tensor of the shape of `key`.
-        replace: likewise.
+        replace: `None` or tensor of the shape of `key`.
 
     Returns:
-        The outputs, `(batch, length, heads, value_dim)`, and the last state, both
-        `float32`.
+        The outputs, of shape `(batch, length, heads, value_dim)`, and the last state,
+        of the shape of `state`, both `float32`.
 
     Example:
 
@@ -70,56 +74,54 @@ def linear_recurrence(
     """
     size = CHUNK if log_decay.shape[-1] == 1 else CHUNK_OF_VECTORS
     chunks = _Chunks(query, size)
-    query, key, value, log_decay = map(chunks.cut, (query, key, value, log_decay))
-    state = ops.cast(state, "float32")
-    # Sums, not differences of sums: where much decays, little would be left of them.
-    total = ops.cumsum(log_decay, axis=3)
-    end = ops.swapaxes(ops.exp(total[..., -1:, :]), 3, 4)
-    within = _Within(log_decay, total)
-    # How much of what was written in a chunk is left at its end.
-    remaining = ops.flip(ops.cumsum(ops.flip(log_decay, axis=3), axis=3), axis=3)
-    left = ops.exp(
-        ops.concatenate(
-            [remaining[..., 1:, :], ops.zeros_like(remaining[..., :1, :])], axis=3
-        )
-    )
-    # What is read of the state at the chunk's start, and of what was written since.
-    from_start = query * ops.exp(total)
-    outputs = within.after(query, from_start, key) @ value
-    written = _transposed(key * left) @ value
+    # (b, l, h, k) -> (b, n, h, c, k)
+    query, key, value, log_decay = map(chunks.split, (query, key, value, log_decay))
+    state = ops.cast(state, "float32")  # (b, h, k, v)
+    # The decay from the start of the chunk to each token, and from each token to the
+    # end. Both are sums: the difference of two large sums would have few digits left.
+    from_start = ops.cumsum(log_decay, axis=3)  # (b, n, h, c, 1 or k)
+    later = _delay(ops.flip(log_decay, axis=3))
+    to_end = ops.exp(ops.flip(ops.cumsum(later, axis=3), axis=3))
+    pairs = _Pairs(log_decay, from_start)
+    whole = ops.swapaxes(ops.exp(from_start[..., -1:, :]), 3, 4)  # (b, n, h, 1 or k, 1)
+    # Outputs are `query_start · (state at the chunk's start)` and what the chunk adds.
+    query_start = query * ops.exp(from_start)  # (b, n, h, c, k)
+    outputs = pairs.products(query, query_start, key) @ value  # (b, n, h, c, v)
+    added = _transpose(key * to_end) @ value  # (b, n, h, k, v)
     if remove is None or replace is None:
-        kept = ops.broadcast_to(end, (*ops.shape(written)[:4], 1))
-        states, state = _states(False, kept, written, state)
-        return chunks.join(outputs + from_start @ states), state
-    remove, replace = chunks.cut(remove), chunks.cut(replace)
-    # What each token finds in the state in front of it: from the chunk's start, and
-    # from the tokens before it, which found something, too.
-    start = remove * ops.exp(_behind(total))
-    from_keys = within.before(remove, start, key) @ value
-    from_found = within.before(remove, start, replace)
-    start, from_keys = _solve(from_found, start, from_keys)
-    found_read = within.after(query, from_start, replace)
-    outputs = outputs + found_read @ from_keys
-    from_start = from_start + found_read @ start
-    left_replace = _transposed(replace * left)
-    written = written + left_replace @ from_keys
-    diagonal = ops.eye(key.shape[-1], dtype="float32") * end
-    states, state = _states(True, diagonal + left_replace @ start, written, state)
-    return chunks.join(outputs + from_start @ states), state
+        transition = ops.broadcast_to(whole, (*ops.shape(added)[:4], 1))
+        states, state = _chunk_states(False, transition, added, state)
+        return chunks.join(outputs + query_start @ states), state
+    remove, replace = chunks.split(remove), chunks.split(replace)
+    # Each token finds `found_start · (state at the chunk's start) + found` along
+    # `remove`. Earlier tokens of the chunk have written what they found in turn.
+    found_start = remove * ops.exp(_delay(from_start))  # (b, n, h, c, k)
+    found = pairs.products(remove, found_start, key, own=False) @ value
+    replaced = pairs.products(remove, found_start, replace, own=False)
+    found_start, found = _solve(replaced, found_start, found)
+    read = pairs.products(query, query_start, replace)  # (b, n, h, c, c)
+    outputs = outputs + read @ found
+    query_start = query_start + read @ found_start
+    replace_end = _transpose(replace * to_end)  # (b, n, h, k, c)
+    added = added + replace_end @ found
+    decay = ops.eye(key.shape[-1], dtype="float32") * whole
+    transition = decay + replace_end @ found_start  # (b, n, h, k, k)
+    states, state = _chunk_states(True, transition, added, state)
+    return chunks.join(outputs + query_start @ states), state
 
 
 class _Chunks:
-    """Sequences as `(batch, chunks, heads, size, dim)`.
+    """Splits sequences into chunks and joins them again.
 
     Args:
         like: tensor of shape `(batch, length, ...)`.
         size: int. The size of a chunk of longer sequences.
     """
 
-    def __init__(self, like: Any, size: int) -> None:
+    def __init__(self, like: Tensor, size: int) -> None:
         self.length = length = sequence_length(like)
-        self.size: Any = size
-        self.count: Any = 1
+        self.size: int | Tensor = size
+        self.count: int | Tensor = 1
         if isinstance(length, int) and length > size:
             self.count = -(-length // size)
         elif length is None or isinstance(length, int):
@@ -128,111 +130,110 @@ class _Chunks:
             self.size = ops.minimum(size, length)
             self.count = -(-length // self.size)
 
-    def cut(self, x: Any) -> Any:
-        # What it is filled up with decays nothing, and adds nothing.
+    def split(self, x: Tensor) -> Tensor:
+        """Returns `(b, l, h, dim)` as `(b, n, h, c, dim)`, in float32."""
+        # The last chunk is filled up with zeros: no decay, and nothing added.
         return ops.swapaxes(cut(ops.cast(x, "float32"), self.count, self.size), 2, 3)
 
-    def join(self, x: Any) -> Any:
-        x = ops.swapaxes(x, 2, 3)
+    def join(self, x: Tensor) -> Tensor:
+        """Returns `(b, n, h, c, dim)` as `(b, l, h, dim)`."""
+        x = ops.swapaxes(x, 2, 3)  # (b, n, c, h, dim)
         x = ops.reshape(x, (-1, self.count * self.size, *x.shape[3:]))
         return x[:, : self.length]
 
 
-class _Within:
-    """What the tokens of a chunk read of what others of it have written.
+class _Pairs:
+    """Products of tokens that read with tokens of the same chunk that wrote.
 
     Args:
-        log_decay: tensor of shape `(batch, chunks, heads, size, 1 or key_dim)`.
-        total: its running sums.
+        log_decay: tensor of shape `(b, n, h, c, 1 or k)`.
+        from_start: the cumulative sum of `log_decay`.
     """
 
-    def __init__(self, log_decay: Any, total: Any) -> None:
-        places = ops.arange(ops.shape(log_decay)[3], dtype="int32")
-        self.later = places[:, None] > places[None]
-        self.not_earlier = places[:, None] >= places[None]
-        self.left = self.grown = None
+    def __init__(self, log_decay: Tensor, from_start: Tensor) -> None:
+        index = ops.arange(ops.shape(log_decay)[3], dtype="int32")
+        self.later = index[:, None] > index[None]
+        self.not_earlier = index[:, None] >= index[None]
+        self.decay = self.growth = None
         if log_decay.shape[-1] == 1:
-            # For each pair the sum of what decays in between.
+            # (b, n, h, c, c): the decay between each pair, summed pair by pair.
             between = ops.cumsum(ops.where(self.later, log_decay, 0.0), axis=3)
-            self.left = ops.exp(ops.where(self.not_earlier, between, _NOTHING))
+            self.decay = ops.exp(ops.where(self.not_earlier, between, _NOTHING))
         else:
-            self.grown = ops.exp(-total)
+            self.growth = ops.exp(-from_start)  # (b, n, h, c, k)
 
-    def after(self, reader: Any, decayed: Any, written: Any) -> Any:
-        """Products of reads and writes, where a read follows its own write.
+    def products(
+        self, reader: Tensor, reader_start: Tensor, written: Tensor, own: bool = True
+    ) -> Tensor:
+        """Returns decayed products, of shape `(b, n, h, c, c)`, zero for later writes.
 
         Args:
-            reader: tensor of shape `(batch, chunks, heads, size, key_dim)`.
-            decayed: the reader, times what is left then of the chunk's start.
-            written: tensor of the shape of `reader`.
+            reader: tensor of shape `(b, n, h, c, k)`.
+            reader_start: `reader` times the decay from the start of the chunk.
+            written: tensor of shape `(b, n, h, c, k)`.
+            own: bool. Whether a token reads after its own decay and write, or before.
         """
-        if self.left is not None:
-            return (reader @ _transposed(written)) * self.left
-        products = decayed @ _transposed(written * self.grown)
-        return ops.where(self.not_earlier, products, 0.0)
-
-    def before(self, reader: Any, decayed: Any, written: Any) -> Any:
-        """Likewise, where a read comes before its own decay and write."""
-        if self.left is not None:
-            return (reader @ _transposed(written)) * _behind(self.left)
-        products = decayed @ _transposed(written * self.grown)
-        return ops.where(self.later, products, 0.0)
+        if self.decay is not None:
+            decay = self.decay if own else _delay(self.decay)
+            return (reader @ _transpose(written)) * decay
+        products = reader_start @ _transpose(written * self.growth)
+        return ops.where(self.not_earlier if own else self.later, products, 0.0)
 
 
-def _behind(x: Any) -> Any:
-    """Each position gets what was at the one before it, the first zero."""
+def _delay(x: Tensor) -> Tensor:
+    """Moves each token's entry (axis 3) to the next token; the first gets zeros."""
     return ops.concatenate([ops.zeros_like(x[..., :1, :]), x[..., :-1, :]], axis=3)
 
 
-def _transposed(x: Any) -> Any:
+def _transpose(x: Tensor) -> Tensor:
     return ops.swapaxes(x, -1, -2)
 
 
-def _solve(strictly_lower: Any, *rights: Any) -> tuple[Any, ...]:
-    """Solves `(1 - strictly_lower) x = right` for each right side."""
-    size = static_size(strictly_lower, 3)
-    if size == 1:
-        return rights
-    sizes = [x.shape[-1] for x in rights]
-    right = ops.concatenate(rights, axis=-1)
-    places = ops.arange(ops.shape(strictly_lower)[3], dtype="int32")
-    identity = ops.cast(places[:, None] == places[None], "float32")
-    matrix = identity - strictly_lower
-    solved = ops.solve_triangular(matrix, right, lower=True)
-    return tuple(ops.split(solved, [sizes[0]], axis=-1))
+def _solve(
+    strictly_lower: Tensor, first: Tensor, second: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Solves `(1 - strictly_lower) x = right` for two right sides."""
+    if static_size(strictly_lower, 3) == 1:
+        return first, second
+    index = ops.arange(ops.shape(strictly_lower)[3], dtype="int32")
+    identity = ops.cast(index[:, None] == index[None], "float32")
+    right = ops.concatenate([first, second], axis=-1)
+    solved = ops.solve_triangular(identity - strictly_lower, right, lower=True)
+    first, second = ops.split(solved, [first.shape[-1]], axis=-1)
+    return first, second
 
 
-def _states(matrices: bool, kept: Any, written: Any, state: Any) -> tuple[Any, Any]:
-    """The state in front of each chunk, and the one behind the last.
+def _chunk_states(
+    matrices: bool, transition: Tensor, added: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Returns the state before each chunk, `(b, n, h, k, v)`, and after the last.
 
     Args:
-        matrices: whether `kept` are matrices, `(batch, chunks, heads, key_dim,
-            key_dim)`, or decays, `(batch, chunks, heads, key_dim, 1)`.
-        kept: what each chunk makes of the state in front of it.
-        written: tensor of shape `(batch, chunks, heads, key_dim, value_dim)`: what
-            it adds.
-        state: tensor of shape `(batch, heads, key_dim, value_dim)`.
+        matrices: bool. Whether `transition` holds matrices or decays.
+        transition: tensor of shape `(b, n, h, k, k)` or `(b, n, h, k, 1)`, by which
+            each chunk multiplies the state before it.
+        added: tensor of shape `(b, n, h, k, v)`, which each chunk adds.
+        state: tensor of shape `(b, h, k, v)`.
     """
-
     times = ops.matmul if matrices else ops.multiply
 
     def join(first: tuple, second: tuple) -> tuple:
         return times(second[0], first[0]), times(second[0], first[1]) + second[1]
 
-    count = written.shape[1]
+    count = added.shape[1]
     if count is None:
-        states = scan_states(matrices, kept, written, state)
+        states = scan_states(matrices, transition, added, state)
         return states[:, :-1], states[:, -1]
-    kept, written = _scan(join, (kept, written), count)
-    behind = times(kept, state[:, None]) + written
-    before = ops.concatenate([state[:, None], behind[:, :-1]], axis=1)
-    return before, behind[:, -1]
+    transition, added = _associative_scan(join, (transition, added), count)
+    after = times(transition, state[:, None]) + added
+    before = ops.concatenate([state[:, None], after[:, :-1]], axis=1)
+    return before, after[:, -1]
 
 
-def _scan(join: Callable, parts: tuple, count: int) -> tuple:
-    """Joins each element along axis 1 with all before it, in linear work.
+def _associative_scan(join: Callable, parts: tuple, count: int) -> tuple:
+    """Joins each entry along axis 1 with all before it, in linear work.
 
-    Keras's own can't be compiled by XLA on TensorFlow.
+    Not `ops.associative_scan`, which XLA can't compile on TensorFlow.
     """
     if count == 1:
         return parts
@@ -240,18 +241,18 @@ def _scan(join: Callable, parts: tuple, count: int) -> tuple:
         tuple(x[:, 0 : count - 1 : 2] for x in parts),
         tuple(x[:, 1:count:2] for x in parts),
     )
-    odd = _scan(join, pairs, count // 2)
-    # Those in between: the first, and others behind the pairs before them.
+    odd = _associative_scan(join, pairs, count // 2)
+    # Even entries: the first as it is, others joined with all pairs before them.
     others = (count - 1) // 2
     even = join(
         tuple(x[:, :others] for x in odd),
         tuple(x[:, 2 : count + 1 : 2] for x in parts),
     )
     even = tuple(ops.concatenate([x[:, :1], y], axis=1) for x, y in zip(parts, even))
-    return tuple(_interleaved(x, y, count) for x, y in zip(even, odd))
+    return tuple(_interleave(x, y, count) for x, y in zip(even, odd))
 
 
-def _interleaved(even: Any, odd: Any, count: int) -> Any:
+def _interleave(even: Tensor, odd: Tensor, count: int) -> Tensor:
     both = ops.stack([even[:, : count // 2], odd], axis=2)
     both = ops.reshape(both, (-1, 2 * (count // 2), *both.shape[3:]))
     return both if count % 2 == 0 else ops.concatenate([both, even[:, -1:]], axis=1)

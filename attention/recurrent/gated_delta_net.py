@@ -7,30 +7,28 @@ from typing import Any
 import keras
 from keras import ops
 
-from attention.contract.arguments import check_positive_int
+from attention.contract.arguments import check_optional_positive_int
 from attention.contract.checks import check_sequence_shape
-from attention.recurrent.linear_recurrence import LinearRecurrence
+from attention.contract.types import DType, Mask, Shape, Tensor
 from attention.recurrent.recurrent_mixer import (
     RecurrentMixer,
     float32,
+    join_heads,
+    make_dense,
     repeat_heads,
+    split_heads,
     unit_length,
 )
-from attention.recurrent.short_convolution import ShortConvolution
 
 
-def log_of_uniform(low: float, high: float) -> Any:
-    """An initializer: the logarithm of numbers drawn between two others."""
-
-    def initialize(shape: tuple, dtype: Any = None) -> Any:
-        return ops.log(keras.random.uniform(shape, low, high, dtype=dtype))
-
-    return initialize
+def _log_of_uniform(shape: tuple[int, ...], dtype: DType = None) -> Tensor:
+    """Returns logarithms of numbers drawn between 0.01 and 16."""
+    return ops.log(keras.random.uniform(shape, 0.01, 16, dtype=dtype))
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
 class GatedDeltaNet(RecurrentMixer):
-    """A state that decays, and in which a key's value is replaced by a new one.
+    """A state that decays, and in which a new value replaces that of its key.
 
     ```
     x ─► query, key, value ─► convolution ─► unit length ─► state ─► query · state ─► norm ─┐
@@ -83,75 +81,67 @@ class GatedDeltaNet(RecurrentMixer):
         **kwargs: Any,
     ) -> None:
         super().__init__(num_heads, key_dim, **kwargs)
-        if num_key_heads is not None:
-            check_positive_int("num_key_heads", num_key_heads)
-            if num_heads % num_key_heads:
-                raise ValueError(
-                    "`num_heads` must be divisible by `num_key_heads`. Received: "
-                    f"num_heads={num_heads}, num_key_heads={num_key_heads}"
-                )
-        if value_dim is not None:
-            check_positive_int("value_dim", value_dim)
-        self.num_key_heads, self.value_dim = num_key_heads, value_dim
+        num_key_heads = check_optional_positive_int("num_key_heads", num_key_heads)
+        if num_heads % (num_key_heads or 1):
+            raise ValueError(
+                "`num_heads` must be divisible by `num_key_heads`. Received: "
+                f"num_heads={num_heads}, num_key_heads={num_key_heads}"
+            )
+        self.num_key_heads = num_key_heads
+        self.value_dim = check_optional_positive_int("value_dim", value_dim)
         self.kernel_size, self.epsilon = kernel_size, epsilon
 
-    def build(self, inputs_shape: tuple) -> None:
-        check_sequence_shape(self.name, inputs_shape)
-        width, heads = inputs_shape[-1], self.num_heads
+    def build(self, inputs_shape: Shape) -> None:
+        width = check_sequence_shape(self.name, inputs_shape)
+        heads = self.num_heads
         self._key_heads = self.num_key_heads or heads
-        key_dim = self.key_dim or self._divide(width, inputs_shape)
+        key_dim = self.key_dim or self.head_size(width, inputs_shape)
         value_dim = self.value_dim or key_dim
-        self._sizes = (self._key_heads * key_dim, heads * value_dim)
-        keys, values = self._sizes
-        self.query_key_value = self._dense(
-            "query_key_value", 2 * keys + values, inputs_shape
+        self._key_size = keys = self._key_heads * key_dim
+        values = heads * value_dim
+        self.query_key_value = make_dense(
+            self, "query_key_value", 2 * keys + values, width
         )
-        self.convolution = ShortConvolution(
-            self.kernel_size,
-            activation="silu",
-            dtype=self.dtype_policy,
-            name="convolution",
-        )
-        self.convolution.build((*inputs_shape[:-1], 2 * keys + values))
-        self.gate_dense = self._dense("gate", values, inputs_shape)
-        self.beta_dense = self._dense("beta", heads, inputs_shape)
-        self.decay_dense = self._dense("decay", heads, inputs_shape)
-        self.log_rate = self._small_weight(
-            "log_rate", (heads,), log_of_uniform(0.01, 16)
-        )
-        self.decay_bias = self._small_weight("decay_bias", (heads,), "ones")
-        self.recurrence = LinearRecurrence(heads, key_dim, value_dim, name="recurrence")
-        self.recurrence.build((None, None, heads, key_dim))
-        self.head_norm = self._head_norm(value_dim, self.epsilon)
-        inner = (*inputs_shape[:-1], values)
-        self.output_dense = self._dense("output", width, inner)
+        self.convolution = self.make_convolution(self.kernel_size, 2 * keys + values)
+        self.gate_dense = make_dense(self, "gate", values, width)
+        self.beta_dense = make_dense(self, "beta", heads, width)
+        self.decay_dense = make_dense(self, "decay", heads, width)
+        self.log_rate = self.add_float32_weight("log_rate", (heads,), _log_of_uniform)
+        self.decay_bias = self.add_float32_weight("decay_bias", (heads,), "ones")
+        self.recurrence = self.make_recurrence(key_dim, value_dim)
+        self.head_norm = self.make_head_norm(value_dim, self.epsilon)
+        self.output_dense = make_dense(self, "output", width, values)
         self._scale = key_dim**-0.5
 
-    def transform(self, x: Any, padding_mask: Any = None, training: Any = None) -> Any:
-        keys, _ = self._sizes
-        mixed = self.convolution(self.query_key_value(x))
-        query, key, value = ops.split(mixed, [keys, 2 * keys], axis=-1)
+    def transform(
+        self, x: Tensor, padding_mask: Mask | None = None, training: bool | None = None
+    ) -> Tensor:
+        mixed = self.convolution(self.query_key_value(x))  # (b, l, 2 g * k + h * v)
+        query, key, value = ops.split(
+            mixed, [self._key_size, 2 * self._key_size], axis=-1
+        )
         times = self.num_heads // self._key_heads
+        # (b, l, g * k) -> (b, l, h, k)
         query, key = (
-            repeat_heads(unit_length(self._heads(y, self._key_heads)), times)
+            repeat_heads(unit_length(split_heads(y, self._key_heads)), times)
             for y in (query, key)
         )
-        value = float32(self._heads(value, self.num_heads))
-        beta = ops.sigmoid(float32(self.beta_dense(x)))[..., None]
+        value = float32(split_heads(value, self.num_heads))  # (b, l, h, v)
+        beta = ops.sigmoid(float32(self.beta_dense(x)))[..., None]  # (b, l, h, 1)
         rate = ops.softplus(float32(self.decay_dense(x)) + self.decay_bias)
-        log_decay = (-ops.exp(self.log_rate) * rate)[..., None]
-        found = self.recurrence(
+        log_decay = (-ops.exp(self.log_rate) * rate)[..., None]  # (b, l, h, 1)
+        heads = self.recurrence(
             query * self._scale,
             key,
             beta * value,
             log_decay,
-            # What the decayed state has for this key is taken away.
+            # Takes away the value that the decayed state has for this key.
             remove=-beta * ops.exp(log_decay) * key,
             replace=key,
         )
-        found = self.head_norm(ops.cast(found, self.compute_dtype))
-        gate = ops.silu(self.gate_dense(x))
-        return self.output_dense(self._join_heads(found) * gate)
+        heads = self.head_norm(ops.cast(heads, self.compute_dtype))  # (b, l, h, v)
+        gate = ops.silu(self.gate_dense(x))  # (b, l, h * v)
+        return self.output_dense(join_heads(heads) * gate)  # (b, l, w)
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()

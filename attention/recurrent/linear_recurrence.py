@@ -7,8 +7,9 @@ from typing import Any
 import keras
 from keras import ops
 
-from attention.contract.arguments import check_positive_int
+from attention.contract.arguments import check_optional_positive_int, check_positive_int
 from attention.contract.cached_layer import CachedLayer
+from attention.contract.types import Cache, DType, Index, Mask, Shape, Tensor
 from attention.positions.arithmetic import token_positions
 from attention.positions.position_scheme import (
     PositionScheme,
@@ -20,11 +21,15 @@ from attention.recurrent.chunked_scan import linear_recurrence
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
 class LinearRecurrence(CachedLayer):
-    """A matrix for each head that decays, is written to and read from.
+    """A state for each head, a matrix that decays, is written to and read from.
 
-    `Retention`, `Mamba2`, `GatedDeltaNet` and `RWKVTimeMix` compute what goes in
-    and what is made of what comes out; this layer is all that knows the past. It
-    computes in float32 whatever the policy of the layer around it.
+    ```
+    state = exp(log_decay) * state + replace (remove · state) + key value
+    output = query · state
+    ```
+
+    It is the part of `Retention`, `Mamba2`, `GatedDeltaNet` and `RWKVTimeMix` that
+    has a cache. It computes in float32 whatever the policy of the layer around it.
 
     Args:
         num_heads: int. The number of heads.
@@ -35,15 +40,15 @@ class LinearRecurrence(CachedLayer):
 
     Call arguments:
         query: tensor of shape `(batch, length, num_heads, key_dim)`.
-        key: likewise.
+        key: tensor of the shape of `query`.
         value: tensor of shape `(batch, length, num_heads, value_dim)`.
         log_decay: tensor of shape `(batch, length, num_heads, 1 or key_dim)`: the
-            logarithm of what is left of the state, not positive.
+            logarithm of the factor by which the state decays, not positive.
         remove: `None` or tensor of the shape of `key`: the direction along which
             the state is read before it is written to.
         replace: `None` or tensor of the shape of `key`: where what was read along
             `remove` is written to.
-        padding_mask: boolean tensor `(batch, length)`: the real tokens.
+        padding_mask: boolean tensor of shape `(batch, length)`, true for real tokens.
         cache: a cache made by `create_cache`: the state, float32.
         cache_update_index: as for every `CachedLayer`.
 
@@ -66,62 +71,51 @@ class LinearRecurrence(CachedLayer):
         key_dim: int,
         value_dim: int | None = None,
         position: PositionScheme | None = None,
-        dtype: Any = "float32",
+        dtype: DType = "float32",
         **kwargs: Any,
     ) -> None:
         super().__init__(dtype=dtype, **kwargs)
         self.num_heads = check_positive_int("num_heads", num_heads)
         self.key_dim = check_positive_int("key_dim", key_dim)
-        if value_dim is not None:
-            check_positive_int("value_dim", value_dim)
-        self.value_dim = value_dim
+        self.value_dim = check_optional_positive_int("value_dim", value_dim)
         self.position = check_position(position)
         if self.position is not None:
             self.position.num_layers += 1
 
-    def build(
-        self,
-        query_shape: tuple,
-        key_shape: tuple | None = None,
-        value_shape: tuple | None = None,
-        log_decay_shape: tuple | None = None,
-        remove_shape: tuple | None = None,
-        replace_shape: tuple | None = None,
-    ) -> None:
+    def build(self, query_shape: Shape, **other_shapes: Shape) -> None:
         if self.position is not None and not self.position.built:
             self.position.build(self.num_heads)
 
-    def create_cache(self, batch_size: int, max_length: int) -> Any:
+    def create_cache(self, batch_size: int, max_length: int) -> Cache:
         batch_size = check_positive_int("batch_size", batch_size)
         sizes = (self.key_dim, self.value_dim or self.key_dim)
         return ops.zeros((batch_size, self.num_heads, *sizes), "float32")
 
     def call(
         self,
-        query: Any,
-        key: Any,
-        value: Any,
-        log_decay: Any,
-        remove: Any = None,
-        replace: Any = None,
-        padding_mask: Any = None,
-        cache: Any = None,
-        cache_update_index: Any = None,
-    ) -> Any:
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        log_decay: Tensor,
+        remove: Tensor | None = None,
+        replace: Tensor | None = None,
+        padding_mask: Mask | None = None,
+        cache: Cache | None = None,
+        cache_update_index: Index | None = None,
+    ) -> Tensor | tuple[Tensor, Cache]:
         if self.position is not None:
             positions = token_positions(cache_update_index, ops.shape(query)[1])
             query, key = self.position.encode(query, key, positions, positions)
-        inputs: list[Any] = [query, key, value, log_decay, remove, replace]
+        inputs = [query, key, value, log_decay, remove, replace]
         if padding_mask is not None:
-            # A padded token keeps everything, and adds nothing.
-            real = ops.cast(padding_mask, "bool")[:, :, None, None]
+            # A padded token changes nothing: no decay, and nothing added.
+            real = ops.cast(padding_mask, "bool")[:, :, None, None]  # (b, l, 1, 1)
             inputs = [x if x is None else ops.where(real, x, 0) for x in inputs]
         query, key, value, log_decay, remove, replace = inputs
-        state = cache
+        state = cache  # (b, h, k, v)
         if state is None:
-            # Zeros of the batch's size, which may not be known.
-            first = ops.cast(key[:, 0, :, :, None] * value[:, 0, :, None], "float32")
-            state = ops.zeros_like(first)
+            # `zeros_like`, as the batch size may not be known.
+            state = ops.zeros_like(key[:, 0, :, :, None] * value[:, 0, :, None])
         outputs, state = linear_recurrence(
             query, key, value, log_decay, state, remove, replace
         )

@@ -1,4 +1,4 @@
-"""What recurrent mixers have in common: heads, projections and small weights."""
+"""The base of recurrent mixers with heads, and helpers for their arithmetic."""
 
 from __future__ import annotations
 
@@ -7,13 +7,20 @@ from typing import Any
 import keras
 from keras import ops
 
-from attention.contract.arguments import check_positive_int
+from attention.contract.arguments import check_optional_positive_int, check_positive_int
 from attention.contract.composite_cached_layer import CompositeCachedLayer
 from attention.contract.initializers import clone_initializer
+from attention.contract.types import Initializer, Shape, Tensor
+from attention.positions.position_scheme import PositionScheme
+from attention.recurrent.linear_recurrence import LinearRecurrence
+from attention.recurrent.short_convolution import ShortConvolution
 
 
 class RecurrentMixer(CompositeCachedLayer):
     """A layer of heads around a `LinearRecurrence`.
+
+    A subclass makes its projections and its recurrence in `build`, by the methods
+    below and `make_dense`, and computes in `transform`.
 
     Args:
         num_heads: int. The number of heads.
@@ -27,42 +34,68 @@ class RecurrentMixer(CompositeCachedLayer):
         self,
         num_heads: int,
         key_dim: int | None = None,
-        kernel_initializer: Any = "glorot_uniform",
+        kernel_initializer: Initializer = "glorot_uniform",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self.num_heads = check_positive_int("num_heads", num_heads)
-        if key_dim is not None:
-            check_positive_int("key_dim", key_dim)
-        self.key_dim = key_dim
+        self.key_dim = check_optional_positive_int("key_dim", key_dim)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
 
-    def _divide(self, size: int, inputs_shape: tuple) -> int:
-        """The size of a head, or an error that says what does not fit."""
+    def head_size(self, size: int, inputs_shape: Shape) -> int:
+        """Returns `size` divided by the number of heads.
+
+        Raises:
+            ValueError: if the number of heads does not divide it.
+        """
         if size % self.num_heads:
             raise ValueError(
-                f"The heads of layer '{self.name}' share {size} numbers, which "
-                f"`num_heads` must divide. Received: num_heads={self.num_heads}, "
+                f"Layer '{self.name}' divides {size} channels among its heads, so "
+                f"`num_heads` must divide them. Received: num_heads={self.num_heads}, "
                 f"inputs of shape {tuple(inputs_shape)}. Pass the size of a head, "
                 "or another `num_heads`."
             )
         return size // self.num_heads
 
-    def _dense(
-        self, name: str, size: int, inputs_shape: tuple, use_bias: bool = False
-    ) -> keras.layers.Layer:
-        return built_dense(self, name, size, inputs_shape, use_bias)
+    def make_recurrence(
+        self,
+        key_dim: int,
+        value_dim: int | None = None,
+        position: PositionScheme | None = None,
+    ) -> LinearRecurrence:
+        """Returns a built `LinearRecurrence` of all heads."""
+        layer = LinearRecurrence(
+            self.num_heads, key_dim, value_dim, position=position, name="recurrence"
+        )
+        layer.build((None, None, self.num_heads, key_dim))
+        return layer
 
-    def _head_norm(self, size: int, epsilon: float) -> keras.layers.Layer:
-        """Makes a norm of each head by its root mean square."""
+    def make_convolution(
+        self, kernel_size: int, width: int, use_bias: bool = False
+    ) -> ShortConvolution:
+        """Returns a built `ShortConvolution` with SiLU."""
+        layer = ShortConvolution(
+            kernel_size,
+            use_bias=use_bias,
+            activation="silu",
+            dtype=self.dtype_policy,
+            name="convolution",
+        )
+        layer.build((None, None, width))
+        return layer
+
+    def make_head_norm(self, size: int, epsilon: float) -> keras.layers.Layer:
+        """Returns a built RMS norm of each head."""
         norm = keras.layers.RMSNormalization(
             epsilon=epsilon, dtype=self.dtype_policy, name="head_norm"
         )
         norm.build((None, None, None, size))
         return norm
 
-    def _small_weight(self, name: str, shape: tuple, initializer: Any) -> Any:
-        """A weight of decays, biases and the like, float32 whatever the policy."""
+    def add_float32_weight(
+        self, name: str, shape: tuple[int, ...], initializer: Initializer
+    ) -> Tensor:
+        """Adds a weight of decays, biases and the like: float32 in every policy."""
         return self.add_weight(
             name=name,
             shape=shape,
@@ -70,14 +103,6 @@ class RecurrentMixer(CompositeCachedLayer):
             dtype="float32",
             autocast=False,
         )
-
-    def _heads(self, x: Any, heads: int) -> Any:
-        """`(batch, length, heads * dim)` as `(batch, length, heads, dim)`."""
-        return ops.reshape(x, (*ops.shape(x)[:2], heads, x.shape[-1] // heads))
-
-    def _join_heads(self, x: Any) -> Any:
-        """`(batch, length, heads, dim)` as `(batch, length, heads * dim)`."""
-        return ops.reshape(x, (*ops.shape(x)[:2], x.shape[2] * x.shape[3]))
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
@@ -89,10 +114,14 @@ class RecurrentMixer(CompositeCachedLayer):
         return config
 
 
-def built_dense(
-    layer: Any, name: str, size: int, inputs_shape: tuple, use_bias: bool = False
+def make_dense(
+    layer: keras.layers.Layer,
+    name: str,
+    size: int,
+    input_size: int,
+    use_bias: bool = False,
 ) -> keras.layers.Layer:
-    """Makes a projection with the initializer and the dtype policy of a layer."""
+    """Returns a built projection with the initializer and dtype policy of `layer`."""
     dense = keras.layers.Dense(
         size,
         use_bias=use_bias,
@@ -100,21 +129,31 @@ def built_dense(
         dtype=layer.dtype_policy,
         name=name,
     )
-    dense.build(inputs_shape)
+    dense.build((None, None, input_size))
     return dense
 
 
-def float32(x: Any) -> Any:
-    """What decays and rates are computed in."""
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """Returns `(batch, length, heads * dim)` as `(batch, length, heads, dim)`."""
+    return ops.reshape(x, (*ops.shape(x)[:2], heads, x.shape[-1] // heads))
+
+
+def join_heads(x: Tensor) -> Tensor:
+    """Returns `(batch, length, heads, dim)` as `(batch, length, heads * dim)`."""
+    return ops.reshape(x, (*ops.shape(x)[:2], x.shape[2] * x.shape[3]))
+
+
+def repeat_heads(x: Tensor, times: int) -> Tensor:
+    """Repeats each of `(batch, length, heads, dim)` so many times in a row."""
+    return x if times == 1 else ops.repeat(x, times, axis=2)
+
+
+def float32(x: Tensor) -> Tensor:
+    """Casts to float32, in which decays and rates are computed."""
     return ops.cast(x, "float32")
 
 
-def unit_length(x: Any, epsilon: float = 1e-6) -> Any:
-    """Vectors of length 1 along the last axis, in float32."""
+def unit_length(x: Tensor, epsilon: float = 1e-6) -> Tensor:
+    """Scales vectors along the last axis to length 1, in float32."""
     x = float32(x)
     return x * ops.rsqrt(ops.sum(ops.square(x), axis=-1, keepdims=True) + epsilon)
-
-
-def repeat_heads(x: Any, times: int) -> Any:
-    """Lets each of `(batch, length, groups, dim)` serve so many heads in a row."""
-    return x if times == 1 else ops.repeat(x, times, axis=2)

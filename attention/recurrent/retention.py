@@ -8,11 +8,17 @@ import keras
 import numpy as np
 from keras import ops
 
-from attention.contract.arguments import check_positive_int
+from attention.contract.arguments import check_optional_positive_int
 from attention.contract.checks import check_sequence_shape
+from attention.contract.types import Mask, Shape, Tensor
 from attention.positions.rotary_position import RotaryPosition
-from attention.recurrent.linear_recurrence import LinearRecurrence
-from attention.recurrent.recurrent_mixer import RecurrentMixer, float32
+from attention.recurrent.recurrent_mixer import (
+    RecurrentMixer,
+    float32,
+    join_heads,
+    make_dense,
+    split_heads,
+)
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
@@ -24,9 +30,9 @@ class Retention(RecurrentMixer):
       └► gate ─► silu ──────────────────────────────────────────────────────────────────────────► × ─► output
     ```
 
-    Each head has its own decay, `1 - 2 ** (-5 - head)`, so that some see near and
-    some see far. Trained in chunks, decoded with one matrix for each head: the
-    parallel, the chunkwise and the recurrent form of the paper are one computation.
+    Each head has its own decay, `1 - 2 ** (-5 - head)`, so that some heads see near
+    and others far. The paper's parallel, chunkwise and recurrent forms are one
+    computation here: in chunks, with one matrix for each head as the cache.
 
     Args:
         num_heads: int. The number of heads.
@@ -40,9 +46,9 @@ class Retention(RecurrentMixer):
 
     Call arguments:
         x: tensor of shape `(batch, length, width)`.
-        padding_mask: boolean tensor `(batch, length)`: the real tokens.
+        padding_mask: boolean tensor of shape `(batch, length)`, true for real tokens.
         cache: a cache made by `create_cache`; its size depends on no length.
-        cache_update_index: how many positions the cache has absorbed.
+        cache_update_index: as for every `CachedLayer`.
 
     Returns:
         A tensor of the shape of `x`; with a cache, `(outputs, cache)`.
@@ -72,44 +78,39 @@ class Retention(RecurrentMixer):
         **kwargs: Any,
     ) -> None:
         super().__init__(num_heads, key_dim, **kwargs)
-        if value_dim is not None:
-            check_positive_int("value_dim", value_dim)
-        self.value_dim, self.epsilon = value_dim, epsilon
+        self.value_dim = check_optional_positive_int("value_dim", value_dim)
+        self.epsilon = epsilon
 
-    def build(self, inputs_shape: tuple) -> None:
-        check_sequence_shape(self.name, inputs_shape)
-        width, heads = inputs_shape[-1], self.num_heads
-        key_dim = self.key_dim or self._divide(width, inputs_shape)
+    def build(self, inputs_shape: Shape) -> None:
+        width = check_sequence_shape(self.name, inputs_shape)
+        heads = self.num_heads
+        key_dim = self.key_dim or self.head_size(width, inputs_shape)
         value_dim = self.value_dim or 2 * key_dim
-        self.query_dense = self._dense("query", heads * key_dim, inputs_shape)
-        self.key_dense = self._dense("key", heads * key_dim, inputs_shape)
-        self.value_dense = self._dense("value", heads * value_dim, inputs_shape)
-        self.gate_dense = self._dense("gate", heads * value_dim, inputs_shape)
-        self.recurrence = LinearRecurrence(
-            heads,
-            key_dim,
-            value_dim,
-            position=RotaryPosition(name="rotary_position"),
-            name="recurrence",
-        )
-        self.recurrence.build((None, None, heads, key_dim))
-        self.head_norm = self._head_norm(value_dim, self.epsilon)
-        inner = (*inputs_shape[:-1], heads * value_dim)
-        self.output_dense = self._dense("output", width, inner)
+        self.query_dense = make_dense(self, "query", heads * key_dim, width)
+        self.key_dense = make_dense(self, "key", heads * key_dim, width)
+        self.value_dense = make_dense(self, "value", heads * value_dim, width)
+        self.gate_dense = make_dense(self, "gate", heads * value_dim, width)
+        position = RotaryPosition(name="rotary_position")
+        self.recurrence = self.make_recurrence(key_dim, value_dim, position)
+        self.head_norm = self.make_head_norm(value_dim, self.epsilon)
+        self.output_dense = make_dense(self, "output", width, heads * value_dim)
         self._scale = key_dim**-0.5
         decays = 1 - 2.0 ** (-5 - np.arange(heads))
-        self._log_decays = np.log(decays).astype("float32")[:, None]
+        self._log_decays = np.log(decays).astype("float32")[:, None]  # (h, 1)
 
-    def transform(self, x: Any, padding_mask: Any = None, training: Any = None) -> Any:
+    def transform(
+        self, x: Tensor, padding_mask: Mask | None = None, training: bool | None = None
+    ) -> Tensor:
+        # (b, l, w) -> (b, l, h, k) and (b, l, h, v)
         query, key, value = (
-            self._heads(dense(x), self.num_heads)
+            split_heads(dense(x), self.num_heads)
             for dense in (self.query_dense, self.key_dense, self.value_dense)
         )
         log_decay = ops.zeros_like(float32(query[..., :1])) + self._log_decays
-        found = self.recurrence(query, key * self._scale, value, log_decay)
-        found = self.head_norm(ops.cast(found, self.compute_dtype))
-        gate = ops.silu(self.gate_dense(x))
-        return self.output_dense(self._join_heads(found) * gate)
+        heads = self.recurrence(query, key * self._scale, value, log_decay)
+        heads = self.head_norm(ops.cast(heads, self.compute_dtype))  # (b, l, h, v)
+        gate = ops.silu(self.gate_dense(x))  # (b, l, h * v)
+        return self.output_dense(join_heads(heads) * gate)  # (b, l, w)
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()

@@ -1,24 +1,25 @@
-"""A linear recurrence over as many steps as there are, on TensorFlow."""
+"""A linear recurrence over a number of steps that is not known, on TensorFlow."""
 
 from __future__ import annotations
 
-from typing import Any
+from attention.contract.types import Tensor
 
 
-def scan_states(matrices: bool, kept: Any, written: Any, state: Any) -> Any:
-    """The state in front of each chunk, and the one behind the last.
+def scan_states(
+    matrices: bool, transition: Tensor, added: Tensor, state: Tensor
+) -> Tensor:
+    """Returns the state before each chunk and after the last.
 
-    Where the number of chunks is known when the graph runs only. A loop with a
-    gradient of its own, as XLA can't differentiate a loop of a length not known.
-    Backwards, a linear recurrence is one with its matrices transposed.
+    For graphs in which the number of chunks is not known before they run. The loop
+    has a gradient of its own, as XLA can't differentiate a loop of unknown length:
+    backwards, a linear recurrence is one with its transitions transposed.
 
     Args:
-        matrices: bool. Whether `kept` are matrices, or numbers for each row of a
-            state.
-        kept: tensor of shape `(batch, chunks, heads, key_dim, key_dim or 1)`: what a
-            chunk makes of the state in front of it.
-        written: tensor of shape `(batch, chunks, heads, key_dim, value_dim)`: what
-            it adds.
+        matrices: bool. Whether `transition` holds matrices, or decays.
+        transition: tensor of shape `(batch, chunks, heads, key_dim, key_dim or 1)`,
+            by which each chunk multiplies the state before it.
+        added: tensor of shape `(batch, chunks, heads, key_dim, value_dim)`, which
+            each chunk adds.
         state: tensor of shape `(batch, heads, key_dim, value_dim)`.
 
     Returns:
@@ -26,34 +27,36 @@ def scan_states(matrices: bool, kept: Any, written: Any, state: Any) -> Any:
     """
     import tensorflow as tf
 
-    def keep(kept: Any, state: Any, transpose: bool = False) -> Any:
+    def times(transition: Tensor, state: Tensor, transpose: bool = False) -> Tensor:
         if matrices:
-            return tf.matmul(kept, state, transpose_a=transpose)
-        return kept * state
+            return tf.matmul(transition, state, transpose_a=transpose)
+        return transition * state
 
-    def step(state: Any, chunk: tuple[Any, Any]) -> Any:
-        return keep(chunk[0], state) + chunk[1]
+    def step(state: Tensor, chunk: tuple[Tensor, Tensor]) -> Tensor:
+        return times(chunk[0], state) + chunk[1]
 
-    def step_back(behind: Any, chunk: tuple[Any, Any]) -> Any:
-        return keep(chunk[0], behind, transpose=True) + chunk[1]
+    def step_back(upstream: Tensor, chunk: tuple[Tensor, Tensor]) -> Tensor:
+        return times(chunk[0], upstream, transpose=True) + chunk[1]
 
     @tf.custom_gradient
-    def run(kept: Any, written: Any, state: Any) -> tuple[Any, Any]:
-        behind = tf.scan(step, (kept, written), state)
-        states = tf.concat([state[None], behind], axis=0)
+    def run(transition: Tensor, added: Tensor, state: Tensor) -> tuple:
+        after = tf.scan(step, (transition, added), state)
+        states = tf.concat([state[None], after], axis=0)
 
-        def gradient(upstream: Any) -> tuple[Any, Any, Any]:
+        def gradient(upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             last = upstream[-1]
-            before = tf.scan(step_back, (kept, upstream[:-1]), last, reverse=True)
-            behind = tf.concat([before[1:], last[None]], axis=0)
+            steps = (transition, upstream[:-1])
+            before = tf.scan(step_back, steps, last, reverse=True)
+            after = tf.concat([before[1:], last[None]], axis=0)
             if matrices:
-                of_kept = tf.matmul(behind, states[:-1], transpose_b=True)
+                of_transition = tf.matmul(after, states[:-1], transpose_b=True)
             else:
-                of_kept = tf.reduce_sum(behind * states[:-1], axis=-1, keepdims=True)
-            return of_kept, behind, before[0]
+                products = after * states[:-1]
+                of_transition = tf.reduce_sum(products, axis=-1, keepdims=True)
+            return of_transition, after, before[0]
 
         return states, gradient
 
     chunks_first = [1, 0, 2, 3, 4]
-    kept, written = (tf.transpose(x, chunks_first) for x in (kept, written))
-    return tf.transpose(run(kept, written, state), chunks_first)
+    transition, added = (tf.transpose(x, chunks_first) for x in (transition, added))
+    return tf.transpose(run(transition, added, state), chunks_first)

@@ -10,18 +10,24 @@ from keras import ops
 
 from attention.contract.arguments import check_positive_int, refuse_arguments
 from attention.contract.checks import check_sequence_shape
-from attention.recurrent.linear_recurrence import LinearRecurrence
-from attention.recurrent.recurrent_mixer import RecurrentMixer, float32, repeat_heads
-from attention.recurrent.short_convolution import ShortConvolution
+from attention.contract.types import DType, Mask, Shape, Tensor
+from attention.recurrent.recurrent_mixer import (
+    RecurrentMixer,
+    float32,
+    join_heads,
+    make_dense,
+    repeat_heads,
+    split_heads,
+)
 
 
-def _log_of_heads(shape: tuple, dtype: Any = None) -> Any:
-    """Each head forgets at a rate of its own: 1, 2, 3 and so on."""
+def _log_of_heads(shape: tuple[int, ...], dtype: DType = None) -> Tensor:
+    """Returns logarithms of the rates 1, 2, 3 and so on: one for each head."""
     return ops.log(ops.cast(ops.arange(1, shape[0] + 1), dtype or "float32"))
 
 
-def _inverse_softplus_of_steps(shape: tuple, dtype: Any = None) -> Any:
-    """What gives steps between 0.001 and 0.1, evenly on a logarithmic scale."""
+def _inverse_softplus_of_steps(shape: tuple[int, ...], dtype: DType = None) -> Tensor:
+    """Returns biases whose softplus is log-uniform between 0.001 and 0.1."""
     low, high = math.log(1e-3), math.log(1e-1)
     steps = ops.exp(keras.random.uniform(shape, low, high, dtype=dtype))
     return steps + ops.log(-ops.expm1(-steps))
@@ -42,9 +48,9 @@ class Mamba2(RecurrentMixer):
 
     Args:
         num_heads: int. The number of heads, each with a state.
-        state_dim: int. The size of queries and keys, which heads of a group share:
-            the paper's N, its C and B.
-        expand: int. The inner width is so many times that of the inputs.
+        state_dim: int. The size of queries and keys, which the heads of a group
+            share. They are the paper's C and B, of size N.
+        expand: int. The inner width divided by the width of the inputs.
         num_groups: int. How many queries and keys there are; divides `num_heads`.
         kernel_size: int. How many tokens the convolution sees.
         use_bias: bool. Whether the input and output projections have biases.
@@ -94,63 +100,57 @@ class Mamba2(RecurrentMixer):
         self.kernel_size = kernel_size
         self.use_bias, self.epsilon = bool(use_bias), epsilon
 
-    def build(self, inputs_shape: tuple) -> None:
-        check_sequence_shape(self.name, inputs_shape)
-        width, heads = inputs_shape[-1], self.num_heads
+    def build(self, inputs_shape: Shape) -> None:
+        width = check_sequence_shape(self.name, inputs_shape)
+        heads = self.num_heads
         inner = self.expand * width
-        value_dim = self._divide(inner, inputs_shape)
+        value_dim = self.head_size(inner, inputs_shape)
         states = self.num_groups * self.state_dim
         self._sizes = (inner, states)
         convolved = inner + 2 * states
-        self.input_dense = self._dense(
-            "input", inner + convolved + heads, inputs_shape, self.use_bias
+        self.input_dense = make_dense(
+            self, "input", inner + convolved + heads, width, self.use_bias
         )
-        self.convolution = ShortConvolution(
-            self.kernel_size,
-            use_bias=True,
-            activation="silu",
-            dtype=self.dtype_policy,
-            name="convolution",
+        self.convolution = self.make_convolution(
+            self.kernel_size, convolved, use_bias=True
         )
-        self.convolution.build((*inputs_shape[:-1], convolved))
-        self.log_rate = self._small_weight("log_rate", (heads,), _log_of_heads)
-        self.step_bias = self._small_weight(
+        self.log_rate = self.add_float32_weight("log_rate", (heads,), _log_of_heads)
+        self.step_bias = self.add_float32_weight(
             "step_bias", (heads,), _inverse_softplus_of_steps
         )
-        self.skip = self._small_weight("skip", (heads,), "ones")
-        self.recurrence = LinearRecurrence(
-            heads, self.state_dim, value_dim, name="recurrence"
-        )
-        self.recurrence.build((None, None, heads, self.state_dim))
-        self.norm_scale = self._small_weight("norm_scale", (inner,), "ones")
-        self.output_dense = self._dense(
-            "output", width, (*inputs_shape[:-1], inner), self.use_bias
-        )
+        self.skip = self.add_float32_weight("skip", (heads,), "ones")
+        self.recurrence = self.make_recurrence(self.state_dim, value_dim)
+        self.norm_scale = self.add_float32_weight("norm_scale", (inner,), "ones")
+        self.output_dense = make_dense(self, "output", width, inner, self.use_bias)
 
-    def transform(self, x: Any, padding_mask: Any = None, training: Any = None) -> Any:
-        inner, states = self._sizes
+    def transform(
+        self, x: Tensor, padding_mask: Mask | None = None, training: bool | None = None
+    ) -> Tensor:
+        inner, states = self._sizes  # h * v, g * k
+        # (b, l, h * v), (b, l, h * v + 2 g * k), (b, l, h)
         gate, mixed, step = ops.split(
             self.input_dense(x), [inner, 2 * inner + 2 * states], axis=-1
         )
         mixed = self.convolution(mixed)
         value, key, query = ops.split(mixed, [inner, inner + states], axis=-1)
-        value = float32(self._heads(value, self.num_heads))
+        value = float32(split_heads(value, self.num_heads))  # (b, l, h, v)
         times = self.num_heads // self.num_groups
+        # (b, l, g * k) -> (b, l, h, k)
         key, query = (
-            repeat_heads(float32(self._heads(y, self.num_groups)), times)
+            repeat_heads(float32(split_heads(y, self.num_groups)), times)
             for y in (key, query)
         )
-        step = ops.softplus(float32(step) + self.step_bias)[..., None]
+        step = ops.softplus(float32(step) + self.step_bias)[..., None]  # (b, l, h, 1)
         log_decay = -ops.exp(self.log_rate)[:, None] * step
-        found = self.recurrence(query, key, step * value, log_decay)
-        found = found + self.skip[:, None] * value
-        found = self._join_heads(found) * ops.silu(float32(gate))
-        # One norm for each group.
-        found = self._heads(found, self.num_groups)
-        mean = ops.mean(ops.square(found), axis=-1, keepdims=True)
-        found = self._join_heads(found * ops.rsqrt(mean + self.epsilon))
-        found = ops.cast(found * self.norm_scale, self.compute_dtype)
-        return self.output_dense(found)
+        heads = self.recurrence(query, key, step * value, log_decay)  # (b, l, h, v)
+        heads = heads + self.skip[:, None] * value
+        outputs = join_heads(heads) * ops.silu(float32(gate))  # (b, l, h * v)
+        # An RMS norm of each group: (b, l, g, h / g * v).
+        groups = split_heads(outputs, self.num_groups)
+        mean = ops.mean(ops.square(groups), axis=-1, keepdims=True)
+        outputs = join_heads(groups * ops.rsqrt(mean + self.epsilon))
+        outputs = ops.cast(outputs * self.norm_scale, self.compute_dtype)
+        return self.output_dense(outputs)  # (b, l, w)
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
