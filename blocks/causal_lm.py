@@ -16,6 +16,8 @@ from blocks.backbone_inputs import (
 )
 from blocks.generation.mixin import GenerationMixin
 from blocks.generation.sizes import GenerationSizes
+from blocks.generation.token_rows import vocabulary_size
+from blocks.preprocessor import tokenizer_size
 from blocks.presets import check_registered, load_task
 
 
@@ -56,7 +58,8 @@ class CausalLM(GenerationMixin, keras_hub.models.CausalLM):
     Raises:
         TypeError: if `backbone` is no functional model of tokens, or there is
             no way from its outputs to logits.
-        ValueError: if its batch size or length is fixed.
+        ValueError: if its batch size or length is fixed, or the tokenizer has more
+            tokens than it.
 
     Example:
 
@@ -108,6 +111,12 @@ class CausalLM(GenerationMixin, keras_hub.models.CausalLM):
             )
         super().__init__(inputs=inputs, outputs=outputs, **kwargs)
         self.generation_sizes = generation_sizes or GenerationSizes()
+        size, known = tokenizer_size(preprocessor), vocabulary_size(self)
+        if size is not None and known is not None and size > known:
+            raise ValueError(
+                f"The `preprocessor`'s tokenizer has {size} tokens, which is more than "
+                f"the model's vocabulary of {known}: they don't belong together."
+            )
 
     def compute_logits(self, hidden_states: Any) -> Any:
         """Computes the logits of the next token.

@@ -95,10 +95,8 @@ class CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         self._check_special_tokens()
 
     def _check_special_tokens(self) -> None:
-        try:
-            size = self.tokenizer.vocabulary_size()
-        except Exception:
-            # The vocabulary of a tokenizer that is being restored comes later.
+        size = tokenizer_size(self)
+        if size is None:
             return
         special = {
             "start_token": self.start_token_id,
@@ -242,6 +240,15 @@ def _to_text(detokenized: Any) -> str:
         detokenized = detokenized.numpy()
     text = detokenized if isinstance(detokenized, (str, bytes)) else detokenized[0]
     return text.decode("utf-8", errors="replace") if isinstance(text, bytes) else text
+
+
+def tokenizer_size(preprocessor: Any) -> int | None:
+    """Returns how many tokens a preprocessor's tokenizer has, or `None` if unknown."""
+    try:
+        return preprocessor.tokenizer.vocabulary_size()
+    except Exception:
+        # There is none, or it is being restored, and its vocabulary comes later.
+        return None
 
 
 def end_token_ids(preprocessor: Any) -> tuple[int, ...]:

@@ -44,15 +44,17 @@ class GenerationMixin(GenerationSteps):
         Prompts of different lengths in one batch give what each gives alone.
 
         Args:
-            inputs: a string, a list of strings, a dict of `token_ids` and
-                `padding_mask` (arrays of shape `(batch, length)`, padded on the
-                right), or a `tf.data.Dataset` of batches of either.
+            inputs: text (a string; strings in a list, an array, a pandas Series or a
+                generator), token ids (integers of shape `(batch, length)`, or
+                `(length,)` for one prompt: an array, lists, a `tf.RaggedTensor`; alone,
+                or in a dict of `token_ids` and `padding_mask`, padded on the right), or
+                a `tf.data.Dataset` of batches of either.
             max_length: int or `None`. The length of prompt and new tokens
                 together, at which rows end. The default is the preprocessor's
-                `sequence_length` for text, the arrays' length for tokens, and
-                what `max_new_tokens` asks for where that is given.
-            stop_token_ids: the tokens at which a row ends: a list or tuple,
-                `None`, or `"auto"` for the preprocessor's end token.
+                `sequence_length` for text, the arrays' length for tokens with a
+                `padding_mask`, and what `max_new_tokens` asks for where that is given.
+            stop_token_ids: the tokens at which a row ends: an id or several, `None`, or
+                `"auto"` for the preprocessor's end token.
             strip_prompt: bool. Whether to return the new tokens only.
             max_new_tokens: int or `None`. How many tokens each row may get,
                 whatever the length of its prompt.
@@ -74,7 +76,8 @@ class GenerationMixin(GenerationSteps):
         Raises:
             TypeError: if an argument has the wrong type.
             ValueError: if a prompt is empty or longer than allowed, holds
-                tokens outside of the vocabulary, or is not padded on the right.
+                tokens outside of the vocabulary, or is not padded on the right; or no
+                prompt has room for a new token and neither length was passed.
 
         Example:
 
@@ -91,7 +94,7 @@ class GenerationMixin(GenerationSteps):
         >>> out["padding_mask"].sum(axis=1).tolist()
         [7, 5]
         """
-        stops = resolve_stops(stop_token_ids, self.preprocessor)
+        stops = resolve_stops(stop_token_ids, self)
         times = check_positive_int("num_return_sequences", num_return_sequences)
         purpose = None if times == 1 else "`num_return_sequences`"
         purpose = purpose if speculation is None else "`speculation`"
@@ -124,8 +127,7 @@ class GenerationMixin(GenerationSteps):
         within a character.
 
         Args:
-            inputs: a string, a list of strings, or a dict of `token_ids` and
-                `padding_mask`.
+            inputs: as for `generate`, one batch.
             max_length: as for `generate`.
             stop_token_ids: as for `generate`.
             strip_prompt: bool. Whether to leave out the prompt.
@@ -152,7 +154,7 @@ class GenerationMixin(GenerationSteps):
         >>> "".join(lm.stream("once upon")) == lm.generate("once upon")
         True
         """
-        stops = resolve_stops(stop_token_ids, self.preprocessor)
+        stops = resolve_stops(stop_token_ids, self)
         check_sampler(self._sampler(), self.output.shape[-1], "`stream`")
         check_speculation(speculation, self)
         prompts, is_single = self._read_one(
@@ -170,8 +172,7 @@ class GenerationMixin(GenerationSteps):
         """Starts a session, which is continued turn by turn.
 
         Args:
-            inputs: the prompt: a string, a list of strings, or a dict of
-                `token_ids` and `padding_mask`. It is absorbed at once.
+            inputs: as for `generate`, one batch. It is processed at once.
 
         Returns:
             A `blocks.Session`.

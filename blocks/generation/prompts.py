@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from keras import ops
 
 from attention.contract import check_positive_int, describe
-from blocks.generation.token_rows import check_tokens
+from blocks.generation.token_rows import (
+    check_tokens,
+    read_tokens,
+    vocabulary_size,
+)
 from blocks.preprocessor import end_token_ids
 
 
@@ -47,50 +51,89 @@ class Prompts:
         )
 
 
-def normalize_inputs(inputs: Any) -> tuple[list[Any], bool]:
-    """Splits inputs into batches.
+@dataclasses.dataclass
+class Batch:
+    """Prompts as a user passed them.
+
+    Attributes:
+        texts: list of strings, or `None` where tokens were passed.
+        token_ids: integers of shape `(batch, width)`, where tokens were passed.
+        lengths: `int32` array `(batch,)`: how many of them are real.
+        has_mask: bool. Whether padding was marked, so that the arrays' width means
+            something.
+    """
+
+    texts: list[str] | None = None
+    token_ids: Any = None
+    lengths: Any = None
+    has_mask: bool = False
+
+    def rows(self) -> list[np.ndarray]:
+        """Returns the tokens of each row."""
+        return [row[:n] for row, n in zip(self.token_ids, self.lengths)]
+
+
+def read_batches(inputs: Any) -> tuple[list[Batch], bool]:
+    """Reads what was passed to `generate`.
 
     Args:
-        inputs: a string, a list or array of strings, a dict of `token_ids` and
-            `padding_mask`, or a `tf.data.Dataset` of batches of either.
+        inputs: text (a string; strings in a list, an array, a tensor, a pandas Series
+            or a generator), tokens (`token_ids` as for `read_tokens`, alone or in a
+            dict with `padding_mask`), or a `tf.data.Dataset` of batches of either.
 
     Returns:
-        A list of batches (lists of strings, or dicts), and whether the user
-        passed one string or one row.
+        A list of batches, and whether there was one string or row without a batch axis.
 
     Raises:
-        TypeError: for anything else.
+        TypeError: if it is none of these.
         ValueError: if there is nothing in it.
     """
     if hasattr(inputs, "as_numpy_iterator"):
-        batches = [_normalize_batch(x)[0] for x in inputs.as_numpy_iterator()]
+        batches = [_read_batch(x)[0] for x in inputs.as_numpy_iterator()]
         if not batches:
             raise ValueError("`inputs` is a dataset without elements.")
         return batches, False
-    batch, is_single = _normalize_batch(inputs)
+    batch, is_single = _read_batch(inputs)
     return [batch], is_single
 
 
-def _normalize_batch(inputs: Any) -> tuple[Any, bool]:
+def _read_batch(inputs: Any) -> tuple[Batch, bool]:
     if isinstance(inputs, dict):
-        return _normalize_tokens(inputs)
+        if "token_ids" not in inputs or not set(inputs) <= {
+            "token_ids",
+            "padding_mask",
+        }:
+            raise ValueError(
+                "A dict of inputs must have the key `token_ids`, and may have "
+                f"`padding_mask`. Received: inputs={describe(inputs)}"
+            )
+        mask = inputs.get("padding_mask")
+        *rows, is_single = read_tokens(inputs["token_ids"], mask)
+        return Batch(None, *rows, has_mask=mask is not None), is_single
+    if isinstance(inputs, Iterator):
+        inputs = list(inputs)
+    elif hasattr(inputs, "to_list"):
+        inputs = inputs.to_list()  # of a pandas Series or a `tf.RaggedTensor`
+    elif "int" not in str(getattr(inputs, "dtype", "int")):
+        inputs = np.asarray(inputs).tolist()  # an array of strings
     if isinstance(inputs, (str, bytes)):
-        return [_to_str(inputs)], True
-    if hasattr(inputs, "shape") and not isinstance(inputs, np.ndarray):
-        inputs = np.asarray(inputs)
-    if isinstance(inputs, np.ndarray):
-        if inputs.ndim == 0:
-            return [_to_str(inputs.item())], True
-        inputs = inputs.tolist()
-    if not isinstance(inputs, (list, tuple)):
+        return Batch([_to_str(inputs)]), True
+    if not hasattr(inputs, "__len__"):
         raise TypeError(
-            "`inputs` must be a string, a list of strings, a dict of "
-            "`token_ids` and `padding_mask`, or a `tf.data.Dataset` of these. "
-            f"Received: inputs={describe(inputs)}"
+            "`inputs` must be a string, a list of strings, token ids (a list or array of "
+            "integers, or a dict of `token_ids` and `padding_mask`), or a "
+            f"`tf.data.Dataset` of these. Received: inputs={describe(inputs)}"
         )
-    if not inputs:
+    if not len(inputs):
         raise ValueError("`inputs` is empty: there is no prompt to continue.")
-    return [_to_str(x) for x in inputs], False
+    if isinstance(inputs, (list, tuple)) and _is_text(inputs[0]):
+        return Batch([_to_str(x) for x in inputs]), False
+    *rows, is_single = read_tokens(inputs, name="inputs")
+    return Batch(None, *rows), is_single
+
+
+def _is_text(x: Any) -> bool:
+    return isinstance(x, (str, bytes)) or "string" in str(getattr(x, "dtype", ""))
 
 
 def _to_str(text: Any) -> str:
@@ -100,96 +143,67 @@ def _to_str(text: Any) -> str:
         return text.decode("utf-8", errors="replace")
     if not isinstance(text, str):
         raise TypeError(
-            "`inputs` must be strings, or a dict of `token_ids` and "
-            f"`padding_mask`. Received: {describe(text)}"
+            "`inputs` must be all text or all token ids. Received among strings: "
+            f"{describe(text)}"
         )
     return text
 
 
-def _normalize_tokens(inputs: dict) -> tuple[dict[str, np.ndarray], bool]:
-    missing = {"token_ids", "padding_mask"} - set(inputs)
-    if missing:
-        raise ValueError(
-            "A dict of inputs must have the keys `token_ids` and "
-            f"`padding_mask`. Missing: {sorted(missing)}. Received: "
-            f"inputs={describe(inputs)}"
-        )
-    try:
-        tokens = ops.convert_to_numpy(inputs["token_ids"])
-        mask = ops.convert_to_numpy(inputs["padding_mask"]).astype(bool)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(
-            "`token_ids` and `padding_mask` must be arrays of shape (batch, "
-            "length): pad rows of different lengths on the right. Received: "
-            f"inputs={describe(inputs)}"
-        ) from error
-    if tokens.shape != mask.shape or tokens.ndim not in (1, 2):
-        raise ValueError(
-            "`token_ids` and `padding_mask` must both have the shape (batch, "
-            f"length). Received: inputs={describe(inputs)}"
-        )
-    if tokens.dtype.kind not in "iu":
-        raise TypeError(
-            f"`token_ids` must be integers. Received: inputs={describe(inputs)}"
-        )
-    is_single = tokens.ndim == 1
-    if is_single:
-        tokens, mask = tokens[None], mask[None]
-    if not len(tokens):
-        raise ValueError("`inputs` is empty: there is no prompt to continue.")
-    return {"token_ids": tokens, "padding_mask": mask}, is_single
-
-
 def read_prompts(
-    batch: Any,
-    preprocessor: Any,
+    batch: Batch,
+    task: Any,
     max_length: int | None,
     max_new_tokens: int | None,
-    vocabulary_size: int | None,
     max_positions: int | None,
 ) -> Prompts:
     """Tokenizes a batch of prompts, and checks all that can be checked.
 
     Args:
-        batch: a list of strings or a dict of arrays.
-        preprocessor: turns strings into tokens, or `None`.
+        batch: a `Batch`.
+        task: the `CausalLM`.
         max_length: int or `None`. The length at which rows end.
         max_new_tokens: int or `None`. How many tokens each row may get.
-        vocabulary_size: int or `None`. The number of tokens of the model.
         max_positions: int or `None`. How many positions the model knows.
 
     Returns:
         A `Prompts`.
 
     Raises:
-        ValueError: if a prompt is empty, too long, not padded on the right or
-            holds tokens that the model does not know.
+        ValueError: if a prompt is empty, too long, or holds tokens that the model does
+            not know.
     """
     if max_length is not None:
         check_positive_int("max_length", max_length)
     if max_new_tokens is not None:
         check_positive_int("max_new_tokens", max_new_tokens)
-    as_text = not isinstance(batch, dict)
-    if as_text:
+    texts = batch.texts
+    as_text = texts is not None
+    if texts is not None:
+        preprocessor = task.preprocessor
         if preprocessor is None:
             raise ValueError(
-                "`generate` received text, but the model has no `preprocessor` to "
-                "turn it into tokens. Pass a dict of `token_ids` and "
-                "`padding_mask`, or make the model with a preprocessor."
+                "`inputs` is text, but the model has no `preprocessor` to turn it into "
+                "tokens. Pass token ids, or make the model with a preprocessor."
             )
         default = preprocessor.sequence_length
         given = max_length or (None if max_new_tokens else default)
-        tokens, mask = _tokenize(batch, preprocessor, given)
+        tokens, lengths = _tokenize(texts, preprocessor, given)
     else:
-        tokens, mask = batch["token_ids"], batch["padding_mask"]
-        default = tokens.shape[1]
-    lengths = mask.sum(axis=1).astype("int32")
-    _check_rows(mask, lengths, as_text)
-    check_tokens(tokens, lengths, vocabulary_size, as_text)
+        tokens, lengths = batch.token_ids, batch.lengths
+        # Where no padding was marked, the arrays' width says nothing: no default.
+        default = tokens.shape[1] if batch.has_mask else 0
+    check_tokens(tokens, vocabulary_size(task))
+    if (lengths == 0).any():
+        advice = (
+            "Prompt with some text, or give the preprocessor a start token."
+            if as_text
+            else "Each row needs at least one token that `padding_mask` marks as real."
+        )
+        raise ValueError(f"Prompt {int(lengths.argmin())} has no tokens. {advice}")
     longest = int(lengths.max())
     if max_new_tokens is None:
-        total = max_length or default
-        limits = np.full_like(lengths, total)
+        total = max_length or default or longest
+        limits = np.full_like(lengths, total) if max_length or default else lengths
     else:
         limits = lengths + np.int32(max_new_tokens)
         total = max_length or int(limits.max())
@@ -210,9 +224,7 @@ def read_prompts(
             "the backbone with a larger `max_sequence_length`."
         )
     width = total if as_text or max_length else max(total, default)
-    # What stands in padded places need not be a token, so it can't be embedded.
-    tokens = np.where(mask, tokens, 0)[:, :longest].astype("int32")
-    return Prompts(tokens, lengths, limits, width, as_text)
+    return Prompts(tokens[:, :longest].astype("int32"), lengths, limits, width, as_text)
 
 
 def _tokenize(
@@ -225,66 +237,53 @@ def _tokenize(
         length = max(len(text.encode("utf-8")) for text in texts) + 8
     while True:
         encoded = preprocessor.generate_preprocess(texts, sequence_length=length + 1)
-        tokens = ops.convert_to_numpy(encoded["token_ids"])
-        mask = ops.convert_to_numpy(encoded["padding_mask"]).astype(bool)
-        if not whole or not mask.all(axis=1).any():
-            return tokens, mask
+        tokens, lengths, _ = read_tokens(encoded["token_ids"], encoded["padding_mask"])
+        if not whole or lengths.max() < tokens.shape[1]:
+            return tokens, lengths
         # A tokenizer that normalizes may make more tokens than there were bytes.
         length *= 2
 
 
-def _check_rows(mask: np.ndarray, lengths: np.ndarray, as_text: bool) -> None:
-    if (lengths == 0).any():
-        advice = (
-            "Prompt with some text, or give the preprocessor a start token."
-            if as_text
-            else "Each row needs at least one token that `padding_mask` marks as real."
-        )
-        raise ValueError(f"Prompt {int(lengths.argmin())} has no tokens. {advice}")
-    expected = np.arange(mask.shape[1])[None, :] < lengths[:, None]
-    if (mask != expected).any():
-        row = int((mask != expected).any(axis=1).argmax())
-        raise ValueError(
-            f"Row {row} of `padding_mask` is not of the form 1, ..., 1, 0, ..., "
-            "0. Prompts must be padded on the right."
-        )
-
-
-def resolve_stops(stop_token_ids: Any, preprocessor: Any) -> tuple[int, ...]:
-    """The tokens at which rows end.
+def resolve_stops(stop_token_ids: Any, task: Any) -> tuple[int, ...]:
+    """Resolves what the user passed as the tokens at which rows end.
 
     Args:
-        stop_token_ids: what the user passed: `None`, `"auto"` or token ids.
-        preprocessor: the model's, or `None`.
+        stop_token_ids: `None`, `"auto"`, a token id or several.
+        task: the `CausalLM`, whose preprocessor has the end token.
 
     Returns:
         A tuple of ints; an empty one where no token ends a row.
 
     Raises:
         TypeError: if `stop_token_ids` is none of these.
-        ValueError: if it is `"auto"` and there is no preprocessor to ask, or a number
-            is too large for a token id.
+        ValueError: if it is `"auto"` and there is no preprocessor to ask, or an id is
+            outside of the model's vocabulary.
     """
     if stop_token_ids is None:
         return ()
     if isinstance(stop_token_ids, str) and stop_token_ids == "auto":
-        if preprocessor is None:
+        if task.preprocessor is None:
             raise ValueError(
-                'With `stop_token_ids="auto"` rows end at the preprocessor\'s '
-                "end token, but the model has no preprocessor. Pass "
-                "`stop_token_ids=None` to end at `max_length`, or a tuple "
-                "of token ids."
+                'With `stop_token_ids="auto"` rows end at the end token of the '
+                "preprocessor, but the model has no preprocessor. Pass "
+                "`stop_token_ids=None` to end at `max_length`, or token ids."
             )
-        return end_token_ids(preprocessor)
+        return end_token_ids(task.preprocessor)
+    several = hasattr(stop_token_ids, "__iter__")
     try:
-        stops = tuple(operator.index(x) for x in stop_token_ids)
+        stops = tuple(
+            map(operator.index, stop_token_ids if several else [stop_token_ids])
+        )
     except (TypeError, ValueError):
         raise TypeError(
-            '`stop_token_ids` must be None, "auto" or a list of token ids. '
+            '`stop_token_ids` must be None, "auto", a token id or a list of them. '
             f"Received: stop_token_ids={describe(stop_token_ids)}"
         ) from None
-    if any(abs(x) >= 2**31 for x in stops):
+    size = vocabulary_size(task)
+    wrong = [x for x in stops if x < 0 or (size is not None and x >= size)]
+    if wrong:
         raise ValueError(
-            f"`stop_token_ids` must be 32-bit integers. Received: {max(stops, key=abs)}"
+            "`stop_token_ids` must be in the model's vocabulary of "
+            f"{size} tokens. Received: {wrong[0]}"
         )
     return stops

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from attention.contract import check_positive_int, describe, find_not_rewindable
-from blocks.generation.prompts import normalize_inputs, resolve_stops
+from blocks.generation.prompts import read_batches, resolve_stops
 from blocks.generation.running_batch import Block, RunningBatch
 from blocks.generation.sampler_settings import check_sampler
 from blocks.generation.speculation import check_speculation, speculate
@@ -143,7 +143,7 @@ class Session:
             "a session",
         )
         check_speculation(speculation, self._task)
-        stops = resolve_stops(stop_token_ids, self._task.preprocessor)
+        stops = resolve_stops(stop_token_ids, self._task)
         added = self._read(inputs)
         room = self._room(added, max_length, max_new_tokens)
         self._check_weights()
@@ -239,9 +239,9 @@ class Session:
         """The tokens to add to each row."""
         if inputs is None:
             return [NO_TOKENS] * len(self.tokens)
-        batches, _ = normalize_inputs(inputs)
+        batches, _ = read_batches(inputs)
         batch = batches[0]
-        as_text = not isinstance(batch, dict)
+        as_text = batch.texts is not None
         if len(batches) > 1 or as_text != self._as_text:
             raise ValueError(
                 "A session that began with "
@@ -250,17 +250,16 @@ class Session:
             )
         if as_text:
             tokenizer = self._task.preprocessor.tokenizer
-            rows = [np.array(tokenizer(x), "int32").reshape(-1) for x in batch]
+            rows = [np.array(tokenizer(x), "int32").reshape(-1) for x in batch.texts]
         else:
-            mask = batch["padding_mask"]
-            rows = [x[m].astype("int32") for x, m in zip(batch["token_ids"], mask)]
+            rows = batch.rows()
         if len(rows) != len(self.tokens):
             raise ValueError(
                 f"The session has {len(self.tokens)} rows, so `inputs` must have as "
                 f"many. Received: inputs={describe(inputs)}"
             )
-        check_tokens(*pad_rows(rows), vocabulary_size(self._task), as_text)
-        return rows
+        check_tokens(pad_rows(rows)[0], vocabulary_size(self._task))
+        return [row.astype("int32") for row in rows]
 
     def _room(
         self,

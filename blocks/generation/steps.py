@@ -10,7 +10,7 @@ from keras import ops
 
 from attention.contract import check_positive_int, describe, is_concrete
 from blocks.generation.engine import Engine
-from blocks.generation.prompts import Prompts, normalize_inputs, read_prompts
+from blocks.generation.prompts import Prompts, read_batches, read_prompts
 from blocks.generation.state import GenerationState
 from blocks.generation.token_rows import check_tokens, vocabulary_size
 
@@ -127,13 +127,18 @@ class GenerationSteps:
         max_length: int | None,
         max_new_tokens: int | None,
     ) -> tuple[list[Prompts], bool]:
-        batches, is_single = normalize_inputs(inputs)
+        batches, is_single = read_batches(inputs)
         limit = self._engine().max_positions
-        size = vocabulary_size(self)
         prompts = [
-            read_prompts(x, self.preprocessor, max_length, max_new_tokens, size, limit)
-            for x in batches
+            read_prompts(x, self, max_length, max_new_tokens, limit) for x in batches
         ]
+        no_room = all((x.limits <= x.lengths).all() for x in prompts)
+        if no_room and max_length is None and max_new_tokens is None:
+            raise ValueError(
+                "No prompt has room for a new token: pass `max_new_tokens`, or "
+                "`max_length` for the length of prompt and new tokens together. "
+                f"Received: inputs={describe(inputs)}"
+            )
         return prompts, is_single
 
     def _read_one(
@@ -169,7 +174,7 @@ class GenerationSteps:
         tokens = ops.cast(tokens, "int32")
         if is_concrete(tokens):
             values = ops.convert_to_numpy(tokens)[:, None]
-            check_tokens(values, np.ones((rows,)), vocabulary_size(self), False)
+            check_tokens(values, vocabulary_size(self))
         index, limit = state.cache_update_index, state.max_length
         if is_concrete(index) and is_concrete(limit):
             reached = int(ops.convert_to_numpy(index).max())

@@ -1,63 +1,133 @@
-"""Rows of tokens: as arrays of one width, and whether a model knows them."""
+"""Rows of tokens: read from what a user passes, checked, and as arrays of one width."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+from keras import ops
+
+from attention.contract import describe
 
 # What a row gets where it gets nothing.
 NO_TOKENS = np.zeros((0,), "int32")
 
 
-def check_tokens(
-    tokens: np.ndarray, lengths: np.ndarray, vocabulary_size: int | None, as_text: bool
-) -> None:
-    """Says so when a token is not in the model's vocabulary.
+def read_tokens(
+    token_ids: Any, padding_mask: Any = None, name: str = "token_ids"
+) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Reads rows of tokens in any of the forms that people have them in.
 
     Args:
-        tokens: array of shape `(batch, width)`.
-        lengths: array of shape `(batch,)`: how many tokens of each row count.
-        vocabulary_size: int, or `None` where it is not known.
-        as_text: bool. Whether the user passed text.
+        token_ids: integers of shape `(batch, length)`, or `(length,)` for one row: an
+            array, a tensor or lists; rows of different lengths as lists or as a
+            `tf.RaggedTensor`.
+        padding_mask: likewise, or `None` where all tokens are real.
+        name: str. The name of `token_ids` in error messages.
+
+    Returns:
+        `(tokens, lengths, is_single)`: integers of shape `(batch, width)`, which are 0
+        in padded places; the lengths of the rows, of shape `(batch,)`; and whether
+        there was one row without a batch axis.
 
     Raises:
-        ValueError: if so.
+        TypeError: if the tokens are no integers.
+        ValueError: if there is no token, a shape is wrong, or a row is not padded on
+            the right.
+    """
+    tokens, lengths = _to_array(name, token_ids)
+    received = f"Received: {name}={describe(token_ids)}"
+    if tokens.size and tokens.dtype.kind not in "iu":
+        raise TypeError(f"`{name}` must be token ids (integers) or text. {received}")
+    if padding_mask is not None:
+        mask = _to_array("padding_mask", padding_mask)[0].astype(bool)
+        if mask.shape != tokens.shape:
+            raise ValueError(
+                "`token_ids` and `padding_mask` must both have the shape (batch, "
+                f"length). {received}, padding_mask={describe(padding_mask)}"
+            )
+        lengths = mask.sum(axis=-1)
+    is_single = tokens.ndim == 1
+    if is_single:
+        tokens, lengths = tokens[None], lengths[None]
+    if not len(tokens):
+        raise ValueError(f"`{name}` is empty: there is no row of tokens.")
+    real = np.arange(tokens.shape[1]) < lengths[:, None]
+    if padding_mask is not None and (mask != real).any():
+        row = int((mask != real).any(axis=-1).argmax())
+        raise ValueError(
+            f"Row {row} of `padding_mask` is not of the form 1, ..., 1, 0, ..., 0. Rows "
+            "must be padded on the right."
+        )
+    # What stands in padded places need not be a token, so it can't be embedded.
+    return np.where(real, tokens, 0), lengths.astype("int32"), is_single
+
+
+def _to_array(name: str, rows: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Returns rows as one array, padded with 0, and the lengths of the rows."""
+    if hasattr(rows, "to_list"):
+        rows = rows.to_list()  # of a `tf.RaggedTensor`
+    try:
+        if isinstance(rows, (list, tuple)):
+            rows = [ops.convert_to_numpy(row) for row in rows]
+            if rows and all(row.ndim == 1 for row in rows):
+                return pad_rows(rows)
+        array = np.array(rows) if isinstance(rows, list) else ops.convert_to_numpy(rows)
+        if array.ndim in (1, 2):
+            return array, np.full(array.shape[:-1], array.shape[-1])
+    except (ValueError, TypeError, AttributeError):
+        pass
+    raise ValueError(
+        f"`{name}` must have the shape (batch, length), or (length,) for one row, or be "
+        f"a list of rows. Received: {name}={describe(rows)}"
+    )
+
+
+def check_tokens(
+    tokens: np.ndarray, vocabulary_size: int | None, remark: str = ""
+) -> None:
+    """Checks that all tokens are in the model's vocabulary.
+
+    Args:
+        tokens: array of shape `(batch, width)`, in which padded places are 0.
+        vocabulary_size: int, or `None` where it is not known.
+        remark: str. What the error message adds.
+
+    Raises:
+        ValueError: if one is not.
     """
     if vocabulary_size is None:
         return
-    mask = np.arange(tokens.shape[1])[None, :] < lengths[:, None]
-    wrong = mask & ((tokens < 0) | (tokens >= vocabulary_size))
+    wrong = (tokens < 0) | (tokens >= vocabulary_size)
     if wrong.any():
-        row = int(wrong.any(axis=1).argmax())
-        column = int(wrong[row].argmax())
-        source = " (does the tokenizer belong to this model?)" if as_text else ""
+        row, column = np.argwhere(wrong)[0]
         raise ValueError(
-            f"Token {int(tokens[row, column])} at position {column} of prompt "
-            f"{row} is outside of the model's vocabulary of {vocabulary_size} "
-            f"tokens{source}."
+            f"Token {int(tokens[row, column])} at position {column} of row {row} is "
+            f"outside of the model's vocabulary of {vocabulary_size} tokens{remark}."
         )
 
 
 def pad_rows(
     rows: list[np.ndarray], width: int | None = None, fill: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of different lengths as one array, and their lengths.
+    """Pads rows of different lengths to one array.
 
     Args:
         rows: arrays of tokens.
         width: int or `None`. The width of the array; `None` means that of the
             longest row, and at least 1, as not everybody takes rows of nothing.
-        fill: int. What stands behind the ends of rows.
+        fill: int. What follows the ends of rows.
 
     Returns:
-        `int32` arrays of shape `(batch, width)` and `(batch,)`.
+        An array of shape `(batch, width)`, and the lengths of the rows, `(batch,)`.
     """
     lengths = np.array([len(row) for row in rows], "int32")
-    tokens = np.full((len(rows), width or max(1, lengths.max())), fill, "int32")
-    for row, content in enumerate(rows):
-        tokens[row, : len(content)] = content
-    return tokens, lengths
+    # An empty list is an array of floats.
+    tokens = np.concatenate([NO_TOKENS, *(row for row in rows if len(row))])
+    real = np.arange(width or max(1, lengths.max())) < lengths[:, None]
+    padded = np.full(real.shape, fill, tokens.dtype)
+    padded[real] = tokens
+    return padded, lengths
 
 
 def to_arrays(

@@ -293,7 +293,7 @@ def test_a_class_that_is_not_registered_on_saving(tmp_path, part):
     preprocessor = None
     if part == "tokenizer":
         preprocessor = CausalLMPreprocessor(UnregisteredTokenizer(), 8, end_token=1)
-    lm = lm_cls(make_backbone(cls, num_layers=1), preprocessor)
+    lm = lm_cls(make_backbone(cls, num_layers=1, vocabulary_size=256), preprocessor)
     folder = tmp_path / "preset"
     with pytest.raises(ValueError, match="is not registered with Keras") as error:
         lm.save_to_preset(str(folder))

@@ -8,7 +8,7 @@ import tensorflow as tf
 from keras import ops
 
 from blocks.generation import engine
-from tests.helpers import slow
+from tests.helpers import raises, slow
 from tests.models import (
     RAGGED,
     VARIANTS,
@@ -129,12 +129,14 @@ def test_a_prompt_without_room_is_returned_as_it_is(lm, expected):
     outputs = lm.generate(prompts(RAGGED), stop_token_ids=None)
     assert rows_of(outputs) == [row[:7] for row in expected]
     full = prompts([RAGGED[1]])
-    outputs = lm.generate(full, stop_token_ids=None)
-    np.testing.assert_array_equal(outputs["token_ids"], full["token_ids"])
     for sampler in ("greedy", "beam"):
         other = make_lm(lm.backbone, sampler=sampler)
         outputs = other.generate(full, stop_token_ids=None, max_length=7)
         np.testing.assert_array_equal(outputs["token_ids"], full["token_ids"])
+    # Where nobody said how far to go, it is not what was meant.
+    for inputs in (full, full["token_ids"], RAGGED, RAGGED[0]):
+        with raises(ValueError, "pass `max_new_tokens`, or `max_length`"):
+            lm.generate(inputs, stop_token_ids=None)
 
 
 # === Stop tokens ===
@@ -159,7 +161,7 @@ def test_a_stop_token_in_the_prompt_does_not_stop(lm, expected):
     stop = RAGGED[1][2]
     assert stop not in expected[1][7:]
     x = prompts([RAGGED[1]])
-    outputs = lm.generate(x, stop_token_ids=[stop], max_length=20)
+    outputs = lm.generate(x, stop_token_ids=stop, max_length=20)
     assert rows_of(outputs) == [expected[1]]
 
 
@@ -206,6 +208,8 @@ def test_texts_in_texts_out(text_lm, text_rows):
         np.array(TEXTS, dtype=object),
         tf.constant(TEXTS),
         tf.data.Dataset.from_tensor_slices(TEXTS).batch(3),
+        (text for text in TEXTS),
+        tf.RaggedTensor.from_row_splits(TEXTS, [0, 3])[0],
     ):
         outputs = text_lm.generate(inputs)
         assert isinstance(outputs, list)
@@ -241,11 +245,34 @@ def test_datasets_of_tokens(lm, expected):
     assert rows_of(outputs) == wanted
 
 
-def test_one_row_of_tokens(lm, expected):
-    x = {key: value[1] for key, value in prompts(RAGGED).items()}
-    outputs = lm.generate(x, stop_token_ids=None, max_length=20)
-    assert outputs["token_ids"].shape == outputs["padding_mask"].shape == (20,)
-    assert outputs["token_ids"].tolist() == expected[1]
+@pytest.mark.parametrize("row", [None, 1])
+def test_tokens_in_every_form(lm, expected, row):
+    x, rows = prompts(RAGGED), RAGGED
+    if row is not None:
+        x, rows = {key: value[row] for key, value in x.items()}, RAGGED[row]
+    forms = [
+        x,
+        rows,
+        {"token_ids": rows, "padding_mask": keras.tree.map_structure(np.sign, rows)},
+        {"token_ids": rows},
+    ]
+    if row is None:
+        forms += [
+            tuple(np.array(tokens, "uint8") for tokens in rows),
+            [ops.convert_to_tensor(tokens) for tokens in rows],
+            (tokens for tokens in rows),
+            tf.ragged.constant(rows),
+            tf.data.Dataset.from_tensors(tf.ragged.constant(rows)),
+        ]
+    else:
+        forms += [np.array(rows), ops.convert_to_tensor(rows), tf.constant(rows)]
+    for inputs in forms:
+        outputs = lm.generate(inputs, stop_token_ids=None, max_length=20)
+        if row is None:
+            assert rows_of(outputs) == expected
+        else:
+            assert outputs["token_ids"].tolist() == expected[row]
+            assert outputs["padding_mask"].shape == (20,)
 
 
 def test_arrays_of_every_kind(lm, expected):
