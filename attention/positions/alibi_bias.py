@@ -1,22 +1,22 @@
-"""Attention with linear biases (ALiBi)."""
+"""The biases of attention with linear biases (ALiBi)."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
+from attention.contract.types import Tensor
 from attention.positions.position_scheme import PositionScheme
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
 class AlibiBias(PositionScheme):
-    """Attention with linear biases: the farther a key, the lower its logit.
+    """Lowers the logit of a key in proportion to its distance from the query.
 
-    Each head has its own slope, a power of two that is not trained.
+    Each head has a slope of its own, a power of two that is not trained.
 
     Example:
 
@@ -36,14 +36,15 @@ class AlibiBias(PositionScheme):
     def build(self, num_heads: int) -> None:
         self.slopes = _alibi_slopes(num_heads)
 
-    def bias(self, query_positions: Any, key_positions: Any) -> Any:
+    def bias(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
+        # (..., query_length, key_length), and with heads before these two
         relative = key_positions[..., None, :] - query_positions[..., :, None]
         distance = ops.expand_dims(ops.cast(ops.abs(relative), "float32"), -3)
         return -distance * ops.convert_to_tensor(self.slopes[:, None, None])
 
 
 def _alibi_slopes(num_heads: int) -> np.ndarray:
-    """A geometric sequence; heads beyond a power of two fall in between."""
+    """Returns a geometric sequence; heads beyond a power of two fall in between."""
     power = 2 ** int(math.log2(num_heads))
     slopes = [2.0 ** (-8 * (i + 1) / power) for i in range(power)]
     between = [2.0 ** (-4 * (i + 1) / power) for i in range(0, 2 * power, 2)]

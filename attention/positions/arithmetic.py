@@ -1,21 +1,22 @@
-"""Arithmetic of positions: of tokens, slots and padding."""
+"""Positions of tokens, of padding, and of past and new keys together."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from keras import ops
 
-# Later than all queries, and far enough from the largest int32 to be added to.
+from attention.contract.types import Index, Mask, Tensor
+
+# The position of padding: later than all queries, so that none attends to it, and far
+# enough below the largest int32 that numbers can be added to it.
 HIDDEN_POSITION = 2**30
 
 
-def one_row_each(positions: Any, like: Any) -> Any:
-    """Positions as `(batch, length)`, whether or not the rows share them.
+def one_row_each(positions: Tensor, like: Tensor) -> Tensor:
+    """Returns positions of shape `(batch, length)`, also if all rows share them.
 
     Args:
         positions: `int32` tensor of shape `(length,)` or `(batch, length)`.
-        like: a tensor with a batch axis in front.
+        like: tensor of shape `(batch, ...)`.
     """
     if len(positions.shape) == 2:
         return positions
@@ -23,37 +24,37 @@ def one_row_each(positions: Any, like: Any) -> Any:
     return ops.broadcast_to(positions[None], shape)
 
 
-def hide_padding(positions: Any, padding_mask: Any) -> Any:
-    """Positions of tokens, `HIDDEN_POSITION` for padding if there is a mask."""
+def hide_padding(positions: Tensor, padding_mask: Mask | None) -> Tensor:
+    """Returns the positions, with `HIDDEN_POSITION` for padded tokens."""
     if padding_mask is None:
         return positions
     return ops.where(padding_mask, positions, HIDDEN_POSITION)
 
 
-def join_positions(past: Any, new: Any) -> Any:
-    """The positions of past and new keys, `(length,)` or `(batch, length)` each."""
+def join_positions(past: Tensor, new: Tensor) -> Tensor:
+    """Joins positions of past and new keys, `(length,)` or `(batch, length)` each."""
     like = next((x for x in (past, new) if len(x.shape) == 2), None)
     if like is not None:
         past, new = one_row_each(past, like), one_row_each(new, like)
     return ops.concatenate([past, new], axis=-1)
 
 
-def is_zero(index: Any) -> bool:
-    """Whether a cache is known to have absorbed nothing."""
+def is_zero(index: Index | None) -> bool:
+    """Returns whether a cache is known to hold no tokens yet."""
     return isinstance(index, int) and index == 0
 
 
-def token_positions(cache_update_index: Any, length: Any) -> Any:
-    """The positions of `length` tokens that follow the cached ones.
+def token_positions(cache_update_index: Index | None, length: int | Tensor) -> Tensor:
+    """Returns the positions of the `length` tokens that follow the cached ones.
 
     Args:
-        cache_update_index: `None` (no cache: start at 0), an int, an integer
-            scalar tensor or an integer tensor of shape `(batch_size,)`.
+        cache_update_index: `None` (no cache: start at 0), an int, an integer scalar
+            tensor or an integer tensor of shape `(batch,)`.
         length: int or integer scalar tensor.
 
     Returns:
-        An `int32` tensor of shape `(length,)`, or `(batch_size, length)` where
-        rows stand at different positions.
+        An `int32` tensor of shape `(length,)`, or `(batch, length)` where rows are at
+        positions of their own.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""Learned position embeddings that follow the cache."""
+"""Learned position embeddings."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from keras import ops
 
 from attention.contract.arguments import check_positive_int
 from attention.contract.cached_layer import CachedLayer
+from attention.contract.checks import check_sequence_shape
+from attention.contract.types import Index, Initializer, Mask, Shape, Tensor
 from attention.positions.arithmetic import token_positions
 
 
@@ -16,25 +18,24 @@ from attention.positions.arithmetic import token_positions
 class PositionEmbedding(CachedLayer):
     """A trainable vector for each position, as in GPT-2.
 
-    It has no state, so its cache is `()`; it is a cached layer as it needs to
-    know the positions of the tokens it is called on.
+    It is a cached layer to learn the positions of the tokens it is called with. It
+    keeps nothing, so its cache is `()`.
 
     Args:
         sequence_length: int. The number of positions.
-        initializer: initializer of the embeddings. Defaults to
-            `"glorot_uniform"`.
+        initializer: initializer of the embeddings. Defaults to `"glorot_uniform"`.
         **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
 
     Call arguments:
-        x: tensor of shape `(batch, length, width)`, the token embeddings. Only
-            its shape matters.
-        cache: `()`.
-        cache_update_index: how many positions were seen before: an int, an
-            integer scalar tensor or an integer tensor of shape `(batch,)`.
+        x: tensor of shape `(batch, length, width)`, the token embeddings. Only its
+            shape matters.
+        padding_mask: makes no difference.
+        cache: `None` or `()`.
+        cache_update_index: as for every `CachedLayer`.
 
     Returns:
-        A tensor of shape `(batch, length, width)` in the compute dtype; with a
-        cache, `(tensor, ())`.
+        A tensor of shape `(batch, length, width)`, in the compute dtype; with a cache,
+        `(outputs, ())`.
 
     Raises:
         ValueError: if the tokens reach beyond `sequence_length`.
@@ -59,7 +60,7 @@ class PositionEmbedding(CachedLayer):
     def __init__(
         self,
         sequence_length: int,
-        initializer: Any = "glorot_uniform",
+        initializer: Initializer = "glorot_uniform",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -67,16 +68,12 @@ class PositionEmbedding(CachedLayer):
         self.max_sequence_length = self.sequence_length
         self.initializer = keras.initializers.get(initializer)
 
-    def build(self, inputs_shape: tuple) -> None:
-        if len(inputs_shape) != 3 or inputs_shape[-1] is None:
-            raise ValueError(
-                f"Layer '{self.name}' needs inputs of shape (batch, length, "
-                "width) with a known width: the token embeddings, not the token "
-                f"ids. Received: shape {tuple(inputs_shape)}"
-            )
+    def build(self, inputs_shape: Shape) -> None:
+        what = "token embeddings, not the token ids,"
+        width = check_sequence_shape(self.name, inputs_shape, what)
         self.position_embeddings = self.add_weight(
             name="embeddings",
-            shape=(self.sequence_length, inputs_shape[-1]),
+            shape=(self.sequence_length, width),
             initializer=self.initializer,
         )
 
@@ -85,11 +82,11 @@ class PositionEmbedding(CachedLayer):
 
     def call(
         self,
-        x: Any,
-        padding_mask: Any = None,
-        cache: Any = None,
-        cache_update_index: Any = None,
-    ) -> Any:
+        x: Tensor,
+        padding_mask: Mask | None = None,
+        cache: tuple | None = None,
+        cache_update_index: Index | None = None,
+    ) -> Tensor | tuple[Tensor, tuple]:
         if cache is not None and cache_update_index is None:
             raise ValueError(
                 f"Layer '{self.name}' was called with `cache` but without "
@@ -99,6 +96,7 @@ class PositionEmbedding(CachedLayer):
         positions = ops.minimum(positions, self.sequence_length - 1)
         embeddings = ops.convert_to_tensor(self.position_embeddings)
         embeddings = ops.cast(embeddings, self.compute_dtype)
+        # (length, width), or (batch, length, width) where rows have their own positions
         outputs = ops.take(embeddings, positions, axis=0)
         shape = (ops.shape(x)[0], *ops.shape(outputs)[-2:])
         outputs = ops.broadcast_to(outputs, shape)

@@ -7,15 +7,16 @@ from typing import Any
 import keras
 
 from attention.contract.arguments import describe
+from attention.contract.types import Tensor
 
 
 class PositionScheme(keras.layers.Layer):
-    """How an attention layer knows the positions of queries and keys.
+    """Tells an attention layer the positions of queries and keys.
 
     A scheme changes queries and keys (`encode`), or adds a bias to the
     attention logits (`bias`), or both. It computes from positions alone, never
-    from lengths or cache shapes: it is the same in training, in prefill and in
-    decoding, with rows at different positions.
+    from lengths or cache shapes, so that it is the same in training, in prefill and
+    in decoding, also where rows are at positions of their own.
 
     It is a Keras layer so that it can hold weights and be saved; an attention
     layer that holds it builds it. Several attention layers may share one.
@@ -45,35 +46,36 @@ class PositionScheme(keras.layers.Layer):
         """Creates weights, if any, for this number of query heads."""
 
     def encode(
-        self, query: Any, key: Any, query_positions: Any, key_positions: Any
-    ) -> tuple[Any, Any]:
+        self, query: Tensor, key: Tensor, query_positions: Tensor, key_positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Encodes positions into queries and keys.
 
         Args:
             query: tensor of shape `(batch, query_length, num_heads, key_dim)`.
             key: tensor of shape `(batch, key_length, num_key_value_heads,
                 key_dim)`: the new keys only, those in the cache are encoded.
-            query_positions: `int32` tensor, `(query_length,)` or `(batch,
+            query_positions: `int32` tensor of shape `(query_length,)` or `(batch,
                 query_length)`.
-            key_positions: likewise for the keys.
+            key_positions: `int32` tensor of shape `(key_length,)` or `(batch,
+                key_length)`.
 
         Returns:
-            The encoded `(query, key)`.
+            `(query, key)`, encoded, of the shapes received.
         """
         return query, key
 
-    def bias(self, query_positions: Any, key_positions: Any) -> Any:
-        """Computes what is added to the attention logits.
+    def bias(self, query_positions: Tensor, key_positions: Tensor) -> Tensor | None:
+        """Returns a bias, which is added to the attention logits.
 
         Args:
-            query_positions: `int32` tensor, `(query_length,)` or `(batch,
+            query_positions: `int32` tensor of shape `(query_length,)` or `(batch,
                 query_length)`.
-            key_positions: likewise for all keys, also those in the cache.
+            key_positions: `int32` tensor of shape `(key_length,)` or `(batch,
+                key_length)`, of all keys, also those in the cache.
 
         Returns:
-            `None`, or a `float32` tensor of shape `(num_heads, query_length,
-            key_length)`, with a batch axis in front where positions have one.
-            A heads axis of 1 serves all heads.
+            `None`, or a `float32` tensor of shape `(num_heads or 1, query_length,
+            key_length)`, preceded by a batch axis where positions have one.
         """
         return None
 

@@ -1,4 +1,4 @@
-"""T5's bias of relative positions."""
+"""The relative position bias of T5."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ import numpy as np
 from keras import ops
 
 from attention.contract.arguments import check_positive_int
+from attention.contract.types import Initializer, Tensor
 from attention.positions.position_scheme import PositionScheme
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
 class RelativePositionBias(PositionScheme):
-    """T5's trainable bias for buckets of relative positions.
+    """Adds to each logit a trained bias of its relative position, as in T5.
 
-    Near distances have a bucket each, farther ones share buckets whose width
-    grows logarithmically, and all beyond `max_distance` share the last.
+    Small distances have a bucket each, larger ones share buckets that widen
+    logarithmically, and all beyond `max_distance` share the last.
 
     Args:
         num_buckets: int. The number of buckets. Defaults to `32`.
         max_distance: int. The distance from which on all share one bucket.
             Defaults to `128`.
-        bidirectional: bool. Whether half of the buckets are for keys that come
-            after the query. Defaults to `False`.
+        bidirectional: bool. Whether half of the buckets are for keys after the query.
+            Defaults to `False`.
         embeddings_initializer: initializer of the biases. Defaults to
             `"random_normal"`.
 
@@ -52,7 +53,7 @@ class RelativePositionBias(PositionScheme):
         num_buckets: int = 32,
         max_distance: int = 128,
         bidirectional: bool = False,
-        embeddings_initializer: Any = "random_normal",
+        embeddings_initializer: Initializer = "random_normal",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -78,13 +79,15 @@ class RelativePositionBias(PositionScheme):
             autocast=False,
         )
 
-    def bias(self, query_positions: Any, key_positions: Any) -> Any:
+    def bias(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
+        # (..., query_length, key_length)
         relative = key_positions[..., None, :] - query_positions[..., :, None]
         buckets = self.bucket(relative)
         embeddings = ops.cast(ops.convert_to_tensor(self.embeddings), "float32")
+        # Heads come last in the table, and before the lengths in a bias.
         return ops.moveaxis(ops.take(embeddings, buckets, axis=0), -1, -3)
 
-    def bucket(self, relative_positions: Any) -> Any:
+    def bucket(self, relative_positions: Tensor) -> Tensor:
         """Returns the bucket of each `key position - query position`.
 
         Args:
@@ -93,15 +96,14 @@ class RelativePositionBias(PositionScheme):
         Returns:
             An `int32` tensor of the same shape, in `[0, num_buckets)`.
         """
-        buckets = self.num_buckets
-        offset = 0
+        buckets, offset = self.num_buckets, 0
         if self.bidirectional:
             buckets //= 2
             offset = ops.where(relative_positions > 0, buckets, 0)
             distance = ops.abs(relative_positions)
         else:
             distance = ops.maximum(-relative_positions, 0)
-        # A table made here is the same on every device; logarithms are not.
+        # A table, as logarithms differ between devices.
         table = _distance_buckets(buckets, self.max_distance)
         distance = ops.minimum(distance, self.max_distance)
         return ops.take(ops.convert_to_tensor(table), distance, axis=0) + offset
@@ -120,7 +122,7 @@ class RelativePositionBias(PositionScheme):
 
 
 def _distance_buckets(num_buckets: int, max_distance: int) -> np.ndarray:
-    """The bucket of each distance from 0 to `max_distance`."""
+    """Returns the bucket of each distance from 0 to `max_distance`."""
     exact = num_buckets // 2
     distance = np.arange(max_distance + 1)
     ratio = np.log(np.maximum(distance, 1).astype("float32") / exact)

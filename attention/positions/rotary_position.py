@@ -1,4 +1,4 @@
-"""Rotary position embedding."""
+"""Rotary position embeddings (RoPE)."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import keras
 import numpy as np
 from keras import ops
 
-from attention.contract.arguments import check_positive_int
+from attention.contract.arguments import check_optional_positive_int
+from attention.contract.types import Tensor
 from attention.positions.position_scheme import PositionScheme
 from attention.positions.rotary_scaling import rotary_frequencies
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
 class RotaryPosition(PositionScheme):
-    """Rotary position embedding: rotates queries and keys by their positions.
+    """Rotates queries and keys by their positions: rotary embeddings, or RoPE.
 
     The dimensions of a head are rotated in pairs `(i, i + key_dim / 2)`, as in
     Llama, GPT-NeoX and KerasHub's `RotaryEmbedding`.
@@ -32,8 +33,8 @@ class RotaryPosition(PositionScheme):
             `{"rope_type": "yarn", "factor": ...,
             "original_max_position_embeddings": ..., "beta_fast": 32,
             "beta_slow": 1, "attention_factor": None}`.
-        rotary_dim: even int or `None`. Only so many dimensions at the head's
-            front are rotated, as in GPT-NeoX and Phi; `None` means all.
+        rotary_dim: even int or `None`. How many of a head's first dimensions are
+            rotated, as in GPT-NeoX and Phi; `None` means all.
 
     Raises:
         ValueError: if `max_wavelength` is not positive, `scaling` is of an
@@ -67,11 +68,9 @@ class RotaryPosition(PositionScheme):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.rotary_dim = (
-            None if rotary_dim is None else check_positive_int("rotary_dim", rotary_dim)
-        )
+        self.rotary_dim = check_optional_positive_int("rotary_dim", rotary_dim)
         self.max_wavelength = max_wavelength
-        # An early error for arguments no head size could make right.
+        # Raises early for arguments that are wrong for every size of heads.
         rotary_frequencies(rotary_dim or 2, max_wavelength, scaling)
         # Keras would take a dict for a structure of sublayers.
         self._scaling = None if scaling is None else tuple(scaling.items())
@@ -82,8 +81,8 @@ class RotaryPosition(PositionScheme):
         return None if self._scaling is None else dict(self._scaling)
 
     def encode(
-        self, query: Any, key: Any, query_positions: Any, key_positions: Any
-    ) -> tuple[Any, Any]:
+        self, query: Tensor, key: Tensor, query_positions: Tensor, key_positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
         size = self.rotary_dim or query.shape[-1]
         if size > query.shape[-1]:
             raise ValueError(
@@ -106,12 +105,14 @@ class RotaryPosition(PositionScheme):
         return config
 
 
-def _rotate(x: Any, positions: Any, frequencies: np.ndarray, magnitude: float) -> Any:
+def _rotate(
+    x: Tensor, positions: Tensor, frequencies: np.ndarray, magnitude: float
+) -> Tensor:
     """Rotates `(batch, length, heads, dim)` by `(length,)` or `(batch, length)`."""
     # Angles of positions in the thousands need float32.
     frequencies = ops.convert_to_tensor(frequencies)
     angles = ops.cast(positions, "float32")[..., None] * frequencies
-    angles = angles[..., None, :]
+    angles = angles[..., None, :]  # (..., length, 1, rotary_dim / 2)
     cos = ops.cast(ops.cos(angles) * magnitude, x.dtype)
     sin = ops.cast(ops.sin(angles) * magnitude, x.dtype)
     x, half = ops.convert_to_tensor(x), frequencies.shape[0]

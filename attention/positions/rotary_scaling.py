@@ -1,4 +1,4 @@
-"""Frequencies of rotary position embeddings, and how contexts are stretched."""
+"""Frequencies of rotary embeddings, and their scaling for longer contexts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from attention.contract.arguments import describe
 def rotary_frequencies(
     dim: int, max_wavelength: float, scaling: dict[str, Any] | None = None
 ) -> tuple[np.ndarray, float]:
-    """Computes the angle per position of each rotated pair.
+    """Returns the angle per position of each rotated pair.
 
     Args:
         dim: int. The number of dimensions that are rotated; even.
@@ -22,8 +22,8 @@ def rotary_frequencies(
         scaling: `None` or a dict; see `attention.RotaryPosition`.
 
     Returns:
-        A `float32` array of shape `(dim // 2,)`, and the factor by which sines
-        and cosines are multiplied (1 except for YaRN).
+        A `float32` array of shape `(dim // 2,)`, and the factor of sines and cosines,
+        which is 1 except for YaRN.
 
     Raises:
         ValueError: if an argument is out of range or `scaling` lacks a key.
@@ -103,13 +103,13 @@ def _llama3(
 def _yarn(
     frequencies: np.ndarray, max_wavelength: float, scaling: dict[str, Any]
 ) -> tuple[np.ndarray, float]:
-    """Blends by the number of rotations, and sharpens the attention."""
+    """Blends by the number of rotations, and sharpens the attention weights."""
     factor = scaling["factor"]
     original = scaling["original_max_position_embeddings"]
     dim = 2 * len(frequencies)
 
     def pair_of(rotations: float) -> float:
-        """The (fractional) pair that turns this often within the context."""
+        """Returns the (fractional) pair that turns this often within the context."""
         wavelength = original / (rotations * 2 * math.pi)
         return dim * math.log(wavelength) / (2 * math.log(max_wavelength))
 
