@@ -1,4 +1,4 @@
-"""What is counted instead of timed: compilations, memory, the cache."""
+"""Cases that count instead of timing: compilations, memory, the KV cache."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from benchmarks.processes import WorkerError, WorkerPool
 from benchmarks.rows import Row
 from benchmarks.tokens import Tokens
 
-# KerasHub compiles anew for each length; a few show that.
+# KerasHub compiles for each new length; a few lengths show that.
 KERAS_HUB_LENGTHS = 5
 
 
 def run_compilations(pool: WorkerPool, case: Case) -> list[Row]:
-    """Counts what is compiled for prompts of many lengths."""
+    """Returns rows of how much is compiled for prompts of many lengths."""
     errors: dict[str, str] = {}
     prompts = make_prompts(case.lengths, pool.shape.vocabulary_size, 1)
     few = prompts[:: max(1, len(prompts) // KERAS_HUB_LENGTHS)][:KERAS_HUB_LENGTHS]
@@ -46,7 +46,7 @@ def run_compilations(pool: WorkerPool, case: Case) -> list[Row]:
 
 
 def run_memory(pool: WorkerPool, case: Case, near_tie: float) -> list[Row]:
-    """The peak memory, each contestant in a fresh process."""
+    """Returns a row of the peak memory, each contestant in a fresh process."""
     pool.close()
     errors: dict[str, str] = {}
     prompts = make_prompts(case.lengths, pool.shape.vocabulary_size, 1)
@@ -74,7 +74,7 @@ def run_memory(pool: WorkerPool, case: Case, near_tie: float) -> list[Row]:
 
 
 def run_cache(pool: WorkerPool, case: Case) -> list[Row]:
-    """The numbers in this library's cache beside what they should be."""
+    """Returns a row of the number of elements in this library's KV cache."""
     errors: dict[str, str] = {}
     ours = [name for name in pool.contestants if name.startswith("ours/")]
     row = Row(pool.shape.name, case, "numbers in the cache", "", False)

@@ -1,4 +1,4 @@
-"""Generation, beside KerasHub and transformers, with the same weights.
+"""Generation compared with KerasHub and transformers, with the same weights.
 
 Run it from the repository's root: `python -m benchmarks.generate --quick`.
 """
@@ -27,13 +27,13 @@ from benchmarks.runner import Runner
 
 BACKENDS = ("tensorflow", "jax", "torch")
 PACKAGES = ("keras", "keras-hub", "tensorflow", "jax", "torch", "transformers")
-# Set by the user, they change what is measured.
+# Environment variables that change the results; the report names those that are set.
 VARIABLES = ("XLA_FLAGS", "TF_XLA_FLAGS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 DEFAULT_JSON = ROOT / "benchmarks" / "results" / "generate.json"
 
 
 def all_contestants(backends: list[str]) -> list[str]:
-    """The contestants' names, ours first."""
+    """Returns the names of the contestants, ours first."""
     ours = [f"ours/{backend}" for backend in backends]
     theirs = []
     for backend in backends:
@@ -44,7 +44,7 @@ def all_contestants(backends: list[str]) -> list[str]:
 
 
 def read_proc(path: str, key: str) -> str:
-    """A value from a file in `/proc`, where there is one."""
+    """Returns a value from a file in `/proc`, or an empty string without one."""
     with contextlib.suppress(OSError), open(path, encoding="utf-8") as file:
         for line in file:
             if line.startswith(key):
@@ -53,7 +53,7 @@ def read_proc(path: str, key: str) -> str:
 
 
 def describe_gpu() -> str:
-    """The name of the GPU."""
+    """Returns the name of the GPU."""
     if shutil.which("nvidia-smi") is None:
         return ""
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
@@ -62,7 +62,7 @@ def describe_gpu() -> str:
 
 
 def describe_machine(device: str) -> dict[str, Any]:
-    """The processor, the memory and the versions."""
+    """Returns the processor, the memory and the versions of packages."""
     versions = {}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -97,15 +97,15 @@ def run(
     Args:
         plan: the models and cases.
         contestants: their names; tokens are compared with the first one's.
-        rounds: how often each contestant is timed in each case.
+        rounds: how many times each contestant is timed in each case.
         device: `"cpu"` or `"gpu"`.
-        quick: whether the report is to say that it is a quick one.
+        quick: whether the report says that it is a quick one.
         only: parts of the names of the cases to run, such as "batch 1", "Llama" or
-            "Llama-shaped 135M: batch 1"; none means all.
+            "Llama-shaped 135M: batch 1"; empty means all.
         budget: see `Runner`.
-        write: is given the report before the first case, and after each, so that
-            little is lost.
-        say: is told how far it got.
+        write: called with the report before the first case and after each case, so
+            that an interrupted run keeps its results.
+        say: called with messages of progress.
 
     Returns:
         The report.
@@ -124,7 +124,7 @@ def run(
         "minutes": 0.0,
         "finished": False,
     }
-    # Who can't take this report says so before hours of work.
+    # If the report can't be written, it fails before hours of work.
     write(report)
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         for shape in plan.models:
@@ -154,13 +154,13 @@ def run(
 
 
 def merge(earlier: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
-    """A report with the cases of an earlier one that it has not.
+    """Returns a report with the cases of an earlier report added.
 
-    A case is measured in one run, all contestants in turn; several runs may
-    share the work of many cases.
+    A case is measured in one run, with all contestants in turn; different cases may
+    come from different runs.
 
     Raises:
-        ValueError: if they differ in the machine or in what is measured.
+        ValueError: if the machines or the settings differ.
     """
     for part, keys in (
         ("settings", ("quick", "device", "dtype", "contestants")),
@@ -179,7 +179,7 @@ def merge(earlier: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.generate", description=__doc__.split("\n")[0]
     )
@@ -200,8 +200,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--budget",
         type=float,
         default=300.0,
-        help="seconds after which a contestant sits out the rounds of a case that "
-        "are left (default: %(default)g)",
+        help="seconds after which a contestant skips the remaining rounds of a case "
+        "(default: %(default)g)",
     )
     add("--json", type=pathlib.Path, default=DEFAULT_JSON)
     add(
@@ -214,7 +214,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command."""
+    """Runs the command."""
     options = parse_arguments(arguments)
     if options.table is not None:
         print(table(json.loads(options.table.read_text(encoding="utf-8"))))

@@ -1,4 +1,4 @@
-"""This library and KerasHub, each as a contestant: load, generate, count."""
+"""The contestants on Keras: this library and KerasHub."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EPSILON = 1e-5
 
 @keras.saving.register_keras_serializable(package="benchmarks")
 class LlamaBackbone(CustomBackbone):
-    """Llama's architecture: rotary grouped attention, a gate, RMS norms."""
+    """Llama's architecture: rotary grouped-query attention, SwiGLU and RMS norms."""
 
     def create_attention_layer(self, inputs_shape: tuple, layer_index: int) -> Any:
         return RotaryAttention(self.num_heads, self.num_key_value_heads, use_bias=False)
@@ -45,7 +45,7 @@ def assign_weights(backbone: Any, weights: dict[str, np.ndarray]) -> None:
 
 
 def pad_right(rows: list[list[int]], width: int) -> dict[str, np.ndarray]:
-    """Prompts as `token_ids` and `padding_mask` of one width."""
+    """Returns prompts as `token_ids` and `padding_mask` of one width."""
     token_ids = np.zeros((len(rows), width), "int32")
     padding_mask = np.zeros((len(rows), width), "int32")
     for i, row in enumerate(rows):
@@ -55,18 +55,18 @@ def pad_right(rows: list[list[int]], width: int) -> dict[str, np.ndarray]:
 
 
 class KerasContestant:
-    """What both have in common."""
+    """The base of both contestants."""
 
     lm: Any
 
     def new_tokens(self, rows: list[list[int]], outputs: dict) -> list[list[int]]:
-        """What came behind each prompt."""
+        """Returns the tokens after each prompt."""
         masks = np.asarray(outputs["padding_mask"]).astype(bool)
         pairs = zip(rows, np.asarray(outputs["token_ids"]), masks)
         return [tokens[mask][len(row) :].tolist() for row, tokens, mask in pairs]
 
     def logits(self, row: list[int]) -> np.ndarray:
-        """The logits behind the last token of a row, computed without a cache."""
+        """Returns the logits after the last token of a row, without a KV cache."""
         outputs = self.lm(pad_right([row], len(row)))
         return keras.ops.convert_to_numpy(outputs[0, -1]).astype("float32")
 
@@ -75,7 +75,7 @@ class Ours(KerasContestant):
     """This library."""
 
     def backbone_class(self, shape: ModelShape) -> type[CustomBackbone]:
-        """What the model is made of."""
+        """Returns the class of the backbone."""
         return CustomBackbone if shape.kind == "gpt2" else LlamaBackbone
 
     def load(
@@ -99,7 +99,7 @@ class Ours(KerasContestant):
         self.lm.compile(sampler="greedy")
 
     def prepare(self, prompts: list[list[int]], max_length: int) -> Any:
-        """The inputs of `generate`, made before the clock starts."""
+        """Returns the inputs of `generate`; not timed."""
         return pad_right(prompts, max(map(len, prompts)))
 
     def generate(
@@ -117,11 +117,11 @@ class Ours(KerasContestant):
         return self.lm.generate(inputs, max_length=max_length, stop_token_ids=stops)
 
     def compilations(self) -> int | None:
-        """The steps compiled so far."""
+        """Returns the number of steps compiled so far."""
         return getattr(self.lm, "compilations", None)
 
     def cache_elements(self, prompts: list[list[int]], max_length: int) -> int | None:
-        """The numbers in the cache after a prefill, where that can be seen."""
+        """Returns the number of elements in the KV cache after a prefill."""
         prefill = getattr(self.lm, "prefill", None)
         if prefill is None:
             return None
@@ -131,7 +131,7 @@ class Ours(KerasContestant):
 
 
 class KerasHub(KerasContestant):
-    """KerasHub, with token inputs padded to `max_length` as it wants them.
+    """KerasHub, with token inputs padded to `max_length`, as it needs them.
 
     Args:
         jit_compile: `"auto"`, which is the default of Keras, or `True` for XLA
@@ -176,7 +176,7 @@ class KerasHub(KerasContestant):
         self.lm.compile(sampler="greedy", jit_compile=self.jit_compile)
 
     def prepare(self, prompts: list[list[int]], max_length: int) -> Any:
-        """The inputs of `generate`, made before the clock starts."""
+        """Returns the inputs of `generate`; not timed."""
         return pad_right(prompts, max_length)
 
     def generate(
@@ -186,11 +186,11 @@ class KerasHub(KerasContestant):
         max_new_tokens: int | None,
         stops: tuple[int, ...] | None,
     ) -> Any:
-        """Generates up to the inputs' width: there is no limit for each row."""
+        """Generates up to the width of the inputs; KerasHub has no other limit."""
         return self.lm.generate(dict(inputs), stop_token_ids=stops)
 
     def compilations(self) -> int | None:
-        """The traces of the generate function so far, where TensorFlow counts."""
+        """Returns how many times TensorFlow has traced the generate function."""
         function = getattr(self.lm, "generate_function", None)
         count = getattr(function, "experimental_get_tracing_count", None)
         return None if count is None else int(count())

@@ -1,9 +1,9 @@
-"""How much longer a prompt of twice the length takes, mixer by mixer.
+"""The time of prompts of growing lengths, mixer by mixer.
 
-Run it from the repository's root: `python -m benchmarks.linear_cost`. A window or a
-recurrence should take about twice as long, full attention up to four times.
-Prompts are absorbed as generation does it, by `prefill` of a model of one layer that
-is nothing but the mixer; with `--whole` the layer is called once, as in training.
+Run it from the repository's root: `python -m benchmarks.linear_cost`. For twice
+the length, sliding-window attention and recurrences should take about twice as long,
+full attention up to four times. It times `prefill` of a language model whose only
+layer is the mixer; with `--whole`, one call of the mixer on the whole prompt.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from attention.testing.backends import compile_call
 from benchmarks.keras_contestants import pad_right
 
 HEADS, WIDTH, VOCABULARY = 4, 256, 256
-# At most so many times as long, for twice the length.
+# The largest ratio of times for twice the length.
 GOAL = 2.3
 LAYERS: dict[str, Callable[[], Any]] = {
     "full attention": lambda: attention.RotaryAttention(HEADS),
@@ -44,7 +44,7 @@ LAYERS: dict[str, Callable[[], Any]] = {
 
 
 class MixerBackbone(blocks.CustomBackbone):
-    """A mixer between embeddings, without positions, norms and feed-forward."""
+    """A backbone of one mixer: without positions, norms and feed-forward layers."""
 
     def __init__(self, mixer: str, **kwargs: Any) -> None:
         self.mixer = mixer
@@ -64,7 +64,7 @@ class MixerBackbone(blocks.CustomBackbone):
 
 
 def prefill(name: str, lengths: list[int]) -> list[Callable[[], None]]:
-    """Prompts, as generation absorbs them."""
+    """Returns a function for each length that runs `prefill`."""
     backbone = MixerBackbone(
         name,
         vocabulary_size=VOCABULARY,
@@ -81,7 +81,7 @@ def prefill(name: str, lengths: list[int]) -> list[Callable[[], None]]:
 
         def run() -> None:
             state = lm.prefill(prompt, max_length=length)
-            # Waits for what may be computed later.
+            # Waits for the result.
             ops.convert_to_numpy(state.logits)
 
         return run
@@ -90,7 +90,7 @@ def prefill(name: str, lengths: list[int]) -> list[Callable[[], None]]:
 
 
 def whole(name: str, lengths: list[int]) -> list[Callable[[], None]]:
-    """Prompts into empty caches by one call of the layer."""
+    """Returns a function for each length that calls the layer with an empty cache."""
     layer = LAYERS[name]()
     layer.build((None, None, WIDTH))
 
@@ -112,7 +112,7 @@ def whole(name: str, lengths: list[int]) -> list[Callable[[], None]]:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384])
     parser.add_argument("--rounds", type=int, default=3)

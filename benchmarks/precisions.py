@@ -1,9 +1,9 @@
-"""How fast this library decodes with fewer bytes of weights and cache.
+"""The speed of decoding with weights and a KV cache of fewer bytes.
 
 Run it from the repository's root: `python -m benchmarks.precisions`, with
 `KERAS_BACKEND` for another backend than TensorFlow. The same GPT-2 124M in float32,
-in bfloat16, with weights in 8 bits (`backbone.quantize("int8")`), and with a cache in
-8 bits: fewer bytes are only faster where a backend's kernels take them as they are.
+in bfloat16, with int8 weights (`backbone.quantize("int8")`) and with an int8 KV cache.
+Fewer bytes are faster only where a backend has kernels for their type.
 """
 
 from __future__ import annotations
@@ -31,31 +31,31 @@ PROMPT = 64
 
 
 class Int8CacheBackbone(CustomBackbone):
-    """Keys and values in 8 bits."""
+    """A backbone with an int8 KV cache."""
 
     def create_attention_layer(self, inputs_shape: tuple, layer_index: int) -> Any:
         return MultiHeadAttention(self.num_heads, cache_dtype="int8")
 
 
 class Int8Cache(Ours):
-    """The model with another cache policy."""
+    """This library with an int8 KV cache."""
 
     def backbone_class(self, shape: ModelShape) -> type[CustomBackbone]:
-        """Attention that stores 8 bits."""
+        """Returns the class of the backbone."""
         return Int8CacheBackbone
 
 
 def loaded(
     weights: dict[str, Any], dtype: str = "float32", contestant: type[Ours] = Ours
 ) -> CausalLM:
-    """The benchmarks' model."""
+    """Returns the language model of the benchmark."""
     ours = contestant()
     ours.load(SHAPE, weights, dtype)
     return ours.lm
 
 
 def with_int8_weights(weights: dict[str, Any]) -> CausalLM:
-    """Dense kernels and embeddings in 8 bits."""
+    """Returns the language model with int8 dense kernels and embeddings."""
     lm = loaded(weights)
     lm.backbone.quantize("int8")
     return lm
@@ -70,7 +70,7 @@ PRECISIONS: dict[str, Callable[[dict[str, Any]], CausalLM]] = {
 
 
 def decode_seconds(lm: CausalLM, rows: int, new: int) -> float:
-    """The seconds of `new` decode steps, without the prompt's."""
+    """Returns the seconds of `new` decode steps, without the prefill."""
     prompts = make_prompts((PROMPT,) * rows, SHAPE.vocabulary_size, 0)
     inputs = pad_right(prompts, PROMPT)
     seconds = []
@@ -82,7 +82,7 @@ def decode_seconds(lm: CausalLM, rows: int, new: int) -> float:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--new", type=int, default=96)

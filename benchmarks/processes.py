@@ -1,4 +1,4 @@
-"""Worker processes, from the orchestrator's side."""
+"""Starts the processes of contestants, and sends them requests."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 class WorkerError(RuntimeError):
-    """A contestant failed; the text says how."""
+    """Raised when a contestant fails; the message says how."""
 
 
 def environment(contestant: str, device: str) -> dict[str, str]:
-    """The environment variables of a contestant's process."""
+    """Returns the environment variables of a contestant's process."""
     found = dict(os.environ)
     library, _, variant = contestant.partition("/")
     found["KERAS_BACKEND"] = variant.split("-")[0]
@@ -35,7 +35,7 @@ def environment(contestant: str, device: str) -> dict[str, str]:
         found["CUDA_VISIBLE_DEVICES"] = "-1"
         found["JAX_PLATFORMS"] = "cpu"
     else:
-        # All contestants share one GPU: nobody takes all of its memory at once.
+        # All contestants share one GPU: none may reserve all of its memory.
         found["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
         found["TF_FORCE_GPU_ALLOW_GROWTH"] = "true"
     return found
@@ -46,9 +46,9 @@ class WorkerProcess:
 
     Args:
         contestant: its name, such as `"keras_hub/jax"`.
-        logs: the folder for what it prints.
+        logs: the folder for its output.
         device: `"cpu"` or `"gpu"`.
-        timeout: the most seconds that a reply may take.
+        timeout: how many seconds to wait for a reply.
     """
 
     def __init__(
@@ -75,14 +75,14 @@ class WorkerProcess:
 
     @property
     def alive(self) -> bool:
-        """Whether the process still runs."""
+        """Returns whether the process still runs."""
         return self.process.poll() is None
 
     def call(self, operation: str, **arguments: Any) -> dict[str, Any]:
         """Sends a request and waits for the reply.
 
         Raises:
-            WorkerError: if the contestant fails, or dies, or takes too long.
+            WorkerError: if the contestant fails, dies or exceeds the timeout.
         """
         if not self.started:
             # The first line says whether everything could be imported.
@@ -97,7 +97,7 @@ class WorkerProcess:
         return self.receive()
 
     def receive(self) -> dict[str, Any]:
-        """Reads one reply."""
+        """Waits for a reply and returns it."""
         ready, _, _ = select.select([self.process.stdout], [], [], self.timeout)
         if not ready:
             self.process.kill()
@@ -112,7 +112,7 @@ class WorkerProcess:
         return reply
 
     def last_words(self) -> str:
-        """The end of what the process printed."""
+        """Returns the end of the output of the process."""
         lines = self.log.read_text(encoding="utf-8", errors="replace").split("\n")
         return " / ".join(line.strip() for line in lines if line.strip())[-300:]
 
@@ -128,7 +128,7 @@ class WorkerProcess:
 
 
 class WorkerPool:
-    """The processes of all contestants, each with the model of the moment.
+    """The processes of all contestants, each with the current model loaded.
 
     Args:
         contestants: their names.
@@ -136,10 +136,10 @@ class WorkerPool:
         weights: the file that every process loads.
         dtype: of weights and computations.
         device: `"cpu"` or `"gpu"`.
-        folder: for what the processes print.
+        folder: the folder for their output.
     """
 
-    # Compiling keeps about one core busy: two contestants at a time may do so.
+    # How many contestants may compile at a time; each keeps about one core busy.
     together = 2
 
     def __init__(
@@ -162,7 +162,7 @@ class WorkerPool:
         self.workers.clear()
 
     def start(self, name: str) -> WorkerProcess:
-        """A fresh process that is not waited for yet."""
+        """Starts a fresh process and returns it at once."""
         return WorkerProcess(name, self.folder, self.device)
 
     def load(self, worker: WorkerProcess) -> None:
@@ -175,7 +175,7 @@ class WorkerPool:
         )
 
     def worker(self, name: str) -> WorkerProcess:
-        """The process of a contestant, with the model; started if need be."""
+        """Returns the process of a contestant with the model, started if needed."""
         worker = self.workers.get(name)
         if worker is None or not worker.alive:
             worker = self.workers[name] = self.start(name)
@@ -183,7 +183,7 @@ class WorkerPool:
                 try:
                     self.load(worker)
                 except WorkerError:
-                    # Without a model it is of no use for the next case, either.
+                    # The next case starts a fresh process.
                     worker.close()
                     raise
         return worker
@@ -193,14 +193,14 @@ class WorkerPool:
     ) -> dict[str, Any]:
         """Calls a function for all contestants that have not failed yet.
 
-        Two at a time: what is timed is timed elsewhere.
+        Two contestants at a time, so it is not for timing.
 
         Args:
             function: takes the name of a contestant.
-            errors: what failed so far; what fails now is added.
+            errors: the errors so far by contestant; new ones are added.
 
         Returns:
-            What the function returned, by contestant.
+            The results of the function by contestant.
         """
 
         def attempt(name: str) -> Any:

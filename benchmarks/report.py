@@ -1,4 +1,4 @@
-"""From the measured values to ratios and a table."""
+"""Makes ratios and a Markdown table of measured values."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ Values = list[float | None]
 def paired_ratio(
     ours: Values, theirs: Values, more_is_better: bool = False
 ) -> float | None:
-    """How many times better ours is: the median of the rounds' ratios.
+    """Returns how many times better ours is: the median of the rounds' ratios.
 
-    The two of a round met the same state of the machine, so a ratio of each
-    round is steadier than one of two medians.
+    The two values of a round were measured close together, so that ratios of rounds
+    vary less than the ratio of two medians.
 
     Args:
         ours: a value for each round, `None` where there is none.
-        theirs: likewise.
-        more_is_better: whether larger values are the better ones.
+        theirs: a value for each round, `None` where there is none.
+        more_is_better: whether larger values are better.
 
     Returns:
         The ratio, or `None` if there is no round with both.
@@ -38,16 +38,16 @@ def paired_ratio(
 
 
 def median(values: Values) -> float | None:
-    """The median of those that are there."""
+    """Returns the median of the values that are not `None`."""
     found = [x for x in values if x is not None]
     return statistics.median(found) if found else None
 
 
 def opponents(row: dict[str, Any], ours: str) -> dict[str, str]:
-    """Whom one of our backends is compared with, by library.
+    """Returns the contestants that one of our backends is compared with, by library.
 
-    KerasHub on the same backend; on TensorFlow the faster of its default and
-    XLA, in this row. And transformers.
+    KerasHub on the same backend (on TensorFlow the faster of its default and XLA in
+    this row) and transformers.
     """
     values = row["values"]
     backend = ours.split("/")[1]
@@ -66,7 +66,7 @@ def opponents(row: dict[str, Any], ours: str) -> dict[str, str]:
 
 
 def ratios(row: dict[str, Any]) -> dict[str, dict[str, tuple[str, float]]]:
-    """By our backend and the other library: whom it met, and the ratio."""
+    """Returns, by our backend and the other library, the contestant and the ratio."""
     if row["void"] or not row.get("comparable", True):
         return {}
     found: dict[str, dict[str, tuple[str, float]]] = {}
@@ -82,7 +82,7 @@ def ratios(row: dict[str, Any]) -> dict[str, dict[str, tuple[str, float]]]:
 
 
 def number(value: float) -> str:
-    """A number with about three digits."""
+    """Returns a number with about three digits."""
     if value >= 1000:
         return f"{value:.0f}"
     digits = 3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0
@@ -90,7 +90,7 @@ def number(value: float) -> str:
 
 
 def cell(row: dict[str, Any], name: str) -> str:
-    """The values of a contestant: the median, and the least and the most."""
+    """Returns the median of a contestant's values, with the least and the most."""
     if name in row["errors"]:
         return "error"
     values = [x for x in row["values"].get(name, []) if x is not None]
@@ -109,7 +109,7 @@ def cell(row: dict[str, Any], name: str) -> str:
 
 
 def ratio_cell(found: dict, ours: str, library: str) -> str:
-    """A ratio, and which of KerasHub's settings it is to."""
+    """Returns a ratio, with a mark where KerasHub used XLA."""
     if library not in found.get(ours, {}):
         return "–"
     name, ratio = found[ours][library]
@@ -117,7 +117,7 @@ def ratio_cell(found: dict, ours: str, library: str) -> str:
 
 
 def goal_text(row: dict[str, Any]) -> str:
-    """The goals of a row, and which of our backends reach them."""
+    """Returns the goals of a row, and whether each of our backends meets them."""
     found, texts = ratios(row), []
     for goal in row["goals"]:
         at_most, at_least = goal["at_most"], goal["at_least"]
@@ -141,18 +141,15 @@ def goal_text(row: dict[str, Any]) -> str:
                 verdicts.append(f"{ours.split('/')[1]} {'met' if met else 'MISSED'}")
         texts.append(f"{text}: {', '.join(verdicts) or 'not measured'}")
     if texts and any(note.startswith("BUSY MACHINE") for note in row["notes"]):
-        texts.append("of little worth: BUSY MACHINE")
+        texts.append("not reliable: BUSY MACHINE")
     return "; ".join(texts)
 
 
 def table(report: dict[str, Any]) -> str:
-    """The report as Markdown.
+    """Returns the report as Markdown.
 
     Args:
-        report: as it is in the JSON file.
-
-    Returns:
-        The text.
+        report: the content of the JSON file.
     """
     settings = report["settings"]
     contestants = settings["contestants"]
@@ -203,12 +200,12 @@ def table(report: dict[str, Any]) -> str:
 
 
 def join(cells: list[str]) -> str:
-    """A line of a Markdown table."""
+    """Returns a line of a Markdown table."""
     return "| " + " | ".join(text.replace("|", "/") for text in cells) + " |"
 
 
 def machine_lines(report: dict[str, Any]) -> list[str]:
-    """Where and with what it was measured."""
+    """Returns lines about the machine and the versions of packages."""
     machine, settings = report["machine"], report["settings"]
     versions = ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
     variables = ", ".join(f"{k}={v}" for k, v in machine["variables"].items())

@@ -1,4 +1,4 @@
-"""The rows of a report, as they are written to JSON."""
+"""Rows of the report, as they are written to JSON."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Row:
     Args:
         model: the model's name.
         case: the case.
-        metric: what was measured.
+        metric: the name of the metric.
         unit: its unit.
-        more_is_better: whether a larger value is the better one.
+        more_is_better: whether larger values are better.
     """
 
     def __init__(
@@ -38,5 +38,5 @@ class Row:
         }
 
     def add(self, contestant: str, values: list[float | None]) -> None:
-        """Adds a contestant's values, one a round."""
+        """Adds a contestant's values, one for each round."""
         self.fields["values"][contestant] = values

@@ -1,4 +1,4 @@
-"""Runs cases: warms every contestant up, then times them turn by turn."""
+"""Runs cases: warms up all contestants, then times them in turn."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from benchmarks.rows import Row
 from benchmarks.tokens import Tokens
 from benchmarks.weights import ModelShape, random_weights, save_weights
 
-# How many prompts are tried in search of a token to stop at.
+# How many prompts are tried to find a stop token.
 STOP_SEEDS = 12
-# Of the cores; more in use by other processes is worth a note. Libraries suffer
-# from it unequally: threads that wait for each other come to a crawl.
+# How many cores other processes may use before the row gets a note. It slows some
+# libraries more than others: those whose threads wait for each other.
 BUSY = 0.15
 ITEM_SIZES = {"float32": 4, "bfloat16": 2}
 
@@ -26,12 +26,12 @@ class Runner:
     Args:
         plan: what to run.
         shape: the model.
-        contestants: their names; where tokens differ, the first one's count.
-        rounds: how often each is timed.
+        contestants: their names; tokens are compared with the first one's.
+        rounds: how many times each is timed.
         device: `"cpu"` or `"gpu"`.
         folder: for weights and logs.
-        budget: the seconds that one contestant may take in one case before it
-            sits out the rounds that are left.
+        budget: after how many seconds in one case a contestant skips the remaining
+            rounds.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Runner:
         self.pool = WorkerPool(contestants, shape, weights, plan.dtype, device, folder)
 
     def run(self, case: Case) -> list[dict[str, Any]]:
-        """Runs a case, and returns its rows for the report."""
+        """Runs a case and returns its rows for the report."""
         if case.kind == "compilations":
             rows = run_compilations(self.pool, case)
         elif case.kind == "memory":
@@ -64,11 +64,11 @@ class Runner:
         return [row.fields for row in rows]
 
     def prompts(self, case: Case, seed: int = 1) -> list[list[int]]:
-        """The prompts of a case."""
+        """Returns the prompts of a case."""
         return make_prompts(case.lengths, self.shape.vocabulary_size, seed)
 
     def run_time(self, case: Case) -> list[Row]:
-        """Times generation as a whole and, if the case says so, in parts."""
+        """Returns rows of the time of generation, in parts where the case says so."""
         errors: dict[str, str] = {}
         self.pool.for_each(self.pool.worker, errors)
         prompts, stops, notes = self.prompts(case), None, []
@@ -108,7 +108,7 @@ class Runner:
         return rows
 
     def warm_up(self, requests: dict, tokens: Tokens, errors: dict[str, str]) -> None:
-        """Compiles everything, and compares the tokens."""
+        """Makes each call once, so that it is compiled, and compares the tokens."""
         for kind, request in requests.items():
             replies = self.pool.for_each(
                 lambda name, kind=kind, request=request: (
@@ -125,11 +125,11 @@ class Runner:
     def time_rounds(
         self, requests: dict, tokens: Tokens, errors: dict[str, str]
     ) -> tuple[dict[str, dict[str, list[float | None]]], dict[str, float]]:
-        """Times each contestant once a round; one at a time is busy.
+        """Times each contestant once in each round, one at a time.
 
         Returns:
-            The seconds of each contestant, kind of call and round, and how many
-            cores other processes had meanwhile.
+            The seconds by contestant, kind of call and round, and the number of cores
+            that other processes used meanwhile, by contestant.
         """
         names = [name for name in self.contestants if name not in errors]
         seconds: dict[str, dict[str, list[float | None]]] = {
@@ -137,7 +137,7 @@ class Runner:
         }
         spent, others = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
         for i in range(self.rounds):
-            # To and fro, so that nobody always follows the same neighbour.
+            # In alternating order, so that none always follows the same other.
             for name in names if i % 2 == 0 else names[::-1]:
                 sits_out = name in errors or (i >= 1 and spent[name] > self.budget)
                 for kind, request in requests.items():
@@ -161,7 +161,7 @@ class Runner:
     def time_rows(
         self, case: Case, seconds: dict, bandwidth: float | None
     ) -> list[Row]:
-        """Rows of prefill, decode and all, from the seconds of each round."""
+        """Returns rows of prefill, decoding and all, from the seconds of each round."""
         model = self.shape.name
         first = Row(model, case, "prefill", "s", False)
         decode = Row(model, case, "decode", "tokens/s", True)
@@ -191,7 +191,7 @@ class Runner:
         return [row for row in rows if row.fields["values"]]
 
     def first_tokens(self, prompts: list, errors: dict[str, str]) -> list[int]:
-        """The first new token of each row, in the first contestant's opinion."""
+        """Returns the first new token of each row, from the first contestant."""
         reply = self.ask_first({"prompts": prompts, "max_new_tokens": 1}, errors)
         return sorted({row[0] for row in reply["tokens"]})
 
@@ -211,11 +211,13 @@ class Runner:
     def find_stop(
         self, case: Case, errors: dict[str, str]
     ) -> tuple[list[list[int]], list[int], str]:
-        """A prompt, and a token that greedy decoding first gives near the 32nd.
+        """Returns a prompt, and a token that greedy decoding first gives near the 32nd.
 
-        Random weights may repeat one token for ever, or run in a circle, and
-        then no token is new by then. So prompts are tried until one does not;
-        failing that, the latest first occurrence of all is taken.
+        Random weights may repeat a few tokens, so that none is new near the 32nd.
+        Several prompts are tried, and the token that comes nearest is taken.
+
+        Returns:
+            The prompts, the stop tokens and a note for the report.
         """
         near, best = 32, None
         for seed in range(1, STOP_SEEDS + 1):
@@ -233,7 +235,7 @@ class Runner:
         return prompts, stops, note
 
     def bandwidth(self, notes: list[str]) -> float | None:
-        """Bytes that the machine reads per second, measured now."""
+        """Measures how many bytes the machine reads per second, and returns it."""
         try:
             found = self.pool.worker("bandwidth").call("bandwidth")
         except WorkerError as error:
@@ -246,12 +248,12 @@ class Runner:
 
 
 def is_same_call(kind: str, name: str) -> bool:
-    """Whether a contestant can't but fill all rows, where a few tokens would do."""
+    """Returns whether the call of few tokens is the call of all: for KerasHub."""
     return kind == "few" and name.startswith(KERAS_HUB)
 
 
 def difference(whole: float | None, part: float | None) -> float | None:
-    """The rest of a time; `None` where noise leaves nothing of it."""
+    """Returns `whole - part`, or `None` if it is not positive."""
     if whole is None or part is None or whole <= part:
         return None
     return whole - part

@@ -1,4 +1,4 @@
-"""Whether all contestants generate the same tokens."""
+"""Compares the tokens that contestants generate."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from benchmarks.processes import WorkerError, WorkerPool
 
 
 class Tokens:
-    """Compares what contestants generate, and says where it differs.
+    """Compares the tokens of contestants, and notes differences.
 
     Args:
         pool: the contestants' processes.
         case: the case.
         prompts: its prompts.
         near_tie: the largest gap of two logits at which the choice between them
-            is rounding, and another token no fault.
+            counts as rounding.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Tokens:
                 self.notes.append(f"greedy decoding repeats itself in rows {few}")
             return
         reference = self.references[kind]
-        # Where only the one has a limit for each row, the other goes on.
+        # KerasHub has no limit for each row and goes on.
         may_go_on = self.case.max_new_tokens is not None
         for r, (expected, row) in enumerate(zip(reference, tokens)):
             both = min(len(expected), len(row))
@@ -57,7 +57,7 @@ class Tokens:
     def differs(
         self, name: str, r: int, n: int, expected: list[int], row: list[int]
     ) -> None:
-        """Notes a difference: as a near tie, or else the row is void."""
+        """Notes a difference as a near tie, or makes the row void."""
         text = f"tokens differ at row {r}, new token {n + 1}: {name}, {self.name}"
         tie = False
         try:

@@ -1,4 +1,4 @@
-"""transformers as a contestant, and the memory's bandwidth, both with torch."""
+"""Contestants with torch: transformers, and the memory bandwidth."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BANDWIDTH_BYTES = 512 * 2**20
 
 
 def torch_device() -> str:
-    """The device in use: a GPU where the orchestrator left one visible."""
+    """Returns the device: a GPU if one is visible."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -62,7 +62,7 @@ class Transformers:
         self.model = model.to(torch_device(), getattr(torch, dtype)).eval()
 
     def prepare(self, prompts: list[list[int]], max_length: int) -> Any:
-        """Rows as they are: `generate` decides how to batch them."""
+        """Returns the prompts as they are: `generate` makes batches of them."""
         return prompts
 
     def generate(
@@ -72,12 +72,12 @@ class Transformers:
         max_new_tokens: int | None,
         stops: tuple[int, ...] | None,
     ) -> list[list[int]]:
-        """Generates.
+        """Generates, and returns the new tokens of each row.
 
-        With `max_new_tokens` ragged rows go in one batch, padded on the left as
-        transformers wants them. Up to a common length they go in one batch for
-        each length of prompt: in a single one every row would get as many
-        tokens as the shortest prompt needs, past the positions that there are.
+        With `max_new_tokens` all rows are one batch, padded on the left, as
+        transformers needs them. Without it there is a batch for each length of
+        prompt: in one batch every row would get as many tokens as the shortest
+        prompt needs, more than the model has positions for.
         """
         if max_new_tokens is not None:
             return self.generate_batch(inputs, max_new_tokens, stops)
@@ -94,7 +94,7 @@ class Transformers:
     def generate_batch(
         self, rows: list[list[int]], steps: int, stops: tuple[int, ...] | None
     ) -> list[list[int]]:
-        """One call of transformers' `generate`."""
+        """Calls transformers' `generate` once, and returns the new tokens."""
         width = max(map(len, rows))
         tokens = torch.zeros((len(rows), width), dtype=torch.long)
         mask = torch.zeros_like(tokens)
@@ -114,22 +114,22 @@ class Transformers:
         return outputs[:, width:].cpu().tolist()
 
     def new_tokens(self, rows: list[list[int]], outputs: list) -> list[list[int]]:
-        """What came behind each prompt."""
+        """Returns the tokens after each prompt."""
         return outputs
 
     def logits(self, row: list[int]) -> np.ndarray:
-        """The logits behind the last token of a row."""
+        """Returns the logits after the last token of a row, without a KV cache."""
         with torch.no_grad():
             tokens = torch.tensor([row], device=torch_device())
             return self.model(tokens).logits[0, -1].float().cpu().numpy()
 
     def compilations(self) -> int | None:
-        """Nothing is compiled."""
+        """Returns `None`, as nothing is compiled."""
         return None
 
 
 class Bandwidth:
-    """Reads memory as fast as it goes, for the limit of a decode step."""
+    """Measures the memory bandwidth, which limits a decode step."""
 
     def __init__(self) -> None:
         torch.set_num_threads(os.cpu_count() or 1)
@@ -139,11 +139,10 @@ class Bandwidth:
         self.vector = torch.ones(columns, device=torch_device())
 
     def measure(self, times: int = 40) -> dict[str, float]:
-        """Bytes per second of several ways to read, which one read in ten exceeds.
+        """Returns bytes per second of several operations: the 90th percentile of each.
 
-        A product of a matrix and a vector does not everywhere read as fast as a
-        plain sum does. The limit is the fastest of them: a slow one would
-        flatter the share of it.
+        Which operation reads fastest differs between machines. The fastest counts: a
+        slower one would make the share of the bandwidth look larger.
         """
         ways = {
             "torch.mv": lambda: torch.mv(self.matrix, self.vector),

@@ -1,4 +1,4 @@
-"""One set of random weights for all libraries, and its names in each of them."""
+"""Random weights that all libraries load, under the names of each."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import pathlib
 
 import numpy as np
 
-# The weights' own names are those of `blocks.CustomBackbone`. KerasHub's parts of
-# a block are called like this:
+# Names are those of `blocks.CustomBackbone`; here are KerasHub's for parts of a block.
 KERAS_HUB_NAMES = {
     "gpt2": {
         "attention_norm": "self_attention_layer_norm",
@@ -31,7 +30,7 @@ class ModelShape:
     """The sizes of a model.
 
     Attributes:
-        name: how reports call it.
+        name: the name in reports.
         kind: `"gpt2"` or `"llama"`.
         num_layers: the number of blocks.
         hidden_dim: the width.
@@ -39,7 +38,7 @@ class ModelShape:
         num_key_value_heads: the number of key/value heads.
         intermediate_dim: the width inside the feed-forward layers.
         vocabulary_size: the number of tokens.
-        positions: the most positions of a sequence.
+        positions: the largest length of a sequence.
     """
 
     name: str
@@ -54,19 +53,19 @@ class ModelShape:
 
     @property
     def head_dim(self) -> int:
-        """The width of one head."""
+        """Returns the width of one head."""
         return self.hidden_dim // self.num_heads
 
     def cache_elements(self, rows: int, positions: int) -> int:
-        """The numbers in the keys and values of so many rows and positions."""
+        """Returns the number of elements of a KV cache."""
         per_position = 2 * self.num_layers * self.num_key_value_heads * self.head_dim
         return per_position * rows * positions
 
     def elements_read_per_step(self, rows: int, filled: float) -> float:
-        """The numbers that one decode step can't do without.
+        """Returns the number of elements that one decode step reads at least.
 
-        All weights, as the embedding is the head, too (of a table of positions
-        only a few rows), and the keys and values of the positions so far.
+        All weights but the position embeddings, of which a step reads few rows, and
+        the keys and values of the positions so far.
         """
         counted = {
             name: shape
@@ -121,14 +120,14 @@ def weight_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
 def random_weights(
     shape: ModelShape, seed: int = 0, gain: float = 1.4
 ) -> dict[str, np.ndarray]:
-    """Draws weights from a normal distribution; around 1 for the norms' scales.
+    """Draws weights from a normal distribution, around 1 for the scales of norms.
 
     Args:
         shape: the sizes of the model.
         seed: of NumPy's generator.
-        gain: the kernels' standard deviation times the root of the width. At
-            0.02 for all weights the embeddings outweigh what the blocks add,
-            and through the tied head greedy decoding repeats the last token.
+        gain: the kernels' standard deviation times the root of the width. If all
+            weights had 0.02, embeddings would outweigh the blocks, and with the tied
+            head greedy decoding would repeat the last token.
 
     Returns:
         A dict of `float32` arrays by name.
@@ -157,7 +156,7 @@ def load_weights(path: str | pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def keras_hub_name(kind: str, name: str) -> str:
-    """The path of a weight in KerasHub's backbone."""
+    """Returns the path of a weight in KerasHub's backbone."""
     if name.startswith("layer_norm/") and kind == "llama":
         return name.replace("layer_norm/", "sequence_output_layernorm/")
     for ours, theirs in KERAS_HUB_NAMES[kind].items():
@@ -168,7 +167,7 @@ def keras_hub_name(kind: str, name: str) -> str:
 def torch_weights(
     shape: ModelShape, weights: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """The weights under the names, and in the layout, of transformers."""
+    """Returns the weights with the names and in the layout of transformers."""
     make = gpt2_torch_weights if shape.kind == "gpt2" else llama_torch_weights
     return make(shape, weights)
 
@@ -176,7 +175,7 @@ def torch_weights(
 def gpt2_torch_weights(
     shape: ModelShape, weights: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """For `GPT2LMHeadModel`, whose kernels are `(inputs, outputs)` as in Keras."""
+    """Returns those of `GPT2LMHeadModel`: kernels `(inputs, outputs)`, as in Keras."""
     width = shape.hidden_dim
     found = {
         "transformer.wte.weight": weights["token_embedding/embeddings"],
@@ -213,7 +212,7 @@ def gpt2_torch_weights(
 def llama_torch_weights(
     shape: ModelShape, weights: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """For `LlamaForCausalLM`, whose kernels are `(outputs, inputs)`."""
+    """Returns those of `LlamaForCausalLM`: kernels `(outputs, inputs)`."""
     found = {
         "model.embed_tokens.weight": weights["token_embedding/embeddings"],
         "model.norm.weight": weights["layer_norm/scale"],

@@ -1,8 +1,8 @@
-"""One contestant in a process of its own. It is started by `benchmarks.processes`.
+"""One contestant in a process of its own, started by `benchmarks.processes`.
 
 Requests and replies are lines of JSON, on standard input and on a duplicate of
-standard output; all else that is printed goes to standard error, so that a
-library's notice can't be taken for a reply.
+standard output. All other output goes to standard error, so that a warning of a
+library is not taken for a reply.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def make_contestant(name: str) -> Any:
 
 
 def until_stop(tokens: list[int], stops: list[int] | None) -> list[int]:
-    """The tokens up to and with the first stop: libraries differ in what follows."""
+    """Returns the tokens up to the first stop token, which is included."""
     for i, token in enumerate(tokens):
         if stops and token in stops:
             return tokens[: i + 1]
@@ -42,7 +42,7 @@ def until_stop(tokens: list[int], stops: list[int] | None) -> list[int]:
 
 
 def count_backend_compilations() -> Callable[[], int]:
-    """Counts what JAX gives to XLA to compile from now on."""
+    """Returns a function that tells how many times JAX has called XLA since."""
     import jax
 
     events: list[str] = []
@@ -56,7 +56,7 @@ def count_backend_compilations() -> Callable[[], int]:
 
 
 def peak_memory() -> dict[str, Any]:
-    """The most memory in use so far, of the device where there is one."""
+    """Returns the peak memory so far, of the device if there is one."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
         return {"bytes": torch.cuda.max_memory_allocated(), "of": "device, torch"}
@@ -77,11 +77,11 @@ def peak_memory() -> dict[str, Any]:
         for line in status:
             if line.startswith("VmHWM:"):
                 return {"bytes": int(line.split()[1]) * 1024, "of": "process"}
-    raise RuntimeError("This system does not tell a process's peak memory.")
+    raise RuntimeError("This system does not report the peak memory of a process.")
 
 
 def reset_peak_memory() -> bool:
-    """Lets the process's peak start at what is in use now, where that is allowed."""
+    """Resets the peak memory of the process; returns whether that is allowed."""
     try:
         with open("/proc/self/clear_refs", "w", encoding="utf-8") as file:
             file.write("5")
@@ -91,10 +91,10 @@ def reset_peak_memory() -> bool:
 
 
 def others_seconds() -> float:
-    """The processor seconds that all other processes of the machine have had.
+    """Returns the processor seconds that all other processes have used so far.
 
-    Time that the hypervisor gave to other machines counts, too. Only differences
-    mean something; where the system does not tell, they are 0.
+    Time that a hypervisor gave to other machines is included. Only differences have
+    a meaning; they are 0 where the system does not report it.
     """
     own = os.times()
     try:
@@ -124,7 +124,7 @@ class Worker:
                 self.backend_compilations = count_backend_compilations()
 
     def load(self, shape: dict, weights: str, dtype: str) -> dict[str, Any]:
-        """Makes the model anew: with nothing compiled."""
+        """Makes a new model, with nothing compiled."""
         self.contestant = None
         gc.collect()
         self.contestant = make_contestant(self.name)
@@ -139,7 +139,7 @@ class Worker:
         max_new_tokens: int | None = None,
         stops: list[int] | None = None,
     ) -> dict[str, Any]:
-        """Generates once, and times that."""
+        """Generates once, and returns the seconds and the tokens."""
         inputs = self.contestant.prepare(prompts, max_length)
         arguments = (max_length, max_new_tokens, None if stops is None else (*stops,))
         others, start = others_seconds(), time.perf_counter()
@@ -150,7 +150,7 @@ class Worker:
         return {"seconds": seconds, "others": others, "tokens": tokens}
 
     def count(self, prompts: list[list[int]], max_new_tokens: int) -> dict[str, Any]:
-        """Generates from each prompt by itself, and counts what that compiles."""
+        """Generates from each prompt by itself, and counts compilations."""
         steps = self.contestant.compilations() or 0
         backend = self.backend_compilations() if self.backend_compilations else 0
         seconds, tokens = 0.0, []
@@ -166,22 +166,22 @@ class Worker:
         return found
 
     def memory(self, **arguments: Any) -> dict[str, Any]:
-        """Generates once, and tells the peak memory of it."""
+        """Generates once, and returns the peak memory."""
         was_reset = reset_peak_memory()
         tokens = self.generate(**arguments)["tokens"]
         return {**peak_memory(), "tokens": tokens, "was_reset": was_reset}
 
     def cache_elements(self, prompts: list, max_length: int) -> dict[str, Any]:
-        """The numbers in this library's cache."""
+        """Returns the number of elements in this library's KV cache."""
         return {"elements": self.contestant.cache_elements(prompts, max_length)}
 
     def gap(self, row: list[int], first: int, second: int) -> dict[str, float]:
-        """By how much the logit of one token exceeds that of another."""
+        """Returns by how much the logit of one token exceeds that of another."""
         logits = self.contestant.logits(row)
         return {"gap": float(logits[first] - logits[second])}
 
     def bandwidth(self) -> dict[str, float]:
-        """Bytes per second, by way of reading."""
+        """Returns the bytes per second of each operation."""
         return self.contestant.measure()
 
 

@@ -219,7 +219,7 @@ def test_keras_hubs_faster_setting_counts():
     faster = {**row()["values"], "ours/tensorflow": [0.5, 0.75]}
     assert report.goal_text(row(values=faster)) == "4x keras_hub: tensorflow met"
     disturbed = row(notes=["BUSY MACHINE: cores in use by others: ..."])
-    assert report.goal_text(disturbed).endswith("of little worth: BUSY MACHINE")
+    assert report.goal_text(disturbed).endswith("not reliable: BUSY MACHINE")
     assert report.ratios(row(void="void: x")) == {}
     assert "not measured" in report.goal_text(row(void="void: x"))
 
