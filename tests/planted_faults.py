@@ -225,7 +225,7 @@ class Leak(CachedLayer):
             padding_mask = ops.ones(ops.shape(x)[:2], "bool")
         real = ops.cast(padding_mask, "float32")
         inputs = ops.where(real[..., None] > 0, ops.cast(x, "float32"), 0.0)
-        if self.fault == "a token is absorbed twice" and cache is not None:
+        if self.fault == "a token is processed twice" and cache is not None:
             index = ops.convert_to_tensor(cache_update_index)
             later = ops.cast(ops.reshape(index, (-1, 1)) > 0, "float32")
             cache = cache * decay + later * inputs[:, 0] if length == 1 else cache

@@ -6,7 +6,7 @@ import importlib
 from typing import Any
 
 from attention.testing.checking import check_cached_layer, check_cached_model
-from attention.testing.failure import ConformanceError
+from attention.testing.running import ConformanceError
 
 __all__ = ["ConformanceError", "check_cached_layer", "check_cached_model"]
 

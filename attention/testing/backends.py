@@ -1,4 +1,4 @@
-"""What the checks need of each backend: compiling, gradients, full precision."""
+"""Compiling, gradients and full precision on each backend."""
 
 from __future__ import annotations
 
@@ -9,28 +9,23 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops, tree
+from keras import ops
 
 
 def to_numpy(x: Any) -> np.ndarray:
-    """A tensor as an array; floating point of any kind as `float32` or wider."""
+    """Returns a tensor as an array; floating point as `float32` or wider."""
     array = ops.convert_to_numpy(x)
     if array.dtype.kind in "biu" or array.dtype == np.float64:
         return array
     return array.astype("float32")
 
 
-def is_tensor(x: Any) -> bool:
-    return hasattr(x, "shape") and hasattr(x, "dtype")
-
-
 def has_compiler() -> bool:
-    """Whether the backend compiles what the checks want compared with eager."""
     return keras.config.backend() in ("tensorflow", "jax")
 
 
 def compile_call(function: Callable) -> Callable:
-    """Compiles a function of pytrees of tensors: XLA, or jit on JAX."""
+    """Compiles a function of pytrees of tensors: by XLA on TensorFlow, jit on JAX."""
     if keras.config.backend() == "jax":
         import jax
 
@@ -43,7 +38,7 @@ def compile_call(function: Callable) -> Callable:
 
 
 def gradients(function: Callable, variables: list, inputs: list) -> list:
-    """The gradients of a scalar function for variables and input tensors.
+    """Returns the gradients of a scalar function for variables and inputs.
 
     Args:
         function: takes the list of input tensors, returns a scalar.
@@ -88,7 +83,7 @@ def gradients(function: Callable, variables: list, inputs: list) -> list:
 
 
 def without_gradients(function: Callable) -> Callable:
-    """The function as it is run in inference."""
+    """Returns the function as it is run in inference."""
     if keras.config.backend() != "torch":
         return function
     import torch
@@ -98,7 +93,7 @@ def without_gradients(function: Callable) -> Callable:
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
-    """Products of float32 in float32, also on GPUs that would round them."""
+    """Computes products of float32 in float32, also on GPUs that would round them."""
     backend = keras.config.backend()
     if backend == "jax":
         import jax
@@ -107,24 +102,24 @@ def full_precision() -> Iterator[None]:
         precision = None if jax.default_backend() == "cpu" else "highest"
         with jax.default_matmul_precision(precision):
             yield
-    elif backend == "tensorflow":
+        return
+    if backend == "tensorflow":
         import tensorflow as tf
 
-        before = tf.config.experimental.tensor_float_32_execution_enabled()
-        tf.config.experimental.enable_tensor_float_32_execution(False)
-        try:
-            yield
-        finally:
-            tf.config.experimental.enable_tensor_float_32_execution(before)
+        config = tf.config.experimental
+        before = config.tensor_float_32_execution_enabled()
+        change: Any = config.enable_tensor_float_32_execution
+        full: Any = False
     else:
         import torch
 
         before = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before)
+        change, full = torch.set_float32_matmul_precision, "highest"
+    change(full)
+    try:
+        yield
+    finally:
+        change(before)
 
 
 @contextlib.contextmanager
@@ -136,8 +131,3 @@ def dtype_policy(policy: Any) -> Iterator[None]:
         yield
     finally:
         keras.config.set_dtype_policy(before)
-
-
-def copy_arrays(x: Any) -> Any:
-    """A pytree of tensors as arrays that nobody else can write to."""
-    return tree.map_structure(lambda t: np.array(to_numpy(t)), x)

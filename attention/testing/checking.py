@@ -10,7 +10,7 @@ from keras import tree
 
 from attention.contract.arguments import check_positive_int, describe
 from attention.contract.cached_layer import CachedLayer
-from attention.testing.backends import full_precision
+from attention.testing.backends import full_precision, has_compiler
 from attention.testing.contract_checks import (
     check_cache,
     check_causality,
@@ -33,11 +33,10 @@ from attention.testing.probe import Probe
 from attention.testing.rewind_check import check_rewind
 from attention.testing.running import run_in_order, select
 from attention.testing.saving_checks import check_config, check_saving
-from attention.testing.subjects import LayerSubject, ModelSubject, Subject
+from attention.testing.subjects import ModelSubject, Subject
 
-# From what a mistake shows in alone to what it shows in, too: the first check
-# that fails is the one to read.
-CHECKS: dict[str, Callable[[Subject, Probe], float | None]] = {
+# A mistake often fails several checks. The ones that say most about it come first.
+CHECKS: dict[str, Callable[[Probe], None]] = {
     "cache": check_cache,
     "state": check_state,
     "rows": check_rows,
@@ -58,7 +57,7 @@ CHECKS: dict[str, Callable[[Subject, Probe], float | None]] = {
 
 
 def run_checks(
-    subject: Subject, checks: Any, tolerance: float | None = None
+    subject: Subject, checks: Any, tolerance: float | None
 ) -> dict[str, float]:
     """Runs checks in order and returns the largest difference each found."""
     names = select(checks, CHECKS)
@@ -69,31 +68,28 @@ def run_checks(
                 f"{describe(tolerance)}"
             )
         subject.tolerance = float(tolerance)
-    limit_rows(subject)
-    with full_precision():
-        made = subject.new()
-        subject.require_new(made)
-        probe = Probe(subject, made)
-        limit = subject.limit(made)
-        if limit is not None and limit < subject.length:
-            raise ValueError(
-                f"{probe} can represent {limit} positions. Pass `max_length` of at "
-                f"most {limit}. Received: max_length={subject.length}"
-            )
-        return run_in_order(
-            names,
-            lambda name: CHECKS[name](subject, probe),
-            lambda: (str(probe), subject.doing),
-        )
-
-
-def limit_rows(subject: Subject) -> None:
     if subject.batch_size < 2 or subject.length < 8:
         raise ValueError(
             "`batch_size` must be at least 2 and `max_length` at least 8, or there "
             f"is little to compare. Received: batch_size={subject.batch_size}, "
             f"max_length={subject.length}"
         )
+    with full_precision():
+        subject.made = subject.new()
+        if subject.make() is subject.made:
+            raise ValueError(
+                f"`{subject.argument}` returned the same object twice. Make the layer "
+                "inside of it: `lambda: MyLayer(4)`."
+            )
+        limit = subject.limit(subject.made)
+        if limit is not None and limit < subject.length:
+            raise ValueError(
+                f"{subject} can represent {limit} positions. Pass `max_length` of at "
+                f"most {limit}. Received: max_length={subject.length}"
+            )
+        probe = Probe(subject, subject.made)
+        names = [name for name in names if name != "compiled" or has_compiler()]
+        return run_in_order(names, lambda name: CHECKS[name](probe), subject)
 
 
 def check_cached_layer(
@@ -109,7 +105,7 @@ def check_cached_layer(
 ) -> dict[str, float]:
     """Checks that a layer keeps the contract of `attention.CachedLayer`.
 
-    What a layer computes without a cache is the reference for all else:
+    The outputs of a layer without a cache are the reference for all else:
 
     - `cache`: caches are zeros, batch axis first; a call returns the structure,
       shapes and dtypes it got.
@@ -120,10 +116,10 @@ def check_cached_layer(
       chunks of 1, 3, 7 and random sizes, and rows at different positions all
       equal one call over the whole sequence.
     - `masked_rows`: a query that may attend to nothing gives no NaN.
-    - `padding`: padded tokens are no-ops, and their contents aren't seen.
+    - `padding`: padded tokens are no-ops, and their contents play no role.
     - `capacity`: unfilled slots play no role, `grow_cache` keeps the past, and
       padding that reaches past the end overwrites nothing.
-    - `rewind`: where `can_rewind` says so, tokens that were taken back leave no
+    - `rewind`: where `can_rewind` is true, tokens that were taken back leave no
       trace, in rows that take back as many and in rows that don't.
     - `compiled`: XLA (TensorFlow) and jit (JAX) give what eager calls give.
     - `low_precision`: `mixed_bfloat16`, `bfloat16`, `mixed_float16` stay near.
@@ -144,12 +140,12 @@ def check_cached_layer(
         seed: int. Of weights, inputs and random chunk sizes.
         checks: names of the checks to run; `None` means all.
         tolerance: float or `None`. The difference that is allowed for outputs of
-            size 1, where it is to be more than rounding explains: a cache in 8
-            bits is not what a call without one computes with.
+            size 1, for a layer that rounds more with a cache than without one, such
+            as to 8 bits.
 
     Returns:
-        A dict from each check to the largest difference that was found. What
-        does not apply to the backend (`compiled` on torch) is not in it.
+        A dict from each check to the largest difference that was found. On torch,
+        which compiles nothing, `compiled` is not in it.
 
     Raises:
         ConformanceError: an `AssertionError` that names the first check that
@@ -168,13 +164,13 @@ def check_cached_layer(
     >>> sorted(report), max(report.values()) < 1e-4
     (['causality', 'prefill_and_steps'], True)
     """
-    subject = LayerSubject(
+    subject = Subject(
         make_layer,
         check_positive_int("batch_size", batch_size),
         check_positive_int("max_length", max_length),
         dtype,
         seed,
-        hidden_dim=check_positive_int("hidden_dim", hidden_dim),
+        check_positive_int("hidden_dim", hidden_dim),
     )
     return run_checks(subject, checks, tolerance)
 
@@ -194,9 +190,9 @@ def check_cached_model(
     """Checks a block, a backbone or any Keras model made of cached layers.
 
     The checks are those of `check_cached_layer`. A model is run by
-    `call_with_cache`. Besides a fault of a cached layer they find what only a
-    model can do wrong: an ordinary layer that mixes along the sequence (a
-    convolution, an average) and so sees other tokens in decoding.
+    `call_with_cache`. Besides the mistakes of a cached layer they find that of a
+    model: an ordinary layer that mixes along the sequence (a convolution, an
+    average) and so sees other tokens in decoding.
 
     Args:
         make_model: a function without arguments that makes a new
@@ -234,26 +230,23 @@ def check_cached_model(
     >>> report["chunks"] < 1e-4
     True
     """
-    sizes = (
-        check_positive_int("batch_size", batch_size),
-        check_positive_int("max_length", max_length),
-    )
-    made = make_model() if callable(make_model) else None
-    subject: Subject
-    if isinstance(made, CachedLayer):
-        width = check_positive_int("hidden_dim", hidden_dim)
-        subject = LayerSubject(make_model, *sizes, dtype, seed, hidden_dim=width)
-    else:
-        if inputs is not None:
-            _check_example(inputs)
-        subject = ModelSubject(make_model, *sizes, dtype, seed, example=inputs)
-    return run_checks(subject, checks, tolerance)
-
-
-def _check_example(inputs: Any) -> None:
-    for x in tree.flatten(inputs):
+    for x in [] if inputs is None else tree.flatten(inputs):
         if len(getattr(x, "shape", ())) < 2 or isinstance(x, keras.KerasTensor):
             raise ValueError(
                 "`inputs` must be an example of the model's inputs: arrays of shape "
                 f"(batch, length, ...). Received: inputs={describe(inputs)}"
             )
+    if callable(make_model) and isinstance(make_model(), CachedLayer):
+        sizes = {"hidden_dim": hidden_dim, "batch_size": batch_size}
+        sizes["max_length"] = max_length
+        options = {"dtype": dtype, "seed": seed, "tolerance": tolerance}
+        return check_cached_layer(make_model, **sizes, **options, checks=checks)
+    subject = ModelSubject(
+        make_model,
+        check_positive_int("batch_size", batch_size),
+        check_positive_int("max_length", max_length),
+        dtype,
+        seed,
+        example=inputs,
+    )
+    return run_checks(subject, checks, tolerance)

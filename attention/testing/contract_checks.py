@@ -9,273 +9,223 @@ from keras import ops, tree
 
 from attention.contract.arguments import describe
 from attention.contract.checks import UpdatedCacheError
-from attention.testing.backends import copy_arrays, is_tensor, to_numpy
+from attention.testing.backends import to_numpy
 from attention.testing.comparing import Difference, ranges
-from attention.testing.failure import ConformanceError
 from attention.testing.probe import INT, ROWS, Probe, as_index, part, replace
-from attention.testing.subjects import Subject
+from attention.testing.running import ConformanceError
 
 
-def check_cache(subject: Subject, probe: Probe) -> float:
+def check_cache(probe: Probe) -> None:
     """Caches are zeros, batch axis first, and keep structure, shapes and dtypes."""
-    _check_new_cache(subject, probe)
-    _check_updated_caches(subject, probe)
+    _check_new_cache(probe)
+    _check_updated_caches(probe)
     # A cache that leaves its dtype often does so in low precision only.
     try:
-        _check_updated_caches(subject, probe.under("mixed_bfloat16"))
+        _check_updated_caches(probe.under("mixed_bfloat16"))
     except UpdatedCacheError as error:
-        message = f"Under the dtype policy mixed_bfloat16: {error}"
-        raise ConformanceError("cache", message) from error
+        probe.subject.fail(f"Under the dtype policy mixed_bfloat16: {error}")
     except ConformanceError:
         raise
     except Exception:
-        # What else goes wrong in low precision is for another check to say.
-        return 0.0
-    return 0.0
+        # Another check reports what else goes wrong in low precision.
+        return
 
 
-def _check_new_cache(subject: Subject, probe: Probe) -> None:
-    rows, length = subject.batch_size, subject.length
+def _check_new_cache(probe: Probe) -> None:
+    subject, rows = probe.subject, probe.rows
     cache = probe.create_cache()
     wider = probe.create_cache(rows=rows + 1)
-    shorter = probe.create_cache(length=max(1, length // 2))
+    shorter = probe.create_cache(length=max(1, probe.length // 2))
     for other, what in ((wider, "another batch size"), (shorter, "another length")):
         try:
             tree.assert_same_structure(cache, other)
         except (ValueError, TypeError):
-            raise ConformanceError(
-                "cache",
-                f"`create_cache` of {probe} must return the same structure for "
+            subject.fail(
+                f"`create_cache` of {subject} must return the same structure for "
                 f"every size. It returned {describe(cache)}, and for {what} "
-                f"{describe(other)}.",
-            ) from None
-    leaves = zip(*map(tree.flatten_with_path, (cache, wider)))
-    for (path, leaf), (_, wide) in leaves:
-        name = leaf_name(path)
-        if not is_tensor(leaf):
-            raise ConformanceError(
-                "cache",
-                f"A cache is a pytree of tensors, but {name} of {probe} is "
-                f"{describe(leaf)}. Keep settings on the layer, not in its cache.",
+                f"{describe(other)}."
+            )
+    for (path, leaf), wide in zip(tree.flatten_with_path(cache), tree.flatten(wider)):
+        name = f"{leaf_name(path)} of {subject}"
+        if not (hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+            subject.fail(
+                f"A cache is a pytree of tensors, but {name} is {describe(leaf)}. "
+                "Keep settings on the layer, not in its cache."
             )
         shape, wide_shape = tuple(leaf.shape), tuple(wide.shape)
         if shape[:1] != (rows,) or wide_shape != (rows + 1, *shape[1:]):
-            raise ConformanceError(
-                "cache",
+            subject.fail(
                 "The first axis of every tensor of a cache is the batch, so that "
-                f"rows can be taken out and reordered. For {rows} rows {name} of "
-                f"{probe} has shape {shape}, for {rows + 1} rows {wide_shape}.",
+                f"rows can be taken out and reordered. For {rows} rows {name} has "
+                f"shape {shape}, for {rows + 1} rows {wide_shape}."
             )
-        if (to_numpy(leaf) != 0).any():
-            raise ConformanceError(
-                "cache",
+        largest = float(np.abs(to_numpy(leaf)).max(initial=0))
+        if largest != 0:
+            subject.fail(
                 "A new cache is all zeros: no past. But the tensor of shape "
-                f"{shape} in {name} of {probe} is not.",
-                float(np.abs(to_numpy(leaf)).max()),
+                f"{shape} in {name} is not.",
+                largest,
             )
 
 
-def _check_updated_caches(subject: Subject, probe: Probe) -> None:
+def _check_updated_caches(probe: Probe) -> None:
     """A cached layer checks this itself; a model may not be made of such."""
-    cache = probe.create_cache()
-    size = subject.prefill_size
-    for index, start, length in ((INT, 0, size), (ROWS, size, 1)):
-        index = as_index(index, start, subject.batch_size)
-        inputs = part(probe.inputs, start, length)
-        _, updated = probe.step(inputs, cache, index)
+    cache, size = probe.create_cache(), probe.size
+    for kind, start, length in ((INT, 0, size), (ROWS, size, 1)):
+        index = as_index(kind, start, probe.rows)
+        _, updated = probe.step(part(probe.inputs, start, length), cache, index)
         tree.assert_same_structure(cache, updated)
         pairs = zip(tree.flatten_with_path(cache), tree.flatten(updated))
         for (path, old), new in pairs:
             if describe(old) != describe(new):
-                raise ConformanceError(
-                    "cache",
-                    "A call must return the cache in the shapes and dtypes in "
-                    f"which it got it, but {leaf_name(path)} of {probe} was a "
-                    f"{describe(old)} and became a {describe(new)}.",
+                probe.subject.fail(
+                    "A call must return the cache in the shapes and dtypes in which "
+                    f"it got it, but {leaf_name(path)} of {probe.subject} was a "
+                    f"{describe(old)} and became a {describe(new)}."
                 )
         cache = updated
 
 
-def check_state(subject: Subject, probe: Probe) -> float:
-    """Calls leave nothing behind on the layer, nor in the cache they were given."""
+def check_state(probe: Probe) -> None:
+    """Calls leave nothing on the layer, nor in the cache they were given."""
+    subject, size = probe.subject, probe.size
     # Not compiled: what is kept on the layer would be hidden, or a leak.
     eager = Probe(subject, subject.new(like=probe.made), compiled=False)
-    size = subject.prefill_size
     head, token = part(probe.inputs, 0, size), part(probe.inputs, size, 1)
-    other_head = part(probe.other_inputs, 0, size)
-    other_token = part(probe.other_inputs, size, 1)
+    _, cache = eager.step(head, eager.create_cache(), 0)
 
-    plain = eager.full(head)
-    prefilled, cache = eager.step(head, eager.create_cache(), 0)
-    given = copy_arrays(cache)
-    stepped, _ = eager.step(token, cache, size)
+    def outputs() -> list[tuple]:
+        return [
+            ("a call on one token with a cache", eager.step(token, cache, size)[0]),
+            ("a prefill", eager.step(head, eager.create_cache(), 0)[0]),
+            ("a call without a cache", eager.full(head)),
+        ]
+
+    given = [to_numpy(x).copy() for x in tree.flatten(cache)]
+    weights = [to_numpy(x).copy() for x in eager.made.weights]
+    before = outputs()
     attributes = _attributes(eager.made)
-    weights = copy_arrays(list(eager.made.weights))
     # Another sequence, with a cache and without; then the same calls again.
-    _, other_cache = eager.step(other_head, eager.create_cache(), 0)
-    eager.step(other_token, other_cache, size)
-    eager.full(other_head)
-    stepped_again, _ = eager.step(token, cache, size)
-    prefilled_again, _ = eager.step(head, eager.create_cache(), 0)
-    plain_again = eager.full(head)
+    other = part(probe.other_inputs, 0, size)
+    _, other_cache = eager.step(other, eager.create_cache(), 0)
+    eager.step(part(probe.other_inputs, size, 1), other_cache, size)
+    eager.full(other)
 
     def advice(found: Difference) -> str:
-        changed = _changed(attributes, _attributes(eager.made))
-        kept = f" These attributes changed meanwhile: {changed}." if changed else ""
+        changed = [
+            f"`{name}`"
+            for name, value in _attributes(eager.made).items()
+            if not _is_same(attributes.get(name), value)
+        ]
+        kept = f" These attributes changed meanwhile: {', '.join(changed)}."
         return (
             "What a call knows of the past comes from `cache` and "
-            "`cache_update_index` alone; nothing is kept on the layer, as one "
-            f"layer serves many sequences.{kept}"
+            "`cache_update_index` alone; nothing is kept on the layer, as one layer "
+            f"serves many sequences.{kept if changed else ''}"
         )
 
-    worst = 0.0
-    for name, first, second, start in (
-        ("a call on one token with a cache", stepped, stepped_again, size),
-        ("a prefill of an empty cache", prefilled, prefilled_again, 0),
-        ("a call without a cache", plain, plain_again, 0),
-    ):
-        found = eager.compare(second, first, positions=start)
+    for (name, first), (_, second) in zip(before, outputs()):
         claim = (
-            f"The same call must give the same outputs, whatever else was called "
+            "The same call must give the same outputs, whatever else was called "
             f"between; {name} did not."
         )
-        worst = max(worst, eager.require("state", claim, found, advice))
-    for variable, before in zip(eager.made.weights, weights):
-        if not np.array_equal(to_numpy(variable), before):
-            raise ConformanceError(
-                "state",
-                f"The weight '{variable.path}' of {eager} changed during inference. "
-                "Keep what belongs to a sequence in the cache.",
+        eager.require(claim, eager.compare(second, first), advice)
+    for variable, value in zip(eager.made.weights, weights):
+        if not np.array_equal(to_numpy(variable), value):
+            subject.fail(
+                f"The weight '{variable.path}' of {subject} changed during "
+                "inference. Keep what belongs to a sequence in the cache."
             )
-    for (path, leaf), before in zip(tree.flatten_with_path(cache), tree.flatten(given)):
-        if not np.array_equal(
-            to_numpy(leaf), before, equal_nan=before.dtype.kind == "f"
-        ):
-            raise ConformanceError(
-                "state",
-                f"A call of {eager} changed the cache it was given, in "
+    for (path, leaf), value in zip(tree.flatten_with_path(cache), given):
+        is_float = value.dtype.kind == "f"
+        if not np.array_equal(to_numpy(leaf), value, equal_nan=is_float):
+            subject.fail(
+                f"A call of {subject} changed the cache it was given, in "
                 f"{leaf_name(path)}. The cache is a value: return an updated one, "
-                "or whoever continues one past in two ways gets them mixed up.",
+                "or two continuations of one past get mixed up."
             )
-    return worst
 
 
 def _attributes(layer: Any) -> dict[str, Any]:
     return {k: v for k, v in vars(layer).items() if not k.startswith("_")}
 
 
-def _changed(before: dict[str, Any], after: dict[str, Any]) -> str:
-    names = [
-        name
-        for name, value in after.items()
-        if name not in before or _differs(before[name], value)
-    ]
-    return ", ".join(f"`{name}`" for name in names)
-
-
-def _differs(old: Any, new: Any) -> bool:
+def _is_same(old: Any, new: Any) -> bool:
     if isinstance(new, (int, float, str, tuple)):
-        return type(old) is not type(new) or old != new
-    return old is not new
+        return type(old) is type(new) and old == new
+    return old is new
 
 
-def check_causality(subject: Subject, probe: Probe) -> float:
+def check_causality(probe: Probe) -> None:
     """A changed token moves no earlier output."""
-    length, size = subject.length, subject.prefill_size
-    worst = 0.0
+    length, size = probe.length, probe.size
 
-    def advice(found: Difference) -> str:
-        return (
-            "A token may depend on itself and on earlier ones. If only the output "
-            "just before the change moved, the causal mask is off by one (`<` "
-            "where `<=` is meant, or queries and keys counted from different "
-            "starts); if all moved, there is no mask at all, or something is "
-            "averaged over the whole sequence."
-        )
+    def prefill(inputs: Any) -> list[np.ndarray]:
+        return probe.step(part(inputs, 0, size), probe.create_cache(), 0)[0]
 
-    for start in sorted({1, length // 2, length - 1}):
-        where = np.arange(length)[None] >= start
-        where = np.broadcast_to(where, (subject.batch_size, length))
-        changed = probe.full(replace(probe.inputs, probe.other_inputs, where))
-        found = probe.compare(changed, probe.expected, ~where)
-        claim = (
+    calls: list[tuple[int, Any, str, Any]] = [
+        (start, probe.full, "a call without a cache", probe.expected)
+        for start in sorted({1, length // 2, length - 1})
+    ]
+    calls.append((size // 2, prefill, "a prefill", prefill(probe.inputs)))
+    for start, call, what, expected in calls:
+        later = np.broadcast_to(np.arange(length) >= start, (probe.rows, length))
+        changed = call(replace(probe.inputs, probe.other_inputs, later))
+        earlier = ~later[:, : expected[0].shape[1]]
+        found = probe.compare(changed, expected, earlier)
+        probe.require(
             f"Tokens from position {start} on were changed, and outputs at the "
-            f"earlier positions {ranges(found.wrong_positions)} moved, in a call "
-            "without a cache."
+            f"earlier positions {ranges(found.positions)} moved, in {what}.",
+            found,
+            "A token may depend on itself and on earlier ones. If only the output "
+            "just before the change moved, the causal mask is off by one (`<` where "
+            "`<=` is meant, or queries and keys counted from different starts); if "
+            "all moved, there is no mask at all, or something is averaged over the "
+            "whole sequence.",
         )
-        worst = max(worst, probe.require("causality", claim, found, advice))
-
-    start = size // 2
-    where = np.arange(size)[None] >= start
-    where = np.broadcast_to(where, (subject.batch_size, size))
-    head, other = part(probe.inputs, 0, size), part(probe.other_inputs, 0, size)
-    outputs, _ = probe.step(head, probe.create_cache(), 0)
-    changed, _ = probe.step(replace(head, other, where), probe.create_cache(), 0)
-    found = probe.compare(changed, outputs, ~where)
-    claim = (
-        f"Tokens from position {start} on were changed, and outputs at the earlier "
-        f"positions {ranges(found.wrong_positions)} moved, in a prefill with a "
-        "cache."
-    )
-    return max(worst, probe.require("causality", claim, found, advice))
 
 
-def check_rows(subject: Subject, probe: Probe) -> float:
+def check_rows(probe: Probe) -> None:
     """Rows don't affect each other, and reordering a cache reorders the outputs."""
-    rows, length, size = subject.batch_size, subject.length, subject.prefill_size
-    first = np.arange(rows) == 0
-    where = np.broadcast_to(first[:, None], (rows, length))
-    mixed = replace(probe.inputs, probe.other_inputs, where)
-
-    def advice(found: Difference) -> str:
-        return (
-            f"Rows that moved: {ranges(found.wrong_rows)}. Look for a "
-            "reshape or transpose in which the batch axis does not stay the first, "
-            "for a mean or a norm over the batch, or for one row's "
-            "`cache_update_index` used for all."
-        )
-
-    claim = "Row 0 was changed, and outputs of other rows moved, in {}."
-    found = probe.compare(probe.full(mixed), probe.expected, ~where)
-    calls = [(found, "a call without a cache")]
-    outputs, cache = _prefill(probe, probe.inputs, size)
-    changed, changed_cache = _prefill(probe, mixed, size)
-    found = probe.compare(changed, outputs, ~where[:, :size])
-    calls.append((found, "a prefill with a cache"))
+    rows, size = probe.rows, probe.size
+    first = np.broadcast_to((np.arange(rows) == 0)[:, None], (rows, probe.length))
     # Each row has an index of its own, although they are all the same.
     index = as_index(ROWS, size, rows)
-    token = part(probe.inputs, size, 1)
-    stepped, _ = probe.step(token, cache, index)
-    changed, _ = probe.step(part(mixed, size, 1), changed_cache, index)
-    found = probe.compare(changed, stepped, ~where[:, :1], size)
-    calls.append((found, "a call on one token with a cache"))
-    worst = max(
-        probe.require("rows", claim.format(what), found, advice)
-        for found, what in calls
-    )
+
+    def outputs(inputs: Any) -> tuple:
+        prefilled, cache = probe.step(part(inputs, 0, size), probe.create_cache(), 0)
+        stepped, _ = probe.step(part(inputs, size, 1), cache, index)
+        return probe.full(inputs), prefilled, stepped, cache
+
+    def advice(found: Difference) -> str:
+        return (
+            f"{found.rows} Look for a reshape or transpose in which the batch axis "
+            "does not stay the first, for a mean or a norm over the batch, or for "
+            "one row's `cache_update_index` used for all."
+        )
+
+    *expected, cache = outputs(probe.inputs)
+    *changed, _ = outputs(replace(probe.inputs, probe.other_inputs, first))
+    calls = ("a call without a cache", "a prefill", "a call on one token with a cache")
+    for call, a, b in zip(calls, changed, expected):
+        found = probe.compare(a, b, ~first[:, : b[0].shape[1]])
+        claim = f"Row 0 was changed, and outputs of other rows moved, in {call}."
+        probe.require(claim, found, advice)
 
     order = np.roll(np.arange(rows), 1)
     reordered = tree.map_structure(lambda x: ops.take(x, order, axis=0), cache)
-    token = tree.map_structure(lambda x: x[order], token)
-    outputs, _ = probe.step(token, reordered, index)
-    found = probe.compare(outputs, [x[order] for x in stepped], positions=size)
-    claim = (
-        f"The rows of the cache and of the next token were reordered as {order}, "
-        "but the outputs are not the earlier ones in this order."
+    token = tree.map_structure(lambda x: x[order], part(probe.inputs, size, 1))
+    stepped, _ = probe.step(token, reordered, index)
+    found = probe.compare(stepped, [x[order] for x in expected[2]], positions=size)
+    probe.require(
+        f"The rows of the cache and of the next token were reordered as {order}, but "
+        "the outputs are not the earlier ones in this order.",
+        found,
+        "Everything that belongs to a row must be in the cache, along the first axis "
+        "of its tensors. Beam search relies on it.",
     )
-    advice_text = (
-        "Everything that belongs to a row must be in the cache, along the first "
-        "axis of its tensors. Beam search relies on it."
-    )
-    return max(worst, probe.require("rows", claim, found, advice_text))
-
-
-def _prefill(probe: Probe, inputs: Any, size: int) -> tuple[list[np.ndarray], Any]:
-    return probe.step(part(inputs, 0, size), probe.create_cache(), 0)
 
 
 def leaf_name(path: tuple) -> str:
-    """Where in a cache a tensor is."""
-    if not path:
-        return "the cache"
+    """Returns where in a cache a tensor is, as in `cache['key']`."""
     return "cache" + "".join(f"[{key!r}]" for key in path)

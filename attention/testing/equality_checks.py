@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from keras import ops, tree
 
 from attention.testing.comparing import Difference, ranges
 from attention.testing.explaining import explain_steps
 from attention.testing.probe import INT, ROWS, SCALAR, Probe, gather, part
-from attention.testing.subjects import Subject
 
 _SAME = (
     "With a cache, the outputs must be those of one call over the whole sequence "
@@ -16,181 +17,137 @@ _SAME = (
 )
 
 
-def check_prefill_and_steps(subject: Subject, probe: Probe) -> float:
+def check_prefill_and_steps(probe: Probe) -> None:
     """A prefill, then single tokens, equal the full forward pass."""
-    length, size = subject.length, subject.prefill_size
-    steps = [size] + [1] * (length - size)
-    worst = 0.0
-    # Ints take other ways through a layer than tensors do; two are enough.
+    size = probe.size
+    steps = [size] + [1] * (probe.length - size)
+    # A layer may handle ints differently from tensors; two of them are enough.
     for kinds in ((INT, INT, INT, SCALAR), (ROWS,)):
-        outputs, _, caches = probe.run(probe.inputs, steps, kinds)
-        found = probe.compare(outputs, probe.expected)
-        first = kinds[0]
-        claim = (
-            f"{_SAME}when a prefill of {size} tokens is followed by single tokens "
-            f"(`cache_update_index` is {first}"
-            f"{' at first, then a scalar tensor' if first == INT else ''})."
-        )
+        outputs, caches = probe.run(probe.inputs, steps, kinds)
 
         def advice(found: Difference, caches: list = caches) -> str:
-            return explain_steps(probe, found, size, caches)
+            return explain_steps(probe, found, caches)
 
-        worst = max(worst, probe.require("prefill_and_steps", claim, found, advice))
-    return worst
+        later = " at first, then a scalar tensor" if kinds[0] == INT else ""
+        claim = (
+            f"{_SAME}when a prefill of {size} tokens is followed by single tokens "
+            f"(`cache_update_index` is {kinds[0]}{later})."
+        )
+        probe.require(claim, probe.compare(outputs, probe.expected), advice)
 
 
-def check_chunks(subject: Subject, probe: Probe) -> float:
+def check_chunks(probe: Probe) -> None:
     """Chunks of any sizes equal the full forward pass."""
-    length, worst = subject.length, 0.0
-    rng = np.random.default_rng([subject.seed, 3])
+    length = probe.length
+    rng = np.random.default_rng([probe.subject.seed, 3])
     cuts = np.sort(rng.choice(np.arange(1, length), 2, replace=False))
-    random_sizes = np.diff([0, *cuts, length]).tolist()
-    plans = [([1] * length, SCALAR, "of one token")]
+    plans = [([1] * length, SCALAR)]
     for size, kind in ((3, ROWS), (7, SCALAR)):
-        sizes = [size] * (length // size) + [length % size] * (length % size > 0)
-        plans.append((sizes, kind, f"of {size} tokens"))
-    plans.append((random_sizes, ROWS, f"of {random_sizes} tokens"))
-    for sizes, kind, what in plans:
+        whole, rest = divmod(length, size)
+        plans.append(([size] * whole + [rest] * (rest > 0), kind))
+    plans.append((np.diff([0, *cuts, length]).tolist(), ROWS))
+    for sizes, kind in plans:
         if max(sizes) == 1:
             outputs = probe.token_by_token[0]
         else:
-            outputs, _, _ = probe.run(probe.inputs, sizes, (kind,))
+            outputs, _ = probe.run(probe.inputs, sizes, (kind,))
         found = probe.compare(outputs, probe.expected)
-        starts = np.cumsum([0, *sizes[:-1]])
-        first_wrong = int(np.argmax(found.wrong_positions))
-        at_start = first_wrong in starts
-        advice = (
-            f"Wrong positions: {ranges(found.wrong_positions)}; the chunks start "
-            f"at {ranges(np.isin(np.arange(length), starts))}. The first wrong one "
-            f"is {'the first' if at_start else 'inside'} of a chunk. Inside of a "
-            "chunk the tokens see the past and each other: the mask between them "
-            "is by positions (query position = `cache_update_index` + offset), and "
-            "the state after a chunk is that after its last token."
+        starts = np.isin(np.arange(length), np.cumsum([0, *sizes]))
+        probe.require(
+            f"{_SAME}when the sequence is processed in chunks of {sizes} tokens "
+            f"(`cache_update_index` is {kind}).",
+            found,
+            f"Wrong positions: {ranges(found.positions)}; the chunks start at "
+            f"{ranges(starts)}. Within a chunk the tokens see the past and each "
+            "other: the mask between them is by positions (query position = "
+            "`cache_update_index` + offset), and the state after a chunk is that "
+            "after its last token.",
         )
-        claim = (
-            f"{_SAME}when the sequence is read in chunks {what} "
-            f"(`cache_update_index` is {kind})."
-        )
-        worst = max(worst, probe.require("chunks", claim, found, advice))
-    return worst
 
 
-def check_positions(subject: Subject, probe: Probe) -> float:
+def check_positions(probe: Probe) -> None:
     """Rows of one batch may stand at different positions."""
-    rows, length = subject.batch_size, subject.length
-    starts = _ragged_starts(rows, length)
-    # Each row's past was absorbed by itself, so no padding is needed here.
-    cache = _cache_at(probe, starts)
-    worst, index = 0.0, starts.copy()
+    # Different numbers of tokens, with room for five more.
+    index = (np.arange(probe.rows) * 5 + 2) % max(1, probe.length - 5)
+    cache = _cache_at(probe, index)
     for size in (1, 1, 3):
-        if index.max() + size > length:
+        if index.max() + size > probe.length:
             break
-        positions = index[:, None] + np.arange(size)[None]
+        positions = index[:, None] + np.arange(size)
         outputs, cache = probe.step(gather(probe.inputs, positions), cache, index)
         expected = gather(probe.expected, positions)
         found = probe.compare(outputs, expected, positions=index)
-        claim = (
-            f"{_SAME}when the rows stand at different positions: {size} more "
-            f"tokens with `cache_update_index={index.tolist()}`, one entry per row."
+        probe.require(
+            f"{_SAME}when the rows stand at different positions: {size} more tokens "
+            f"with `cache_update_index={index.tolist()}`, one entry per row.",
+            found,
+            f"{found.rows} Each row reads, writes and counts positions by its own "
+            "entry: positions are of shape (batch, length) then, and a write is no "
+            "slice at one place for all rows.",
         )
-        advice = (
-            f"Rows that are wrong: {ranges(found.wrong_rows)}. Each row "
-            "reads, writes and counts positions by its own entry: positions are of "
-            "shape (batch, length) then, and a write is no slice at one place for "
-            "all rows."
-        )
-        worst = max(worst, probe.require("positions", claim, found, advice))
         index = index + size
-    return worst
 
 
-def _ragged_starts(rows: int, length: int) -> np.ndarray:
-    """Different numbers of absorbed tokens, with room for five more."""
-    return (np.arange(rows) * 5 + 2) % max(1, length - 5)
+def _cache_at(probe: Probe, starts: np.ndarray) -> Any:
+    """Returns a cache whose rows have processed different numbers of tokens."""
+    caches = [probe.create_cache(), *probe.token_by_token[1]]
+
+    def pick(*leaves: Any) -> Any:
+        rows = [leaves[start][row : row + 1] for row, start in enumerate(starts)]
+        return ops.concatenate(rows, axis=0)
+
+    return tree.map_structure(pick, *caches) if tree.flatten(caches[0]) else caches[0]
 
 
-def _cache_at(probe: Probe, starts: np.ndarray) -> tuple:
-    """A cache whose rows have absorbed different numbers of tokens."""
-    _, _, caches = probe.token_by_token
-    caches = [probe.create_cache(), *caches]
-
-    def pick(*leaves: object) -> object:
-        chosen = [leaves[start][row : row + 1] for row, start in enumerate(starts)]
-        return ops.concatenate(chosen, axis=0)
-
-    if not tree.flatten(caches[0]):
-        return caches[0]
-    return tree.map_structure(pick, *caches)
-
-
-def check_capacity(subject: Subject, probe: Probe) -> float:
+def check_capacity(probe: Probe) -> None:
     """What a cache could hold beyond the sequence plays no role."""
-    length, size, worst = subject.length, subject.prefill_size, 0.0
+    subject, length, size = probe.subject, probe.length, probe.size
+    larger = min(2 * length, subject.limit(probe.made) or 2 * length)
     head, token = part(probe.inputs, 0, size), part(probe.inputs, size, 1)
-    expected = [x[:, size : size + 1] for x in probe.expected]
-    limit = subject.limit(probe.made)
-    larger = 2 * length if limit is None else min(2 * length, limit)
-    _, cache = probe.step(head, probe.create_cache(larger), 0)
-    outputs, _ = probe.step(token, cache, np.asarray(size))
-    found = probe.compare(outputs, expected, positions=size)
-    claim = f"{_SAME}with a cache for {larger} positions, for a sequence of {length}."
-    advice = (
+
+    def check_next(cache: Any, claim: str, advice: str) -> None:
+        outputs, _ = probe.step(token, cache, np.asarray(size))
+        found = probe.compare(outputs, part(probe.expected, size, 1), positions=size)
+        probe.require(claim, found, advice)
+
+    check_next(
+        probe.step(head, probe.create_cache(larger), 0)[1],
+        f"{_SAME}with a cache for {larger} positions, for a sequence of {length}.",
         "Slots that were not written yet must not be attended, and nothing may be "
-        "computed from the size of the cache: compare the slots' positions with "
-        "the queries'."
+        "computed from the size of the cache: compare the slots' positions with the "
+        "queries'.",
     )
-    worst = max(worst, probe.require("capacity", claim, found, advice))
-
     _, cache = probe.step(head, probe.create_cache(size), 0)
-    probe.doing = f"asked for `grow_cache(cache, {length})`"
-    cache = subject.grow_cache(probe.made, cache, length)
-    outputs, _ = probe.step(token, cache, np.asarray(size))
-    found = probe.compare(outputs, expected, positions=size)
-    claim = (
+    subject.doing = f"asked for `grow_cache(cache, {length})`"
+    check_next(
+        subject.grow_cache(probe.made, cache, length),
         f"{_SAME}after a full cache of {size} positions was grown to {length} with "
-        "`grow_cache`."
+        "`grow_cache`.",
+        "The default `grow_cache` copies every tensor to the origin of a larger one. "
+        "A layer whose slots move with the capacity overrides it.",
     )
-    advice = (
-        "The default `grow_cache` copies every tensor to the origin of a larger "
-        "one. A layer whose slots move with the capacity overrides it."
-    )
-    worst = max(worst, probe.require("capacity", claim, found, advice))
-    return max(worst, _past_the_end(subject, probe))
+    _check_past_the_end(probe)
 
 
-def _past_the_end(subject: Subject, probe: Probe) -> float:
-    """A padded chunk may reach beyond the cache, its real tokens don't."""
-    rows, length = subject.batch_size, subject.length
-    new = np.array([3, 1, 1])[np.arange(rows) % 3]
-    starts = np.array([length - 3, length - 1, length - 2])[np.arange(rows) % 3]
-    if starts.min() < 1:
-        return 0.0
-    positions = starts[:, None] + np.arange(3)[None]
-    mask = np.arange(3)[None] < new[:, None]
-    cache = _cache_at(probe, starts)
-    inside = np.minimum(positions, length - 1)
-    outputs, cache = probe.step(gather(probe.inputs, inside), cache, starts, mask)
-    expected = gather(probe.expected, inside)
-    found = probe.compare(outputs, expected, mask, starts)
-    claim = (
-        f"{_SAME}when three tokens reach past the end of a cache of {length} "
-        f"positions: {new.tolist()} of them are real in the rows, which stand at "
-        f"{starts.tolist()}; the others are padding."
-    )
-    advice = (
-        f"Rows that are wrong: {ranges(found.wrong_rows)}. `slice_update` "
-        "moves a slice that does not fit to the front, over live slots. Write only "
-        "the real tokens, each to its own slot."
-    )
-    worst = probe.require("capacity", claim, found, advice)
-    # The rows that are not full yet go on; the full ones rest.
-    last = np.full((rows, 1), length - 1)
-    mask = (starts + new < length)[:, None]
-    index = np.minimum(starts + new, length - 1)
-    if not mask.any():
-        return worst
-    outputs, _ = probe.step(gather(probe.inputs, last), cache, index, mask)
-    expected = [x[:, -1:] for x in probe.expected]
-    found = probe.compare(outputs, expected, mask, length - 1)
-    claim = f"{_SAME}for the token after such a chunk."
-    return max(worst, probe.require("capacity", claim, found, advice))
+def _check_past_the_end(probe: Probe) -> None:
+    """A padded chunk may reach beyond the cache; its real tokens don't."""
+    rows, length = probe.rows, probe.length
+    new = np.resize([3, 1, 1], rows)
+    index = length - np.resize([3, 1, 2], rows)
+    cache = _cache_at(probe, index)
+    # Three tokens; then the rows that are not full yet go on, and the full ones rest.
+    for width, real in ((3, new), (1, (index + new < length).astype(int))):
+        mask = np.arange(width) < real[:, None]
+        inside = np.minimum(index[:, None] + np.arange(width), length - 1)
+        outputs, cache = probe.step(gather(probe.inputs, inside), cache, index, mask)
+        found = probe.compare(outputs, gather(probe.expected, inside), mask, index)
+        probe.require(
+            f"{_SAME}when {width} tokens reach past the end of a cache of {length} "
+            f"positions: {real.tolist()} of them are real in the rows, which stand "
+            f"at {index.tolist()}; the others are padding.",
+            found,
+            f"{found.rows} `slice_update` moves a slice that does not fit to the "
+            "front, over live slots. Write only the real tokens, each to its own "
+            "slot.",
+        )
+        index = np.minimum(index + new, length - 1)

@@ -1,7 +1,8 @@
-"""What the inputs of a model look like, and random ones like them."""
+"""Random inputs of a model, like an example or as its symbolic inputs say."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import keras
@@ -14,12 +15,15 @@ from attention.contract.inner_layers import all_layers
 from attention.testing.backends import to_numpy
 
 
+@dataclasses.dataclass
 class InputSpec:
-    """The shape, dtype and range of values of an input of a model."""
+    """The shape after the length, the dtype and the range of values of an input."""
 
-    def __init__(self, shape: tuple, dtype: str, low: int, high: int, is_mask: bool):
-        self.shape, self.dtype, self.is_mask = shape, dtype, is_mask
-        self.low, self.high = low, high
+    shape: tuple
+    dtype: str
+    low: int
+    high: int
+    is_mask: bool
 
     def draw(self, rng: np.random.Generator, batch_size: int, length: int) -> Any:
         shape = (batch_size, length, *self.shape)
@@ -31,43 +35,27 @@ class InputSpec:
 
 
 def input_specs(model: keras.Model, example: Any) -> Any:
-    """What the inputs of a model look like: a pytree of `InputSpec`s."""
-    if example is not None:
-        paths = tree.flatten_with_path(example)
-        specs = [
-            InputSpec(
-                tuple(x.shape)[2:],
-                keras.backend.standardize_dtype(x.dtype),
-                int(to_numpy(x).min()),
-                int(to_numpy(x).max()) + 1,
-                _is_mask(path),
-            )
-            for path, x in paths
-        ]
-        return tree.pack_sequence_as(example, specs)
-    structure = symbolic_inputs(model)
-    paths = tree.flatten_with_path(structure)
-    for _, x in paths:
-        if len(x.shape) < 2 or x.shape[0] is not None or x.shape[1] is not None:
+    """Returns what the inputs of a model look like: a pytree of `InputSpec`s."""
+    structure = symbolic_inputs(model) if example is None else example
+    specs = []
+    for path, x in tree.flatten_with_path(structure):
+        name = x.name if example is None else ""
+        is_mask = "mask" in name or any("mask" in str(key) for key in path)
+        dtype = keras.backend.standardize_dtype(x.dtype)
+        low, high = 1, 2  # 0 is what pads, in many models
+        if example is not None:
+            low, high = int(to_numpy(x).min()), int(to_numpy(x).max()) + 1
+        elif len(x.shape) < 2 or x.shape[0] is not None or x.shape[1] is not None:
             raise ValueError(
                 f"The inputs of '{model.name}' must be of shape (batch, length, "
                 "...) with a free batch size and length, so that it can be called "
                 f"on parts of a sequence. Received: {describe(x)} for input "
-                f"'{x.name}'. Make it with `keras.Input((None, ...))`."
+                f"'{name}'. Make it with `keras.Input((None, ...))`."
             )
-    specs = []
-    for path, x in paths:
-        is_mask = _is_mask(path) or "mask" in x.name
-        high = 2
-        if not is_mask and "int" in str(x.dtype):
-            high = _vocabulary_size(model, x.name)
-        # 0 is what pads, in many models.
-        specs.append(InputSpec(tuple(x.shape)[2:], x.dtype, 1, high, is_mask))
+        elif "int" in dtype and not is_mask:
+            high = _vocabulary_size(model, name)
+        specs.append(InputSpec(tuple(x.shape)[2:], dtype, low, high, is_mask))
     return tree.pack_sequence_as(structure, specs)
-
-
-def _is_mask(path: tuple) -> bool:
-    return any("mask" in str(key) for key in path)
 
 
 def _vocabulary_size(model: keras.Model, name: str) -> int:

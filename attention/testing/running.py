@@ -1,21 +1,69 @@
-"""Choosing checks, and running them one after the other."""
+"""Choosing checks, running them one after the other, and reporting what failed."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NoReturn
 
-from attention.testing.failure import ConformanceError
+import keras
+
+
+class ConformanceError(AssertionError):
+    """A layer or model that breaks a rule of the contract.
+
+    Args:
+        check: str. The name of the check that failed.
+        message: str. What was compared, what was found and where.
+        difference: float or `None`. The largest difference found.
+
+    Attributes:
+        check: the name of the check.
+        difference: the largest difference found, or `None` where the failure
+            is no number.
+
+    Example:
+
+    >>> from attention.testing import ConformanceError
+    >>> print(ConformanceError("causality", "Token 3 changed output 2.", 0.5))
+    Check 'causality' failed. Token 3 changed output 2.
+    """
+
+    def __init__(
+        self, check: str, message: str, difference: float | None = None
+    ) -> None:
+        super().__init__(f"Check '{check}' failed. {message}")
+        self.check = check
+        self.difference = difference
+
+
+class Checked:
+    """An object under test, and how far its checks have come.
+
+    Attributes:
+        made: the layer or model.
+        check: str. The check that runs.
+        doing: str. What is being done to the object, for the message of an error.
+        largest: float. The largest difference that the check has found.
+    """
+
+    made: Any = None
+    check, doing, largest = "", "made", 0.0
+
+    def __str__(self) -> str:
+        kind = "model" if isinstance(self.made, keras.Model) else "layer"
+        return f"{kind} '{self.made.name}' ({type(self.made).__name__})"
+
+    def fail(self, message: str, difference: float | None = None) -> NoReturn:
+        raise ConformanceError(self.check, message, difference)
 
 
 def select(checks: Any, known: Iterable[str]) -> list[str]:
-    """The names of the checks to run, in the order of `known`."""
+    """Returns the names of the checks to run, in the order of `known`."""
     known = list(known)
     if checks is None:
         return known
     names = [checks] if isinstance(checks, str) else list(checks)
-    unknown = [name for name in names if name not in known]
-    if unknown or not names:
+    if not names or not set(names) <= set(known):
         raise ValueError(
             f"`checks` must be some of {', '.join(known)}. Received: checks={checks!r}"
         )
@@ -23,20 +71,17 @@ def select(checks: Any, known: Iterable[str]) -> list[str]:
 
 
 def run_in_order(
-    names: list[str],
-    run: Callable[[str], float | None],
-    situation: Callable[[], tuple[str, str]],
+    names: list[str], run: Callable[[str], None], checked: Checked
 ) -> dict[str, float]:
     """Runs checks until one fails.
 
     Args:
         names: the checks.
-        run: runs a check; returns the largest difference that it found, or
-            `None` where it does not apply.
-        situation: says what is checked, and what is being done to it.
+        run: runs a check, which keeps `checked.largest` up to date.
+        checked: the object under test.
 
     Returns:
-        A dict from each check that applies to what it found.
+        A dict from each check to the largest difference it found.
 
     Raises:
         ConformanceError: the first failure, also where the object under test
@@ -44,23 +89,20 @@ def run_in_order(
     """
     report: dict[str, float] = {}
     for name in names:
+        checked.check, checked.largest = name, 0.0
         try:
-            found = run(name)
-        except ConformanceError as error:
-            raise _with_history(error, report) from error.__cause__
+            run(name)
         except Exception as error:
-            subject, doing = situation()
-            message = (
-                f"{subject} raised {type(error).__name__} when it was {doing}."
-                f"\n  {error}"
-            )
-            raise _with_history(ConformanceError(name, message), report) from error
-        if found is not None:
-            report[name] = float(found)
+            failure, cause = error, error.__cause__
+            if not isinstance(failure, ConformanceError):
+                message = (
+                    f"{checked} raised {type(error).__name__} when it was "
+                    f"{checked.doing}.\n  {error}"
+                )
+                failure, cause = ConformanceError(name, message), error
+            held = ", ".join(report) or "none"
+            message = failure.args[0].rstrip()
+            failure.args = (f"{message}\n  Checks that held before it: {held}.",)
+            raise failure from cause
+        report[name] = float(checked.largest)
     return report
-
-
-def _with_history(error: ConformanceError, report: dict) -> ConformanceError:
-    held = ", ".join(report) or "none"
-    error.args = (f"{error.args[0].rstrip()}\n  Checks that held before it: {held}.",)
-    return error

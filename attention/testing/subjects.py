@@ -21,31 +21,42 @@ from attention.contract.cached_model import (
     grow_cache,
     max_positions,
 )
-from attention.testing.backends import dtype_policy, is_tensor
+from attention.contract.types import Cache, Index
+from attention.testing.backends import dtype_policy
 from attention.testing.inputs import input_specs
+from attention.testing.running import Checked
 
 # Noise that is added to all trainable weights, so that what starts at zero (a
 # bias, a gate) takes part in the outputs.
 _NOISE = 0.1
 
 
-class Subject:
-    """Makes the objects to check, and calls them all in the same way.
+class Subject(Checked):
+    """Makes layers to check, and calls them all in the same way.
+
+    `ModelSubject` does the same for models.
 
     Args:
-        make: a factory of new objects.
+        make: a function that makes a new layer.
         batch_size: int. The number of rows.
         length: int. The length of the sequences, and of the caches.
-        dtype: the dtype policy under which objects are made.
+        dtype: the dtype policy under which layers are made.
         seed: int. What all random numbers are drawn from.
+        hidden_dim: int. The width of the inputs.
     """
 
-    argument = "make_layer"
+    argument, kind = "make_layer", CachedLayer
     # What is allowed beyond rounding.
     tolerance = 0.0
 
     def __init__(
-        self, make: Callable, batch_size: int, length: int, dtype: Any, seed: int
+        self,
+        make: Callable,
+        batch_size: int,
+        length: int,
+        dtype: Any,
+        seed: int,
+        hidden_dim: int = 16,
     ) -> None:
         if not callable(make) or isinstance(make, keras.layers.Layer):
             raise TypeError(
@@ -53,14 +64,10 @@ class Subject:
                 f"a new one, such as `lambda: MyLayer(4)`. Received: "
                 f"{self.argument}={describe(make)}"
             )
-        self._make = make
-        self.batch_size = batch_size
-        self.length = length
-        self.dtype = dtype
-        self.seed = seed
-        # A third of the sequence is read at once, the rest in other ways.
+        self.make, self.dtype, self.seed = make, dtype, seed
+        self.batch_size, self.length, self.hidden_dim = batch_size, length, hidden_dim
+        # A third of the sequence is the prefill, the rest follows in other ways.
         self.prefill_size = max(1, length // 3)
-        self.doing = "made"
 
     def new(self, dtype: Any = None, like: Any = None) -> Any:
         """Makes a built object, always with the same weights.
@@ -71,8 +78,13 @@ class Subject:
         """
         with dtype_policy(dtype or self.dtype):
             keras.utils.set_random_seed(self.seed)
-            made = self._make()
-            self.check_type(made)
+            made = self.make()
+            if not isinstance(made, self.kind):
+                raise TypeError(
+                    f"`{self.argument}` must return an `attention.CachedLayer`, or "
+                    "for `check_cached_model` a `keras.Model`. It returned "
+                    f"{describe(made)}."
+                )
             self.build(made)
         if like is not None:
             copy_weights(like, made)
@@ -84,70 +96,10 @@ class Subject:
                 variable.assign(variable + ops.cast(noise, variable.dtype))
         return made
 
-    def require_new(self, made: Any) -> None:
-        """Says so when the factory returns one and the same object each time."""
-        if self._make() is made:
-            raise ValueError(
-                f"`{self.argument}` returned the same object twice. Make the layer "
-                "inside of it: `lambda: MyLayer(4)`."
-            )
-
     def sample(self, seed: int) -> Any:
-        """Random inputs over the whole length: a pytree of arrays."""
+        """Returns random inputs over the whole length: a pytree of arrays."""
         rng = np.random.default_rng([self.seed, seed])
         return self.draw(rng, self.batch_size, self.length)
-
-    def check_type(self, made: Any) -> None:
-        raise NotImplementedError
-
-    def build(self, made: Any) -> None:
-        raise NotImplementedError
-
-    def draw(self, rng: np.random.Generator, batch_size: int, length: int) -> Any:
-        raise NotImplementedError
-
-    def create_cache(self, made: Any, batch_size: int, length: int) -> Any:
-        raise NotImplementedError
-
-    def grow_cache(self, made: Any, cache: Any, length: int) -> Any:
-        raise NotImplementedError
-
-    def can_rewind(self, made: Any) -> Callable[[Any, int, int], bool]:
-        """What says of a cache, and two indices, whether it can be rewound."""
-        raise NotImplementedError
-
-    def limit(self, made: Any) -> int | None:
-        """The largest number of positions it can represent."""
-        raise NotImplementedError
-
-    def call(self, made: Any, inputs: Any, mask: Any, **masks: Any) -> Any:
-        """The outputs without a cache."""
-        raise NotImplementedError
-
-    def call_with_cache(
-        self, made: Any, inputs: Any, cache: Any, index: Any, mask: Any
-    ) -> tuple[Any, Any]:
-        raise NotImplementedError
-
-    def as_model(self, made: Any) -> keras.Model:
-        """A model that can be saved."""
-        raise NotImplementedError
-
-
-class LayerSubject(Subject):
-    """A `CachedLayer` on inputs of shape `(batch, length, hidden_dim)`."""
-
-    def __init__(self, *args: Any, hidden_dim: int, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.hidden_dim = hidden_dim
-
-    def check_type(self, made: Any) -> None:
-        if not isinstance(made, CachedLayer):
-            raise TypeError(
-                f"`{self.argument}` must return an `attention.CachedLayer`. It "
-                f"returned {describe(made)}. For a Keras model made of cached "
-                "layers, use `check_cached_model`."
-            )
 
     def build(self, made: Any) -> None:
         if not made.built:
@@ -158,31 +110,38 @@ class LayerSubject(Subject):
         shape = (batch_size, length, self.hidden_dim)
         return rng.normal(size=shape).astype("float32")
 
-    def create_cache(self, made: Any, batch_size: int, length: int) -> Any:
+    def create_cache(self, made: Any, batch_size: int, length: int) -> Cache:
         return made.create_cache(batch_size, length)
 
-    def grow_cache(self, made: Any, cache: Any, length: int) -> Any:
+    def grow_cache(self, made: Any, cache: Cache, length: int) -> Cache:
         return made.grow_cache(cache, length)
 
-    def can_rewind(self, made: Any) -> Callable[[Any, int, int], bool]:
+    def can_rewind(self, made: Any) -> Callable[[Cache, int, int], bool]:
         return made.can_rewind
 
     def limit(self, made: Any) -> int | None:
+        """Returns the largest number of positions it can represent."""
         return made.max_sequence_length
 
     def call(self, made: Any, inputs: Any, mask: Any, **masks: Any) -> Any:
+        """Returns the outputs without a cache."""
         return made(inputs, **self._padding(mask), **masks)
 
     def call_with_cache(
-        self, made: Any, inputs: Any, cache: Any, index: Any, mask: Any
-    ) -> tuple[Any, Any]:
+        self, made: Any, inputs: Any, cache: Cache, index: Index, mask: Any
+    ) -> tuple[Any, Cache]:
         padding = self._padding(mask)
         return made(inputs, cache=cache, cache_update_index=index, **padding)
 
     def as_model(self, made: Any) -> keras.Model:
+        """Returns a model that can be saved."""
         # Of one length: a layer may loop over it.
         inputs = keras.Input((self.prefill_size, self.hidden_dim))
         return keras.Model(inputs, made(inputs))
+
+    def takes(self, argument: str) -> bool:
+        """Whether the layer's `call` has an argument."""
+        return argument in inspect.signature(self.made.call).parameters
 
     @staticmethod
     def _padding(mask: Any) -> dict[str, Any]:
@@ -190,24 +149,17 @@ class LayerSubject(Subject):
 
 
 class ModelSubject(Subject):
-    """A Keras model of cached layers, with whatever inputs it has.
+    """Makes Keras models of cached layers, with whatever inputs they have.
 
     Args:
         example: a pytree of arrays `(batch, length, ...)`, or `None`.
     """
 
-    argument = "make_model"
+    argument, kind = "make_model", keras.Model
 
-    def __init__(self, *args: Any, example: Any = None, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args: Any, example: Any = None) -> None:
+        super().__init__(*args)
         self._example = example
-
-    def check_type(self, made: Any) -> None:
-        if not isinstance(made, keras.Model):
-            raise TypeError(
-                f"`{self.argument}` must return a `keras.Model` or an "
-                f"`attention.CachedLayer`. It returned {describe(made)}."
-            )
 
     def build(self, made: Any) -> None:
         self._inputs = input_specs(made, self._example)
@@ -222,33 +174,40 @@ class ModelSubject(Subject):
     def _one_token(self) -> Any:
         return self.draw(np.random.default_rng(0), 1, 1)
 
-    def create_cache(self, made: Any, batch_size: int, length: int) -> Any:
+    def _sites(self, made: Any) -> tuple[CachedLayer, ...]:
+        return call_sites(made, self._one_token())
+
+    def create_cache(self, made: Any, batch_size: int, length: int) -> Cache:
         return create_cache(made, batch_size, length, self._one_token())
 
-    def grow_cache(self, made: Any, cache: Any, length: int) -> Any:
-        return grow_cache(call_sites(made, self._one_token()), cache, length)
+    def grow_cache(self, made: Any, cache: Cache, length: int) -> Cache:
+        return grow_cache(self._sites(made), cache, length)
 
-    def can_rewind(self, made: Any) -> Callable[[Any, int, int], bool]:
+    def can_rewind(self, made: Any) -> Callable[[Cache, int, int], bool]:
         # The call sites are looked for once, for many questions.
-        return functools.partial(can_rewind, call_sites(made, self._one_token()))
+        return functools.partial(can_rewind, self._sites(made))
 
     def limit(self, made: Any) -> int | None:
-        return max_positions(call_sites(made, self._one_token()))
+        return max_positions(self._sites(made))
 
     def call(self, made: Any, inputs: Any, mask: Any, **masks: Any) -> Any:
         return made(self._masked(inputs, mask), training=False)
 
     def call_with_cache(
-        self, made: Any, inputs: Any, cache: Any, index: Any, mask: Any
-    ) -> tuple[Any, Any]:
+        self, made: Any, inputs: Any, cache: Cache, index: Index, mask: Any
+    ) -> tuple[Any, Cache]:
         inputs = self._masked(inputs, mask)
         return call_with_cache(made, inputs, cache, index, padding_mask=mask)
 
     def as_model(self, made: Any) -> keras.Model:
         return made
 
+    def takes(self, argument: str) -> bool:
+        # The scope of a cache tells the layers what is padding.
+        return argument == "padding_mask"
+
     def _masked(self, inputs: Any, mask: Any) -> Any:
-        """The inputs, with the mask in the place they have for it."""
+        """Returns the inputs, with the mask in the place they have for it."""
         if mask is None:
             return inputs
         return tree.map_structure(
@@ -262,24 +221,3 @@ def copy_weights(source: Any, target: Any) -> None:
     """Gives an object the weights of another, whatever their dtypes."""
     for old, new in zip(source.weights, target.weights, strict=True):
         new.assign(ops.cast(ops.convert_to_tensor(old), new.dtype))
-
-
-def positional(outputs: Any, length: int) -> list[Any]:
-    """The outputs that belong to positions: tensors `(batch, length, ...)`."""
-    leaves = [x for x in tree.flatten(outputs) if is_tensor(x)]
-    found = [x for x in leaves if len(x.shape) >= 2 and x.shape[1] == length]
-    if not found:
-        raise ValueError(
-            f"For inputs of {length} tokens, an output must be of shape (batch, "
-            f"{length}, ...). Received: {describe(outputs)}"
-        )
-    return found
-
-
-def call_parameters(layer: Any) -> tuple[str, ...]:
-    return tuple(inspect.signature(layer.call).parameters)
-
-
-def takes_padding_mask(made: Any) -> bool:
-    """Whether it can be told what is padding; models are told by the scope."""
-    return isinstance(made, keras.Model) or "padding_mask" in call_parameters(made)

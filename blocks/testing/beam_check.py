@@ -9,7 +9,7 @@ from blocks.testing.generation_prompts import Rows
 from blocks.testing.generation_session import Session
 
 
-def check_beam(session: Session) -> float:
+def check_beam(session: Session) -> None:
     """Beam search finds what it finds without a cache."""
     # Lengths between these add nothing but time: each may be compiled.
     lengths = [len(prompt) for prompt in session.prompts]
@@ -19,22 +19,21 @@ def check_beam(session: Session) -> float:
     session.compile(keras_hub.samplers.BeamSampler(num_beams=session.num_beams))
     found = session.generate(prompts)
     if any(len(row) != session.new_tokens for row in found):
-        session.fail(
+        session.complain(
             f"Beam search must give each row {session.new_tokens} new tokens. The "
             f"rows got {[len(row) for row in found]}."
         )
     wanted = _brute_force_beams(session, prompts)
     scores = _total_scores(session, prompts, found)
-    largest = 0.0
     for row, prompt, new, score, (best, beams, margin) in zip(
         rows, prompts, found, scores, wanted
     ):
         gap, allowed = abs(best - score), session.tolerance * max(1.0, -best)
         if gap <= allowed:
-            largest = max(largest, gap)
+            session.largest = max(session.largest, gap)
         # Beams that tie may be dropped in either order, and so lead elsewhere.
         elif not margin <= allowed:
-            session.fail(
+            session.complain(
                 "Beam search must find what beam search over the model without a "
                 f"cache finds.\n  Row {row} (a prompt of {len(prompt)} tokens), "
                 f"num_beams={session.num_beams}: the log probability of the new "
@@ -43,7 +42,6 @@ def check_beam(session: Session) -> float:
                 _explain_beam(session, row, new, beams),
                 gap,
             )
-    return largest
 
 
 def _explain_beam(
@@ -98,7 +96,7 @@ def _brute_force_beams(
 
 
 def _total_scores(session: Session, prompts: Rows, new: Rows) -> list[float]:
-    """The log probability of the new tokens of each row, without a cache."""
+    """Returns the log probability of the new tokens of each row, without a cache."""
     prefixes = [
         prompt + tokens[:step]
         for prompt, tokens in zip(prompts, new)

@@ -23,9 +23,8 @@ from blocks.testing.generation_checks import (
 )
 from blocks.testing.generation_session import Session
 
-# From what a mistake shows in alone to what it shows in, too: the first check
-# that fails is the one to read.
-CHECKS: dict[str, Callable[[Session], float]] = {
+# A mistake often fails several checks. The ones that say most about it come first.
+CHECKS: dict[str, Callable[[Session], None]] = {
     "lengths": check_lengths,
     "greedy": check_greedy,
     "ragged_batch": check_ragged_batch,
@@ -48,11 +47,11 @@ def check_causal_lm(
 ) -> dict[str, float]:
     """Checks that a causal language model generates what it computes.
 
-    What the model gives when it is called on all tokens, without a cache, is
-    the reference for all that `generate` returns:
+    The outputs of the model called on all tokens, without a cache, are the
+    reference for all that `generate` returns:
 
-    - `lengths`: `max_new_tokens` and `max_length` are kept to, row by row, and
-      prompts come back unchanged.
+    - `lengths`: each row keeps to `max_new_tokens` and `max_length`, and prompts
+      come back unchanged.
     - `greedy`: each prompt alone gives the likeliest token at every step.
     - `ragged_batch`: prompts of different lengths in one batch give what each
       gives alone.
@@ -121,16 +120,11 @@ def check_causal_lm(
         lm = make_lm()
         _check_lm(lm)
         session = Session(lm, prompts, *sizes, seed)
-
-        def run(name: str) -> float:
-            session.check = name
-            return CHECKS[name](session)
-
-        return run_in_order(names, run, lambda: (str(session), session.doing))
+        return run_in_order(names, lambda name: CHECKS[name](session), session)
 
 
 def _check_lm(lm: Any) -> None:
-    """Says so when a model has not the methods that are used."""
+    """Raises a TypeError if a model has not the methods that are used."""
     if not isinstance(lm, keras.Model) or not callable(getattr(lm, "generate", None)):
         raise TypeError(
             "`make_lm` must return a causal language model: a `keras.Model` with "

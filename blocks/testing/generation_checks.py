@@ -13,45 +13,39 @@ from blocks.testing.generation_prompts import Rows
 from blocks.testing.generation_session import Choice, Session
 
 
-def check_lengths(session: Session) -> float:
-    """Each row gets as many tokens as were asked for, behind its prompt."""
+def check_lengths(session: Session) -> None:
+    """Each row gets as many tokens as were asked for, after its prompt."""
     session.compile("greedy")
     lengths = np.array([len(prompt) for prompt in session.prompts])
     total = session.longest + min(2, session.new_tokens)
-    asked: list[tuple[dict[str, int], Any]] = [
-        ({"max_new_tokens": session.new_tokens}, 0 * lengths + session.new_tokens),
-        ({"max_new_tokens": 1}, 0 * lengths + 1),
-        ({"max_length": total}, total - lengths),
+    each = "how many tokens each row gets, whatever the length of its prompt"
+    asked: list[tuple[str, int, Any, str]] = [
+        ("max_new_tokens", session.new_tokens, 0 * lengths + session.new_tokens, each),
+        ("max_new_tokens", 1, 0 * lengths + 1, each),
+        (
+            "max_length",
+            total,
+            total - lengths,
+            "the length of prompt and new tokens together",
+        ),
     ]
-    for limits, expected in asked:
-        new = session.generate(**limits)
+    for name, value, expected, meaning in asked:
+        new = session.generate(**{name: value})
         for row, (tokens, count) in enumerate(zip(new, expected)):
-            if len(tokens) == count:
-                continue
-            (name, value), *_ = limits.items()
-            meaning = {
-                "max_new_tokens": "how many tokens each row gets, whatever the "
-                "length of its prompt",
-                "max_length": "the length of prompt and new tokens together",
-            }[name]
-            session.fail(
-                f"`{name}={value}` is {meaning}, so without stop tokens row {row} "
-                f"(a prompt of {lengths[row]} tokens) must get {count} new tokens. "
-                f"It got {len(tokens)}; the rows got {[len(x) for x in new]}.",
-                "The first new token comes from the prefill and counts as one. Each "
-                "row ends by its own length, not by that of the longest prompt.",
-                float(abs(len(tokens) - count)),
-            )
-    return 0.0
+            if len(tokens) != count:
+                session.complain(
+                    f"`{name}={value}` is {meaning}, so without stop tokens row {row} "
+                    f"(a prompt of {lengths[row]} tokens) must get {count} new tokens. "
+                    f"It got {len(tokens)}; the rows got {[len(x) for x in new]}.",
+                    "The first new token comes from the prefill and counts as one. "
+                    "Each row ends by its own length, not by that of the longest "
+                    "prompt.",
+                    float(abs(len(tokens) - count)),
+                )
 
 
-def check_greedy(session: Session) -> float:
-    """Each prompt alone continues as the model without a cache says."""
-    choices = session.choices(session.alone)
-    claim = (
-        "The greedy continuation of a prompt, generated alone, must be the one that "
-        "the model gives without a cache."
-    )
+def check_greedy(session: Session) -> None:
+    """Each prompt alone continues as by the model without a cache."""
 
     def advice(wrong: list[Choice]) -> str:
         if wrong[0].step == 0:
@@ -67,39 +61,57 @@ def check_greedy(session: Session) -> float:
                 "its full form: run `check_cached_model` on the backbone to find "
                 "which; or the loop passes a wrong token, position or cache."
             )
-        return text + _guess_alone(session, wrong)
+        return text + _guess(
+            session,
+            wrong,
+            [
+                (lambda x: x.prefix[-1:], "the last token alone: the past is not read"),
+                (
+                    lambda x: x.prefix[:-1] or x.prefix,
+                    "the prefix without its last token: it was not read",
+                ),
+                (
+                    lambda x: x.prefix + x.prefix[-1:],
+                    "the prefix with its last token twice: it was processed twice",
+                ),
+            ],
+        )
 
-    return session.require(choices, claim, advice)
+    claim = (
+        "The greedy continuation of a prompt, generated alone, must be the one that "
+        "the model gives without a cache."
+    )
+    session.require(session.choices(session.alone), claim, advice)
 
 
-def check_ragged_batch(session: Session) -> float:
+def check_ragged_batch(session: Session) -> None:
     """Prompts of different lengths in one batch give what each gives alone."""
-    batch = session.batch
-    choices = session.divergences(batch, session.alone)
-    claim = "Prompts of different lengths in one batch must give what each gives alone."
+
+    def with_padding(choice: Choice) -> list[int]:
+        prompt = session.prompts[choice.row]
+        padding = [0] * (session.longest - len(prompt))
+        return prompt + padding + choice.prefix[len(prompt) :]
 
     def advice(wrong: list[Choice]) -> str:
-        text = "Rows of different lengths disturb each other."
-        longest = [
-            i for i, x in enumerate(session.prompts) if len(x) == session.longest
-        ]
-        if {x.row for x in wrong} & set(longest):
-            text = "Rows disturb each other."
-        else:
-            text += (
-                " Only rows that are shorter than the longest are wrong: look at what "
-                "becomes of their padding (is it attended, absorbed by a state, "
-                "written over?) and at their positions (do new tokens follow the "
-                "row's own last token, or the longest row's?)."
+        text = "Rows disturb each other."
+        if all(len(session.prompts[x.row]) < session.longest for x in wrong):
+            text = (
+                "Rows of different lengths disturb each other. Only rows that are "
+                "shorter than the longest are wrong: look at what becomes of their "
+                "padding (is it attended to, read into a state, written over?) and "
+                "at their positions (do new tokens follow the row's own last token, "
+                "or the longest row's?)."
             )
-        return text + _guess_ragged(session, wrong)
+        cause = "the prompt with its padding read as tokens 0: it is not masked"
+        return text + _guess(session, wrong, [(with_padding, cause)])
 
-    largest = session.require(choices, claim, advice)
-    _require_ends(session, batch, session.alone, {x.row for x in choices}, claim)
-    return largest
+    claim = "Prompts of different lengths in one batch must give what each gives alone."
+    choices = session.divergences(session.batch, session.alone)
+    session.require(choices, claim, advice)
+    _require_ends(session, session.batch, session.alone, choices, claim)
 
 
-def check_stop_tokens(session: Session) -> float:
+def check_stop_tokens(session: Session) -> None:
     """Each row ends with its own first stop token, and the others go on."""
     free = session.batch
     stops = _choose_stops(free)
@@ -111,20 +123,17 @@ def check_stop_tokens(session: Session) -> float:
         "up to its first new stop token and with it."
     )
     choices = session.divergences(actual, expected)
-    largest = session.require(
+    session.require(
         choices,
         claim,
-        lambda wrong: (
-            "A row's tokens changed, not only where it ends: look at what a finished "
-            "row does to the others' caches and positions while they go on."
-        ),
+        "A row's tokens changed, not only where it ends: look at what a finished row "
+        "does to the others' caches and positions while they go on.",
     )
-    _require_ends(session, actual, expected, {x.row for x in choices}, claim)
-    return largest
+    _require_ends(session, actual, expected, choices, claim)
 
 
 def _choose_stops(new: Rows) -> tuple[int, ...]:
-    """One or two tokens at which rows end at different steps."""
+    """Returns one or two tokens at which rows end at different steps."""
 
     def early_ends(stops: tuple[int, ...]) -> list[int]:
         ends = [_end(row, stops) for row in new]
@@ -148,9 +157,10 @@ def _end(row: list[int], stops: tuple[int, ...]) -> int:
 
 
 def _require_ends(
-    session: Session, actual: Rows, expected: Rows, tied: set[int], claim: str
+    session: Session, actual: Rows, expected: Rows, ties: list[Choice], claim: str
 ) -> None:
-    """Says so when rows that are equal otherwise end elsewhere."""
+    """Fails if rows that are equal otherwise end elsewhere."""
+    tied = {choice.row for choice in ties}
     for row, (a, b) in enumerate(zip(actual, expected)):
         if len(a) != len(b) and row not in tied:
             late = (
@@ -161,7 +171,7 @@ def _require_ends(
                 "Did it end because another row did, or at a token of its prompt, or "
                 "was its stop token taken away?"
             )
-            session.fail(
+            session.complain(
                 f"{claim}\n  Row {row} (a prompt of {len(session.prompts[row])} "
                 f"tokens) has {len(a)} new tokens {a}, expected were {len(b)}: {b}.",
                 late if len(a) > len(b) else early,
@@ -169,38 +179,30 @@ def _require_ends(
             )
 
 
-def check_weights(session: Session) -> float:
+def check_weights(session: Session) -> None:
     """Generation follows the weights, also those assigned after it was compiled."""
     session.compile("greedy")
     before = session.generate()
     session.set_weights(draw=2)
     try:
         after = session.generate()
-        choices = session.choices(after)
-        claim = (
-            "New weights were assigned after a first `generate`; the next one must "
-            "be that of the model without a cache with the new weights."
+        stale = (
+            "The tokens are exactly those of the earlier weights: a compiled function "
+            "has them in it as constants. "
         )
-
-        def advice(wrong: list[Choice]) -> str:
-            text = (
-                "The tokens are exactly those of the earlier weights: a compiled "
-                "function has them in it as constants. "
-                if after == before
-                else ""
-            )
-            return (
-                f"{text}A compiled function must read the variables at each call (on "
-                "JAX they are arguments of it), and nothing computed from weights "
-                "may be kept from one call to the next."
-            )
-
-        return session.require(choices, claim, advice)
+        session.require(
+            session.choices(after),
+            "New weights were assigned after a first `generate`; the next one must be "
+            "that of the model without a cache with the new weights.",
+            f"{stale if after == before else ''}A compiled function must read the "
+            "variables at each call (on JAX they are arguments of it), and nothing "
+            "computed from weights may be kept from one call to the next.",
+        )
     finally:
         session.set_weights()
 
 
-def check_sampling(session: Session) -> float:
+def check_sampling(session: Session) -> None:
     """A seeded sampler gives likely tokens, and the same for the same seed."""
     k = min(5, session.vocabulary_size)
 
@@ -209,25 +211,21 @@ def check_sampling(session: Session) -> float:
         return session.generate()
 
     first, again = sample(), sample()
-    choices = session.choices(first, rank=k - 1, at_least=True)
-    largest = session.require(
-        choices,
+    session.require(
+        session.choices(first, rank=k - 1, at_least=True),
         f"`TopKSampler(k={k})` must choose one of the {k} likeliest tokens. (The "
         "expected token below is the last of these.)",
-        lambda wrong: (
-            "If `greedy` and `ragged_batch` hold, the sampler gets other logits than "
-            "the model's, or is not the one the model was compiled with."
-        ),
+        "If `greedy` and `ragged_batch` hold, the sampler gets other logits than the "
+        "model's, or is not the one the model was compiled with.",
     )
     for row, (tokens, others) in enumerate(zip(first, again)):
         if tokens != others:
-            session.fail(
+            session.complain(
                 f"Two fresh samplers with seed={session.seed} must give the same "
                 f"tokens, but row {row} first got {tokens}, then {others}.",
                 "Random numbers must come from the sampler's seed generator alone, "
                 "as it is at the beginning of `generate`.",
             )
-    return largest
 
 
 class SecondBest(keras_hub.samplers.Sampler):
@@ -237,58 +235,27 @@ class SecondBest(keras_hub.samplers.Sampler):
         return ops.top_k(probabilities, k=2)[1][:, 1]
 
 
-def check_own_sampler(session: Session) -> float:
+def check_own_sampler(session: Session) -> None:
     """A `Sampler` with only `get_next_token` decides on every token."""
     session.compile(SecondBest())
     new = session.generate()
-
-    def advice(wrong: list[Choice]) -> str:
-        if new == session.batch:
-            return "These are the tokens of greedy: the sampler was not used."
-        return (
-            "If `greedy` and `ragged_batch` hold, look at where `get_next_token` is "
-            "called: once for each new token, the first one too, on probabilities."
-        )
-
+    advice = (
+        "If `greedy` and `ragged_batch` hold, look at where `get_next_token` is "
+        "called: once for each new token, the first one too, on probabilities."
+    )
+    if new == session.batch:
+        advice = "These are the tokens of greedy: the sampler was not used."
     claim = (
         "A sampler whose `get_next_token` chooses the second most probable token must "
         "get the second of the model without a cache."
     )
-    return session.require(session.choices(new, rank=1), claim, advice)
-
-
-def _guess_alone(session: Session, wrong: list[Choice]) -> str:
-    """Tries what usually goes wrong with a prompt alone."""
-    causes: list[tuple[Callable, str]] = [
-        (lambda x: x.prefix[-1:], "the last token alone: the past plays no role"),
-        (
-            lambda x: x.prefix[:-1] or x.prefix,
-            "the prefix without its last token: it was not read",
-        ),
-        (
-            lambda x: x.prefix + x.prefix[-1:],
-            "the prefix with its last token twice: it was absorbed twice",
-        ),
-    ]
-    return _guess(session, wrong, causes)
-
-
-def _guess_ragged(session: Session, wrong: list[Choice]) -> str:
-    """Tries what usually goes wrong with rows that are shorter than others."""
-
-    def with_padding(choice: Choice) -> list[int]:
-        prompt = session.prompts[choice.row]
-        padding = [0] * (session.longest - len(prompt))
-        return prompt + padding + choice.prefix[len(prompt) :]
-
-    text = "the prompt with its padding read as tokens 0: it is not masked"
-    return _guess(session, wrong, [(with_padding, text)])
+    session.require(session.choices(new, rank=1), claim, advice)
 
 
 def _guess(
     session: Session, wrong: list[Choice], causes: list[tuple[Callable, str]]
 ) -> str:
-    """The cause that explains the first wrong token of every row."""
+    """Returns the cause that explains the first wrong token of every row."""
     firsts = list({choice.row: choice for choice in reversed(wrong)}.values())
     for variant, text in causes:
         logits = session.logits([variant(choice) for choice in firsts])

@@ -19,7 +19,7 @@ _LENGTHS = (5, 18, 1, 18)
 
 
 def pad(rows: Rows, width: int | None = None) -> dict[str, np.ndarray]:
-    """Tokens as a model takes them, padded on the right."""
+    """Returns tokens as a model takes them, padded on the right."""
     shape = (len(rows), width or max(map(len, rows)))
     padded = {key: np.zeros(shape, "int32") for key in ("token_ids", "padding_mask")}
     for i, row in enumerate(rows):
@@ -29,7 +29,7 @@ def pad(rows: Rows, width: int | None = None) -> dict[str, np.ndarray]:
 
 
 def max_length(lm: Any) -> int | None:
-    """How many positions a model knows, as far as it says so."""
+    """Returns how many positions a model knows, or `None` if that is not known."""
     backbone = getattr(lm, "backbone", lm)
     limits = [getattr(backbone, "max_sequence_length", None)]
     # What generates need not be made of our cached layers.
@@ -41,7 +41,7 @@ def max_length(lm: Any) -> int | None:
 def read_prompts(
     prompts: Any, vocabulary_size: int, limit: int | None, new_tokens: int, seed: int
 ) -> Rows:
-    """Checks prompts, or draws ragged ones."""
+    """Returns the prompts as lists, or random ones of different lengths."""
     room = None if limit is None else limit - new_tokens
     if room is not None and room < 1:
         raise ValueError(
@@ -55,24 +55,17 @@ def read_prompts(
         low = min(1, vocabulary_size - 1)
         return [rng.integers(low, vocabulary_size, n).tolist() for n in lengths]
     wanted = "`prompts` must be a list of prompts, each a list of token ids"
-    if isinstance(prompts, (str, bytes, dict)) or not hasattr(prompts, "__iter__"):
-        raise TypeError(f"{wanted}. Received: prompts={describe(prompts)}")
-    rows = []
-    for prompt in prompts:
-        if isinstance(prompt, (str, bytes, dict)) or not hasattr(prompt, "__iter__"):
-            raise TypeError(f"{wanted}. Received: prompts={describe(prompts)}")
-        try:
-            rows.append([operator.index(token) for token in prompt])
-        except TypeError:
-            raise TypeError(f"{wanted}. Received a prompt {prompt!r}") from None
+    try:
+        rows = [[operator.index(token) for token in prompt] for prompt in prompts]
+    except TypeError:
+        raise TypeError(f"{wanted}. Received: prompts={describe(prompts)}") from None
     if not rows or not all(rows):
         raise ValueError(f"{wanted}, at least one. Received: prompts={prompts!r}")
     for row in rows:
-        wrong = [token for token in row if not 0 <= token < vocabulary_size]
-        if wrong:
+        if not 0 <= min(row) <= max(row) < vocabulary_size:
             raise ValueError(
-                f"`prompts` has the token {wrong[0]}, which is outside of the model's "
-                f"vocabulary of {vocabulary_size} tokens."
+                f"`prompts` must be within the model's vocabulary of {vocabulary_size} "
+                f"tokens. Received tokens from {min(row)} to {max(row)}."
             )
         if room is not None and len(row) > room:
             raise ValueError(
@@ -83,7 +76,7 @@ def read_prompts(
 
 
 def read_outputs(outputs: Any, rows: int) -> Rows | None:
-    """The real tokens of each row, or `None` if the outputs are malformed."""
+    """Returns the real tokens of each row, or `None` if the outputs are malformed."""
     keys = ("token_ids", "padding_mask")
     if not isinstance(outputs, dict) or not set(keys) <= set(outputs):
         return None

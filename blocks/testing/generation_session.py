@@ -14,7 +14,7 @@ from keras import ops
 from attention.contract.arguments import describe
 from attention.contract.inner_layers import all_layers
 from attention.testing.backends import to_numpy, without_gradients
-from attention.testing.failure import ConformanceError
+from attention.testing.running import Checked
 from blocks.testing.generation_prompts import (
     Rows,
     max_length,
@@ -26,7 +26,7 @@ from blocks.testing.generation_prompts import (
 # The gap between two logits that counts as a tie, for logits of size 1, by the
 # lowest dtype that is computed in.
 _TOLERANCES = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}
-# Noise on the weights: the first of these sizes that makes greedy lively is used.
+# Noise on the weights: the first of these sizes with which greedy tokens vary is used.
 _NOISES = (0.1, 0.3, 0.6)
 # Rows of tokens of which the model is asked for logits in one call, at most.
 _MAX_ROWS = 64
@@ -68,12 +68,12 @@ class Choice:
         )
 
 
-class Session:
-    """A lively model, prompts, and both ways of continuing them.
+class Session(Checked):
+    """A model whose tokens vary, prompts, and both ways of continuing them.
 
     Args:
         lm: a Keras `CausalLM`.
-        prompts: lists of token ids, or `None` for ragged ones of its own.
+        prompts: lists of token ids, or `None` for random ones.
         new_tokens: int. How many tokens each row gets.
         num_beams: int. For beam search.
         seed: int. Of prompts, noise and samplers.
@@ -82,9 +82,9 @@ class Session:
     def __init__(
         self, lm: Any, prompts: Any, new_tokens: int, num_beams: int, seed: int
     ) -> None:
-        self.lm, self.seed = lm, seed
+        self.made, self.seed = lm, seed
         self.new_tokens, self.num_beams = new_tokens, num_beams
-        self.check, self.doing, self._sampler = "", "made", None
+        self._sampler: Any = None
         self._forward = _make_forward(lm)
         self.vocabulary_size = int(self._forward(pad([[0]])).shape[-1])
         if not num_beams < self.vocabulary_size:
@@ -102,17 +102,14 @@ class Session:
         dtypes = {getattr(x, "compute_dtype", "float32") for x in all_layers(lm)}
         self.tolerance = max(_TOLERANCES.get(x, 0.0) for x in (*dtypes, "float32"))
         self._initial = [to_numpy(v) for v in lm.trainable_variables]
-        self._make_lively()
-
-    def __str__(self) -> str:
-        return f"model '{self.lm.name}' ({type(self.lm).__name__})"
+        self._add_noise()
 
     # === Weights ===
 
     def set_weights(self, draw: int = 0) -> None:
-        """The weights the model was made with, plus the noise of a draw."""
+        """Sets the weights the model was made with, plus the noise of a draw."""
         rng = np.random.default_rng([self.seed, self._first_draw + draw])
-        for variable, value in zip(self.lm.trainable_variables, self._initial):
+        for variable, value in zip(self.made.trainable_variables, self._initial):
             # Much noise on what is added to every token, or on the vocabulary,
             # would make one token the likeliest whatever came before it.
             small = value.ndim < 2 or self.vocabulary_size in value.shape
@@ -120,8 +117,8 @@ class Session:
             if value.dtype.kind == "f":
                 variable.assign(ops.cast(value + noise, variable.dtype))
 
-    def _make_lively(self) -> None:
-        """Finds noise with which greedy continuations vary."""
+    def _add_noise(self) -> None:
+        """Adds noise to the weights with which greedy continuations vary."""
         found = []
         for self._noise in _NOISES:
             for self._first_draw in range(2):
@@ -142,13 +139,9 @@ class Session:
     # === Without a cache ===
 
     def logits(self, prefixes: Rows) -> np.ndarray:
-        """The logits behind each prefix, from calls of the model on all of it.
+        """Returns the logits after each prefix, of shape `(len(prefixes), vocabulary)`.
 
-        Args:
-            prefixes: lists of token ids.
-
-        Returns:
-            An array of shape `(len(prefixes), vocabulary_size)`.
+        They are from calls of the model on all tokens, without a cache.
         """
         before, parts = self.doing, []
         self.doing = f"called on tokens of shape {self._shape}, without a cache"
@@ -162,7 +155,7 @@ class Session:
         return np.concatenate(parts).astype("float64")
 
     def choices(self, new: Rows, rank: int = 0, at_least: bool = False) -> list[Choice]:
-        """Holds each new token against the logits behind the tokens before it.
+        """Compares each new token with the logits after the tokens before it.
 
         Args:
             new: the new tokens of each row.
@@ -173,28 +166,36 @@ class Session:
         prefixes = [self.prompts[row] + new[row][:step] for row, step in places]
         found = []
         for (row, step), prefix, logits in zip(places, prefixes, self.logits(prefixes)):
-            chosen = new[row][step]
             expected = int(np.argsort(-logits, kind="stable")[rank])
-            gap = logits[expected] - logits[chosen]
-            gap = max(0.0, gap) if at_least else abs(gap)
-            allowed = self.tolerance * size(logits)
-            found.append(Choice(row, step, prefix, chosen, expected, gap, allowed))
+            choice = self._choice(row, prefix, logits, new[row][step], expected)
+            choice.gap = max(0.0, choice.gap) if at_least else abs(choice.gap)
+            found.append(choice)
         return found
 
     def divergences(self, actual: Rows, expected: Rows) -> list[Choice]:
-        """Where each row first differs from the expected one, if it does."""
+        """Returns where each row first differs from the expected one, if it does."""
         found = []
-        for row, pair in enumerate(zip(actual, expected)):
-            steps = (i for i, (a, b) in enumerate(zip(*pair)) if a != b)
-            step = next(steps, None)
+        for row, (new, wanted) in enumerate(zip(actual, expected)):
+            step = next(
+                (i for i, (a, b) in enumerate(zip(new, wanted)) if a != b), None
+            )
             if step is None:
                 continue
-            prefix = self.prompts[row] + expected[row][:step]
+            prefix = self.prompts[row] + wanted[:step]
             logits = self.logits([prefix])[0]
-            a, b = actual[row][step], expected[row][step]
-            gap, allowed = abs(logits[a] - logits[b]), self.tolerance * size(logits)
-            found.append(Choice(row, step, prefix, a, b, float(gap), allowed))
+            choice = self._choice(row, prefix, logits, new[step], wanted[step])
+            choice.gap = abs(choice.gap)
+            found.append(choice)
         return found
+
+    def _choice(
+        self, row: int, prefix: list[int], logits: np.ndarray, chosen: int, wanted: int
+    ) -> Choice:
+        step = len(prefix) - len(self.prompts[row])
+        gap = float(logits[wanted] - logits[chosen])
+        size = np.abs(logits[np.isfinite(logits)]).max(initial=1.0)
+        allowed = self.tolerance * float(size)
+        return Choice(row, step, prefix, chosen, wanted, gap, allowed)
 
     # === With a cache ===
 
@@ -203,10 +204,10 @@ class Session:
         if not isinstance(sampler, str) or sampler != self._sampler:
             self._sampler = sampler
             self.doing = f"compiled with the sampler {_name(sampler)}"
-            self.lm.compile(sampler=sampler)
+            self.made.compile(sampler=sampler)
 
     def generate(self, prompts: Any = None, stops: Any = None, **limits: Any) -> Rows:
-        """The new tokens of each row, as `lm.generate` gives them."""
+        """Returns the new tokens of each row that `lm.generate` gives."""
         prompts = prompts or self.prompts
         limits = limits or {"max_new_tokens": self.new_tokens}
         arguments = {"stop_token_ids": stops, **limits}
@@ -215,24 +216,24 @@ class Session:
         self.doing = (
             f"asked to `generate(..., {said})` with prompts of {lengths} tokens"
         )
-        outputs = self.lm.generate(pad(prompts), **arguments)
+        outputs = self.made.generate(pad(prompts), **arguments)
         rows = read_outputs(outputs, len(prompts))
         if rows is None:
-            self.fail(
+            self.complain(
                 "`generate` must return a dict of `token_ids` and `padding_mask` of "
                 f"shape ({len(prompts)}, length), padded on the right. It returned "
                 f"{describe(outputs)}."
             )
         for i, (row, prompt) in enumerate(zip(rows, prompts)):
             if row[: len(prompt)] != prompt:
-                self.fail(
+                self.complain(
                     "`generate` must return each prompt unchanged, with the new "
-                    f"tokens behind it. Row {i} has the prompt {prompt}, but begins "
+                    f"tokens after it. Row {i} has the prompt {prompt}, but begins "
                     f"with {row[: len(prompt)]}."
                 )
             wrong = [x for x in row if not 0 <= x < self.vocabulary_size]
             if wrong:
-                self.fail(
+                self.complain(
                     f"Row {i} has the token {wrong[0]}, which is outside of the "
                     f"vocabulary of {self.vocabulary_size} tokens."
                 )
@@ -252,20 +253,20 @@ class Session:
 
     # === Failures ===
 
-    def fail(
+    def complain(
         self, message: str, advice: str = "", gap: float | None = None
     ) -> NoReturn:
         advice = f"\n  {advice}" if advice else ""
-        message = f"{message}\n  It was the {self}, {self.doing}.{advice}"
-        raise ConformanceError(self.check, message, gap)
+        self.fail(f"{message}\n  It was the {self}, {self.doing}.{advice}", gap)
 
-    def require(self, choices: list[Choice], claim: str, advice: Any) -> float:
-        """Returns the largest gap, or raises if one is not a tie.
+    def require(self, choices: list[Choice], claim: str, advice: Any) -> None:
+        """Notes the largest gap, and fails if one is not a tie.
 
         Args:
             choices: what was chosen, by row and step.
             claim: str. What must be the case.
-            advice: takes the wrong choices, returns what to look at.
+            advice: str, or a function that takes the wrong choices and returns one:
+                what to look at.
         """
         wrong = [choice for choice in choices if choice.is_wrong]
         if wrong:
@@ -276,17 +277,13 @@ class Session:
                 f"{gap:.3g}. Wrong: {len(wrong)} of {len(choices)} tokens compared, "
                 f"in rows {rows} of {len(self.prompts)}."
             )
-            self.fail(message, advice(wrong), gap)
-        return max((choice.gap for choice in choices), default=0.0)
-
-
-def size(logits: np.ndarray) -> float:
-    """What a tolerance is multiplied by."""
-    return max(1.0, float(np.abs(logits[np.isfinite(logits)]).max(initial=0.0)))
+            advice = advice(wrong) if callable(advice) else advice
+            self.complain(message, advice, gap)
+        self.largest = max([self.largest, *(choice.gap for choice in choices)])
 
 
 def _make_forward(lm: Any) -> Callable:
-    """The model's full forward pass, which reads the weights of the moment."""
+    """Returns the full forward pass, which reads the current weights."""
     if keras.config.backend() != "jax":
         return without_gradients(lambda x: lm(x, training=False))
     import jax

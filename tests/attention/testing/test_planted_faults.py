@@ -47,7 +47,7 @@ FAULTS = [
     ("a weight that is not saved", {}, "saving", "`.keras` file"),
 ]
 RECURRENT_FAULTS = [
-    ("a token is absorbed twice", "prefill_and_steps", "is absorbed twice"),
+    ("a token is processed twice", "prefill_and_steps", "is processed twice"),
     ("a padded token enters the state", "padding", "they are seen"),
     ("a mean over the batch", "rows", "mean or a norm over the batch"),
     ("a state that says it gives tokens back", "rewind", "they were not taken back"),

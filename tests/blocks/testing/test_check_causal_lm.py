@@ -69,7 +69,7 @@ def test_prompts_and_sizes_of_ones_own():
     [
         ({"prompts": "text"}, TypeError, "list of prompts, each a list of token ids"),
         ({"prompts": [1, 2]}, TypeError, "list of prompts, each a list of token ids"),
-        ({"prompts": [[1.5]]}, TypeError, "Received a prompt"),
+        ({"prompts": [[1.5]]}, TypeError, "list of prompts, each a list of token ids"),
         ({"prompts": []}, ValueError, "at least one"),
         ({"prompts": [[1], []]}, ValueError, "at least one"),
         ({"prompts": [[1, 60]]}, ValueError, "vocabulary of 60 tokens"),
