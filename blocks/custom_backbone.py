@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import keras
 import keras_hub
 
 from attention import CachedLayer, GroupedQueryAttention, PositionEmbedding
-from attention.contract import check_fraction, check_positive_int
+from attention.contract import (
+    DType,
+    Shape,
+    Tensor,
+    check_fraction,
+    check_positive_int,
+    describe,
+)
 from blocks.custom_decoder import CustomDecoder
 from blocks.hooks import dtype_policy_scope, name_layer, run_hook
 from blocks.layers.feed_forward import FeedForward, gelu_approximate
@@ -25,18 +31,25 @@ class CustomBackbone(keras_hub.models.Backbone):
     backbone: `token_ids` and `padding_mask` in, hidden states out. Presets,
     LoRA, quantization and `fit` work as for any other.
 
-    There are three ways to change it, from the least to the most:
+    There are four ways to change it, from the least to the most:
 
     - override `create_attention_layer(inputs_shape, layer_index)`,
       `create_ffn(...)` or `create_norm(...)`: the same block with another part;
-    - override `create_decoder(layer_index)`: another block, for instance a
-      subclass of `blocks.CustomDecoder`;
+    - set the class attribute `decoder_class` to a subclass of
+      `blocks.CustomDecoder`: another block, made with the backbone's sizes. The
+      hooks that it doesn't override are the backbone's, and it may read
+      `self.layer_index` in those it does. It needs neither registering nor
+      `get_config`: files hold the backbone, which makes its blocks anew;
+    - override `create_decoder(layer_index)`: blocks of any kind;
     - override `transform(x, padding_mask)`: another way through the blocks.
 
     Hooks run inside `super().__init__(...)`: a subclass with attributes of its
     own sets them before that call. Register a subclass with
     `keras.saving.register_keras_serializable` to save and load it, and add its
     own arguments to `get_config`.
+
+    Attributes:
+        decoder_class: subclass of `blocks.CustomDecoder`. The class of the blocks.
 
     Args:
         vocabulary_size: int. The number of tokens.
@@ -98,6 +111,8 @@ class CustomBackbone(keras_hub.models.Backbone):
     - [Radford et al., 2019](https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf)
     """
 
+    decoder_class: type[CustomDecoder] = CustomDecoder
+
     def __init__(
         self,
         vocabulary_size: int,
@@ -111,7 +126,7 @@ class CustomBackbone(keras_hub.models.Backbone):
         layer_norm_epsilon: float = 1e-5,
         learned_positions: bool = True,
         tie_word_embeddings: bool = True,
-        dtype: Any = None,
+        dtype: DType = None,
         **kwargs: Any,
     ) -> None:
         # === Config: hooks read it ===
@@ -148,6 +163,8 @@ class CustomBackbone(keras_hub.models.Backbone):
                 # One block may be used at several depths.
                 if not any(decoder is other for other in self.transformer_layers):
                     name_layer(decoder, f"transformer_layer_{i}")
+                    if getattr(decoder, "layer_index", 0) is None:
+                        decoder.layer_index = i
                 self.transformer_layers.append(decoder)
             self.layer_norm = name_layer(
                 run_hook(self, "create_final_norm"), "layer_norm"
@@ -203,7 +220,10 @@ class CustomBackbone(keras_hub.models.Backbone):
         )
 
     def create_decoder(self, layer_index: int) -> CachedLayer:
-        """Hook: makes a block.
+        """Hook: makes a block; by default of the class `decoder_class`.
+
+        Only a block of this default has the backbone's hooks: one that an
+        overriding method makes itself has its own.
 
         Args:
             layer_index: int. The depth, from 0.
@@ -213,17 +233,26 @@ class CustomBackbone(keras_hub.models.Backbone):
             of `self.transformer_layers`, where the blocks made so far are, is
             used again at this depth: with the same weights and another cache.
         """
-        return _HookedDecoder(
-            functools.partial(_run_backbone_hook, self, layer_index),
+        cls = self.decoder_class
+        if not (isinstance(cls, type) and issubclass(cls, CustomDecoder)):
+            raise TypeError(
+                f"`{type(self).__name__}.decoder_class` must be a subclass of "
+                "`blocks.CustomDecoder`; override `create_decoder(layer_index)` to "
+                f"use other blocks. Received: decoder_class={describe(cls)}"
+            )
+        decoder = cls(
             intermediate_dim=self.intermediate_dim,
             num_heads=self.num_heads,
             num_key_value_heads=self.num_key_value_heads,
             dropout=self.dropout,
             layer_norm_epsilon=self.layer_norm_epsilon,
         )
+        # A function, not the backbone: Keras would take it for a sublayer.
+        decoder._run_backbone_hook = functools.partial(_run_hook, self, layer_index)
+        return decoder
 
     def create_attention_layer(
-        self, inputs_shape: tuple, layer_index: int
+        self, inputs_shape: Shape, layer_index: int
     ) -> CachedLayer:
         """Hook: makes the self-attention layer of a block.
 
@@ -234,17 +263,14 @@ class CustomBackbone(keras_hub.models.Backbone):
         Returns:
             An `attention.CachedLayer`.
         """
-        num_key_value_heads = self.num_key_value_heads
-        if num_key_value_heads is None:
-            num_key_value_heads = self.num_heads
         return GroupedQueryAttention(
             num_heads=self.num_heads,
-            num_key_value_heads=num_key_value_heads,
+            num_key_value_heads=self.num_key_value_heads or self.num_heads,
             dropout=self.dropout,
             kernel_initializer=keras.initializers.RandomNormal(stddev=0.02),
         )
 
-    def create_ffn(self, inputs_shape: tuple, layer_index: int) -> keras.layers.Layer:
+    def create_ffn(self, inputs_shape: Shape, layer_index: int) -> keras.layers.Layer:
         """Hook: makes the feed-forward layer of a block.
 
         Args:
@@ -260,7 +286,7 @@ class CustomBackbone(keras_hub.models.Backbone):
             kernel_initializer=keras.initializers.RandomNormal(stddev=0.02),
         )
 
-    def create_norm(self, inputs_shape: tuple, layer_index: int) -> keras.layers.Layer:
+    def create_norm(self, inputs_shape: Shape, layer_index: int) -> keras.layers.Layer:
         """Hook: makes a normalization layer of a block.
 
         Args:
@@ -273,11 +299,22 @@ class CustomBackbone(keras_hub.models.Backbone):
         return keras.layers.LayerNormalization(epsilon=self.layer_norm_epsilon)
 
     def create_final_norm(self) -> keras.layers.Layer:
-        """Hook: makes the normalization behind the last block."""
+        """Hook: makes the normalization after the last block.
+
+        By default it is another norm of the last block if `decoder_class` overrides
+        `create_norm`, otherwise one that the backbone's `create_norm` makes for
+        `layer_index=num_layers`.
+
+        Returns:
+            A layer that keeps the shape.
+        """
         shape = (None, None, self.hidden_dim)
+        last, cls = self.transformer_layers[-1], self.decoder_class
+        if type(last) is cls and cls.create_norm is not CustomDecoder.create_norm:
+            return run_hook(last, "create_norm", shape)
         return run_hook(self, "create_norm", shape, self.num_layers)
 
-    def transform(self, x: Any, padding_mask: Any) -> Any:
+    def transform(self, x: Tensor, padding_mask: Tensor) -> Tensor:
         """Runs the blocks, which are in `self.transformer_layers`.
 
         Overridden where values flow between blocks: pass them on as arguments
@@ -352,30 +389,8 @@ class CustomBackbone(keras_hub.models.Backbone):
         return config
 
 
-def _run_backbone_hook(
-    backbone: CustomBackbone, layer_index: int, name: str, inputs_shape: tuple
+def _run_hook(
+    backbone: CustomBackbone, layer_index: int, name: str, inputs_shape: Shape
 ) -> keras.layers.Layer:
     cached = name == "create_attention_layer"
     return run_hook(backbone, name, inputs_shape, layer_index, cached=cached)
-
-
-class _HookedDecoder(CustomDecoder):
-    """A decoder block whose parts come from its backbone's hooks."""
-
-    def __init__(self, run_backbone_hook: Callable, **kwargs: Any):
-        super().__init__(**kwargs)
-        # A function, not the backbone: Keras would take it for a sublayer.
-        self._run_backbone_hook = run_backbone_hook
-
-    def get_config(self) -> dict[str, Any]:
-        # For `clone_model`. A backbone is saved by its own arguments.
-        return {**super().get_config(), "run_backbone_hook": self._run_backbone_hook}
-
-    def create_attention_layer(self, inputs_shape: tuple) -> CachedLayer:
-        return self._run_backbone_hook("create_attention_layer", inputs_shape)
-
-    def create_ffn(self, inputs_shape: tuple) -> keras.layers.Layer:
-        return self._run_backbone_hook("create_ffn", inputs_shape)
-
-    def create_norm(self, inputs_shape: tuple) -> keras.layers.Layer:
-        return self._run_backbone_hook("create_norm", inputs_shape)

@@ -8,8 +8,8 @@ from typing import Any
 import keras
 
 from attention import CachedLayer, CompositeCachedLayer, CrossAttention
-from attention.contract import clone_initializer, describe
-from blocks.hooks import build_layer, dtype_policy_scope, name_layer, run_hook
+from attention.contract import Shape, Tensor, clone_initializer, describe
+from blocks.hooks import build_layer
 from blocks.transformer_block import TransformerBlock
 
 
@@ -25,18 +25,25 @@ class CustomDecoder(TransformerBlock, CompositeCachedLayer):
     Called with `encoder_sequence`, it has a third branch between these two, with
     `cross_attention_norm` and `cross_attention`.
 
-    A subclass overrides `create_attention_layer`, `create_ffn` or
-    `create_norm` to change a part, `transform` to change how they are
-    connected. The class attribute `norm_names` says which norms there are:
-    `create_norm` makes one for each name, under which the block then has it.
+    A subclass overrides `create_attention_layer`, `create_ffn` or `create_norm`
+    to change a part, `transform` to change how they are connected, and
+    `norm_names` to have other norms: `create_norm` makes one for each name, which
+    the block then has under that name.
 
     Hooks run when the block is built: the subclass's attributes and the width
     of the inputs are known, and a layer made without `dtype=` gets the block's.
-    There is no second forward pass: the block passes `cache` and
-    `cache_update_index` through without looking into them.
+    There is no second forward pass: the block passes the KV cache and
+    `cache_update_index` to its attention layers without looking into them.
+
+    As the `decoder_class` of a `blocks.CustomBackbone`, a block is made by the
+    backbone. The hooks that it doesn't override (and those of `super()` in the
+    ones it does) are then the backbone's. It needs neither registering with Keras nor
+    `get_config`, as files hold the backbone, which makes its blocks anew.
 
     Attributes:
         norm_names: tuple of str. The norms, by the names that `transform` uses.
+        layer_index: int or `None`. The block's depth in a `CustomBackbone`, from
+            0, for the hooks to read; `None` outside of one.
 
     Args:
         intermediate_dim: int. The width inside the feed-forward layer.
@@ -56,15 +63,15 @@ class CustomDecoder(TransformerBlock, CompositeCachedLayer):
     Call arguments:
         x: tensor of shape `(batch, length, width)`.
         encoder_sequence: `None`, or tensor of shape `(batch, source_length,
-            source_width)` that a cross-attention layer attends to: what
-            `create_cross_attention_layer` made when the block was first called
+            source_width)` that a cross-attention layer attends to, which
+            `create_cross_attention_layer` makes when the block is first called
             with one. With a cache it is given once, and read from the cache then.
         encoder_padding_mask: `None`, or boolean tensor of shape `(batch,
             source_length)`: its real tokens.
         padding_mask: boolean tensor of shape `(batch, length)`: the real tokens,
             padded on the right.
         cache: a cache made by `create_cache`.
-        cache_update_index: how many positions the cache has absorbed.
+        cache_update_index: how many positions the cache holds.
         training: bool. Whether to apply dropout.
 
     Returns:
@@ -105,11 +112,12 @@ class CustomDecoder(TransformerBlock, CompositeCachedLayer):
     - [keras-hub issue #1261](https://github.com/keras-team/keras-hub/issues/1261)
     """
 
+    layer_index: int | None = None
     # Made by `build` where the block is called with an encoder's outputs.
     cross_attention: CachedLayer | None
-    _encoder_shape: tuple | None = None
+    _encoder_shape: Shape | None = None
 
-    def create_cross_attention_layer(self, inputs_shape: tuple) -> CachedLayer:
+    def create_cross_attention_layer(self, inputs_shape: Shape) -> CachedLayer:
         """Hook: makes the layer that attends to an encoder's outputs.
 
         It is called only where the block is called with `encoder_sequence`.
@@ -146,20 +154,17 @@ class CustomDecoder(TransformerBlock, CompositeCachedLayer):
             )
         return super().__call__(*args, **kwargs)
 
-    def build(self, inputs_shape: tuple) -> None:
+    def build(self, inputs_shape: Shape) -> None:
         super().build(inputs_shape)
         self.cross_attention = None
         if self._encoder_shape is None:
             return
         x_shape, encoder_shape = tuple(inputs_shape), tuple(self._encoder_shape)
-        with dtype_policy_scope(self.dtype_policy):
-            hook = "create_cross_attention_layer"
-            layer = run_hook(self, hook, x_shape, cached=True)
-            norm = run_hook(self, "create_norm", x_shape)
-        self.cross_attention = name_layer(layer, "cross_attention")
-        self.cross_attention_norm = name_layer(norm, "cross_attention_norm")
-        if not layer.built:
-            layer.build(x_shape, encoder_shape)
+        hook = "create_cross_attention_layer"
+        attention = self._add_part("cross_attention", hook, x_shape)
+        norm = self._add_part("cross_attention_norm", "create_norm", x_shape)
+        if not attention.built:
+            attention.build(x_shape, encoder_shape)
         build_layer(norm, x_shape, self.compute_dtype)
 
     def get_build_config(self) -> dict[str, Any] | None:
@@ -173,15 +178,30 @@ class CustomDecoder(TransformerBlock, CompositeCachedLayer):
         rest = {key: x for key, x in config.items() if key != "encoder_shape"}
         super().build_from_config(rest)
 
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        if self.layer_index is not None:
+            # For `clone_model`: a file holds the backbone instead.
+            config["in_backbone"] = (self.layer_index, self._run_backbone_hook)
+        return config
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> CustomDecoder:
+        place = config.get("in_backbone", (None, None))
+        rest = {key: x for key, x in config.items() if key != "in_backbone"}
+        decoder = super().from_config(rest)
+        decoder.layer_index, decoder._run_backbone_hook = place
+        return decoder
+
     def transform(
         self,
-        x: Any,
-        padding_mask: Any = None,
-        training: Any = None,
-        encoder_sequence: Any = None,
-        encoder_padding_mask: Any = None,
+        x: Tensor,
+        padding_mask: Tensor | None = None,
+        training: bool | None = None,
+        encoder_sequence: Tensor | None = None,
+        encoder_padding_mask: Tensor | None = None,
     ) -> Any:
-        """The block's topology, written once, in plain Keras.
+        """Computes the block's outputs: its topology, written once, in plain Keras.
 
         A subclass may name further arguments, which the block then takes, and
         return more than one tensor (see `attention.CompositeCachedLayer`).
@@ -198,19 +218,16 @@ class CustomDecoder(TransformerBlock, CompositeCachedLayer):
         Returns:
             A tensor of the shape of `x`.
         """
-
-        def attend(x: Any) -> Any:
-            return self.self_attention(x, padding_mask=padding_mask)
-
-        def attend_to_encoder(x: Any) -> Any:
-            return self.cross_attention(  # type: ignore[misc]
+        x = self.add_residual(
+            x, self.attention_norm, self.self_attention, padding_mask=padding_mask
+        )
+        if self.cross_attention is not None:
+            x = self.add_residual(
                 x,
+                self.cross_attention_norm,
+                self.cross_attention,
                 encoder_sequence,
                 value_padding_mask=encoder_padding_mask,
                 padding_mask=padding_mask,
             )
-
-        branches = [(self.attention_norm, attend), (self.ffn_norm, self.ffn)]
-        if self.cross_attention is not None:
-            branches.insert(1, (self.cross_attention_norm, attend_to_encoder))
-        return self.connect(x, branches)
+        return self.add_residual(x, self.ffn_norm, self.ffn)

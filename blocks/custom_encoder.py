@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from attention.contract import change_context
+from attention.contract import Tensor, change_context
 from blocks.transformer_block import TransformerBlock
 
 
@@ -65,19 +65,24 @@ class CustomEncoder(TransformerBlock):
 
     def call(
         self,
-        x: Any,
-        padding_mask: Any = None,
-        training: Any = None,
-        mask: Any = None,
-    ) -> Any:
+        x: Tensor,
+        padding_mask: Tensor | None = None,
+        training: bool | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
         # `mask` is what Keras attached to `x`.
         padding_mask = mask if padding_mask is None else padding_mask
         # What encodes a source has no slot in the cache of what is decoded.
         with change_context(scope=None, padding_mask=padding_mask):
             return self.transform(x, padding_mask=padding_mask, training=training)
 
-    def transform(self, x: Any, padding_mask: Any = None, training: Any = None) -> Any:
-        """The block's topology, written once, in plain Keras.
+    def transform(
+        self,
+        x: Tensor,
+        padding_mask: Tensor | None = None,
+        training: bool | None = None,
+    ) -> Tensor:
+        """Computes the block's outputs: its topology, written once, in plain Keras.
 
         Args:
             x: tensor of shape `(batch, length, width)`.
@@ -87,9 +92,7 @@ class CustomEncoder(TransformerBlock):
         Returns:
             A tensor of the same shape.
         """
-
-        def attend(x: Any) -> Any:
-            return self.self_attention(x, padding_mask=padding_mask)
-
-        branches = [(self.attention_norm, attend), (self.ffn_norm, self.ffn)]
-        return self.connect(x, branches)
+        x = self.add_residual(
+            x, self.attention_norm, self.self_attention, padding_mask=padding_mask
+        )
+        return self.add_residual(x, self.ffn_norm, self.ffn)

@@ -1,13 +1,22 @@
-"""What decoder and encoder blocks share: their arguments, hooks and parts."""
+"""The arguments, hooks and parts that decoder and encoder blocks share."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
 
 from attention import CachedLayer, GroupedQueryAttention
-from attention.contract import check_fraction, check_positive_int, clone_initializer
+from attention.contract import (
+    Activation,
+    Initializer,
+    Shape,
+    Tensor,
+    check_fraction,
+    check_positive_int,
+    clone_initializer,
+)
 from blocks.hooks import build_layer, dtype_policy_scope, name_layer, run_hook
 from blocks.layers.feed_forward import FeedForward
 
@@ -22,6 +31,8 @@ class TransformerBlock(keras.layers.Layer):
 
     causal = True
     norm_names: tuple[str, ...] = ("attention_norm", "ffn_norm")
+    # Of a backbone's `decoder_class`: runs the backbone's hook of a name.
+    _run_backbone_hook: Callable | None = None
 
     def __init__(
         self,
@@ -29,11 +40,11 @@ class TransformerBlock(keras.layers.Layer):
         num_heads: int,
         num_key_value_heads: int | None = None,
         dropout: float = 0.0,
-        activation: Any = "gelu",
+        activation: Activation = "gelu",
         layer_norm_epsilon: float = 1e-5,
         normalize_first: bool = True,
-        kernel_initializer: Any = "glorot_uniform",
-        bias_initializer: Any = "zeros",
+        kernel_initializer: Initializer = "glorot_uniform",
+        bias_initializer: Initializer = "zeros",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -49,7 +60,7 @@ class TransformerBlock(keras.layers.Layer):
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
 
-    def create_attention_layer(self, inputs_shape: tuple) -> CachedLayer:
+    def create_attention_layer(self, inputs_shape: Shape) -> CachedLayer:
         """Hook: makes the self-attention layer.
 
         Args:
@@ -58,19 +69,18 @@ class TransformerBlock(keras.layers.Layer):
         Returns:
             An `attention.CachedLayer`.
         """
-        num_key_value_heads = self.num_key_value_heads
-        if num_key_value_heads is None:
-            num_key_value_heads = self.num_heads
+        if self._run_backbone_hook is not None:
+            return self._run_backbone_hook("create_attention_layer", inputs_shape)
         return GroupedQueryAttention(
             num_heads=self.num_heads,
-            num_key_value_heads=num_key_value_heads,
+            num_key_value_heads=self.num_key_value_heads or self.num_heads,
             dropout=self.dropout,
             causal=self.causal,
             kernel_initializer=clone_initializer(self.kernel_initializer),
             bias_initializer=clone_initializer(self.bias_initializer),
         )
 
-    def create_ffn(self, inputs_shape: tuple) -> keras.layers.Layer:
+    def create_ffn(self, inputs_shape: Shape) -> keras.layers.Layer:
         """Hook: makes the feed-forward layer.
 
         Args:
@@ -79,6 +89,8 @@ class TransformerBlock(keras.layers.Layer):
         Returns:
             A layer that keeps the width.
         """
+        if self._run_backbone_hook is not None:
+            return self._run_backbone_hook("create_ffn", inputs_shape)
         return FeedForward(
             self.intermediate_dim,
             activation=self.activation,
@@ -86,7 +98,7 @@ class TransformerBlock(keras.layers.Layer):
             bias_initializer=clone_initializer(self.bias_initializer),
         )
 
-    def create_norm(self, inputs_shape: tuple) -> keras.layers.Layer:
+    def create_norm(self, inputs_shape: Shape) -> keras.layers.Layer:
         """Hook: makes a normalization layer; called once for each norm.
 
         Args:
@@ -95,33 +107,34 @@ class TransformerBlock(keras.layers.Layer):
         Returns:
             A layer that keeps the shape.
         """
+        if self._run_backbone_hook is not None:
+            return self._run_backbone_hook("create_norm", inputs_shape)
         return keras.layers.LayerNormalization(epsilon=self.layer_norm_epsilon)
 
-    def build(self, inputs_shape: tuple) -> None:
+    def build(self, inputs_shape: Shape) -> None:
         inputs_shape = tuple(inputs_shape)
         self._check_norm_names()
-        with dtype_policy_scope(self.dtype_policy):
-            # In the order of the weights: attention, a norm, ffn, other norms.
-            attention = run_hook(
-                self, "create_attention_layer", inputs_shape, cached=True
-            )
-            self.self_attention = name_layer(attention, "self_attention")
-            layers = [self.self_attention, *self._add_norms(inputs_shape, slice(1))]
-            self.ffn = name_layer(run_hook(self, "create_ffn", inputs_shape), "ffn")
-            layers += [self.ffn, *self._add_norms(inputs_shape, slice(1, None))]
-            self.residual_dropout = keras.layers.Dropout(
-                self.dropout, name="residual_dropout"
-            )
-        for layer in layers:
+        hooks = {"self_attention": "create_attention_layer", "ffn": "create_ffn"}
+        # The order of the weights.
+        first, others = self.norm_names[:1], self.norm_names[1:]
+        names = ("self_attention", *first, "ffn", *others)
+        parts = [
+            self._add_part(name, hooks.get(name, "create_norm"), inputs_shape)
+            for name in names
+        ]
+        self.residual_dropout = keras.layers.Dropout(
+            self.dropout, dtype=self.dtype_policy, name="residual_dropout"
+        )
+        for layer in parts:
             build_layer(layer, inputs_shape, self.compute_dtype)
 
-    def _add_norms(self, inputs_shape: tuple, which: slice) -> list:
-        norms = []
-        for name in self.norm_names[which]:
-            norm = name_layer(run_hook(self, "create_norm", inputs_shape), name)
-            setattr(self, name, norm)
-            norms.append(norm)
-        return norms
+    def _add_part(self, name: str, hook: str, inputs_shape: Shape) -> Any:
+        """Makes a hook's layer the block's attribute `name`, and returns it."""
+        cached = hook.endswith("attention_layer")
+        with dtype_policy_scope(self.dtype_policy):
+            layer = run_hook(self, hook, inputs_shape, cached=cached)
+        setattr(self, name, name_layer(layer, name))
+        return layer
 
     def _check_norm_names(self) -> None:
         names = self.norm_names
@@ -145,19 +158,25 @@ class TransformerBlock(keras.layers.Layer):
                 + (f", of which {sorted(taken)} are taken" if taken else "")
             )
 
-    def connect(self, x: Any, branches: list) -> Any:
-        """Runs residual branches, each with its norm in front or behind.
+    def add_residual(
+        self, x: Tensor, norm: keras.layers.Layer, layer: Any, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Runs a layer, and adds its outputs to what went in.
 
         Args:
             x: tensor of shape `(batch, length, width)`.
-            branches: pairs of a norm and a function.
+            norm: the layer's norm; it comes before the layer if `normalize_first`
+                is true, otherwise after the sum.
+            layer: a layer that keeps the shape.
+            *args: further arguments of `layer`.
+            **kwargs: further arguments of `layer`, by keyword.
+
+        Returns:
+            A tensor of the shape of `x`.
         """
-        for norm, branch in branches:
-            if self.normalize_first:
-                x = x + self.residual_dropout(branch(norm(x)))
-            else:
-                x = norm(x + self.residual_dropout(branch(x)))
-        return x
+        if self.normalize_first:
+            return x + self.residual_dropout(layer(norm(x), *args, **kwargs))
+        return norm(x + self.residual_dropout(layer(x, *args, **kwargs)))
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()

@@ -7,12 +7,23 @@ from typing import Any
 import keras
 from keras import ops
 
-from attention.contract import check_positive_int, clone_initializer
+from attention.contract import (
+    Activation,
+    Initializer,
+    Shape,
+    Tensor,
+    check_positive_int,
+    clone_initializer,
+)
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
-def gelu_approximate(x: Any) -> Any:
-    """GELU by its tanh approximation, as GPT-2 was trained with.
+def gelu_approximate(x: Tensor) -> Tensor:
+    """Computes GELU by its tanh approximation.
+
+    GPT-2, BLOOM, Gemma and T5 1.1 were trained with it; `transformers` calls it
+    `"gelu_new"` or `"gelu_pytorch_tanh"`. The exact GELU, Keras's `"gelu"`, differs
+    from it by up to 0.0005.
 
     Args:
         x: tensor of any shape.
@@ -24,15 +35,15 @@ def gelu_approximate(x: Any) -> Any:
 
 
 class _FeedForwardBase(keras.layers.Layer):
-    """What both feed-forward layers share: the arguments and the projections."""
+    """The arguments and the projections of both feed-forward layers."""
 
     def __init__(
         self,
         intermediate_dim: int,
-        activation: Any,
+        activation: Activation,
         use_bias: bool,
-        kernel_initializer: Any = "glorot_uniform",
-        bias_initializer: Any = "zeros",
+        kernel_initializer: Initializer = "glorot_uniform",
+        bias_initializer: Initializer = "zeros",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -43,7 +54,7 @@ class _FeedForwardBase(keras.layers.Layer):
         self.bias_initializer = keras.initializers.get(bias_initializer)
         self.supports_masking = True
 
-    def _project(self, name: str, units: int, inputs_shape: tuple) -> Any:
+    def _project(self, name: str, units: int | None, inputs_shape: Shape) -> Any:
         dense = keras.layers.Dense(
             units,
             use_bias=self.use_bias,
@@ -55,7 +66,7 @@ class _FeedForwardBase(keras.layers.Layer):
         dense.build(inputs_shape)
         return dense
 
-    def compute_output_shape(self, inputs_shape: tuple) -> tuple:
+    def compute_output_shape(self, inputs_shape: Shape) -> Shape:
         return tuple(inputs_shape)
 
     def get_config(self) -> dict[str, Any]:
@@ -76,7 +87,8 @@ class FeedForward(_FeedForwardBase):
 
     Args:
         intermediate_dim: int. The width in between.
-        activation: the activation. Defaults to `"gelu"`.
+        activation: the activation. `"gelu"` (the default) is the exact GELU, as in
+            GPT-NeoX; `blocks.gelu_approximate` is that of GPT-2.
         use_bias: bool. Whether the dense layers have biases.
         kernel_initializer: initializer of the dense layers.
         bias_initializer: initializer of their biases.
@@ -107,13 +119,13 @@ class FeedForward(_FeedForwardBase):
     def __init__(
         self,
         intermediate_dim: int,
-        activation: Any = "gelu",
+        activation: Activation = "gelu",
         use_bias: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(intermediate_dim, activation, use_bias, **kwargs)
 
-    def build(self, inputs_shape: tuple) -> None:
+    def build(self, inputs_shape: Shape) -> None:
         self.intermediate_dense = self._project(
             "intermediate", self.intermediate_dim, inputs_shape
         )
@@ -121,8 +133,9 @@ class FeedForward(_FeedForwardBase):
             "output", inputs_shape[-1], (*inputs_shape[:-1], self.intermediate_dim)
         )
 
-    def call(self, x: Any) -> Any:
-        return self.output_dense(self.activation(self.intermediate_dense(x)))
+    def call(self, x: Tensor) -> Tensor:
+        inner = self.activation(self.intermediate_dense(x))  # (..., intermediate_dim)
+        return self.output_dense(inner)  # (..., width)
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
@@ -133,8 +146,11 @@ class GatedFeedForward(_FeedForwardBase):
 
     Args:
         intermediate_dim: int. The width in between.
-        activation: the activation of the gate: `"silu"` (the default) makes it
-            SwiGLU, as in Llama, `"gelu"` makes it GeGLU.
+        activation: the activation of the gate. `"silu"` (the default) makes it
+            SwiGLU, as in Llama. `blocks.gelu_approximate` makes it GeGLU as in Gemma
+            and T5 1.1, which were trained with GELU's tanh approximation; `"gelu"`
+            makes it GeGLU with the exact GELU, as in ModernBERT. With the wrong one
+            of the two, logits are about 0.01 off, and nothing else tells.
         use_bias: bool. Whether the dense layers have biases.
         kernel_initializer: initializer of the dense layers.
         bias_initializer: initializer of their biases.
@@ -166,13 +182,13 @@ class GatedFeedForward(_FeedForwardBase):
     def __init__(
         self,
         intermediate_dim: int,
-        activation: Any = "silu",
+        activation: Activation = "silu",
         use_bias: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(intermediate_dim, activation, use_bias, **kwargs)
 
-    def build(self, inputs_shape: tuple) -> None:
+    def build(self, inputs_shape: Shape) -> None:
         width = self.intermediate_dim
         self.gate_dense = self._project("gate", width, inputs_shape)
         self.intermediate_dense = self._project("intermediate", width, inputs_shape)
@@ -180,6 +196,7 @@ class GatedFeedForward(_FeedForwardBase):
             "output", inputs_shape[-1], (*inputs_shape[:-1], width)
         )
 
-    def call(self, x: Any) -> Any:
-        gate = self.activation(self.gate_dense(x))
-        return self.output_dense(ops.multiply(gate, self.intermediate_dense(x)))
+    def call(self, x: Tensor) -> Tensor:
+        gate = self.activation(self.gate_dense(x))  # (..., intermediate_dim)
+        inner = ops.multiply(gate, self.intermediate_dense(x))
+        return self.output_dense(inner)  # (..., width)

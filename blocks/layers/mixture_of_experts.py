@@ -8,7 +8,18 @@ import keras
 from keras import ops
 
 from attention import CachedLayer
-from attention.contract import check_positive_int, clone_initializer, describe
+from attention.contract import (
+    Activation,
+    Cache,
+    DType,
+    Index,
+    Initializer,
+    Shape,
+    Tensor,
+    check_positive_int,
+    clone_initializer,
+    describe,
+)
 
 # Smaller blocks are slow where there are enough tokens for larger ones.
 _SMALL_BLOCK = 32
@@ -38,7 +49,7 @@ class MixtureOfExperts(CachedLayer):
             activation in between.
         activation: the activation inside experts, of the gate if there is one.
         normalize_weights: bool. Whether the weights of a token's experts sum to 1.
-        balance_weight: float. What the loss of uneven loads is multiplied with.
+        balance_weight: float. The factor of the loss of uneven loads.
         kernel_initializer: initializer of the router and the experts.
         **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
 
@@ -77,10 +88,10 @@ class MixtureOfExperts(CachedLayer):
         intermediate_dim: int,
         num_experts_per_token: int = 2,
         gated: bool = True,
-        activation: Any = "silu",
+        activation: Activation = "silu",
         normalize_weights: bool = True,
         balance_weight: float = 0.01,
-        kernel_initializer: Any = "glorot_uniform",
+        kernel_initializer: Initializer = "glorot_uniform",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -108,7 +119,7 @@ class MixtureOfExperts(CachedLayer):
         self.balance_weight = float(balance_weight)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
 
-    def build(self, inputs_shape: tuple) -> None:
+    def build(self, inputs_shape: Shape) -> None:
         width = inputs_shape[-1]
         self.router = keras.layers.Dense(
             self.num_experts,
@@ -119,7 +130,7 @@ class MixtureOfExperts(CachedLayer):
             name="router",
         )
         self.router.build(inputs_shape)
-        shapes = {"intermediate": (width, self.intermediate_dim)}
+        shapes: dict[str, Shape] = {"intermediate": (width, self.intermediate_dim)}
         if self.gated:
             shapes["gate"] = (width, self.intermediate_dim)
         shapes["output"] = (self.intermediate_dim, width)
@@ -137,17 +148,18 @@ class MixtureOfExperts(CachedLayer):
 
     def call(
         self,
-        x: Any,
-        padding_mask: Any = None,
-        cache: Any = None,
-        cache_update_index: Any = None,
+        x: Tensor,
+        padding_mask: Tensor | None = None,
+        cache: Cache | None = None,
+        cache_update_index: Index | None = None,
         training: bool | None = None,
     ) -> Any:
         if padding_mask is not None:
             padding_mask = ops.cast(padding_mask, "bool")
             x = ops.where(padding_mask[..., None], x, 0)
-        tokens = ops.reshape(x, (-1, x.shape[-1]))
-        chances = ops.softmax(self.router(tokens), axis=-1)
+        tokens = ops.reshape(x, (-1, x.shape[-1]))  # (tokens, width)
+        chances = ops.softmax(self.router(tokens), axis=-1)  # (tokens, experts)
+        # Both (tokens, experts per token).
         weights, experts = ops.top_k(chances, self.num_experts_per_token)
         experts = ops.cast(experts, "int32")
         if training and self.balance_weight:
@@ -155,14 +167,17 @@ class MixtureOfExperts(CachedLayer):
             self.add_loss(self.balance_weight * loss)
         if self.normalize_weights:
             weights = weights / ops.sum(weights, axis=-1, keepdims=True)
-        found = self._run_experts(tokens, experts)
+        found = self._run_experts(tokens, experts)  # (tokens, per token, width)
         weights = ops.cast(weights, found.dtype)
-        outputs = ops.sum(found * weights[..., None], axis=1)
-        outputs = ops.reshape(outputs, ops.shape(x))
+        outputs = ops.sum(found * weights[..., None], axis=1)  # (tokens, width)
+        outputs = ops.reshape(outputs, ops.shape(x))  # (batch, length, width)
         return outputs if cache is None else (outputs, cache)
 
-    def _imbalance(self, chances: Any, experts: Any, padding_mask: Any) -> Any:
-        """1 where all experts get as many tokens, more where they don't."""
+    def _imbalance(
+        self, chances: Tensor, experts: Tensor, padding_mask: Tensor | None
+    ) -> Tensor:
+        """Returns 1 if all experts get as many tokens, a larger number if not."""
+        # (tokens, experts), as `chances`; both are averaged to (experts,).
         chosen = ops.sum(ops.one_hot(experts, self.num_experts), axis=1)
         if padding_mask is None:
             shares = [ops.mean(y, axis=0) for y in (chosen, chances)]
@@ -173,8 +188,8 @@ class MixtureOfExperts(CachedLayer):
         scale = self.num_experts / self.num_experts_per_token
         return scale * ops.sum(shares[0] * shares[1])
 
-    def _run_experts(self, tokens: Any, experts: Any) -> Any:
-        """What each token's experts make of it.
+    def _run_experts(self, tokens: Tensor, experts: Tensor) -> Tensor:
+        """Computes the outputs of each token's experts.
 
         Args:
             tokens: tensor of shape `(tokens, width)`.
@@ -196,48 +211,58 @@ class MixtureOfExperts(CachedLayer):
         size = _block_size(count, self.num_experts)
         blocks = (count + size - 1) // size + self.num_experts
         slots, expert_of_block = self._places(expert_of, count, size, blocks)
-        # Slots that no token has hold zeros, of a token behind the last.
+        # Slots that no token has hold zeros, those of a token after the last.
         source = ops.full((blocks * size,), count // per_token, dtype="int32")
         pairs = ops.arange(count, dtype="int32") // per_token
         source = ops.scatter_update(source, slots[:, None], pairs)
         padded = ops.concatenate([tokens, ops.zeros_like(tokens[:1])], axis=0)
-        inputs = ops.reshape(ops.take(padded, source, axis=0), (-1, size, width))
+        inputs = ops.take(padded, source, axis=0)  # (slots, width)
+        inputs = ops.reshape(inputs, (-1, size, width))  # (blocks, size, width)
         found = ops.reshape(self._expert(inputs, expert_of_block), (-1, width))
+        # (tokens * per token, width) -> (tokens, per token, width)
         return ops.reshape(ops.take(found, slots, axis=0), (-1, per_token, width))
 
     def _places(
-        self, expert_of: Any, count: Any, size: Any, blocks: Any
-    ) -> tuple[Any, Any]:
-        """A slot for each pair of token and expert, in blocks of one expert.
+        self, expert_of: Tensor, count: Any, size: Any, blocks: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Finds a slot for each pair of token and expert, in blocks of one expert.
 
         Returns:
             The slots, `(pairs,)`, and the expert of each block, `(blocks,)`.
         """
         one_hot = ops.one_hot(expert_of, self.num_experts, dtype="int32")
         loads = ops.sum(one_hot, axis=0)
-        # Each expert's blocks, the last of them not full, behind another's.
+        # Each expert's blocks, the last of them not full, after another's.
         blocks_of = (loads + size - 1) // size
         ends = ops.cumsum(blocks_of)
         starts = (ends - blocks_of) * size
         ranks = ops.sum((ops.cumsum(one_hot, axis=0) - 1) * one_hot, axis=-1)
         slots = ops.take(starts, expert_of) + ranks
         places = ops.arange(blocks, dtype="int32")
-        behind = ops.cast(places[:, None] >= ends[None], "int32")
-        expert_of_block = ops.minimum(ops.sum(behind, axis=-1), self.num_experts - 1)
+        after = ops.cast(places[:, None] >= ends[None], "int32")  # (blocks, experts)
+        expert_of_block = ops.minimum(ops.sum(after, axis=-1), self.num_experts - 1)
         return ops.cast(slots, "int32"), ops.cast(expert_of_block, "int32")
 
-    def _expert(self, x: Any, expert: Any) -> Any:
-        """`(blocks, size, width)` through the expert of each block."""
+    def _expert(self, x: Tensor, expert: Tensor) -> Tensor:
+        """Runs each block through its expert.
+
+        Args:
+            x: tensor of shape `(blocks, size, width)`.
+            expert: `int32` tensor of shape `(blocks,)`.
+
+        Returns:
+            A tensor of the shape of `x`.
+        """
         kernels = {
             name: ops.cast(ops.take(kernel, expert, axis=0), x.dtype)
             for name, kernel in self.kernels.items()
         }
-        inner = ops.matmul(x, kernels["intermediate"])
+        inner = ops.matmul(x, kernels["intermediate"])  # (blocks, size, inner)
         if self.gated:
             inner = inner * self.activation(ops.matmul(x, kernels["gate"]))
         else:
             inner = self.activation(inner)
-        return ops.matmul(inner, kernels["output"])
+        return ops.matmul(inner, kernels["output"])  # (blocks, size, width)
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
@@ -255,7 +280,7 @@ class MixtureOfExperts(CachedLayer):
 
 
 def _block_size(pairs: Any, num_experts: int) -> Any:
-    """About a fourth as many tokens as an expert gets.
+    """Returns about a fourth as many tokens as an expert gets.
 
     Each block copies the kernels of its expert, and each expert's last block is
     padded: so there are about five blocks for each expert, and a fourth is padding.
@@ -270,10 +295,10 @@ def _block_size(pairs: Any, num_experts: int) -> Any:
     return ops.maximum(size, _SMALL_BLOCK) if ops.is_tensor(pairs) else _SMALL_BLOCK
 
 
-def _of_each(initializer: Any, first: int) -> Any:
+def _of_each(initializer: Initializer, first: int) -> Initializer:
     """Draws each expert's kernel by itself: its own size counts, not that of all."""
 
-    def initialize(shape: tuple, dtype: Any = None) -> Any:
+    def initialize(shape: tuple, dtype: DType = None) -> Tensor:
         copies = (clone_initializer(initializer, first + i) for i in range(shape[0]))
         return ops.stack([copy(shape[1:], dtype) for copy in copies])
 

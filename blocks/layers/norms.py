@@ -1,4 +1,4 @@
-"""Normalization layers that Keras has not, ready for `create_norm`."""
+"""Normalization layers that Keras does not have, ready for `create_norm`."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ from typing import Any
 import keras
 from keras import ops
 
+from attention.contract import Shape, Tensor
+
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
 class DynamicTanh(keras.layers.Layer):
-    """`scale * tanh(alpha * x) + bias`: does what a norm does, without statistics.
+    """Computes `scale * tanh(alpha * x) + bias`, a norm without statistics.
 
-    Beside it, `create_norm` may return Keras's `LayerNormalization` (with
+    Besides it, `create_norm` may return Keras's `LayerNormalization` (with
     `center=False` it has no bias), `RMSNormalization`, or `Identity` for none.
 
     Args:
-        alpha_init: float. What the trainable `alpha`, one number, starts with.
+        alpha_init: float. The initial value of `alpha`, one trainable number.
         **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
 
     Call arguments:
@@ -43,20 +45,20 @@ class DynamicTanh(keras.layers.Layer):
         self.alpha_init = float(alpha_init)
         self.supports_masking = True
 
-    def build(self, inputs_shape: tuple) -> None:
+    def build(self, inputs_shape: Shape) -> None:
         width = inputs_shape[-1]
         alpha = keras.initializers.Constant(self.alpha_init)
         self.alpha = self.add_weight(name="alpha", shape=(), initializer=alpha)
         self.scale = self.add_weight(name="scale", shape=(width,), initializer="ones")
         self.bias = self.add_weight(name="bias", shape=(width,), initializer="zeros")
 
-    def call(self, x: Any) -> Any:
+    def call(self, x: Tensor) -> Tensor:
         alpha, scale, bias = (
             ops.cast(w, x.dtype) for w in (self.alpha, self.scale, self.bias)
         )
         return scale * ops.tanh(alpha * x) + bias
 
-    def compute_output_shape(self, inputs_shape: tuple) -> tuple:
+    def compute_output_shape(self, inputs_shape: Shape) -> Shape:
         return tuple(inputs_shape)
 
     def get_config(self) -> dict[str, Any]:

@@ -80,6 +80,12 @@ def test_hooks_that_return_the_wrong_thing(make, hook, value, words):
         make(hook, value)
 
 
+def test_a_decoder_class_that_is_no_decoder():
+    cls = type("MyBackbone", (CustomBackbone,), {"decoder_class": FeedForward})
+    with raises(TypeError, "`MyBackbone.decoder_class` must be", "create_decoder"):
+        cls(60, 1, 4, 16, 32)
+
+
 @pytest.mark.parametrize(
     ("name", "value", "kind"),
     [

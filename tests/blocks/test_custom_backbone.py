@@ -5,7 +5,14 @@ import numpy as np
 import pytest
 
 from attention import MultiHeadAttention, RotaryAttention
-from blocks import CustomBackbone, CustomDecoder, GatedFeedForward
+from attention.testing import check_cached_model
+from blocks import (
+    CausalLM,
+    CustomBackbone,
+    CustomDecoder,
+    GatedFeedForward,
+    gelu_approximate,
+)
 from tests.models import (
     PACKAGE,
     RAGGED,
@@ -78,6 +85,70 @@ def test_other_blocks():
         for w in backbone.weights
         if "seed" not in w.path
     )
+
+
+class GemmaDecoder(CustomDecoder):
+    """Four norms; the window and the rotary base depend on the depth."""
+
+    norm_names = ("attention_norm", "attention_post_norm", "ffn_norm", "ffn_post_norm")
+
+    def create_attention_layer(self, inputs_shape):
+        window, base = (4, 1e4) if self.layer_index % 2 == 0 else (None, 1e6)
+        return RotaryAttention(
+            self.num_heads,
+            self.num_key_value_heads,
+            max_wavelength=base,
+            window=window,
+        )
+
+    def create_norm(self, inputs_shape):
+        return keras.layers.RMSNormalization(epsilon=1e-6)
+
+    def transform(self, x, padding_mask=None):
+        h = self.self_attention(self.attention_norm(x), padding_mask=padding_mask)
+        x = x + self.attention_post_norm(h)
+        return x + self.ffn_post_norm(self.ffn(self.ffn_norm(x)))
+
+
+@keras.saving.register_keras_serializable(package=PACKAGE)
+class GemmaBackbone(CustomBackbone):
+    decoder_class = GemmaDecoder
+
+    def create_ffn(self, inputs_shape, layer_index):
+        return GatedFeedForward(self.intermediate_dim, activation=gelu_approximate)
+
+
+GEMMA = {"cls": GemmaBackbone, "num_key_value_heads": 2, "learned_positions": False}
+
+
+def test_a_decoder_class(tmp_path):
+    backbone = make_backbone(**GEMMA)
+    for i, block in enumerate(backbone.transformer_layers):
+        layer = block.self_attention
+        assert block.layer_index == i
+        assert (layer.num_heads, layer.num_key_value_heads) == (4, 2)
+        assert layer.window == (4, None)[i]
+        assert layer.position.max_wavelength == (1e4, 1e6)[i]
+        assert type(block.ffn) is GatedFeedForward
+        assert f"transformer_layer_{i}/ffn_post_norm/scale" in [
+            weight.path for weight in block.weights
+        ]
+    # It follows the norms of the block, which the backbone's hook doesn't make.
+    assert type(backbone.layer_norm) is keras.layers.RMSNormalization
+    lm = make_lm(backbone)
+    lm.save_to_preset(str(tmp_path / "preset"))
+    lm.save(tmp_path / "lm.keras")
+    x = prompts(RAGGED)
+    for restored in (
+        CausalLM.from_preset(str(tmp_path / "preset")),
+        keras.models.load_model(tmp_path / "lm.keras"),
+    ):
+        np.testing.assert_allclose(to_numpy(restored(x)), to_numpy(lm(x)), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_decoder_class_keeps_the_contract():
+    check_cached_model(lambda: make_backbone(**GEMMA), max_length=9)
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)
@@ -192,10 +263,13 @@ CLONED = {
 
 
 def test_a_clone_is_made_by_the_same_hooks():
-    for backbone in (AlternatingBackbone(**CLONED), CustomBackbone(**CLONED)):
-        clone = keras.models.clone_model(backbone)
-        shapes = [[tuple(w.shape) for w in x.weights] for x in (backbone, clone)]
+    gemma = GemmaBackbone(**CLONED)
+    # Its blocks are cloned by their own `get_config`.
+    headed = keras.Model(gemma.input, keras.layers.Dense(3)(gemma.output))
+    for model in (AlternatingBackbone(**CLONED), CustomBackbone(**CLONED), headed):
+        clone = keras.models.clone_model(model)
+        shapes = [[tuple(w.shape) for w in x.weights] for x in (model, clone)]
         assert shapes[0] == shapes[1]
-        clone.set_weights(backbone.get_weights())
+        clone.set_weights(model.get_weights())
         x = prompts(RAGGED)
-        np.testing.assert_allclose(to_numpy(clone(x)), to_numpy(backbone(x)), atol=1e-6)
+        np.testing.assert_allclose(to_numpy(clone(x)), to_numpy(model(x)), atol=1e-6)

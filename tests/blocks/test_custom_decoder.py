@@ -12,7 +12,7 @@ import pytest
 import attention
 from attention import MultiHeadAttention
 from attention.testing import check_cached_layer
-from blocks import CustomDecoder, FeedForward, GatedFeedForward
+from blocks import CustomDecoder, GatedFeedForward
 from tests.models import randomize, to_numpy
 
 WIDTH = 16
@@ -207,25 +207,3 @@ def test_the_policy_is_restored_when_a_hook_fails():
     with pytest.raises(RuntimeError, match="no norm today"):
         make_block(FailingDecoder, dtype="bfloat16")
     assert keras.config.dtype_policy() is before
-
-
-@pytest.mark.parametrize(
-    "layer", [FeedForward(24), GatedFeedForward(24, use_bias=True)]
-)
-def test_feed_forward_config_round_trip(layer):
-    config = layer.get_config()
-    assert type(layer).from_config(config).get_config() == config
-
-
-def test_gated_feed_forward_is_what_it_says():
-    layer = GatedFeedForward(8)
-    x = make_inputs()
-    layer.build(x.shape)
-    gate, up, down = (
-        to_numpy(dense.kernel)
-        for dense in (layer.gate_dense, layer.intermediate_dense, layer.output_dense)
-    )
-    g = x @ gate
-    expected = (g / (1 + np.exp(-g)) * (x @ up)) @ down
-    np.testing.assert_allclose(to_numpy(layer(x)), expected, atol=1e-5)
-    assert all("bias" not in w.path for w in layer.weights)
