@@ -6,9 +6,9 @@
 
 A decoder block of our own (`SwappedDecoder`, five lines) goes into a backbone and
 a causal language model, which is trained with `model.fit` on raw strings: the
-documentation of Python's syntax, which every Python installation holds
+documentation of Python's syntax, which is part of every Python installation
 (`pydoc_data.topics`), or a text file of yours. The model is saved as a preset,
-loaded in a fresh process, and says the same there.
+loaded in a fresh process, and generates the same text there.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 
-# Of these, the order of tokens is known by the embedding of their positions.
+# These know the order of tokens from learned position embeddings.
 LEARNED_POSITIONS = ("mha", "mqa", "gqa")
 VARIANTS = (*LEARNED_POSITIONS, "rotary", "t5", "alibi", "window", "latent")
 VARIANTS += ("differential", "retention", "rwkv", "gated_delta", "mamba2")
@@ -71,7 +71,7 @@ from blocks import CausalLM, CausalLMPreprocessor, CustomBackbone, CustomDecoder
 
 
 class SwappedDecoder(CustomDecoder):
-    """The swap: grouped-query attention with rotary positions."""
+    """A block with the swap: grouped-query attention with rotary positions."""
 
     def create_attention_layer(self, inputs_shape):
         return attention.RotaryAttention(
@@ -82,7 +82,7 @@ class SwappedDecoder(CustomDecoder):
 
 
 def create_attention(name, heads):
-    """The other variants of `--attention`; each is one line."""
+    """Makes the other variants of `--attention`, each in one line."""
     return {
         "mha": lambda: attention.MultiHeadAttention(heads),
         "mqa": lambda: attention.MultiQueryAttention(heads),
@@ -125,7 +125,7 @@ class SwappedBackbone(CustomBackbone):
 
 
 def read_documents(text_file):
-    """Returns the texts to train on, and those to be held out."""
+    """Returns the texts to train on and the held-out texts."""
     if text_file:
         with open(text_file, encoding="utf-8") as file:
             text = file.read()
@@ -142,7 +142,7 @@ def read_documents(text_file):
 
 
 def train_tokenizer(texts, vocabulary_size):
-    """Trains byte-level BPE, and makes a KerasHub tokenizer of it."""
+    """Trains byte-level BPE and returns it as a KerasHub tokenizer."""
     import tokenizers
 
     bpe = tokenizers.ByteLevelBPETokenizer()
@@ -173,7 +173,7 @@ def cut_samples(texts, tokenizer, length):
 
 
 def unigram_entropy(samples, preprocessor):
-    """Nats per token of the best guess that does not look at the context."""
+    """Returns the entropy of single tokens in nats: the best loss without context."""
     _, y, weight = preprocessor(samples)
     tokens = keras.ops.convert_to_numpy(y)[keras.ops.convert_to_numpy(weight) > 0]
     counts = np.bincount(tokens.astype("int64"))
@@ -202,7 +202,7 @@ def build_model(arguments, preprocessor):
     lm.compile(
         optimizer=keras.optimizers.AdamW(schedule, weight_decay=0.01),
         weighted_metrics=[
-            # Per real token, where the loss counts padding in.
+            # A mean over real tokens; the loss is one over padding, too.
             keras.metrics.SparseCategoricalCrossentropy(
                 name="nats_per_token", from_logits=True
             )
@@ -218,7 +218,7 @@ def say(lm, arguments):
 
 def main(arguments):
     if arguments.reload:
-        # The fresh process: all that is known is the folder.
+        # The fresh process, which is given the folder only.
         lm = CausalLM.from_preset(arguments.reload)
         lm.compile(sampler="greedy")
         print(json.dumps(say(lm, arguments)))

@@ -1,4 +1,4 @@
-"""Six ways of connecting a decoder's parts; none has a second forward pass.
+"""Six ways to connect a decoder's parts, none with a second forward pass.
 
     python examples/topologies.py                 # some minutes
     python examples/topologies.py --quick         # under a minute
@@ -7,8 +7,8 @@
 Each topology is a class or two below, of a few lines each. `main` puts each into
 a small byte-level language model, compares decoding with a cache with the full
 forward pass, trains it with `fit` on the documentation of Python's syntax
-(`pydoc_data.topics`, which every Python installation holds), generates, and
-prints a row of a table.
+(`pydoc_data.topics`, part of every Python installation), generates, and prints a
+row of a table.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import os
 if __name__ == "__main__":
     os.environ.setdefault("KERAS_BACKEND", "tensorflow")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    # It would warn of one compilation for each model.
+    # TensorFlow would warn of one compilation for each model.
     logging.getLogger("tensorflow").setLevel("ERROR")
 
 import keras
@@ -49,7 +49,7 @@ class ParallelBackbone(CustomBackbone):
         return ParallelDecoder(self.intermediate_dim, self.num_heads)
 
 
-# === Sandwich norms: one before and one behind each part ===
+# === Sandwich norms: one before and one after each part ===
 # Gemma 2 (https://arxiv.org/abs/2408.00118)
 
 
@@ -192,11 +192,11 @@ TOPOLOGIES = {
 }
 
 
-# === What is done with each of them ===
+# === Training, checking and generating with each of them ===
 
 
 def training_samples(length):
-    """Python's documentation of its syntax as bytes, cut into pieces."""
+    """Returns Python's documentation of its syntax as bytes: inputs and targets."""
     from pydoc_data.topics import topics
 
     text = "\n".join(topics[name] for name in sorted(topics)).encode("utf-8")
@@ -232,7 +232,7 @@ def mean_loss(lm, inputs, targets):
 
 
 def cached_minus_full(lm, tokens):
-    """The largest difference of one prefill and single steps from no cache."""
+    """Returns the largest difference of logits with a cache and without one."""
     rows, length = tokens.shape
     full = ops.convert_to_numpy(lm(as_inputs(tokens)))
     cache = attention.create_cache(lm, rows, length)
@@ -281,7 +281,7 @@ def run(name, arguments):
         f"{before:>6.2f} -> {after:<5.2f} {worst:>9.1e}   {text!r}",
         flush=True,
     )
-    # Sums of float32 numbers come in another order; a wrong cache is off by far more.
+    # Float32 sums are taken in another order; with a wrong cache they differ far more.
     if not worst < 1e-3:
         raise SystemExit(f"{name}: cached and full outputs differ by {worst}")
 
@@ -309,7 +309,7 @@ def main(argv=None):
         f"{'topology':<17} {'parameters':>10} {'cache/token':>12} "
         f"{'loss':^15} {'|cached-full|':>9}   generated"
     )
-    # The stock block is there to compare with; the quick run is only a check.
+    # The stock block is for comparison, which the quick run does not need.
     names = [name for name in TOPOLOGIES if name != "stock" or not arguments.quick]
     for name in [arguments.only] if arguments.only else names:
         run(name, arguments)

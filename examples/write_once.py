@@ -18,8 +18,6 @@ import argparse
 import os
 import time
 
-from attention import last_tokens
-
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -33,6 +31,7 @@ from attention import (
     RotaryAttention,
     call_with_cache,
     create_cache,
+    last_tokens,
 )
 from blocks import CausalLM
 
@@ -95,8 +94,8 @@ class Recurrence(CachedLayer):
     """A gated linear recurrence: `state = keep * state + (1 - keep) * value`.
 
     Each head learns from its input how much to `keep`. All steps are computed at
-    once: what is left at step `t` of what came in at step `s` is the product of
-    the `keep`s between them, whose logarithm is a difference of running sums.
+    once: the share of step `s` that is left at step `t` is the product of the `keep`s
+    between them, whose logarithm is a difference of cumulative sums.
     """
 
     def __init__(self, num_heads, **kwargs):
@@ -112,7 +111,7 @@ class Recurrence(CachedLayer):
             layer.build(inputs_shape)
             return layer
 
-        # At first nearly everything is kept.
+        # Untrained, it keeps nearly everything.
         bias = keras.initializers.Constant(2.0)
         self.keep = dense("keep", self.num_heads, bias_initializer=bias)
         self.value = dense("value")
@@ -124,17 +123,19 @@ class Recurrence(CachedLayer):
         return ops.zeros(shape, "float32")
 
     def call(self, x, padding_mask=None, cache=None, cache_update_index=None):
+        # (batch, length, heads, dim)
         heads = (*ops.shape(x)[:2], self.num_heads, self.width // self.num_heads)
         value = ops.reshape(ops.cast(self.value(x), "float32"), heads)
         log_keep = ops.log_sigmoid(ops.cast(self.keep(x), "float32"))
         if padding_mask is not None:
-            # A padded token keeps everything, and so adds nothing.
+            # A padded token keeps everything and adds nothing.
             log_keep = ops.where(ops.cast(padding_mask, "bool")[..., None], log_keep, 0)
         total = ops.cumsum(log_keep, axis=1)
         step = ops.arange(heads[1])
         past = (step[:, None] >= step)[None, :, :, None]
         left = ops.where(past, total[:, :, None] - total[:, None], -1e30)
         new = (1 - ops.exp(log_keep))[..., None] * value
+        # (batch, length, length, heads), (batch, length, heads, dim)
         state = ops.einsum("btsh,bshd->bthd", ops.exp(left), new)
         if cache is not None:
             state = state + ops.exp(total)[..., None] * cache[:, None]
@@ -147,7 +148,7 @@ class Recurrence(CachedLayer):
 
 
 def language_model(width, num_heads, num_layers):
-    """An ordinary functional model: tokens in, hidden states out."""
+    """Returns an ordinary functional model from token ids to hidden states."""
     norm = keras.layers.LayerNormalization
     tokens = keras.Input((None,), dtype="int32")
     x = keras.layers.ReversibleEmbedding(256, width, name="token_embedding")(tokens)
@@ -185,7 +186,7 @@ def train(lm, steps, batch, length):
 
 
 def greedy_without_cache(lm, rows, new_tokens):
-    """What generation must give: the whole row through the model for each token."""
+    """Returns the expected tokens: each from the whole row, without a cache."""
     rows, width = [list(row) for row in rows], max(map(len, rows)) + new_tokens
     for _ in range(new_tokens):
         logits = ops.convert_to_numpy(lm(padded(rows, width)))
@@ -212,7 +213,7 @@ def own_language_model(quick):
     loss, entropy = train(lm, *((60, 16, 64) if quick else (300, 16, 128)))
     print(
         f"{lm.count_params():,} parameters; held-out loss {loss:.2f} nats per byte, "
-        f"without looking at what comes before {entropy:.2f}"
+        f"entropy of single bytes {entropy:.2f}"
     )
     new_tokens, width = 20 if quick else 60, max(map(len, PROMPTS))
     prompts = padded(PROMPTS, width)

@@ -5,10 +5,9 @@
     python examples/zoo.py --quick                     # a few steps of a few mixers
 
 Each model differs in one hook and is trained for as many steps on the documentation
-of Python's syntax (`pydoc_data.topics`, one token per byte). One table comes out: how
-many parameters, what loss on text that was held out, how fast it trains and decodes,
-and how many bytes its cache takes for 1,024 and 32,768 tokens. The table is saved as
-Markdown, and the loss against the bytes of the cache as a picture.
+of Python's syntax (`pydoc_data.topics`, one token per byte). The result is a table of
+parameters, held-out loss, speed of training and decoding, and bytes of the cache for
+1,024 and 32,768 tokens, saved as Markdown, and a plot of loss against cache size.
 """
 
 import argparse
@@ -34,7 +33,7 @@ def rotary(*args, **kwargs):
     return attention.RotaryAttention(HEADS, *args, **kwargs)
 
 
-# Hook by hook: what stands at depth `i`.
+# The mixer of the block at depth `i`.
 MIXERS = {
     "multi-head": lambda i: rotary(),
     "multi-query": lambda i: rotary(1),
@@ -65,7 +64,7 @@ QUICK = ("window", "latent", "mamba2")
 
 @keras.saving.register_keras_serializable(package="zoo")
 class ZooBackbone(CustomBackbone):
-    """A stock backbone in which one hook is overridden, or two."""
+    """A stock backbone with one or two hooks overridden."""
 
     def __init__(self, mixer, **kwargs):
         # Hooks run inside of `super().__init__`.
@@ -89,7 +88,7 @@ class ZooBackbone(CustomBackbone):
 
 
 def read_text():
-    """The bytes to train on, and those that are held out."""
+    """Returns the bytes to train on and the held-out bytes."""
     from pydoc_data.topics import topics
 
     texts = [topics[name].encode() for name in sorted(topics)]
@@ -99,7 +98,7 @@ def read_text():
 
 
 def samples(text, length, count, seed):
-    """Random pieces of a text: inputs, and what comes next."""
+    """Returns random pieces of a text: inputs and targets."""
     rng = np.random.default_rng(seed)
     starts = rng.integers(0, len(text) - length - 1, count)
     pieces = text[starts[:, None] + np.arange(length + 1)]
@@ -127,7 +126,7 @@ def make_model(mixer, options):
 
 
 class StepTimes(keras.callbacks.Callback):
-    """When each step ended; the first of them compile."""
+    """Records when each step ended; the first ones compile."""
 
     def __init__(self):
         super().__init__()
@@ -141,7 +140,7 @@ class StepTimes(keras.callbacks.Callback):
 
 
 def cache_bytes(backbone, length):
-    """The bytes of the cache of one row."""
+    """Returns the bytes of the cache of one row."""
     leaves = keras.tree.flatten(attention.create_cache(backbone, 1, length))
     sizes = {"int8": 1, "bfloat16": 2, "float16": 2, "float32": 4}
     return sum(
@@ -151,7 +150,7 @@ def cache_bytes(backbone, length):
 
 
 def decode_speed(lm, options):
-    """Tokens per second of one row, without what the prompt takes."""
+    """Returns the tokens per second of one row, without the prefill."""
     text = b"The for statement is used to iterate over the elements of a sequence"
     tokens = np.frombuffer(text, np.uint8).astype("int32")[None]
     inputs = {"token_ids": tokens, "padding_mask": np.ones_like(tokens)}
@@ -193,7 +192,7 @@ def readable(count):
 
 
 def table(rows):
-    """The rows as Markdown, the best loss first."""
+    """Returns the rows as Markdown, the best loss first."""
     lines = [
         "| mixer | parameters | held-out loss, nats/byte | training, tokens/s | "
         "decoding, tokens/s | cache at 1k | at 32k |",
@@ -209,14 +208,14 @@ def table(rows):
 
 
 def plot(rows, path):
-    """Loss against bytes of cache at the larger length."""
+    """Plots loss against bytes of the cache at the larger length."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    # Names of neighbours stand above and below their points in turn.
+    # Names are above and below their points in turn.
     for i, row in enumerate(sorted(rows, key=lambda row: row["loss"])):
         place = (row["bytes"][-1], row["loss"])
         offset = (4, -11) if i % 2 else (4, 4)
