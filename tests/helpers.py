@@ -25,6 +25,9 @@ from attention import (
     T5Attention,
     last_tokens,
 )
+from attention.testing import backends
+from attention.testing.backends import compile_call as compiled
+from attention.testing.backends import to_numpy
 
 
 def slow(value):
@@ -152,12 +155,6 @@ def sample(batch=BATCH, length=LENGTH, width=WIDTH, seed=0):
     return rng.normal(size=(batch, length, width)).astype("float32")
 
 
-def to_numpy(x):
-    """Also of torch tensors with gradients, and of bfloat16."""
-    x = ops.convert_to_numpy(x)
-    return x if x.dtype.kind in "biu" else x.astype("float32")
-
-
 def assert_close(actual, expected, atol=2e-5):
     np.testing.assert_allclose(to_numpy(actual), to_numpy(expected), atol=atol, rtol=0)
 
@@ -206,43 +203,13 @@ def run_chunks(layer, x, sizes, kinds=("int",), capacity=LENGTH, **kwargs):
     return np.concatenate(outputs, axis=1), cache
 
 
-def compiled(function):
-    """The function compiled by the backend, where it has a compiler for it."""
-    backend = keras.config.backend()
-    if backend == "jax":
-        import jax
-
-        return jax.jit(function)
-    if backend == "tensorflow":
-        import tensorflow as tf
-
-        return tf.function(function, jit_compile=True)
-    return function
-
-
 def gradients(layer, x, **kwargs):
     """The gradients of the sum of squared outputs for the trainable weights."""
-    backend = keras.config.backend()
-    if backend == "tensorflow":
-        import tensorflow as tf
 
-        with tf.GradientTape() as tape:
-            loss = ops.sum(ops.square(layer(x, **kwargs)))
-        values = [v.value for v in layer.trainable_variables]
-        return [to_numpy(g) for g in tape.gradient(loss, values)]
-    if backend == "jax":
-        import jax
+    def loss(_):
+        return ops.sum(ops.square(layer(x, **kwargs)))
 
-        def loss(trainable, fixed):
-            outputs, _ = layer.stateless_call(trainable, fixed, x, **kwargs)
-            return ops.sum(ops.square(outputs))
-
-        trainable = [v.value for v in layer.trainable_variables]
-        fixed = [v.value for v in layer.non_trainable_variables]
-        return [to_numpy(g) for g in jax.jit(jax.grad(loss))(trainable, fixed)]
-    layer.zero_grad()
-    ops.sum(ops.square(layer(x, **kwargs))).backward()
-    return [to_numpy(v.value.grad) for v in layer.trainable_variables]
+    return backends.gradients(loss, list(layer.trainable_variables), [])
 
 
 # === Formulas in NumPy ===
