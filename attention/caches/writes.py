@@ -1,4 +1,4 @@
-"""Writing new tokens into a cache without moving what is in it."""
+"""Writes new tokens into a cache without moving the rest of it."""
 
 from __future__ import annotations
 
@@ -12,40 +12,40 @@ from attention.caches import tensorflow_gradients
 from attention.contract.arguments import dtype_name
 from attention.contract.context import context
 from attention.contract.sizes import static_size
+from attention.contract.types import Cache, Index, Mask, Tensor
 from attention.positions.arithmetic import token_positions
 
 tensorflow_gradients.register()
 
 # Up to this many rows are written one by one.
 _MAX_SLICES = 32
-
-
-# Only infinity is larger, in any dtype that outputs may have.
+# Larger than any finite output, of whatever dtype.
 _MORE_THAN_ANY = 3.4e38
 
 
 def write_tokens(
-    cache: Any, update: Any, index: Any, padding_mask: Any = None, axis: int = 2
-) -> Any:
-    """Writes tokens to the slots of their positions.
+    cache: Cache,
+    update: Tensor,
+    index: Index,
+    padding_mask: Mask | None = None,
+    axis: int = 2,
+) -> Tensor:
+    """Returns the cache with tokens written to the slots of their positions.
 
     No other slot is read, copied or written: in a compiled loop the cache stays
-    where it is in memory. On torch it is overwritten where the scope that
-    handed it out was told so (`CacheScope(..., donate=True)`), else copied.
+    where it is in memory. On torch it is overwritten if the scope that it came from
+    allows that (`CacheScope(..., donate=True)`), and copied if not.
 
     Args:
         cache: tensor of shape `(batch, heads, capacity, dim)`, or `(batch,
             heads, dim, capacity)`.
-        update: tensor of as many axes, with `new <= capacity` tokens.
-        index: int, or integer tensor of shape `()` or `(batch,)`: the position
-            of each row's first new token.
-        padding_mask: `None` or boolean tensor of shape `(batch, new)`. Tokens
-            for which it is false are written over no position before `index`,
-            and neither are those beyond the capacity.
+        update: tensor of shape `(batch, heads, new, dim)`, or `(batch, heads, dim,
+            new)`, with `new <= capacity` tokens.
+        index: int, or integer tensor of shape `()` or `(batch,)`: the position of
+            each row's first new token.
+        padding_mask: `None` or boolean tensor of shape `(batch, new)`. Padded tokens
+            and those beyond the capacity change no slot before `index`.
         axis: int, 2 or 3. The axis of the tokens.
-
-    Returns:
-        The updated cache.
 
     Example:
 
@@ -61,8 +61,8 @@ def write_tokens(
     on_torch = keras.config.backend() == "torch"
     capacity, new = cache.shape[axis], static_size(update, axis)
     if isinstance(index, int) and new is not None and index + new <= capacity:
-        # Slots behind `index` are not live: what a padded token leaves there is
-        # overwritten before a token can attend to it.
+        # Slots after `index` are not in use: what a padded token leaves there is
+        # overwritten before any token attends to it.
         if on_torch:
             return _write_in_place(cache, update, index, axis)
         return ops.slice_update(cache, _corner(0, index, axis), update)
@@ -71,6 +71,7 @@ def write_tokens(
     live = live if len(live.shape) == 2 else live[None]
     if padding_mask is not None:
         live = ops.logical_and(live, padding_mask)
+    # (batch or 1, 1, new, 1) or (batch or 1, 1, 1, new)
     live = live[:, None, :, None] if axis == 2 else live[:, None, None, :]
     if on_torch:
         return _write_indexed(cache, update, positions, live, axis)
@@ -87,17 +88,17 @@ def write_tokens(
     return cache
 
 
-def _corner(row: int, start: Any, axis: int) -> tuple:
+def _corner(row: int, start: Index, axis: int) -> tuple:
     return (row, 0, start, 0) if axis == 2 else (row, 0, 0, start)
 
 
 def _write_slice(
-    cache: Any, update: Any, start: Any, live: Any, axis: int, row: int = 0
-) -> Any:
-    """Writes rows that stand at one position; `row` is the first of them.
+    cache: Cache, update: Tensor, start: Index, live: Mask, axis: int, row: int = 0
+) -> Tensor:
+    """Writes rows that are at one position; `row` is the first of them.
 
-    A slice that reaches past the end is moved to fit, and its tokens with it:
-    those that lie in front of them then write back what their slot holds.
+    A slice that reaches past the end is moved back to fit. Its tokens keep their
+    slots; in slots before them, what is there is written again.
     """
     new = update.shape[axis]
     first = ops.minimum(start, cache.shape[axis] - new)
@@ -113,12 +114,14 @@ def _write_slice(
     return ops.slice_update(cache, corner, ops.where(live, update, current))
 
 
-def _scatter(cache: Any, update: Any, positions: Any, live: Any, axis: int) -> Any:
-    """Writes many rows that stand at positions of their own.
+def _scatter(
+    cache: Cache, update: Tensor, positions: Tensor, live: Mask, axis: int
+) -> Tensor:
+    """Writes many rows that are at positions of their own.
 
-    Tokens that are not to be written write back what their slot holds. Each
-    has a slot of its own, as it wraps around past the end: two writes to one
-    slot would come in an order nobody knows.
+    For tokens that are not live, what is in their slot is written again. Past the
+    end they wrap around, so that no two tokens have one slot: the order of two writes
+    to one slot is not defined.
     """
     shape = ops.shape(update)
     positions = positions if len(positions.shape) == 2 else positions[None]
@@ -127,7 +130,7 @@ def _scatter(cache: Any, update: Any, positions: Any, live: Any, axis: int) -> A
     slots = slots[:, None, :, None] if axis == 2 else slots[:, None, None, :]
     current = ops.take_along_axis(cache, ops.broadcast_to(slots, shape), axis=axis)
     update = ops.where(live, update, current)
-    # Where the axis of the tokens is the last but one, whole vectors are moved.
+    # With tokens on axis 2, whole vectors of the last axis are scattered.
     axes = axis + 1
     places = [
         ops.reshape(
@@ -143,7 +146,7 @@ def _scatter(cache: Any, update: Any, positions: Any, live: Any, axis: int) -> A
     return ops.scatter_update(cache, indices, ops.reshape(update, (-1, *shape[axes:])))
 
 
-def _write_in_place(cache: Any, update: Any, index: int, axis: int) -> Any:
+def _write_in_place(cache: Cache, update: Tensor, index: int, axis: int) -> Tensor:
     """Writes on torch, all rows at one known position."""
     cache = _own(cache)
     update = ops.convert_to_tensor(update, dtype=dtype_name(cache))
@@ -152,45 +155,44 @@ def _write_in_place(cache: Any, update: Any, index: int, axis: int) -> Any:
 
 
 def _write_indexed(
-    cache: Any, update: Any, positions: Any, live: Any, axis: int
-) -> Any:
+    cache: Cache, update: Tensor, positions: Tensor, live: Mask, axis: int
+) -> Tensor:
     """Writes on torch at positions that are in a tensor.
 
-    No position is looked at, for which a GPU would have to be waited for.
+    It reads no position, which would have to wait for a GPU.
     """
     import torch
 
     result = _own(cache)
     update = ops.convert_to_tensor(update, dtype=dtype_name(result))
-    # Tokens in front of what each is made of, whatever the layout.
+    # (batch, heads, tokens, dim) in both layouts
     cache, update, live = (x.movedim(axis, 2) for x in (result, update, live))
-    # As in `_scatter`: no two tokens have one slot.
+    # As in `_scatter`, no two tokens have one slot.
     slots = torch.remainder(positions, cache.shape[2]).long()
     if slots.ndim == 1:
         cache[:, :, slots] = torch.where(live, update, cache[:, :, slots])
         return result
     rows = torch.arange(cache.shape[0], device=cache.device)[:, None]
-    # Indices around a slice put their axes in front: (batch, new, heads, dim).
+    # Indices around a slice come first: (batch, new, heads, dim).
     update, live = update.transpose(1, 2), live.transpose(1, 2)
     cache[rows, :, slots] = torch.where(live, update, cache[rows, :, slots])
     return result
 
 
-def _own(cache: Any) -> Any:
-    """A torch tensor that may be overwritten."""
+def _own(cache: Cache) -> Any:
+    """Returns a torch tensor that may be overwritten."""
     cache = ops.convert_to_tensor(cache)
     if context().donated and not cache.requires_grad:
         return cache
     return cache.clone()
 
 
-def computed_after(update: Any, outputs: Any) -> Any:
-    """Makes sure that `update` is written after `outputs` were computed.
+def computed_after(update: Tensor, outputs: Tensor) -> Any:
+    """Makes `update` depend on `outputs`, so that XLA computes them first.
 
-    Outputs that were read from a cache have to be, before it is overwritten
-    where it is. XLA would rather copy the cache than find such an order by
-    itself, but follows one that the values prescribe: this compares the outputs
-    to a number that none exceeds.
+    Outputs that read a cache must be computed before it is overwritten in place. XLA
+    does not find this order by itself, it copies the cache, but it follows an order
+    that values prescribe: this compares the outputs to a number that none exceeds.
 
     Args:
         update: a floating point tensor.
@@ -207,6 +209,6 @@ def computed_after(update: Any, outputs: Any) -> Any:
 
 @functools.cache
 def _launches_kernels() -> bool:
-    """Whether each operation costs a launch, as on GPUs, so few are better."""
+    """Returns whether each operation costs a launch, as on GPUs."""
     devices = " ".join(keras.distribution.list_devices())
     return "gpu" in devices or "cuda" in devices

@@ -234,5 +234,5 @@ def test_models_are_asked_layer_by_layer():
     report = check_cached_model(lambda: model(None), checks="rewind")
     assert report == {"rewind": 0.0}
     fault = "a state that says it gives tokens back"
-    with pytest.raises(ConformanceError, match="serves as one that has absorbed"):
+    with pytest.raises(ConformanceError, match="serves as one that has processed"):
         check_cached_model(lambda: model(fault), checks="rewind")
