@@ -1,5 +1,10 @@
 """Layers that mix along the sequence, with a cache: attention and recurrences."""
 
+from attention.caches.cache_policy import CachePolicy
+from attention.caches.full_cache import FullCache
+from attention.caches.quantized_cache import QuantizedCache
+from attention.caches.ring_cache import RingCache
+from attention.caches.writes import write_tokens
 from attention.contract.cached_layer import CachedLayer
 from attention.contract.cached_model import (
     call_sites,
@@ -15,6 +20,7 @@ from attention.contract.scopes import (
     NewCacheScope,
 )
 from attention.positions.alibi_bias import AlibiBias
+from attention.positions.arithmetic import token_positions
 from attention.positions.position_embedding import PositionEmbedding
 from attention.positions.position_scheme import PositionScheme
 from attention.positions.relative_position_bias import RelativePositionBias
@@ -29,6 +35,7 @@ from attention.recurrent.short_convolution import ShortConvolution
 from attention.recurrent.token_shift import TokenShift
 from attention.softmax.cross_attention import CrossAttention
 from attention.softmax.differential_attention import DifferentialAttention
+from attention.softmax.dot_product_attention import DotProductAttention
 from attention.softmax.grouped_query_attention import GroupedQueryAttention
 from attention.softmax.latent_attention import LatentAttention
 from attention.softmax.multi_head_attention import MultiHeadAttention
@@ -36,14 +43,18 @@ from attention.softmax.multi_query_attention import MultiQueryAttention
 from attention.softmax.rotary_attention import RotaryAttention
 from attention.softmax.shared_key_value_attention import SharedKeyValueAttention
 from attention.softmax.t5_attention import T5Attention
+from attention.softmax.visibility import Visibility
 
 __all__ = [
     "AlibiBias",
+    "CachePolicy",
     "CacheScope",
     "CachedLayer",
     "CompositeCachedLayer",
     "CrossAttention",
     "DifferentialAttention",
+    "DotProductAttention",
+    "FullCache",
     "GatedDeltaNet",
     "GroupedQueryAttention",
     "LatentAttention",
@@ -54,20 +65,25 @@ __all__ = [
     "NewCacheScope",
     "PositionEmbedding",
     "PositionScheme",
+    "QuantizedCache",
     "RWKVChannelMix",
     "RWKVTimeMix",
     "RelativePositionBias",
     "Retention",
+    "RingCache",
     "RotaryAttention",
     "RotaryPosition",
     "SharedKeyValueAttention",
     "ShortConvolution",
     "T5Attention",
     "TokenShift",
+    "Visibility",
     "call_sites",
     "call_with_cache",
     "can_rewind",
     "create_cache",
     "grow_cache",
     "last_tokens",
+    "token_positions",
+    "write_tokens",
 ]

@@ -102,7 +102,7 @@ model._something = 1
 self._build_shapes_dict
 getattr(tensor, "_keras_mask")
 x.__class__
-self._head_dims
+self._check_width
 """
     assert foreign_privates(ast.parse(code)) == [
         "_build_shapes_dict",
@@ -111,7 +111,7 @@ self._head_dims
         "_something",
         "_x",
     ]
-    assert "_head_dims" in OURS
+    assert "_check_width" in OURS
 
 
 def test_only_public_names_of_others_are_used():

@@ -1,32 +1,62 @@
-"""Caches in 8 bits."""
+"""The cache policy that stores 8 bits."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import keras
 from keras import ops
 
+from attention.caches.cache_policy import (
+    CachePolicy,
+    check_cache_policy,
+    deserialize_policy,
+    token_axis,
+)
 from attention.caches.full_cache import FullCache
 
 _LARGEST = 127.0
 
 
-class QuantizedCache(FullCache):
-    """Stores what another cache policy stores, in a quarter of float32's bytes.
+@keras.saving.register_keras_serializable(package="keras_transformer_blocks")
+class QuantizedCache(CachePolicy):
+    """Stores what another cache policy keeps, in a quarter of float32's bytes.
 
     Each head of each token has a scale of its own: its largest number becomes 127.
     New tokens are seen as they will be read, so that outputs do not depend on how
     a sequence is cut into calls.
 
     Args:
-        axes: as for `FullCache`.
-        policy: the cache policy that says where tokens are kept, for the tensors
-            of `with_scales(axes)`.
+        policy: the `CachePolicy` that says which tokens are kept; `None` means
+            `FullCache()`.
+
+    Example:
+
+    >>> from attention import MultiHeadAttention, QuantizedCache, RingCache
+    >>> policy = QuantizedCache(RingCache(4))
+    >>> layer = MultiHeadAttention(num_heads=2, key_dim=8, cache_policy=policy)
+    >>> cache = layer.create_cache(batch_size=1, max_length=100)
+    >>> sorted(cache), tuple(cache["value"].shape)
+    (['key', 'key_scale', 'value', 'value_scale'], (1, 2, 4, 8))
     """
 
-    def __init__(self, axes: dict[str, int], policy: FullCache) -> None:
-        super().__init__(axes)
-        self.policy = policy
+    def __init__(self, policy: CachePolicy | None = None) -> None:
+        policy = deserialize_policy(policy)
+        check_cache_policy(policy, None, None)
+        self.policy = FullCache() if policy is None else policy
+        self.reach = self.policy.reach
+
+    def slots(self, max_length: int) -> int:
+        return self.policy.slots(max_length)
+
+    def positions(self, slots: int, index: Any) -> Any:
+        return self.policy.positions(slots, index)
+
+    def visible(self, query_positions: Any, key_positions: Any) -> Any:
+        return self.policy.visible(query_positions, key_positions)
+
+    def can_rewind(self, cache: Any, from_index: int, to_index: int) -> bool:
+        return self.policy.can_rewind(cache, from_index, to_index)
 
     def create(
         self,
@@ -35,7 +65,6 @@ class QuantizedCache(FullCache):
         sizes: dict[str, tuple[int, int]],
         dtype: str,
     ) -> dict[str, Any]:
-        """Returns zeros: `int8` tensors, and `float32` scales."""
         scales = {_scale_of(name): (heads, 1) for name, (heads, _) in sizes.items()}
         cache = self.policy.create(batch_size, max_length, {**sizes, **scales}, dtype)
         return {
@@ -43,65 +72,48 @@ class QuantizedCache(FullCache):
             for name, x in cache.items()
         }
 
-    def slots(self, max_length: int) -> int:
-        """As many as the other policy needs."""
-        return self.policy.slots(max_length)
-
     def write(
         self, cache: Any, new: dict[str, Any], index: Any, padding_mask: Any
     ) -> dict[str, Any]:
-        """Quantizes new tokens, and writes them; see `FullCache.write`."""
-        return self.policy.write(cache, self._encode(new), index, padding_mask)
-
-    def _encode(self, new: dict[str, Any]) -> dict[str, Any]:
-        encoded = {}
-        for name, axis in self.axes.items():
-            encoded[name], encoded[_scale_of(name)] = quantize(new[name], 5 - axis)
-        return encoded
+        return self.policy.write(cache, _encode(new), index, padding_mask)
 
     def read(self, cache: Any, dtype: Any) -> dict[str, Any]:
-        """Returns the numbers times their scales."""
         return {
-            name: dequantize(cache[name], cache[_scale_of(name)], dtype)
-            for name in self.axes
+            name: dequantize(x, cache[_scale_of(name)], dtype)
+            for name, x in cache.items()
+            if _scale_of(name) in cache
         }
 
-    def as_stored(self, new: Any) -> Any:
-        """Rounds as storing does."""
+    def stored(self, new: Any) -> Any:
         return dequantize(*quantize(new, -1), new.dtype)
 
-    def positions(self, cache: Any, index: Any) -> Any:
-        """Those of the other policy."""
-        return self.policy.positions(cache, index)
-
     def write_and_read(
-        self, cache: Any, new: dict, index: Any, positions: Any, mask: Any
+        self, cache: Any, new: dict, index: Any, positions: Any, padding_mask: Any
     ) -> tuple[Any, Any, Any]:
-        """Writes, and returns what new tokens may attend to, as it is stored."""
         written, seen, positions = self.policy.write_and_read(
-            cache, self._encode(new), index, positions, mask
+            cache, _encode(new), index, positions, padding_mask
         )
-        dtype = next(iter(new.values())).dtype
-        return written, self.read(seen, dtype), positions
+        return written, self.read(seen, next(iter(new.values())).dtype), positions
 
     def place_scores(
         self, cache: Any, past: Any, new: Any, index: Any, padding_mask: Any
     ) -> Any:
-        """As the other policy does."""
         return self.policy.place_scores(cache, past, new, index, padding_mask)
 
-    def can_rewind(self, cache: Any, from_index: int, to_index: int) -> bool:
-        """Whether the other policy can."""
-        return self.policy.can_rewind(cache, from_index, to_index)
-
-
-def with_scales(axes: dict[str, int]) -> dict[str, int]:
-    """The axes of tensors, and of the scales that are stored beside them."""
-    return {**axes, **{_scale_of(name): axis for name, axis in axes.items()}}
+    def get_config(self) -> dict[str, Any]:
+        return {"policy": keras.saving.serialize_keras_object(self.policy)}
 
 
 def _scale_of(name: str) -> str:
     return f"{name}_scale"
+
+
+def _encode(new: dict[str, Any]) -> dict[str, Any]:
+    encoded = {}
+    for name, x in new.items():
+        # The axis of a head's numbers is the other one of the last two.
+        encoded[name], encoded[_scale_of(name)] = quantize(x, 5 - token_axis(name))
+    return encoded
 
 
 def quantize(x: Any, axis: int) -> tuple[Any, Any]:
@@ -126,11 +138,11 @@ def quantize(x: Any, axis: int) -> tuple[Any, Any]:
     """
     x = ops.cast(x, "float32")
     scale = ops.max(ops.abs(x), axis=axis, keepdims=True) / _LARGEST
-    # Of zeros only: whatever they are divided by.
+    # Zeros stay zeros, whatever they are divided by.
     divisor = ops.where(scale > 0, scale, 1.0)
     return ops.cast(ops.round(x / divisor), "int8"), scale
 
 
 def dequantize(numbers: Any, scale: Any, dtype: str) -> Any:
-    """The numbers that `quantize` has rounded."""
+    """Returns the numbers that `quantize` has rounded."""
     return ops.cast(ops.cast(numbers, "float32") * scale, dtype)

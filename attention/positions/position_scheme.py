@@ -37,11 +37,6 @@ class PositionScheme(keras.layers.Layer):
     True
     """
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        # How many attention layers hold this scheme; they share its weights.
-        self.num_layers = 0
-
     def build(self, num_heads: int) -> None:
         """Creates weights, if any, for this number of query heads."""
 
@@ -84,14 +79,14 @@ class PositionScheme(keras.layers.Layer):
 
 
 def serialize_position(position: PositionScheme | None) -> dict[str, Any] | None:
-    """The configuration of a scheme, marked where several layers hold it.
+    """Returns the configuration of a scheme, marked so that layers share it again.
 
     Keras shares an object of a file again when it finds this mark. It makes it
     by itself for objects that are found again in the same structure, but not
     for those that a `get_config` has serialized already.
     """
     config = keras.saving.serialize_keras_object(position)
-    if position is not None and position.num_layers > 1:
+    if position is not None:
         config["shared_object_id"] = id(position)
     return config
 

@@ -7,14 +7,13 @@ from typing import Any
 import keras
 from keras import ops
 
-from attention.caches.full_cache import FullCache
-from attention.contract.arguments import check_positive_int, describe
+from attention.caches.cache_policy import to_cache_layout
+from attention.contract.arguments import check_positive_int, describe, refuse_arguments
 from attention.contract.checks import check_padding_mask, check_sequence_shape
 from attention.contract.padding import zero_padding
 from attention.contract.sizes import static_size
 from attention.positions.arithmetic import token_positions
 from attention.softmax.dot_product_attention import DotProductAttention
-from attention.softmax.key_value import to_cache_layout
 from attention.softmax.visibility import Visibility, check_attention_mask
 
 
@@ -35,7 +34,7 @@ class CrossAttention(DotProductAttention):
         num_heads: int. The number of query heads.
         num_key_value_heads: int or `None`. The number of key/value heads; `None`
             means `num_heads`.
-        **kwargs: as for `GroupedQueryAttention`: `key_dim`, `value_dim`,
+        **kwargs: as for `GroupedQueryAttention`: `cache_dtype`, `key_dim`, `value_dim`,
             `dropout`, `use_bias`, `scale`, `query_key_norm`, `logit_soft_cap`,
             `attention_sinks`, `output_gate`, initializers, `name`, `dtype`.
 
@@ -84,16 +83,15 @@ class CrossAttention(DotProductAttention):
     def __init__(
         self, num_heads: int, num_key_value_heads: int | None = None, **kwargs: Any
     ) -> None:
-        for name in ("window", "position"):
-            if kwargs.get(name) is not None:
-                raise ValueError(
-                    f"`CrossAttention` takes no `{name}`: positions of two sequences "
-                    f"are not comparable. Received: {name}={describe(kwargs[name])}"
-                )
+        refuse_arguments(
+            self,
+            {name: x for name, x in kwargs.items() if x is not None},
+            window="positions of two sequences are not comparable",
+            position="positions of two sequences are not comparable",
+        )
         if num_key_value_heads is None:
             num_key_value_heads = num_heads
-        super().__init__(num_heads, num_key_value_heads, **kwargs)
-        self.causal = False
+        super().__init__(num_heads, num_key_value_heads, **{**kwargs, "causal": False})
 
     def build(self, query_shape: tuple, value_shape: tuple | None = None) -> None:
         if value_shape is None:
@@ -103,14 +101,18 @@ class CrossAttention(DotProductAttention):
             )
         self._check_width(query_shape)
         check_sequence_shape(self.name, value_shape, "`value`")
-        key_dim, value_dim = self._head_dims()
-        groups = self.num_key_value_heads
-        self.query_dense = self._project("query", self._query_heads(), query_shape)
-        self.key_dense = self._project("key", (groups, key_dim), value_shape)
-        self.value_dense = self._project("value", (groups, value_dim), value_shape)
-        self.query_norm = self._build_norm("query_norm")
-        self.key_norm = self._build_norm("key_norm")
-        self._build_output(query_shape)
+        make, sizes = self.make_projection, self.cache_sizes()
+        self.query_dense = make("query", self.query_heads(), query_shape)
+        self.key_dense = make("key", sizes["key"], value_shape)
+        self.value_dense = make("value", sizes["value"], value_shape)
+        self.query_norm = self.make_norm("query_norm")
+        self.key_norm = self.make_norm("key_norm")
+        self.build_output(query_shape)
+
+    def cache_sizes(self) -> dict[str, tuple[int, int]]:
+        key_dim, value_dim = self.head_dims()
+        heads = self.num_key_value_heads
+        return {"key": (heads, key_dim), "value": (heads, value_dim)}
 
     def create_cache(
         self, batch_size: int, max_length: int, source_length: int | None = None
@@ -129,10 +131,8 @@ class CrossAttention(DotProductAttention):
         slots = check_positive_int("max_length", max_length)
         if source_length is not None:
             slots = check_positive_int("source_length", source_length)
-        key_dim, value_dim = self._head_dims()
-        groups = self.num_key_value_heads
-        sizes = {"key": (groups, key_dim), "value": (groups, value_dim)}
-        cache = FullCache().create(batch_size, slots, sizes, self.compute_dtype)
+        sizes, dtype = self.cache_sizes(), self.compute_dtype
+        cache = self.cache_policy.create(batch_size, slots, sizes, dtype)
         return {**cache, "padding_mask": ops.zeros((batch_size, slots), "bool")}
 
     def grow_cache(self, cache: Any, max_length: int) -> Any:
@@ -161,19 +161,21 @@ class CrossAttention(DotProductAttention):
                 "`cache` to which an earlier call has written it. Received neither."
             )
         query = zero_padding(query, padding_mask)
-        q = self.query_dense(query)
+        q = self.query_dense(query)  # (batch, length, num_heads, key_dim)
         if self.query_norm is not None:
             q = self.query_norm(q)
         new, past, mask = None, None, None
         if value is not None:
             self._check_source(query, value, value_padding_mask)
             k, v, mask = self._source(value, value_padding_mask)
-            if cache is None:
-                new = k, v
-            else:
-                cache = self._write(cache, k, v, mask)
+            new = k, v
         if cache is not None:
-            past, mask = (cache["key"], cache["value"]), cache["padding_mask"]
+            if new is not None:
+                cache = self._write(cache, *new, mask)
+            new, mask = None, cache["padding_mask"]
+            stored = {name: x for name, x in cache.items() if name != "padding_mask"}
+            stored = self.cache_policy.read(stored, q.dtype)
+            past = stored["key"], stored["value"]
         length = ops.shape(past[1])[2] if past is not None else ops.shape(value)[1]
         if attention_mask is not None:
             check_attention_mask(
@@ -187,15 +189,11 @@ class CrossAttention(DotProductAttention):
             attention_mask=attention_mask,
             in_order=True,
         )
-        outputs, scores = self._attend(
-            query,
-            q,
-            new,
-            visibility,
-            past,
-            return_scores=return_attention_scores,
-            training=training,
+        outputs, scores = self.attend_key_values(
+            q, new, past, visibility, return_attention_scores, training
         )
+        outputs, scores = self.combine_heads(outputs, scores)
+        outputs = self.project_output(outputs, query)
         if return_attention_scores:
             outputs = (outputs, scores)
         return outputs if cache is None else (outputs, cache)
@@ -222,8 +220,8 @@ class CrossAttention(DotProductAttention):
         return key, self.value_dense(value), mask
 
     def _write(self, cache: Any, key: Any, value: Any, mask: Any) -> Any:
-        """The cache of a source, whatever was there before."""
-        slots, length = cache["value"].shape[2], static_size(value, 1)
+        """Returns the cache of a source, whatever was there before."""
+        slots, length = cache["padding_mask"].shape[1], static_size(value, 1)
         if length is not None and length > slots:
             raise ValueError(
                 f"A source of {length} tokens was given to a cache of layer "
@@ -231,10 +229,12 @@ class CrossAttention(DotProductAttention):
             )
         if mask is None:
             mask = ops.ones_like(value[:, :, 0, 0], dtype="bool")
-        key, value = to_cache_layout(key, value)
         missing = slots - ops.shape(mask)[1]
-        return {
-            "key": ops.pad(key, [[0, 0], [0, 0], [0, 0], [0, missing]]),
-            "value": ops.pad(value, [[0, 0], [0, 0], [0, missing], [0, 0]]),
-            "padding_mask": ops.pad(mask, [[0, 0], [0, missing]]),
+        # As many tokens as slots: all of them are written.
+        new = {
+            name: ops.pad(x, [[0, 0], [0, missing], [0, 0], [0, 0]])
+            for name, x in (("key", key), ("value", value))
         }
+        written = {name: x for name, x in cache.items() if name != "padding_mask"}
+        written = self.cache_policy.write(written, to_cache_layout(new), 0, None)
+        return {**written, "padding_mask": ops.pad(mask, [[0, 0], [0, missing]])}

@@ -90,12 +90,12 @@ class DifferentialAttention(GroupedQueryAttention):
         # What is subtracted is as exact as the softmax.
         self.lambdas = self.add_weight(
             name="lambdas",
-            shape=(2, 2, self._query_heads()[1]),
+            shape=(2, 2, self.query_heads()[1]),
             initializer=keras.initializers.RandomNormal(stddev=0.1),
             dtype="float32",
             autocast=False,
         )
-        self.head_norm = self._norm("head_norm", self._head_dims()[1], 1e-5)
+        self.head_norm = self._norm("head_norm", self.head_dims()[1], 1e-5)
 
     def _check_width(self, query_shape: tuple) -> None:
         super()._check_width(query_shape)
@@ -110,28 +110,30 @@ class DifferentialAttention(GroupedQueryAttention):
     def _half_dim(self) -> int:
         return self.key_dim or self._width // (2 * self.num_heads)
 
-    def _head_dims(self) -> tuple[int, int]:
+    def head_dims(self) -> tuple[int, int]:
         # Both keys of a head lie side by side.
         return 2 * self._half_dim(), self.value_dim or 2 * self._half_dim()
 
-    def _query_heads(self) -> tuple[int, int]:
+    def query_heads(self) -> tuple[int, int]:
         return 2 * self.num_heads, self._half_dim()
 
-    def _key_heads(self) -> tuple[int, int]:
+    def key_heads(self) -> tuple[int, int]:
         return 2 * self.num_key_value_heads, self._half_dim()
 
-    def _arrange(self, query: Any, key: Any) -> tuple[Any, Any]:
-        """Two queries of each head, to either half of its keys."""
+    def arrange_heads(self, query: Any, new: dict) -> tuple[Any, dict[str, Any]]:
+        # Two queries of each head, to either half of its keys.
         rows, length = ops.shape(query)[:2]
         heads, dim = query.shape[2:]
-        query = ops.reshape(query, (rows, length, self.num_heads, 2, 1, dim))
         halves = ops.reshape(ops.eye(2, dtype=query.dtype), (2, 2, 1))
-        query = ops.reshape(query * halves, (rows, length, heads, 2 * dim))
+        # (batch, length, num_heads, 2, 1, dim), where one half of the last two is zero.
+        query = ops.reshape(query, (rows, length, self.num_heads, 2, 1, dim)) * halves
+        query = ops.reshape(query, (rows, length, heads, 2 * dim))
+        key = new["key"]
         shape = (*ops.shape(key)[:2], self.num_key_value_heads, 2 * dim)
-        return query, ops.reshape(key, shape)
+        return query, {**new, "key": ops.reshape(key, shape)}
 
-    def _combine(self, outputs: Any, scores: Any) -> tuple[Any, Any]:
-        """Subtracts the second of each two, and normalizes what is left."""
+    def combine_heads(self, outputs: Any, scores: Any) -> tuple[Any, Any]:
+        # Subtracts the second of each two, and normalizes what is left.
         products = ops.exp(ops.sum(self.lambdas[:, 0] * self.lambdas[:, 1], axis=-1))
         weight = products[0] - products[1] + self.lambda_init
 
@@ -142,9 +144,10 @@ class DifferentialAttention(GroupedQueryAttention):
             first, second = ops.split(both, 2, axis=axis + 1)
             return ops.squeeze(first - weight * second, axis=axis + 1)
 
-        found = ops.cast(difference(outputs, 2), outputs.dtype)
-        found = self.head_norm(found) * (1 - self.lambda_init)
-        return found, None if scores is None else difference(scores, 1)
+        # (batch, length, num_heads, value_dim)
+        outputs = ops.cast(difference(outputs, 2), outputs.dtype)
+        outputs = self.head_norm(outputs) * (1 - self.lambda_init)
+        return outputs, None if scores is None else difference(scores, 1)
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()

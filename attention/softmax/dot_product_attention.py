@@ -1,339 +1,398 @@
-"""What attention layers share: heads, projections and one way of attending."""
+"""The base class of softmax attention: one call, whose steps are hooks."""
 
 from __future__ import annotations
 
-import numbers
 from typing import Any
 
-import keras
 from keras import ops
 
+from attention.caches.cache_policy import (
+    to_cache_layout,
+)
+from attention.caches.writes import computed_after
 from attention.contract.arguments import (
-    check_fraction,
-    check_positive_int,
-    check_soft_cap,
     describe,
 )
-from attention.contract.cached_layer import CachedLayer
-from attention.contract.checks import check_sequence_shape
-from attention.contract.initializers import clone_initializer
-from attention.positions.position_scheme import (
-    PositionScheme,
-    check_position,
-    serialize_position,
+from attention.contract.padding import zero_padding
+from attention.contract.sizes import static_size
+from attention.positions.arithmetic import (
+    hide_padding,
+    is_zero,
+    join_positions,
+    token_positions,
 )
-from attention.softmax.filled_slots import attend_to_filled
-from attention.softmax.kernels import (
-    fused_attention,
-    fused_attention_applies,
-    grouped_attention,
-    scale_query,
+from attention.softmax.attend import attend_to
+from attention.softmax.attention_parts import AttentionParts
+from attention.softmax.kernels import fused_attention_applies, masked_softmax
+from attention.softmax.key_value import pack_key_value
+from attention.softmax.prefix import (
+    check_prefix_length,
+    check_segment_ids,
+    only_whole_prefixes,
 )
-from attention.softmax.key_value import to_cache_layout
-from attention.softmax.visibility import Visibility
+from attention.softmax.visibility import Visibility, check_attention_mask
 
 
-class DotProductAttention(CachedLayer):
-    """A layer whose queries attend to keys and values of whatever origin.
+class DotProductAttention(AttentionParts):
+    """The base class of attention layers: one `call`, made of steps to override.
 
-    A subclass says where keys and values come from: it makes its projections
-    in `build`, and its `call` ends with `_attend`. Its constructor arguments are
-    those of `GroupedQueryAttention`.
+    ```
+    query, value ─► project ─► encode_positions ─► arrange_heads ─┬─► attend ─► combine_heads ─► project_output
+                                                   cache ─► read ─┘     └─► write ─► cache
+    ```
+
+    `GroupedQueryAttention` and its kind are subclasses; override a step of one of
+    them to change the inside of attention. Training, prefill and decoding keep
+    working, as there is one `call`:
+
+    - `project(query, value, key)` returns heads of queries, and a dict of what is
+      kept of each new token, such as its `"key"` and `"value"`.
+    - `encode_positions(query, new, query_positions, key_positions)`.
+    - `arrange_heads(query, new)`, before they are attended.
+    - `compute_weights(logits, mask)`: the softmax.
+    - `combine_heads(outputs, scores)`, after they have attended.
+    - `project_output(outputs, inputs)`.
+
+    `attend(...)` is the step between, and `cache_sizes()` says what is cached: a
+    layer that keeps something else overrides both. `make_projection(name, heads,
+    inputs_shape)` makes projections in `build`.
+
+    Args:
+        num_heads: as for `GroupedQueryAttention`, and so are all others.
+        **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
+
+    Example:
+
+    Each query attends to its two best keys only.
+
+    >>> import numpy as np
+    >>> from keras import ops
+    >>> from attention import MultiHeadAttention
+    >>> class BestTwo(MultiHeadAttention):
+    ...     def compute_weights(self, logits, mask):
+    ...         hidden = ops.where(mask, logits, -1e30)
+    ...         least = ops.sort(hidden, axis=-1)[..., -2:][..., :1]
+    ...         best = ops.logical_and(mask, logits >= least)
+    ...         return super().compute_weights(logits, best)
+    >>> layer = BestTwo(num_heads=2)
+    >>> x = np.random.normal(size=(1, 5, 8)).astype("float32")
+    >>> outputs, scores = layer(x, return_attention_scores=True)
+    >>> int(ops.max(ops.sum(ops.cast(scores > 0, "int32"), axis=-1)))
+    2
     """
 
-    def __init__(
+    # The steps of a call, to be overridden.
+
+    def cache_sizes(self) -> dict[str, tuple[int, int]]:
+        """Returns what is cached of each token: a dict from names to `(heads, dim)`."""
+        raise NotImplementedError(
+            f"{type(self).__name__} must implement `cache_sizes()`."
+        )
+
+    def project(self, query: Any, value: Any, key: Any) -> tuple[Any, dict[str, Any]]:
+        """Projects inputs to heads.
+
+        Args:
+            query: tensor of shape `(batch, length, width)`, zero where padded.
+            value: tensor of shape `(batch, key_length, value_width)`: `query`
+                itself in self-attention.
+            key: tensor of shape `(batch, key_length, key_width)`, likewise.
+
+        Returns:
+            The queries, of shape `(batch, length, num_heads, key_dim)`, and a dict
+            of tensors of shape `(batch, key_length, heads, dim)` with the names and
+            sizes of `cache_sizes`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must implement `project`.")
+
+    def encode_positions(
+        self, query: Any, new: dict, query_positions: Any, key_positions: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """Encodes positions into queries and new keys.
+
+        Args:
+            query: as returned by `project`.
+            new: as returned by `project`.
+            query_positions: `int32` tensor of shape `(length,)` or `(batch, length)`.
+            key_positions: `int32` tensor of shape `(key_length,)` or `(batch,
+                key_length)`.
+
+        Returns:
+            `query` and `new` with positions.
+        """
+        if self.position is None:
+            return query, new
+        query, key = self.position.encode(
+            query, new["key"], query_positions, key_positions
+        )
+        return query, {**new, "key": key}
+
+    def arrange_heads(self, query: Any, new: dict) -> tuple[Any, dict[str, Any]]:
+        """Arranges projected heads into those that attend and are cached.
+
+        Args:
+            query: tensor of shape `(batch, length, heads, dim)`.
+            new: dict of tensors of shape `(batch, key_length, heads, dim)`.
+
+        Returns:
+            Both, arranged.
+        """
+        return query, new
+
+    def attend(
         self,
-        num_heads: int,
-        num_key_value_heads: int | None = None,
-        key_dim: int | None = None,
-        value_dim: int | None = None,
-        dropout: float = 0.0,
-        use_bias: bool = True,
-        position: PositionScheme | None = None,
-        scale: float | None = None,
-        window: int | None = None,
-        kernel_initializer: Any = "glorot_uniform",
-        bias_initializer: Any = "zeros",
-        query_key_norm: bool = False,
-        logit_soft_cap: float | None = None,
-        attention_sinks: bool = False,
-        output_gate: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        self.num_heads = check_positive_int("num_heads", num_heads)
-        if num_key_value_heads is not None:
-            num_key_value_heads = check_positive_int(
-                "num_key_value_heads", num_key_value_heads
-            )
-            if num_heads % num_key_value_heads:
-                raise ValueError(
-                    "`num_heads` must be divisible by `num_key_value_heads`, so that "
-                    "each key/value head serves as many query heads. Received: "
-                    f"num_heads={num_heads}, num_key_value_heads={num_key_value_heads}"
-                )
-        self.num_key_value_heads = num_key_value_heads
-        if key_dim is not None:
-            key_dim = check_positive_int("key_dim", key_dim)
-        if value_dim is not None:
-            value_dim = check_positive_int("value_dim", value_dim)
-        self.key_dim = key_dim
-        self.value_dim = value_dim
-        self.dropout = check_fraction("dropout", dropout)
-        self.use_bias = bool(use_bias)
-        self.position = check_position(position)
-        if self.position is not None:
-            self.position.num_layers += 1
-        if scale is not None and not isinstance(scale, numbers.Real):
-            raise TypeError(
-                "`scale` must be a number or None, which means 1 / sqrt(key_dim). "
-                f"Received: scale={describe(scale)}"
-            )
-        self.scale = scale if scale is None else float(scale)
-        self.window = None if window is None else check_positive_int("window", window)
-        self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self.bias_initializer = keras.initializers.get(bias_initializer)
-        self.query_key_norm = bool(query_key_norm)
-        self.logit_soft_cap = check_soft_cap(logit_soft_cap)
-        self.attention_sinks = bool(attention_sinks)
-        self.output_gate = bool(output_gate)
-        # Made by `build` where they are asked for.
-        self.query_norm = self.key_norm = self.sinks = self.gate_dense = None
-        # Whether a query attends to no later position.
-        self.causal = True
-
-    def _check_width(self, query_shape: tuple) -> None:
-        """Notes the width of the inputs, or says why it does not fit."""
-        check_sequence_shape(self.name, query_shape)
-        width = query_shape[-1]
-        if self.key_dim is None and width % self.num_heads:
-            raise ValueError(
-                f"With `key_dim=None`, the width of the inputs of layer "
-                f"'{self.name}' must be divisible by `num_heads`. Received: "
-                f"num_heads={self.num_heads}, inputs of shape "
-                f"{tuple(query_shape)}. Pass `key_dim`, or another `num_heads`."
-            )
-        self._width = width
-
-    def _head_dims(self) -> tuple[int, int]:
-        """The sizes of a key head and of a value head, as they are attended."""
-        key_dim = self.key_dim or self._width // self.num_heads
-        return key_dim, self.value_dim or key_dim
-
-    def _query_heads(self) -> tuple[int, int]:
-        """How many query heads of which size are projected."""
-        return self.num_heads, self._head_dims()[0]
-
-    def _project(self, name: str, heads: tuple, shape: tuple) -> keras.layers.Layer:
-        """Makes a projection of `(batch, length, width)` to `heads`."""
-        if self.use_bias and heads[1] == 1 and heads[0] > 1:
-            # Keras adds a bias of shape (heads, 1) along the length, on
-            # TensorFlow, where there happen to be as many tokens as heads.
-            raise ValueError(
-                f"Layer '{self.name}' would have {heads[0]} heads of size 1 with a "
-                f"bias as its {name}, which Keras computes wrongly on TensorFlow. "
-                "Use heads of size 2 or more, or `use_bias=False`."
-            )
-        dense = keras.layers.EinsumDense(
-            "blw,whd->blhd",
-            output_shape=(None, *heads),
-            bias_axes="hd" if self.use_bias else None,
-            name=name,
-            **self._initializers(),
-        )
-        dense.build(shape)
-        return dense
-
-    def _build_output(self, query_shape: tuple) -> None:
-        """Makes what comes behind the queries: dropout, bias, output projection."""
-        value_dim = self._head_dims()[1]
-        heads, key_dim = self._query_heads()
-        self._logit_scale = key_dim**-0.5 if self.scale is None else self.scale
-        # The letters of what is contracted are in the order of the axes: JAX sorts
-        # them, and would else transpose the kernel in every decode step.
-        self.output_dense = keras.layers.EinsumDense(
-            "bqhk,hkw->bqw",
-            output_shape=(None, query_shape[-1]),
-            bias_axes="w" if self.use_bias else None,
-            name="attention_output",
-            **self._initializers(),
-        )
-        self.output_dense.build((*query_shape[:2], self.num_heads, value_dim))
-        self.dropout_layer = keras.layers.Dropout(
-            self.dropout, dtype=self.dtype_policy, name="attention_dropout"
-        )
-        if self.position is not None and not self.position.built:
-            self.position.build(heads)
-        if self.output_gate:
-            gates = (self.num_heads, value_dim)
-            self.gate_dense = self._project("output_gate", gates, query_shape)
-        if self.attention_sinks:
-            # Beside float32 logits, whatever the layer computes in.
-            self.sinks = self.add_weight(
-                name="sinks",
-                shape=(heads,),
-                initializer="zeros",
-                autocast=False,
-            )
-
-    def _build_norm(self, name: str) -> keras.layers.Layer | None:
-        """Makes the norm of query or key heads, if there is to be one."""
-        return self._norm(name, self._query_heads()[1]) if self.query_key_norm else None
-
-    def _norm(self, name: str, size: int, epsilon: float = 1e-6) -> keras.layers.Layer:
-        """Makes a norm by the root mean square along the last axis."""
-        norm = keras.layers.RMSNormalization(
-            epsilon=epsilon, dtype=self.dtype_policy, name=name
-        )
-        norm.build((None, None, size))
-        return norm
-
-    def _initializers(self) -> dict[str, Any]:
-        # A random initializer with a seed would give every kernel the same
-        # values if it were shared.
-        return {
-            "kernel_initializer": clone_initializer(self.kernel_initializer),
-            "bias_initializer": clone_initializer(self.bias_initializer),
-            "dtype": self.dtype_policy,
-        }
-
-    def _attend(
-        self,
-        inputs: Any,
         query: Any,
-        new: tuple[Any, Any] | None,
+        new: dict[str, Any] | None,
+        past: dict[str, Any] | None,
         visibility: Visibility,
-        past: tuple[Any, Any] | None = None,
         return_scores: bool = False,
         training: bool | None = None,
     ) -> tuple[Any, Any]:
-        """Attends to what is visible, and projects what was found.
+        """Attends to the visible keys.
 
         Args:
-            inputs: tensor of shape `(batch, length, width)`: what queries were made
-                of.
             query: tensor of shape `(batch, length, num_heads, key_dim)`.
-            new: `None`, or keys and values of shape `(batch, key_length,
-                num_key_value_heads, dim)`.
+            new: `None`, or a dict of tensors of new tokens, `(batch, key_length,
+                heads, dim)`.
+            past: `None`, or a dict of tensors as they are in the cache: `(batch,
+                heads, slots, dim)`; keys `(batch, heads, dim, slots)`.
             visibility: which query sees which key, the past ones first.
-            past: `None`, or keys and values as in a cache: `(batch,
-                num_key_value_heads, key_dim, key_length)`, or `TokensFirst`, and
-                `(batch, num_key_value_heads, key_length, value_dim)`.
             return_scores: bool. Whether the scores are needed.
             training: bool. Whether to apply dropout.
 
         Returns:
-            The outputs, `(batch, length, width)`, and the scores or `None`.
+            The outputs, `(batch, length, num_heads, value_dim)`, and the scores,
+            `(batch, num_heads, length, all keys)`, or `None`.
         """
-        outputs, scores = self._combine(
-            *self._attend_heads(query, new, visibility, past, return_scores, training)
+        key_values = [
+            None if x is None else (x["key"], x["value"]) for x in (new, past)
+        ]
+        return self.attend_key_values(
+            query, *key_values, visibility, return_scores, training
         )
-        return self._project_output(outputs, inputs), scores
 
-    def _combine(self, outputs: Any, scores: Any) -> tuple[Any, Any]:
-        """Makes of the heads that attended those that are projected."""
+    def compute_weights(self, logits: Any, mask: Any) -> Any:
+        """Computes the weights of attention from its logits.
+
+        Args:
+            logits: `float32` tensor of shape `(batch, num_heads, length,
+                key_length)`: scaled products of queries and keys, with biases.
+            mask: `None` where all keys are visible, otherwise a boolean tensor that
+                broadcasts to the shape of `logits`. A key that is not visible must
+                get no weight, whatever its logit.
+
+        Returns:
+            A tensor of the shape of `logits`.
+        """
+        return masked_softmax(logits, mask, self.sinks)
+
+    def combine_heads(self, outputs: Any, scores: Any) -> tuple[Any, Any]:
+        """Combines heads after they have attended.
+
+        Args:
+            outputs: tensor of shape `(batch, length, num_heads, value_dim)`.
+            scores: `None`, or tensor of shape `(batch, num_heads, length,
+                key_length)`.
+
+        Returns:
+            Both, combined.
+        """
         return outputs, scores
 
-    def _project_output(self, outputs: Any, inputs: Any) -> Any:
-        """Lets through what the gate does, if there is one, and projects it."""
+    def project_output(self, outputs: Any, inputs: Any) -> Any:
+        """Projects heads to the width of the inputs.
+
+        Args:
+            outputs: tensor of shape `(batch, length, num_heads, value_dim)`.
+            inputs: tensor of shape `(batch, length, width)`: what was called
+                `query`.
+
+        Returns:
+            A tensor of shape `(batch, length, width)`.
+        """
         if self.gate_dense is not None:
             outputs = outputs * ops.sigmoid(self.gate_dense(inputs))
         return self.output_dense(outputs)
 
-    def _attend_heads(
+    # What makes use of them.
+
+    def attend_key_values(
         self,
         query: Any,
         new: tuple[Any, Any] | None,
+        past: tuple[Any, Any] | None,
         visibility: Visibility,
-        past: tuple[Any, Any] | None = None,
         return_scores: bool = False,
         training: bool | None = None,
     ) -> tuple[Any, Any]:
-        """Means of values, `(batch, length, num_heads, value_dim)`, and weights."""
-        if past is None and new is not None and not return_scores:
-            blocks = visibility.blocks(query, new[0])
-            if blocks is not None:
-                # In time linear in the length; blocks are not cut again.
-                outputs, scores = self._attend_heads(
-                    blocks.queries(query),
-                    (blocks.keys(new[0]), blocks.keys(new[1])),
-                    visibility.in_blocks(blocks, query),
-                    training=training,
-                )
-                return blocks.join(outputs), scores
-        mask, bias = visibility.mask(), None
-        if self.position is not None:
-            bias = self.position.bias(
-                visibility.query_positions, visibility.key_positions
-            )
-            self._check_bias(bias)
-        dropout = self.dropout_layer if training and self.dropout else None
-        query, scale = scale_query(query, self._logit_scale)
-        scores = None
-
-        def attend(past: Any, mask: Any, bias: Any) -> tuple[Any, Any]:
-            parts = [] if past is None else [past]
-            if new is not None:
-                parts.append(to_cache_layout(*new))
-            return grouped_attention(
-                query,
-                parts,
-                mask,
-                bias,
-                scale,
-                dropout,
-                soft_cap=self.logit_soft_cap,
-                sinks=self.sinks,
-            )
-
-        plain = not return_scores and dropout is None
-        if plain and new is not None and past is not None:
-            outputs = attend_to_filled(
-                lambda *args: attend(*args)[0],
-                past,
-                mask,
-                bias,
-                visibility.key_positions,
-            )
-        elif plain and new is not None and self._is_fused(query, *new):
-            outputs = fused_attention(query, new[0], new[1], mask, bias, scale)
-        else:
-            outputs, scores = attend(past, mask, bias)
-        if visibility.may_be_empty:
-            # A query that may attend to nothing attends to nothing. Softmax
-            # would have given it the mean of all values, later ones too.
-            some = ops.any(mask, axis=-1, keepdims=True)
-            outputs = ops.where(ops.swapaxes(some, 1, 2), outputs, 0)
-            scores = None if scores is None else ops.where(some, scores, 0)
-        return outputs, scores
-
-    def _is_fused(self, query: Any, key: Any, value: Any) -> bool:
-        if self.logit_soft_cap is not None or self.sinks is not None:
-            return False
-        heads, groups, dims = (
-            query.shape[2],
-            key.shape[2],
-            (key.shape[3], value.shape[3]),
+        """Attends to pairs of keys and values; the rest is as for `attend`."""
+        computed_here = DotProductAttention.compute_weights
+        softmax = type(self).compute_weights is computed_here and self.sinks is None
+        dims = () if new is None else (x.shape[-1] for x in new)
+        return attend_to(
+            query,
+            new,
+            past,
+            visibility,
+            self.compute_weights,
+            self._logit_scale,
+            None if self.position is None else self._bias,
+            self.logit_soft_cap,
+            self.dropout_layer if training and self.dropout else None,
+            fused=new is not None
+            and softmax
+            and self.logit_soft_cap is None
+            and fused_attention_applies(
+                query.shape[2], new[0].shape[2], *dims, self.compute_dtype
+            ),
+            return_scores=return_scores,
         )
-        return fused_attention_applies(heads, groups, *dims, self.compute_dtype)
 
-    def _check_bias(self, bias: Any) -> None:
-        found, heads = None if bias is None else bias.shape[-3], self._query_heads()[0]
+    def _bias(self, query_positions: Any, key_positions: Any) -> Any:
+        bias = self.position.bias(query_positions, key_positions)
+        found, heads = None if bias is None else bias.shape[-3], self.query_heads()[0]
         if found not in (None, 1, heads):
             raise ValueError(
                 f"`position` of layer '{self.name}' gave biases for {found} heads, "
                 f"but the layer has num_heads={heads}. Layers that share "
                 "a position scheme need the same number of heads."
             )
+        return bias
 
-    def _require_built(self) -> None:
-        """Says so when sizes depend on inputs that were not seen yet."""
-        if not self.built:
-            raise ValueError(
-                f"Layer '{self.name}' has no weights yet and no `key_dim`, so its "
-                "cache can't be sized. Call it once, or call `build` with the shape of "
-                "its inputs, before `create_cache`; or make it with `key_dim`."
+    def __call__(  # type: ignore[override]
+        self, query: Any, value: Any = None, key: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        # Keras's attention layers are called `layer(x, x)` for self-attention.
+        if value is query and (key is None or key is query):
+            value = key = None
+        if args or key is not None:
+            args = (value, key, *args)
+        elif value is not None:
+            args = (value,)
+        return super().__call__(query, *args, **kwargs)
+
+    def call(
+        self,
+        query: Any,
+        value: Any = None,
+        key: Any = None,
+        attention_mask: Any = None,
+        padding_mask: Any = None,
+        cache: Any = None,
+        cache_update_index: Any = None,
+        return_attention_scores: bool = False,
+        return_key_value: bool = False,
+        training: bool | None = None,
+        prefix_length: Any = None,
+        segment_ids: Any = None,
+    ) -> Any:
+        index, policy = cache_update_index, self.cache_policy
+        # Check.
+        own_sequence = value is None and key is None
+        self._check_sources(value, key, cache)
+        self._check_cached_call(cache, index, segment_ids)
+        value = query if value is None else value
+        key = value if key is None else key
+        if attention_mask is not None:
+            check_attention_mask(attention_mask, query, key if cache is None else None)
+        if padding_mask is not None:
+            padding_mask = ops.cast(padding_mask, "bool")
+        if prefix_length is not None:
+            prefix_length = check_prefix_length(self.name, prefix_length, query)
+        if segment_ids is not None:
+            segment_ids = (check_segment_ids(self.name, segment_ids, query),) * 2
+        # Project.
+        x = zero_padding(query, padding_mask)
+        value, key = (x if source is query else source for source in (value, key))
+        q, new = self.project(x, value, key)
+        # Encode positions.
+        positions = token_positions(index, ops.shape(x)[1])
+        key_positions, key_padding_mask = positions, padding_mask
+        if not own_sequence:
+            key_positions = token_positions(None, ops.shape(key)[1])
+            key_padding_mask = None
+        q, new = self.encode_positions(q, new, positions, key_positions)
+        q, new = self.arrange_heads(q, new)
+        # Read the cache. At index 0 there is no past.
+        past = None
+        if cache is not None:
+            new = {name: policy.stored(x) for name, x in new.items()}
+        if cache is not None and not is_zero(index):
+            past = policy.read(cache, q.dtype)
+            if prefix_length is not None:
+                key_positions = hide_padding(key_positions, padding_mask)
+            past_positions = policy.positions(
+                policy.num_slots(cache), ops.cast(index, "int32")
             )
+            key_positions = join_positions(past_positions, key_positions)
+            # Padding comes after all tokens whose outputs count.
+            key_padding_mask = None
+        # Attend.
+        visibility = Visibility(
+            positions,
+            key_positions,
+            self.causal,
+            policy,
+            key_padding_mask,
+            attention_mask,
+            prefix_length,
+            segment_ids,
+            in_order=past is None,
+        )
+        outputs, scores = self.attend(
+            q, new, past, visibility, return_attention_scores, training
+        )
+        outputs, scores = self.combine_heads(outputs, scores)
+        outputs = self.project_output(outputs, x)
+        if cache is not None and prefix_length is not None:
+            outputs = only_whole_prefixes(self.name, outputs, prefix_length, index)
+        if cache is not None and return_attention_scores:
+            count = ops.shape(scores)[-1] - ops.shape(x)[1]
+            scores = policy.place_scores(
+                cache,
+                None if past is None else scores[..., :count],
+                scores[..., count:],
+                index,
+                padding_mask,
+            )
+        # Write.
+        if cache is not None or return_key_value:
+            new = seen = to_cache_layout(new)
+        if cache is not None:
+            new = {name: computed_after(x, outputs) for name, x in new.items()}
+            seen = new
+            if return_key_value and past is not None:
+                # What these queries attended to: the past and themselves.
+                cache, seen, key_positions = policy.write_and_read(
+                    cache, new, index, positions, padding_mask
+                )
+            else:
+                cache = policy.write(cache, new, index, padding_mask)
+        returned: tuple = (outputs,)
+        if return_attention_scores:
+            returned += (scores,)
+        if return_key_value:
+            returned += (pack_key_value(seen, key_positions, key_padding_mask),)
+        outputs = returned if len(returned) > 1 else outputs
+        return outputs if cache is None else (outputs, cache)
+
+    def create_cache(self, batch_size: int, max_length: int) -> Any:
+        if self.key_dim is None:
+            self._require_built()
+        if not self.causal:
+            raise ValueError(
+                f"Layer '{self.name}' was made with `causal=False`: each new "
+                "token changes the outputs of all earlier ones, so there is "
+                "nothing to cache. Use it without a cache, or make it causal."
+            )
+        return self.cache_policy.create(
+            batch_size, max_length, self.cache_sizes(), self.compute_dtype
+        )
+
+    def can_rewind(self, cache: Any, from_index: int, to_index: int) -> bool:
+        return super().can_rewind(
+            cache, from_index, to_index
+        ) or self.cache_policy.can_rewind(cache, from_index, to_index)
 
     def _check_cached_call(self, cache: Any, index: Any, segment_ids: Any) -> None:
         """Says so when a call with a cache lacks something, or has too much."""
@@ -352,23 +411,18 @@ class DotProductAttention(CachedLayer):
                 "cache holds one document in each row; give each its own row."
             )
 
-    def get_config(self) -> dict[str, Any]:
-        config = super().get_config()
-        config.update(
-            num_heads=self.num_heads,
-            num_key_value_heads=self.num_key_value_heads,
-            key_dim=self.key_dim,
-            value_dim=self.value_dim,
-            dropout=self.dropout,
-            use_bias=self.use_bias,
-            position=serialize_position(self.position),
-            scale=self.scale,
-            window=self.window,
-            query_key_norm=self.query_key_norm,
-            logit_soft_cap=self.logit_soft_cap,
-            attention_sinks=self.attention_sinks,
-            output_gate=self.output_gate,
-            kernel_initializer=keras.initializers.serialize(self.kernel_initializer),
-            bias_initializer=keras.initializers.serialize(self.bias_initializer),
-        )
-        return config
+    def _check_sources(self, value: Any, key: Any, cache: Any) -> None:
+        """Raises an error if `value` and `key` do not fit each other or a cache."""
+        lengths = {static_size(x, 1) for x in (value, key) if x is not None}
+        if len(lengths - {None}) > 1:
+            raise ValueError(
+                f"Layer '{self.name}' needs as many keys as values. Received: "
+                f"value={describe(value)}, key={describe(key)}"
+            )
+        if cache is not None and (value is not None or key is not None):
+            raise ValueError(
+                f"Layer '{self.name}' was called with `cache` and with "
+                "`value` or `key`. Its cache holds the sequence it attends "
+                "to: pass the new tokens as `query` alone. Received: value="
+                f"{describe(value)}, key={describe(key)}"
+            )

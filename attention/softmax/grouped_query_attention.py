@@ -5,28 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import keras
-from keras import ops
 
-from attention.caches.choice import make_cache_policy
-from attention.caches.writes import computed_after
-from attention.contract.arguments import check_positive_int, describe
-from attention.contract.padding import zero_padding
-from attention.contract.sizes import static_size
-from attention.positions.arithmetic import (
-    hide_padding,
-    is_zero,
-    join_positions,
-    token_positions,
-)
+from attention.contract.arguments import check_positive_int
 from attention.positions.position_scheme import PositionScheme
 from attention.softmax.dot_product_attention import DotProductAttention
-from attention.softmax.key_value import pack_key_value, to_cache_layout
-from attention.softmax.prefix import (
-    check_prefix_length,
-    check_segment_ids,
-    only_whole_prefixes,
-)
-from attention.softmax.visibility import Visibility, check_attention_mask
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
@@ -75,6 +57,10 @@ class GroupedQueryAttention(DotProductAttention):
             multiplies what the heads found, before the output projection.
         cache_dtype: `None` or `"int8"`: keys and values are cached in 8 bits, with
             a scale for each head of each token. `None` means the compute dtype.
+        cache_policy: `None` or a `CachePolicy`, which says which tokens are kept,
+            and so seen, and in which dtype: `FullCache()`, `RingCache(window,
+            keep)`, `QuantizedCache(policy)` or your own. `None` means what
+            `window` and `cache_dtype` say.
         **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
 
     Call arguments:
@@ -163,41 +149,20 @@ class GroupedQueryAttention(DotProductAttention):
         dropout: float = 0.0,
         use_bias: bool = True,
         position: PositionScheme | None = None,
-        causal: bool = True,
-        scale: float | None = None,
-        window: int | None = None,
-        kernel_initializer: Any = "glorot_uniform",
-        bias_initializer: Any = "zeros",
-        query_key_norm: bool = False,
-        logit_soft_cap: float | None = None,
-        attention_sinks: bool = False,
-        output_gate: bool = False,
-        cache_dtype: str | None = None,
         **kwargs: Any,
     ) -> None:
+        # Here it may not be None.
+        check_positive_int("num_key_value_heads", num_key_value_heads)
         super().__init__(
             num_heads,
             num_key_value_heads,
             key_dim,
             value_dim,
-            dropout=dropout,
-            use_bias=use_bias,
-            position=position,
-            scale=scale,
-            window=window,
-            kernel_initializer=kernel_initializer,
-            bias_initializer=bias_initializer,
-            query_key_norm=query_key_norm,
-            logit_soft_cap=logit_soft_cap,
-            attention_sinks=attention_sinks,
-            output_gate=output_gate,
+            dropout,
+            use_bias,
+            position,
             **kwargs,
         )
-        # Here it may not be None.
-        check_positive_int("num_key_value_heads", num_key_value_heads)
-        self.causal = bool(causal)
-        self.cache_dtype = cache_dtype
-        self.cache_policy = make_cache_policy(window, cache_dtype)
 
     def build(
         self,
@@ -208,188 +173,28 @@ class GroupedQueryAttention(DotProductAttention):
         value_shape = value_shape or query_shape
         key_shape = key_shape or value_shape
         self._check_width(query_shape)
-        value_heads = (self.num_key_value_heads, self._head_dims()[1])
-        self.query_dense = self._project("query", self._query_heads(), query_shape)
-        self.key_dense = self._project("key", self._key_heads(), key_shape)
-        self.value_dense = self._project("value", value_heads, value_shape)
-        self.query_norm = self._build_norm("query_norm")
-        self.key_norm = self._build_norm("key_norm")
-        self._build_output(query_shape)
+        make = self.make_projection
+        value_heads = (self.num_key_value_heads, self.head_dims()[1])
+        self.query_dense = make("query", self.query_heads(), query_shape)
+        self.key_dense = make("key", self.key_heads(), key_shape)
+        self.value_dense = make("value", value_heads, value_shape)
+        self.query_norm = self.make_norm("query_norm")
+        self.key_norm = self.make_norm("key_norm")
+        self.build_output(query_shape)
 
-    def _key_heads(self) -> tuple[int, int]:
-        """How many key heads of which size are projected."""
-        return self.num_key_value_heads, self._head_dims()[0]
+    def key_heads(self) -> tuple[int, int]:
+        """Returns how many key heads of which size are projected."""
+        return self.num_key_value_heads, self.head_dims()[0]
 
-    def _arrange(self, query: Any, key: Any) -> tuple[Any, Any]:
-        """Makes of projected and encoded heads those that are attended with."""
-        return query, key
-
-    def create_cache(self, batch_size: int, max_length: int) -> Any:
-        if self.key_dim is None:
-            self._require_built()
-        if not self.causal:
-            raise ValueError(
-                f"Layer '{self.name}' was made with `causal=False`: each new "
-                "token changes the outputs of all earlier ones, so there is "
-                "nothing to cache. Use it without a cache, or make it causal."
-            )
-        key_dim, value_dim = self._head_dims()
+    def cache_sizes(self) -> dict[str, tuple[int, int]]:
+        key_dim, value_dim = self.head_dims()
         heads = self.num_key_value_heads
-        sizes = {"key": (heads, key_dim), "value": (heads, value_dim)}
-        return self.cache_policy.create(
-            batch_size, max_length, sizes, self.compute_dtype
-        )
+        return {"key": (heads, key_dim), "value": (heads, value_dim)}
 
-    def can_rewind(self, cache: Any, from_index: int, to_index: int) -> bool:
-        return super().can_rewind(
-            cache, from_index, to_index
-        ) or self.cache_policy.can_rewind(cache, from_index, to_index)
-
-    def __call__(  # type: ignore[override]
-        self, query: Any, value: Any = None, key: Any = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        # Keras's attention layers are called `layer(x, x)` for self-attention.
-        if value is query and (key is None or key is query):
-            value = key = None
-        if args or key is not None:
-            args = (value, key, *args)
-        elif value is not None:
-            args = (value,)
-        return super().__call__(query, *args, **kwargs)
-
-    def call(
-        self,
-        query: Any,
-        value: Any = None,
-        key: Any = None,
-        attention_mask: Any = None,
-        padding_mask: Any = None,
-        cache: Any = None,
-        cache_update_index: Any = None,
-        return_attention_scores: bool = False,
-        return_key_value: bool = False,
-        training: bool | None = None,
-        prefix_length: Any = None,
-        segment_ids: Any = None,
-    ) -> Any:
-        self._check_call(value, key, cache, cache_update_index, segment_ids)
-        if attention_mask is not None:
-            keys = next((x for x in (key, value) if x is not None), query)
-            check_attention_mask(attention_mask, query, keys if cache is None else None)
-        if padding_mask is not None:
-            padding_mask = ops.cast(padding_mask, "bool")
-        if prefix_length is not None:
-            prefix_length = check_prefix_length(self.name, prefix_length, query)
-        if segment_ids is not None:
-            segment_ids = check_segment_ids(self.name, segment_ids, query)
-        query = zero_padding(query, padding_mask)
-        source = query if value is None else value
-        q = self.query_dense(query)
-        k = self.key_dense(source if key is None else key)
-        v = self.value_dense(source)
+    def project(self, query: Any, value: Any, key: Any) -> tuple[Any, dict[str, Any]]:
+        q = self.query_dense(query)  # (batch, length, num_heads, key_dim)
+        k = self.key_dense(key)  # (batch, key_length, num_key_value_heads, key_dim)
+        v = self.value_dense(value)  # (batch, key_length, ..., value_dim)
         if self.query_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
-        positions = token_positions(cache_update_index, ops.shape(query)[1])
-        key_positions = positions
-        key_padding_mask = padding_mask
-        if value is not None or key is not None:
-            key_positions = token_positions(None, ops.shape(k)[1])
-            key_padding_mask = None
-        if self.position is not None:
-            q, k = self.position.encode(q, k, positions, key_positions)
-        q, k = self._arrange(q, k)
-        if cache is not None:
-            k, v = (self.cache_policy.as_stored(x) for x in (k, v))
-        past: Any = None
-        # At index 0 there is no past: the new tokens attend to each other.
-        if cache is not None and not is_zero(cache_update_index):
-            stored = self.cache_policy.read(cache, k.dtype)
-            past = stored["key"], stored["value"]
-            past_positions = self.cache_policy.positions(cache, cache_update_index)
-            if prefix_length is not None:
-                key_positions = hide_padding(key_positions, padding_mask)
-            key_positions = join_positions(past_positions, key_positions)
-            # Else padding comes after all tokens whose outputs count.
-            key_padding_mask = None
-        visibility = Visibility(
-            positions,
-            key_positions,
-            self.causal,
-            self.window,
-            key_padding_mask,
-            attention_mask,
-            prefix_length,
-            None if segment_ids is None else (segment_ids, segment_ids),
-            in_order=past is None,
-        )
-        outputs, scores = self._attend(
-            query,
-            q,
-            (k, v),
-            visibility,
-            past,
-            return_scores=return_attention_scores,
-            training=training,
-        )
-        if cache is not None and prefix_length is not None:
-            outputs = only_whole_prefixes(
-                self.name, outputs, prefix_length, cache_update_index
-            )
-        returned: tuple = (outputs,)
-        if return_attention_scores:
-            if cache is not None:
-                cut = ops.shape(scores)[-1] - ops.shape(k)[1]
-                scores = self.cache_policy.place_scores(
-                    cache,
-                    None if past is None else scores[..., :cut],
-                    scores[..., cut:],
-                    cache_update_index,
-                    padding_mask,
-                )
-            returned += (scores,)
-        if cache is not None or return_key_value:
-            k, v = to_cache_layout(k, v)
-        if cache is not None:
-            new = {"key": k, "value": v}
-            new = {name: computed_after(x, outputs) for name, x in new.items()}
-            write = (cache, new, cache_update_index)
-            if return_key_value and past is not None:
-                # What these queries attended to: the past and themselves.
-                cache, seen, key_positions = self.cache_policy.write_and_read(
-                    *write, positions, padding_mask
-                )
-                k, v = seen["key"], seen["value"]
-            else:
-                cache = self.cache_policy.write(*write, padding_mask)
-        if return_key_value:
-            packed = pack_key_value(
-                ops.swapaxes(k, 2, 3), v, key_positions, key_padding_mask
-            )
-            returned += (packed,)
-        outputs = returned if len(returned) > 1 else outputs
-        return outputs if cache is None else (outputs, cache)
-
-    def _check_call(
-        self, value: Any, key: Any, cache: Any, index: Any, segment_ids: Any
-    ) -> None:
-        lengths = {static_size(x, 1) for x in (value, key) if x is not None}
-        if len(lengths - {None}) > 1:
-            raise ValueError(
-                f"Layer '{self.name}' needs as many keys as values. Received: "
-                f"value={describe(value)}, key={describe(key)}"
-            )
-        if cache is None:
-            return
-        if value is not None or key is not None:
-            raise ValueError(
-                f"Layer '{self.name}' was called with `cache` and with "
-                "`value` or `key`. Its cache holds the sequence it attends "
-                "to: pass the new tokens as `query` alone. Received: value="
-                f"{describe(value)}, key={describe(key)}"
-            )
-        self._check_cached_call(cache, index, segment_ids)
-
-    def get_config(self) -> dict[str, Any]:
-        config = super().get_config()
-        config.update(causal=self.causal, cache_dtype=self.cache_dtype)
-        return config
+        return q, {"key": k, "value": v}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -38,18 +39,17 @@ def _products(query: Any, key: Any) -> Any:
 def grouped_attention(
     query: Any,
     parts: list[tuple[Any, Any]],
-    mask: Any = None,
+    compute_weights: Callable[[Any], Any],
     bias: Any = None,
     scale: float = 1.0,
-    dropout: Any = None,
     soft_cap: float | None = None,
-    sinks: Any = None,
+    dropout: Any = None,
 ) -> tuple[Any, Any]:
-    """Scaled dot product attention in which query heads share key/value heads.
+    """Computes dot product attention in which query heads share key/value heads.
 
     The heads that share a key/value head are computed as one matrix; keys and
     values are never repeated. They may come in parts, of a cache and of new
-    tokens, which are not copied together. Softmax is computed in float32.
+    tokens, which are not copied together.
 
     Args:
         query: tensor of shape `(batch, query_length, num_heads, key_dim)`.
@@ -57,49 +57,33 @@ def grouped_attention(
             `key_length`: tensors of shape `(batch, num_key_value_heads, key_dim,
             length)`, or `TokensFirst`, and `(batch, num_key_value_heads, length,
             value_dim)`.
-        mask: `None` or boolean tensor that broadcasts to `(batch, num_heads,
-            query_length, key_length)`, with a heads axis of 1.
+        compute_weights: called with `float32` logits of shape `(batch, num_heads,
+            query_length, key_length)`; returns weights of the same shape.
         bias: `None` or float tensor `([batch,] num_heads, query_length,
-            key_length)`.
-        scale: float. What the logits are multiplied with.
-        dropout: `None` or a callable applied to the weights.
+            key_length)`, with a heads axis of 1 or `num_heads`.
+        scale: float. What the products are multiplied with.
         soft_cap: `None` or float. Scaled products are kept between it and its
             negative.
-        sinks: `None` or tensor `(num_heads,)`: the logit of a key that every
-            query sees and whose value is zero.
+        dropout: `None` or a callable applied to the weights.
 
     Returns:
         The outputs, `(batch, query_length, num_heads, value_dim)`, and the
-        attention weights, `(batch, num_heads, query_length, key_length)`.
+        weights without dropout.
     """
     length, heads, dim = ops.shape(query)[1], query.shape[2], query.shape[3]
     groups = parts[0][1].shape[1]
     per_group = heads // groups
     query = ops.reshape(query, (-1, length, groups, per_group, dim))
     query = ops.transpose(query, (0, 2, 3, 1, 4))
-    # What shares keys is one matrix.
+    # What shares keys is one matrix: (batch, groups, per_group * length, dim).
     query = ops.reshape(query, (-1, groups, per_group * length, dim))
     logits = _concatenate([_products(query, key) for key, _ in parts])
     key_length = ops.shape(logits)[-1]
-    logits = ops.reshape(logits, (-1, groups, per_group, length, key_length))
+    logits = ops.reshape(logits, (-1, heads, length, key_length))
     logits = ops.cast(logits, "float32") * scale
     if soft_cap is not None:
         logits = soft_cap * ops.tanh(logits / soft_cap)
-    if bias is not None:
-        lead = (-1,) if len(bias.shape) == 4 else ()
-        bias_heads = bias.shape[-3]
-        split = (1, 1) if bias_heads == 1 else (groups, per_group)
-        logits = logits + ops.reshape(bias, (*lead, *split, *ops.shape(bias)[-2:]))
-    if mask is not None:
-        logits = ops.where(mask[:, :, None], logits, _MASKED)
-    if sinks is not None:
-        sinks = ops.reshape(ops.cast(sinks, "float32"), (1, groups, per_group, 1, 1))
-        sinks = ops.broadcast_to(sinks, (*ops.shape(logits)[:-1], 1))
-        logits = ops.concatenate([logits, sinks], axis=-1)
-    # Keras warns of a softmax over a single key, which is all right here.
-    one_key = static_size(logits, 4) == 1
-    weights = ops.ones_like(logits) if one_key else ops.softmax(logits, axis=-1)
-    weights = weights if sinks is None else weights[..., :-1]
+    weights = compute_weights(logits if bias is None else logits + bias)
     dropped = weights if dropout is None else dropout(weights)
     dropped = ops.cast(dropped, parts[0][1].dtype)
     dropped = ops.reshape(dropped, (-1, groups, per_group * length, key_length))
@@ -113,8 +97,31 @@ def grouped_attention(
     value_dim = parts[0][1].shape[3]
     outputs = ops.reshape(outputs, (-1, groups, per_group, length, value_dim))
     outputs = ops.transpose(outputs, (0, 3, 1, 2, 4))
-    outputs = ops.reshape(outputs, (-1, length, heads, value_dim))
-    return outputs, ops.reshape(weights, (-1, heads, length, key_length))
+    return ops.reshape(outputs, (-1, length, heads, value_dim)), weights
+
+
+def masked_softmax(logits: Any, mask: Any, sinks: Any = None) -> Any:
+    """Computes attention weights from logits.
+
+    Args:
+        logits: `float32` tensor of shape `(batch, heads, queries, keys)`.
+        mask: `None` or boolean tensor that broadcasts to it: the visible keys.
+        sinks: `None` or tensor `(heads,)`: the logit of a key that every query
+            sees and whose value is zero.
+
+    Returns:
+        A tensor of the shape of `logits`.
+    """
+    if mask is not None:
+        logits = ops.where(mask, logits, _MASKED)
+    if sinks is not None:
+        sinks = ops.reshape(ops.cast(sinks, "float32"), (1, -1, 1, 1))
+        sinks = ops.broadcast_to(sinks, (*ops.shape(logits)[:-1], 1))
+        logits = ops.concatenate([logits, sinks], axis=-1)
+    # Keras warns of a softmax over a single key, which is all right here.
+    one_key = static_size(logits, 3) == 1
+    weights = ops.ones_like(logits) if one_key else ops.softmax(logits, axis=-1)
+    return weights if sinks is None else weights[..., :-1]
 
 
 def _concatenate(parts: list[Any]) -> Any:

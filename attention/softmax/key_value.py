@@ -6,17 +6,19 @@ from typing import Any
 
 from keras import ops
 
+from attention.contract.arguments import describe, dtype_name
+from attention.contract.sizes import static_size
 from attention.positions.arithmetic import hide_padding, one_row_each
 
 
 def pack_key_value(
-    key: Any, value: Any, positions: Any, padding_mask: Any = None
+    seen: dict[str, Any], positions: Any, padding_mask: Any = None
 ) -> dict[str, Any]:
-    """Keys and values as layers hand them to `SharedKeyValueAttention`.
+    """Returns keys and values as layers hand them to `SharedKeyValueAttention`.
 
     Args:
-        key: tensor of shape `(batch, heads, length, key_dim)`.
-        value: tensor of shape `(batch, heads, length, value_dim)`.
+        seen: dict of `"key"`, a tensor of shape `(batch, heads, key_dim, length)`,
+            and `"value"`, of shape `(batch, heads, length, value_dim)`.
         positions: `int32` tensor of shape `(length,)` or `(batch, length)`.
         padding_mask: `None` or boolean tensor of shape `(batch, length)`.
 
@@ -28,23 +30,55 @@ def pack_key_value(
 
     >>> import numpy as np
     >>> from attention.softmax.key_value import pack_key_value
-    >>> key = np.zeros((2, 1, 3, 4))
-    >>> np.array(pack_key_value(key, key, np.arange(3))["positions"]).tolist()
+    >>> seen = {"key": np.zeros((2, 1, 4, 3)), "value": np.zeros((2, 1, 3, 4))}
+    >>> np.array(pack_key_value(seen, np.arange(3))["positions"]).tolist()
     [[0, 1, 2], [0, 1, 2]]
     """
+    key, value = ops.swapaxes(seen["key"], 2, 3), seen["value"]
     positions = hide_padding(one_row_each(positions, key), padding_mask)
     return {"key": key, "value": value, "positions": positions}
 
 
-def to_cache_layout(key: Any, value: Any) -> tuple[Any, Any]:
-    """Lays out keys and values as caches do.
+def check_key_value(layer_name: str, key_value: Any, query: Any) -> None:
+    """Says so when `key_value` is not what an attention layer returns for it.
 
     Args:
-        key: tensor of shape `(batch, length, heads, key_dim)`.
-        value: tensor of shape `(batch, length, heads, value_dim)`.
+        layer_name: str. The layer that was called, for the message.
+        key_value: what was received.
+        query: the queries, `(batch, length, width)`.
 
-    Returns:
-        Tensors of shape `(batch, heads, key_dim, length)` and `(batch, heads,
-        length, value_dim)`.
+    Raises:
+        TypeError: if it is no dict of tensors, or positions are no integers.
+        ValueError: if it has other entries, ranks, lengths or rows.
     """
-    return ops.transpose(key, (0, 2, 3, 1)), ops.swapaxes(value, 1, 2)
+    hint = (
+        "It is what `GroupedQueryAttention` returns, behind its outputs, when "
+        "called with `return_key_value=True`: a dict of 'key' and 'value', of shape "
+        "(batch, heads, key_length, dim), and 'positions', integers of shape "
+        f"(batch, key_length). Received: key_value={describe(key_value)}, query="
+        f"{describe(query)}"
+    )
+    if not isinstance(key_value, dict):
+        raise TypeError(f"Layer '{layer_name}' needs `key_value`. {hint}")
+    ranks = {"key": 4, "value": 4, "positions": 2}
+    if set(key_value) != set(ranks):
+        raise ValueError(f"Layer '{layer_name}' can't attend to `key_value`. {hint}")
+    if not all(hasattr(x, "shape") and hasattr(x, "dtype") for x in key_value.values()):
+        raise TypeError(f"Layer '{layer_name}' needs tensors in `key_value`. {hint}")
+    if "int" not in dtype_name(key_value["positions"]):
+        raise TypeError(
+            f"Layer '{layer_name}' needs integers as positions in `key_value`. {hint}"
+        )
+    key, value, positions = (key_value[name] for name in ranks)
+    sames = (
+        ((key, 0), (value, 0), (positions, 0), (query, 0)),
+        ((key, 1), (value, 1)),
+        ((key, 2), (value, 2), (positions, 1)),
+    )
+    if any(len(key_value[name].shape) != rank for name, rank in ranks.items()) or any(
+        len({static_size(x, axis) for x, axis in same} - {None}) > 1 for same in sames
+    ):
+        raise ValueError(
+            f"Layer '{layer_name}' can't attend to `key_value`: its shapes do not fit "
+            f"together, or not to the rows of `query`. {hint}"
+        )

@@ -7,27 +7,13 @@ from typing import Any
 import keras
 from keras import ops
 
-from attention.caches.choice import make_cache_policy
-from attention.caches.writes import computed_after
 from attention.contract.arguments import check_positive_int, refuse_arguments
 from attention.contract.initializers import clone_initializer
-from attention.contract.padding import zero_padding
-from attention.positions.arithmetic import (
-    hide_padding,
-    is_zero,
-    join_positions,
-    token_positions,
-)
 from attention.positions.position_scheme import PositionScheme
 from attention.positions.rotary_position import RotaryPosition
 from attention.softmax.dot_product_attention import DotProductAttention
 from attention.softmax.kernels import TokensFirst
-from attention.softmax.prefix import (
-    check_prefix_length,
-    check_segment_ids,
-    only_whole_prefixes,
-)
-from attention.softmax.visibility import Visibility, check_attention_mask
+from attention.softmax.visibility import Visibility
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
@@ -61,11 +47,9 @@ class LatentAttention(DotProductAttention):
         position: a position scheme that encodes the rotary parts, or `None`, which
             means `RotaryPosition()`.
         epsilon: float. Of the norms of latents.
-        window: int or `None`. How many positions a query sees, itself included.
-        cache_dtype: `None` or `"int8"`, see `GroupedQueryAttention`.
         use_bias: bool. Whether the projections have biases.
-        **kwargs: as for `GroupedQueryAttention`: `dropout`, `scale`,
-            `logit_soft_cap`, `attention_sinks`, `output_gate`,
+        **kwargs: as for `GroupedQueryAttention`: `window`, `cache_dtype`,
+            `cache_policy`, `dropout`, `scale`, `logit_soft_cap`, `attention_sinks`, `output_gate`,
             `kernel_initializer`, `bias_initializer`, `name`, `dtype`. `scale=None`
             means `1 / sqrt(key_dim + rotary_dim)`.
 
@@ -114,8 +98,6 @@ class LatentAttention(DotProductAttention):
         query_latent_dim: int | None = None,
         position: PositionScheme | None = None,
         epsilon: float = 1e-6,
-        window: int | None = None,
-        cache_dtype: str | None = None,
         use_bias: bool = False,
         **kwargs: Any,
     ) -> None:
@@ -133,7 +115,6 @@ class LatentAttention(DotProductAttention):
             value_dim=value_dim,
             use_bias=use_bias,
             position=position,
-            window=window,
             **kwargs,
         )
         sizes = {
@@ -150,8 +131,6 @@ class LatentAttention(DotProductAttention):
             )
         self.latent_dim, self.rotary_dim = latent_dim, rotary_dim
         self.query_latent_dim, self.epsilon = query_latent_dim, epsilon
-        self.cache_dtype = cache_dtype
-        self.cache_policy = make_cache_policy(window, cache_dtype, axes={"latent": 2})
 
     def _sizes(self) -> tuple[int, int, int, int]:
         """The sizes of the latent, the rotary part, and a key and a value head."""
@@ -160,7 +139,7 @@ class LatentAttention(DotProductAttention):
         latent_dim = self.latent_dim or 4 * key_dim
         return latent_dim, rotary_dim, key_dim, self.value_dim or key_dim
 
-    def _head_dims(self) -> tuple[int, int]:
+    def head_dims(self) -> tuple[int, int]:
         _, rotary_dim, key_dim, value_dim = self._sizes()
         return key_dim + rotary_dim, value_dim
 
@@ -175,7 +154,7 @@ class LatentAttention(DotProductAttention):
             self.query_norm = self._norm(
                 "query_norm", self.query_latent_dim, self.epsilon
             )
-        self.query_dense = self._project("query", self._query_heads(), source)
+        self.query_dense = self.make_projection("query", self.query_heads(), source)
         self.latent_dense = self._dense("latent", latent_dim)
         self.latent_dense.build(query_shape)
         self.latent_norm = self._norm("latent_norm", latent_dim, self.epsilon)
@@ -194,151 +173,78 @@ class LatentAttention(DotProductAttention):
                 ("value_up", (latent_dim, value_dim)),
             )
         )
-        self._build_output(query_shape)
+        self.build_output(query_shape)
 
     def _dense(self, name: str, size: int) -> keras.layers.Layer:
         return keras.layers.Dense(
             size, use_bias=self.use_bias, name=name, **self._initializers()
         )
 
-    def create_cache(self, batch_size: int, max_length: int) -> Any:
-        if self.key_dim is None:
-            self._require_built()
+    def cache_sizes(self) -> dict[str, tuple[int, int]]:
         latent_dim, rotary_dim, *_ = self._sizes()
-        sizes = {"latent": (1, latent_dim + rotary_dim)}
-        return self.cache_policy.create(
-            batch_size, max_length, sizes, self.compute_dtype
+        return {"latent": (1, latent_dim + rotary_dim)}
+
+    def project(self, query: Any, value: Any, key: Any) -> tuple[Any, dict[str, Any]]:
+        x = query
+        if self.query_latent_dim is not None:
+            x = self.query_norm(self.query_down(query))
+        latent = self.latent_norm(self.latent_dense(query))
+        latent = ops.concatenate([latent, self.rotary_key_dense(query)], axis=-1)
+        # (batch, length, num_heads, key_dim + rotary_dim) and
+        # (batch, length, 1, latent_dim + rotary_dim)
+        return self.query_dense(x), {"latent": latent[:, :, None]}
+
+    def encode_positions(
+        self, query: Any, new: dict, query_positions: Any, key_positions: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        latent_dim, _, key_dim, _ = self._sizes()
+        plain, rotary = ops.split(query, [key_dim], axis=-1)
+        latent, rotary_key = ops.split(new["latent"], [latent_dim], axis=-1)
+        rotary, rotary_key = self.position.encode(
+            rotary, rotary_key, query_positions, key_positions
         )
+        query = ops.concatenate([plain, rotary], axis=-1)
+        return query, {"latent": ops.concatenate([latent, rotary_key], axis=-1)}
 
-    def can_rewind(self, cache: Any, from_index: int, to_index: int) -> bool:
-        return super().can_rewind(
-            cache, from_index, to_index
-        ) or self.cache_policy.can_rewind(cache, from_index, to_index)
-
-    def call(
+    def attend(
         self,
         query: Any,
-        attention_mask: Any = None,
-        padding_mask: Any = None,
-        cache: Any = None,
-        cache_update_index: Any = None,
+        new: dict[str, Any] | None,
+        past: dict[str, Any] | None,
+        visibility: Visibility,
+        return_scores: bool = False,
         training: bool | None = None,
-        prefix_length: Any = None,
-        segment_ids: Any = None,
-    ) -> Any:
-        self._check_cached_call(cache, cache_update_index, segment_ids)
-        if attention_mask is not None:
-            check_attention_mask(
-                attention_mask, query, query if cache is None else None
-            )
-        if padding_mask is not None:
-            padding_mask = ops.cast(padding_mask, "bool")
-        if prefix_length is not None:
-            prefix_length = check_prefix_length(self.name, prefix_length, query)
-        if segment_ids is not None:
-            segment_ids = check_segment_ids(self.name, segment_ids, query)
-        query = zero_padding(query, padding_mask)
-        positions = token_positions(cache_update_index, ops.shape(query)[1])
-        key_dim = self._sizes()[2]
-        inner = query
-        if self.query_latent_dim is not None:
-            inner = self.query_norm(self.query_down(query))
-        plain, rotary = ops.split(self.query_dense(inner), [key_dim], axis=-1)
-        rotary_key = self.rotary_key_dense(query)[:, :, None]
-        rotary, rotary_key = self.position.encode(
-            rotary, rotary_key, positions, positions
+    ) -> tuple[Any, Any]:
+        latent_dim, rotary_dim, key_dim, _ = self._sizes()
+        latent = new["latent"]  # (batch, length, 1, latent_dim + rotary_dim)
+        key_up, value_up = (
+            ops.cast(w, query.dtype) for w in (self.key_up, self.value_up)
         )
-        latent = self.latent_norm(self.latent_dense(query))[:, :, None]
-        # (batch, length, 1, latent_dim + rotary_dim)
-        latent = ops.concatenate([latent, rotary_key], axis=-1)
-        if cache is not None:
-            latent = self.cache_policy.as_stored(latent)
-        options = {
-            "causal": self.causal,
-            "window": self.window,
-            "attention_mask": attention_mask,
-            "prefix_length": prefix_length,
-        }
-        if cache is None or is_zero(cache_update_index):
-            visibility = Visibility(
-                positions,
-                positions,
-                key_padding_mask=padding_mask,
-                segment_ids=None if segment_ids is None else (segment_ids,) * 2,
-                in_order=True,
-                **options,
-            )
-            outputs = self._attend_expanded(plain, rotary, latent, visibility, training)
-        else:
-            past_positions = self.cache_policy.positions(cache, cache_update_index)
-            key_positions = positions
-            if prefix_length is not None:
-                key_positions = hide_padding(positions, padding_mask)
-            visibility = Visibility(
-                positions, join_positions(past_positions, key_positions), **options
-            )
-            past = self.cache_policy.read(cache, latent.dtype)["latent"]
-            outputs = self._attend_absorbed(
-                plain, rotary, past, latent, visibility, training
-            )
-        outputs = self._project_output(outputs, query)
-        if cache is None:
-            return outputs
-        if prefix_length is not None:
-            outputs = only_whole_prefixes(
-                self.name, outputs, prefix_length, cache_update_index
-            )
-        new = {"latent": computed_after(ops.swapaxes(latent, 1, 2), outputs)}
-        cache = self.cache_policy.write(cache, new, cache_update_index, padding_mask)
-        return outputs, cache
-
-    def _attend_expanded(
-        self, plain: Any, rotary: Any, latent: Any, visibility: Any, training: Any
-    ) -> Any:
-        """Attends with keys and values of each head."""
-        latent_dim, rotary_dim, *_ = self._sizes()
-        shared = latent[:, :, 0, :latent_dim]
-        key_up, value_up = self._up(shared.dtype)
-        key = ops.einsum("blr,hdr->blhd", shared, key_up)
-        value = ops.einsum("blr,hrd->blhd", shared, value_up)
-        shape = (*ops.shape(rotary)[:3], rotary_dim)
-        rotary_key = ops.broadcast_to(latent[..., latent_dim:], shape)
-        outputs, _ = self._attend_heads(
-            ops.concatenate([plain, rotary], axis=-1),
-            (ops.concatenate([key, rotary_key], axis=-1), value),
-            visibility,
-            training=training,
-        )
-        return outputs
-
-    def _attend_absorbed(
-        self,
-        plain: Any,
-        rotary: Any,
-        past: Any,
-        latent: Any,
-        visibility: Any,
-        training: Any,
-    ) -> Any:
-        """Attends to latents as they are: one key/value head for all queries."""
-        key_up, _ = self._up(plain.dtype)
+        options = (visibility, return_scores, training)
+        if past is None:
+            # With keys and values of each head, (batch, length, num_heads, dim).
+            shared = latent[:, :, 0, :latent_dim]
+            key = ops.einsum("blr,hdr->blhd", shared, key_up)
+            value = ops.einsum("blr,hrd->blhd", shared, value_up)
+            shape = (*ops.shape(query)[:3], rotary_dim)
+            rotary_key = ops.broadcast_to(latent[..., latent_dim:], shape)
+            key = ops.concatenate([key, rotary_key], axis=-1)
+            return self.attend_key_values(query, (key, value), None, *options)
+        # To latents as they are, one key/value head for all queries: `key_up` is
+        # absorbed into the queries, and `value_up` into what is found.
+        plain, rotary = ops.split(query, [key_dim], axis=-1)
         projected = ops.einsum("blhd,hdr->blhr", plain, key_up)
-        found, _ = self._attend_heads(
-            ops.concatenate([projected, rotary], axis=-1),
-            (latent, latent),
-            visibility,
-            (TokensFirst(past), past),
-            training=training,
+        query = ops.concatenate([projected, rotary], axis=-1)
+        stored = past["latent"]  # (batch, 1, slots, latent_dim + rotary_dim)
+        found, scores = self.attend_key_values(
+            query, (latent, latent), (TokensFirst(stored), stored), *options
         )
-        # What the values are without came along: cutting the past would copy it.
-        found = found[..., : self._sizes()[0]]
+        # The rotary part, which values are without, came along: cutting the past
+        # would copy it.
+        found = found[..., :latent_dim]
         # Keras multiplies float64 in float32 on torch.
-        _, value_up = self._up(found.dtype)
-        return ops.einsum("blhr,hrd->blhd", found, value_up)
-
-    def _up(self, dtype: Any) -> tuple[Any, Any]:
-        """What makes of a latent the keys and the values of all heads."""
-        return ops.cast(self.key_up, dtype), ops.cast(self.value_up, dtype)
+        value_up = ops.cast(self.value_up, found.dtype)
+        return ops.einsum("blhr,hrd->blhd", found, value_up), scores
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
@@ -350,6 +256,5 @@ class LatentAttention(DotProductAttention):
             rotary_dim=self.rotary_dim,
             query_latent_dim=self.query_latent_dim,
             epsilon=self.epsilon,
-            cache_dtype=self.cache_dtype,
         )
         return config

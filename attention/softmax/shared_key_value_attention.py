@@ -7,11 +7,11 @@ from typing import Any
 import keras
 from keras import ops
 
-from attention.contract.arguments import describe, dtype_name
+from attention.contract.arguments import describe
 from attention.contract.padding import zero_padding
-from attention.contract.sizes import static_size
 from attention.positions.arithmetic import token_positions
 from attention.softmax.dot_product_attention import DotProductAttention
+from attention.softmax.key_value import check_key_value
 from attention.softmax.visibility import Visibility, check_attention_mask
 
 
@@ -105,10 +105,10 @@ class SharedKeyValueAttention(DotProductAttention):
 
     def build(self, query_shape: tuple) -> None:
         self._check_width(query_shape)
-        heads = (self.num_heads, self._head_dims()[0])
-        self.query_dense = self._project("query", heads, query_shape)
-        self.query_norm = self._build_norm("query_norm")
-        self._build_output(query_shape)
+        heads = (self.num_heads, self.head_dims()[0])
+        self.query_dense = self.make_projection("query", heads, query_shape)
+        self.query_norm = self.make_norm("query_norm")
+        self.build_output(query_shape)
 
     def create_cache(self, batch_size: int, max_length: int) -> tuple:
         return ()
@@ -132,50 +132,46 @@ class SharedKeyValueAttention(DotProductAttention):
         training: bool | None = None,
     ) -> Any:
         self._check_heads(key_value)
-        k, v, key_positions = (key_value[x] for x in ("key", "value", "positions"))
-        key_positions = ops.cast(key_positions, "int32")
         self._check_cached_call(cache, cache_update_index, None)
         if attention_mask is not None:
             check_attention_mask(attention_mask, query, None)
         query = zero_padding(query, padding_mask)
-        q = self.query_dense(query)
+        q = self.query_dense(query)  # (batch, length, num_heads, key_dim)
         if self.query_norm is not None:
             q = self.query_norm(q)
+        k, v = key_value["key"], key_value["value"]
+        key_positions = ops.cast(key_value["positions"], "int32")
         positions = token_positions(cache_update_index, ops.shape(query)[1])
-        if self.position is not None:
-            # No new keys: these were encoded by the layer that made them.
-            no_keys = ops.swapaxes(k[:, :, :0], 1, 2)
-            q, _ = self.position.encode(q, no_keys, positions, key_positions[:, :0])
-        past: Any = None
-        new: Any = None
-        if cache is None:
-            # A whole sequence: as its producer attends to it.
-            new = ops.swapaxes(k, 1, 2), ops.swapaxes(v, 1, 2)
-        else:
-            past = ops.swapaxes(k, 2, 3), v
+        # No new keys: these were encoded by the layer that made them.
+        no_keys = {"key": ops.swapaxes(k[:, :, :0], 1, 2)}
+        q, _ = self.encode_positions(q, no_keys, positions, key_positions[:, :0])
         visibility = Visibility(
             positions,
             key_positions,
-            window=self.window,
+            policy=self.cache_policy,
             attention_mask=attention_mask,
             in_order=True,
         )
-        outputs, scores = self._attend(
-            query,
+        # A whole sequence is attended as its producer does.
+        whole = (ops.swapaxes(k, 1, 2), ops.swapaxes(v, 1, 2))
+        past = (ops.swapaxes(k, 2, 3), v)
+        outputs, scores = self.attend_key_values(
             q,
-            new,
+            whole if cache is None else None,
+            None if cache is None else past,
             visibility,
-            past,
-            return_scores=return_attention_scores,
-            training=training,
+            return_attention_scores,
+            training,
         )
+        outputs, scores = self.combine_heads(outputs, scores)
+        outputs = self.project_output(outputs, query)
         if return_attention_scores:
             outputs = (outputs, scores)
         return outputs if cache is None else (outputs, cache)
 
     def _check_heads(self, key_value: Any) -> None:
         """Says so when keys or values are not those these queries are for."""
-        key_dim, value_dim = self._head_dims()
+        key_dim, value_dim = self.head_dims()
         groups = key_value["key"].shape[1]
         dims = (key_value["key"].shape[3], key_value["value"].shape[3])
         wanted = self.num_key_value_heads or groups
@@ -188,48 +184,3 @@ class SharedKeyValueAttention(DotProductAttention):
                 "head sizes of the layer that made them, and a `num_heads` that "
                 "their number of heads divides."
             )
-
-
-def check_key_value(layer_name: str, key_value: Any, query: Any) -> None:
-    """Says so when `key_value` is not what an attention layer returns for it.
-
-    Args:
-        layer_name: str. The layer that was called, for the message.
-        key_value: what was received.
-        query: the queries, `(batch, length, width)`.
-
-    Raises:
-        TypeError: if it is no dict of tensors, or positions are no integers.
-        ValueError: if it has other entries, ranks, lengths or rows.
-    """
-    hint = (
-        "It is what `GroupedQueryAttention` returns, behind its outputs, when "
-        "called with `return_key_value=True`: a dict of 'key' and 'value', of shape "
-        "(batch, heads, key_length, dim), and 'positions', integers of shape "
-        f"(batch, key_length). Received: key_value={describe(key_value)}, query="
-        f"{describe(query)}"
-    )
-    if not isinstance(key_value, dict):
-        raise TypeError(f"Layer '{layer_name}' needs `key_value`. {hint}")
-    ranks = {"key": 4, "value": 4, "positions": 2}
-    if set(key_value) != set(ranks):
-        raise ValueError(f"Layer '{layer_name}' can't attend to `key_value`. {hint}")
-    if not all(hasattr(x, "shape") and hasattr(x, "dtype") for x in key_value.values()):
-        raise TypeError(f"Layer '{layer_name}' needs tensors in `key_value`. {hint}")
-    if "int" not in dtype_name(key_value["positions"]):
-        raise TypeError(
-            f"Layer '{layer_name}' needs integers as positions in `key_value`. {hint}"
-        )
-    key, value, positions = (key_value[name] for name in ranks)
-    sames = (
-        ((key, 0), (value, 0), (positions, 0), (query, 0)),
-        ((key, 1), (value, 1)),
-        ((key, 2), (value, 2), (positions, 1)),
-    )
-    if any(len(key_value[name].shape) != rank for name, rank in ranks.items()) or any(
-        len({static_size(x, axis) for x, axis in same} - {None}) > 1 for same in sames
-    ):
-        raise ValueError(
-            f"Layer '{layer_name}' can't attend to `key_value`: its shapes do not fit "
-            f"together, or not to the rows of `query`. {hint}"
-        )

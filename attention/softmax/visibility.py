@@ -7,6 +7,7 @@ from typing import Any
 
 from keras import ops
 
+from attention.caches.cache_policy import CachePolicy
 from attention.contract.arguments import describe
 from attention.contract.sizes import sequence_length, static_size
 from attention.positions.arithmetic import HIDDEN_POSITION, one_row_each
@@ -22,7 +23,7 @@ class Visibility:
             query_length)`.
         key_positions: likewise for the keys.
         causal: bool. Whether keys at later positions are hidden.
-        window: `None` or int. Keys that are so many positions away are hidden.
+        policy: `None` or a `CachePolicy`, which hides the keys that it drops.
         key_padding_mask: `None` or boolean tensor `(batch, key_length)`.
         attention_mask: `None` or boolean tensor `(batch, query_length,
             positions)`: its last axis counts positions of the sequence.
@@ -39,7 +40,7 @@ class Visibility:
     query_positions: Any
     key_positions: Any
     causal: bool = True
-    window: int | None = None
+    policy: CachePolicy | None = None
     key_padding_mask: Any = None
     attention_mask: Any = None
     prefix_length: Any = None
@@ -77,7 +78,6 @@ class Visibility:
     def _by_position(self) -> list[Any]:
         keys = self.key_positions[..., None, :]
         queries = self.query_positions[..., :, None]
-        both_sides = not self.causal or self.prefix_length is not None
         visible = []
         if self.causal and self.prefix_length is None:
             visible.append(keys <= queries)
@@ -85,11 +85,8 @@ class Visibility:
             prefix = ops.cast(self.prefix_length, "int32")
             prefix = prefix[:, None, None] if len(prefix.shape) == 1 else prefix
             visible.append(ops.logical_or(keys <= queries, keys < prefix))
-        if self.window is not None:
-            visible.append(keys > queries - self.window)
-        if self.window is not None and both_sides:
-            visible.append(keys < queries + self.window)
-        return visible
+        kept = None if self.policy is None else self.policy.visible(queries, keys)
+        return visible if kept is None else [*visible, kept]
 
     def in_blocks(self, blocks: Blocks, like: Any) -> Visibility:
         """The same for the blocks that a batch of sequences is cut into.
@@ -125,7 +122,8 @@ class Visibility:
             same = self.key_positions is self.query_positions
         if length is None or not same:
             return None
-        size = block_size(length, self.window)
+        reach = None if self.policy is None else self.policy.reach
+        size = block_size(length, reach)
         return None if size is None else Blocks(size, length, self.causal)
 
 

@@ -1,0 +1,119 @@
+"""Attending to keys and values of the past and of new tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from keras import ops
+
+from attention.caches.cache_policy import to_cache_layout
+from attention.softmax.filled_slots import attend_to_filled
+from attention.softmax.kernels import (
+    fused_attention,
+    grouped_attention,
+    scale_query,
+)
+from attention.softmax.visibility import Visibility
+
+Pair = tuple[Any, Any]
+
+
+def attend_to(
+    query: Any,
+    new: Pair | None,
+    past: Pair | None,
+    visibility: Visibility,
+    compute_weights: Callable[[Any, Any], Any],
+    scale: float,
+    bias: Callable[[Any, Any], Any] | None = None,
+    soft_cap: float | None = None,
+    dropout: Callable[[Any], Any] | None = None,
+    fused: bool = False,
+    return_scores: bool = False,
+) -> tuple[Any, Any]:
+    """Attends to the visible keys, in the way that takes the least time.
+
+    A sequence without a past is attended in blocks where the cache policy bounds how
+    far queries see, or by the backend's fused kernel; a large cache only as far as
+    it is filled.
+
+    Args:
+        query: tensor of shape `(batch, length, num_heads, key_dim)`.
+        new: `None`, or keys and values of shape `(batch, key_length,
+            num_key_value_heads, dim)`.
+        past: `None`, or keys and values as in a cache: `(batch,
+            num_key_value_heads, key_dim, slots)`, or `TokensFirst`, and `(batch,
+            num_key_value_heads, slots, value_dim)`.
+        visibility: which query sees which key, the past ones first.
+        compute_weights: called with logits, `(batch, num_heads, length,
+            key_length)`, and a mask; returns weights of the same shape.
+        scale: float. What products are multiplied with.
+        bias: `None`, or called with the positions of queries and keys; returns what
+            is added to the logits, or `None`.
+        soft_cap: `None` or float, as `logit_soft_cap` of a layer.
+        dropout: `None`, or a callable applied to the weights.
+        fused: bool. Whether the backend's fused kernel may compute it.
+        return_scores: bool. Whether the weights are needed.
+
+    Returns:
+        The outputs, `(batch, length, num_heads, value_dim)`, and the weights, or
+        `None` where they were not computed.
+    """
+    if past is None and new is not None and not return_scores:
+        blocks = visibility.blocks(query, new[0])
+        if blocks is not None:
+            # In time linear in the length; blocks are not cut again.
+            outputs, _ = attend_to(
+                blocks.queries(query),
+                (blocks.keys(new[0]), blocks.keys(new[1])),
+                None,
+                visibility.in_blocks(blocks, query),
+                compute_weights,
+                scale,
+                bias,
+                soft_cap,
+                dropout,
+                fused,
+            )
+            return blocks.join(outputs), None
+    mask = visibility.mask()
+    biases = bias and bias(visibility.query_positions, visibility.key_positions)
+    query, scale = scale_query(query, scale)
+    scores = None
+
+    def attend(past: Any, mask: Any, biases: Any) -> Pair:
+        parts = [] if past is None else [past]
+        if new is not None:
+            laid_out = to_cache_layout({"key": new[0], "value": new[1]})
+            parts.append((laid_out["key"], laid_out["value"]))
+        return grouped_attention(
+            query,
+            parts,
+            lambda logits: compute_weights(logits, mask),
+            biases,
+            scale,
+            soft_cap,
+            dropout,
+        )
+
+    plain = not return_scores and dropout is None and new is not None
+    if plain and past is not None:
+        outputs = attend_to_filled(
+            lambda *args: attend(*args)[0],
+            past,
+            mask,
+            biases,
+            visibility.key_positions,
+        )
+    elif plain and new is not None and fused:
+        outputs = fused_attention(query, *new, mask, biases, scale)
+    else:
+        outputs, scores = attend(past, mask, biases)
+    if visibility.may_be_empty:
+        # A query that may attend to nothing attends to nothing. Softmax
+        # would have given it the mean of all values, later ones too.
+        some = ops.any(mask, axis=-1, keepdims=True)
+        outputs = ops.where(ops.swapaxes(some, 1, 2), outputs, 0)
+        scores = None if scores is None else ops.where(some, scores, 0)
+    return outputs, scores

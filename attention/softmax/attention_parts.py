@@ -1,0 +1,244 @@
+"""The arguments, weights and projections of attention layers."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+import keras
+
+from attention.caches.cache_policy import (
+    CachePolicy,
+    check_cache_policy,
+    deserialize_policy,
+)
+from attention.caches.full_cache import FullCache
+from attention.caches.quantized_cache import QuantizedCache
+from attention.caches.ring_cache import RingCache
+from attention.contract.arguments import (
+    check_fraction,
+    check_positive_int,
+    check_soft_cap,
+    describe,
+)
+from attention.contract.cached_layer import CachedLayer
+from attention.contract.checks import check_sequence_shape
+from attention.contract.initializers import clone_initializer
+from attention.positions.position_scheme import (
+    PositionScheme,
+    check_position,
+    serialize_position,
+)
+
+
+class AttentionParts(CachedLayer):
+    """A layer with the arguments of `GroupedQueryAttention`, and what they stand for."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_key_value_heads: int | None = None,
+        key_dim: int | None = None,
+        value_dim: int | None = None,
+        dropout: float = 0.0,
+        use_bias: bool = True,
+        position: PositionScheme | None = None,
+        causal: bool = True,
+        scale: float | None = None,
+        window: int | None = None,
+        kernel_initializer: Any = "glorot_uniform",
+        bias_initializer: Any = "zeros",
+        query_key_norm: bool = False,
+        logit_soft_cap: float | None = None,
+        attention_sinks: bool = False,
+        output_gate: bool = False,
+        cache_dtype: str | None = None,
+        cache_policy: CachePolicy | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.num_heads = check_positive_int("num_heads", num_heads)
+        sizes = {
+            "num_key_value_heads": num_key_value_heads,
+            "key_dim": key_dim,
+            "value_dim": value_dim,
+            "window": window,
+        }
+        for name, size in sizes.items():
+            setattr(
+                self, name, None if size is None else check_positive_int(name, size)
+            )
+        if num_key_value_heads is not None and num_heads % num_key_value_heads:
+            raise ValueError(
+                "`num_heads` must be divisible by `num_key_value_heads`, so that "
+                "each key/value head serves as many query heads. Received: "
+                f"num_heads={num_heads}, num_key_value_heads={num_key_value_heads}"
+            )
+        self.dropout = check_fraction("dropout", dropout)
+        self.use_bias = bool(use_bias)
+        self.position = check_position(position)
+        # Whether a query attends to no later position.
+        self.causal = bool(causal)
+        if scale is not None and not isinstance(scale, numbers.Real):
+            raise TypeError(
+                "`scale` must be a number or None, which means 1 / sqrt(key_dim). "
+                f"Received: scale={describe(scale)}"
+            )
+        self.scale = scale if scale is None else float(scale)
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.bias_initializer = keras.initializers.get(bias_initializer)
+        self.query_key_norm = bool(query_key_norm)
+        self.logit_soft_cap = check_soft_cap(logit_soft_cap)
+        self.attention_sinks = bool(attention_sinks)
+        self.output_gate = bool(output_gate)
+        self.cache_dtype = cache_dtype
+        policy = deserialize_policy(cache_policy)
+        check_cache_policy(policy, window, cache_dtype)
+        self._given_policy = policy
+        if policy is None:
+            policy = FullCache() if window is None else RingCache(window)
+            policy = policy if cache_dtype is None else QuantizedCache(policy)
+        self.cache_policy = policy
+        # Made by `build` where they are asked for.
+        self.query_norm = self.key_norm = self.sinks = self.gate_dense = None
+
+    def _check_width(self, query_shape: tuple) -> None:
+        """Notes the width of the inputs, or says why it does not fit."""
+        check_sequence_shape(self.name, query_shape)
+        width = query_shape[-1]
+        if self.key_dim is None and width % self.num_heads:
+            raise ValueError(
+                f"With `key_dim=None`, the width of the inputs of layer "
+                f"'{self.name}' must be divisible by `num_heads`. Received: "
+                f"num_heads={self.num_heads}, inputs of shape "
+                f"{tuple(query_shape)}. Pass `key_dim`, or another `num_heads`."
+            )
+        self._width = width
+
+    def head_dims(self) -> tuple[int, int]:
+        """The sizes of a key head and of a value head, as they are attended."""
+        key_dim = self.key_dim or self._width // self.num_heads
+        return key_dim, self.value_dim or key_dim
+
+    def query_heads(self) -> tuple[int, int]:
+        """How many query heads of which size are projected."""
+        return self.num_heads, self.head_dims()[0]
+
+    def make_projection(
+        self, name: str, heads: tuple[int, int], inputs_shape: tuple
+    ) -> keras.layers.Layer:
+        """Makes a projection from the width of inputs to heads, for use in `build`.
+
+        Args:
+            name: str. The name of the layer.
+            heads: `(heads, dim)`.
+            inputs_shape: tuple. The shape of its inputs, `(batch, length, width)`.
+
+        Returns:
+            A layer that returns tensors of shape `(batch, length, heads, dim)`.
+        """
+        if self.use_bias and heads[1] == 1 and heads[0] > 1:
+            # Keras adds a bias of shape (heads, 1) along the length, on
+            # TensorFlow, where there happen to be as many tokens as heads.
+            raise ValueError(
+                f"Layer '{self.name}' would have {heads[0]} heads of size 1 with a "
+                f"bias as its {name}, which Keras computes wrongly on TensorFlow. "
+                "Use heads of size 2 or more, or `use_bias=False`."
+            )
+        dense = keras.layers.EinsumDense(
+            "blw,whd->blhd",
+            output_shape=(None, *heads),
+            bias_axes="hd" if self.use_bias else None,
+            name=name,
+            **self._initializers(),
+        )
+        dense.build(inputs_shape)
+        return dense
+
+    def build_output(self, query_shape: tuple) -> None:
+        """Makes what comes behind the queries: dropout, bias, output projection."""
+        value_dim = self.head_dims()[1]
+        heads, key_dim = self.query_heads()
+        self._logit_scale = key_dim**-0.5 if self.scale is None else self.scale
+        # The letters of what is contracted are in the order of the axes: JAX sorts
+        # them, and would else transpose the kernel in every decode step.
+        self.output_dense = keras.layers.EinsumDense(
+            "bqhk,hkw->bqw",
+            output_shape=(None, query_shape[-1]),
+            bias_axes="w" if self.use_bias else None,
+            name="attention_output",
+            **self._initializers(),
+        )
+        self.output_dense.build((*query_shape[:2], self.num_heads, value_dim))
+        self.dropout_layer = keras.layers.Dropout(
+            self.dropout, dtype=self.dtype_policy, name="attention_dropout"
+        )
+        if self.position is not None and not self.position.built:
+            self.position.build(heads)
+        if self.output_gate:
+            gates = (self.num_heads, value_dim)
+            self.gate_dense = self.make_projection("output_gate", gates, query_shape)
+        if self.attention_sinks:
+            # Beside float32 logits, whatever the layer computes in.
+            self.sinks = self.add_weight(
+                name="sinks",
+                shape=(heads,),
+                initializer="zeros",
+                autocast=False,
+            )
+
+    def make_norm(self, name: str) -> keras.layers.Layer | None:
+        """Makes the norm of query or key heads, if there is to be one."""
+        return self._norm(name, self.query_heads()[1]) if self.query_key_norm else None
+
+    def _norm(self, name: str, size: int, epsilon: float = 1e-6) -> keras.layers.Layer:
+        """Makes a norm by the root mean square along the last axis."""
+        norm = keras.layers.RMSNormalization(
+            epsilon=epsilon, dtype=self.dtype_policy, name=name
+        )
+        norm.build((None, None, size))
+        return norm
+
+    def _initializers(self) -> dict[str, Any]:
+        # A random initializer with a seed would give every kernel the same
+        # values if it were shared.
+        return {
+            "kernel_initializer": clone_initializer(self.kernel_initializer),
+            "bias_initializer": clone_initializer(self.bias_initializer),
+            "dtype": self.dtype_policy,
+        }
+
+    def _require_built(self) -> None:
+        """Says so when sizes depend on inputs that were not seen yet."""
+        if not self.built:
+            raise ValueError(
+                f"Layer '{self.name}' has no weights yet and no `key_dim`, so its "
+                "cache can't be sized. Call it once, or call `build` with the shape of "
+                "its inputs, before `create_cache`; or make it with `key_dim`."
+            )
+
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        config.update(
+            num_heads=self.num_heads,
+            num_key_value_heads=self.num_key_value_heads,
+            key_dim=self.key_dim,
+            value_dim=self.value_dim,
+            dropout=self.dropout,
+            use_bias=self.use_bias,
+            position=serialize_position(self.position),
+            scale=self.scale,
+            window=self.window,
+            query_key_norm=self.query_key_norm,
+            logit_soft_cap=self.logit_soft_cap,
+            attention_sinks=self.attention_sinks,
+            output_gate=self.output_gate,
+            kernel_initializer=keras.initializers.serialize(self.kernel_initializer),
+            bias_initializer=keras.initializers.serialize(self.bias_initializer),
+            causal=self.causal,
+            cache_dtype=self.cache_dtype,
+        )
+        if self._given_policy is not None:
+            policy = keras.saving.serialize_keras_object(self._given_policy)
+            config["cache_policy"] = policy
+        return config
