@@ -37,6 +37,9 @@ class PositionScheme(keras.layers.Layer):
     True
     """
 
+    # How many attention layers were built with this scheme; they share its weights.
+    num_layers = 0
+
     def build(self, num_heads: int) -> None:
         """Creates weights, if any, for this number of query heads."""
 
@@ -86,7 +89,7 @@ def serialize_position(position: PositionScheme | None) -> dict[str, Any] | None
     for those that a `get_config` has serialized already.
     """
     config = keras.saving.serialize_keras_object(position)
-    if position is not None:
+    if position is not None and position.num_layers > 1:
         config["shared_object_id"] = id(position)
     return config
 

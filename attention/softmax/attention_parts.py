@@ -173,8 +173,10 @@ class AttentionParts(CachedLayer):
         self.dropout_layer = keras.layers.Dropout(
             self.dropout, dtype=self.dtype_policy, name="attention_dropout"
         )
-        if self.position is not None and not self.position.built:
-            self.position.build(heads)
+        if self.position is not None:
+            if not self.position.built:
+                self.position.build(heads)
+            self.position.num_layers += 1
         if self.output_gate:
             gates = (self.num_heads, value_dim)
             self.gate_dense = self.make_projection("output_gate", gates, query_shape)

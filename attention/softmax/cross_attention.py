@@ -8,7 +8,7 @@ import keras
 from keras import ops
 
 from attention.caches.cache_policy import to_cache_layout
-from attention.contract.arguments import check_positive_int, describe, refuse_arguments
+from attention.contract.arguments import check_positive_int, describe
 from attention.contract.checks import check_padding_mask, check_sequence_shape
 from attention.contract.padding import zero_padding
 from attention.contract.sizes import static_size
@@ -83,12 +83,12 @@ class CrossAttention(DotProductAttention):
     def __init__(
         self, num_heads: int, num_key_value_heads: int | None = None, **kwargs: Any
     ) -> None:
-        refuse_arguments(
-            self,
-            {name: x for name, x in kwargs.items() if x is not None},
-            window="positions of two sequences are not comparable",
-            position="positions of two sequences are not comparable",
-        )
+        for name in ("window", "position"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"`CrossAttention` takes no `{name}`: positions of two sequences "
+                    f"are not comparable. Received: {name}={describe(kwargs[name])}"
+                )
         if num_key_value_heads is None:
             num_key_value_heads = num_heads
         super().__init__(num_heads, num_key_value_heads, **{**kwargs, "causal": False})

@@ -151,8 +151,6 @@ class GroupedQueryAttention(DotProductAttention):
         position: PositionScheme | None = None,
         **kwargs: Any,
     ) -> None:
-        # Here it may not be None.
-        check_positive_int("num_key_value_heads", num_key_value_heads)
         super().__init__(
             num_heads,
             num_key_value_heads,
@@ -163,6 +161,8 @@ class GroupedQueryAttention(DotProductAttention):
             position,
             **kwargs,
         )
+        # Here it may not be None.
+        check_positive_int("num_key_value_heads", num_key_value_heads)
 
     def build(
         self,
