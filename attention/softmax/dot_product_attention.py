@@ -81,6 +81,9 @@ class DotProductAttention(AttentionParts):
     2
     """
 
+    # A prefix is seen in both directions, so it is prefilled in one call.
+    whole_prompt_arguments = ("prefix_length",)
+
     # The steps of a call, to be overridden.
 
     def cache_sizes(self) -> dict[str, tuple[int, int]]:

@@ -138,8 +138,6 @@ class GroupedQueryAttention(DotProductAttention):
 
     num_key_value_heads: int
 
-    whole_prompt_arguments = ("prefix_length",)
-
     def __init__(
         self,
         num_heads: int,

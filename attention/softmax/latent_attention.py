@@ -86,8 +86,6 @@ class LatentAttention(DotProductAttention):
     position: PositionScheme
     query_norm: Any
 
-    whole_prompt_arguments = ("prefix_length",)
-
     def __init__(
         self,
         num_heads: int,

@@ -19,8 +19,10 @@ from attention import (
     MultiHeadAttention,
     MultiQueryAttention,
     PositionEmbedding,
+    QuantizedCache,
     RelativePositionBias,
     Retention,
+    RingCache,
     RotaryAttention,
     RotaryPosition,
     RWKVChannelMix,
@@ -31,8 +33,16 @@ from attention import (
 from attention.testing import check_cached_layer, check_cached_model
 from attention.testing.checking import CHECKS
 from blocks import CustomDecoder
-from tests.helpers import YARN, EmbedAndAttendTwice, ProducerAndReader, slow
+from tests.helpers import (
+    YARN,
+    EmbedAndAttendTwice,
+    ProducerAndReader,
+    load_example,
+    slow,
+)
 from tests.models import make_variant
+
+own = load_example("own_attention")
 
 LAYERS = {
     "multi_head": lambda: MultiHeadAttention(4),
@@ -61,6 +71,16 @@ LAYERS = {
         output_gate=True,
     ),
     "int8": lambda: RotaryAttention(4, 2, cache_dtype="int8"),
+    "first_tokens_stay": lambda: RotaryAttention(4, 2, cache_policy=RingCache(3, 2)),
+    "int8_window": lambda: LatentAttention(
+        2, cache_policy=QuantizedCache(RingCache(4, keep=1))
+    ),
+    "own_cache_policy": lambda: RotaryAttention(
+        4, 2, cache_policy=own.ThinningCache(3)
+    ),
+    "talking_heads": lambda: own.TalkingHeadsAttention(4, 2),
+    "gated_values": lambda: own.GatedValueAttention(4, 2),
+    "top_k": lambda: own.TopKAttention(4, k=3),
     "differential": lambda: DifferentialAttention(2, position=RotaryPosition()),
     "latent": lambda: LatentAttention(4, latent_dim=6, rotary_dim=2),
     "latent_window": lambda: LatentAttention(2, query_latent_dim=5, window=4),
@@ -90,12 +110,13 @@ BACKBONES = ["t5"]
 
 
 # Rounding has no gradient, and is no small error.
-ROUNDED = {"int8": 0.05}
+ROUNDED = {"int8": 0.05, "int8_window": 0.05}
 
 
 # What differs from another line in one thing that a third line has, too.
 MIXED = ["multi_query", "value_dim", "rotary_yarn", "t5_grouped"]
 MIXED += ["window_of_one", "latent_window", "decoder_options"]
+MIXED += ["int8_window", "talking_heads", "gated_values"]
 
 
 @pytest.mark.parametrize("name", [slow(x) if x in MIXED else x for x in LAYERS])
