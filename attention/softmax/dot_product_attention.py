@@ -10,11 +10,7 @@ from attention.caches.cache_policy import (
     to_cache_layout,
 )
 from attention.caches.writes import computed_after
-from attention.contract.arguments import (
-    describe,
-)
 from attention.contract.padding import zero_padding
-from attention.contract.sizes import static_size
 from attention.positions.arithmetic import (
     hide_padding,
     is_zero,
@@ -396,36 +392,3 @@ class DotProductAttention(AttentionParts):
         return super().can_rewind(
             cache, from_index, to_index
         ) or self.cache_policy.can_rewind(cache, from_index, to_index)
-
-    def _check_cached_call(self, cache: Any, index: Any, segment_ids: Any) -> None:
-        """Says so when a call with a cache lacks something, or has too much."""
-        if cache is None:
-            return
-        if index is None:
-            raise ValueError(
-                f"Layer '{self.name}' was called with `cache` but without "
-                "`cache_update_index`, which would only read the cache; but "
-                "the positions of the queries are not known then. Pass the "
-                "number of positions that the cache has absorbed."
-            )
-        if segment_ids is not None:
-            raise ValueError(
-                f"Layer '{self.name}' was called with `cache` and `segment_ids`. A "
-                "cache holds one document in each row; give each its own row."
-            )
-
-    def _check_sources(self, value: Any, key: Any, cache: Any) -> None:
-        """Raises an error if `value` and `key` do not fit each other or a cache."""
-        lengths = {static_size(x, 1) for x in (value, key) if x is not None}
-        if len(lengths - {None}) > 1:
-            raise ValueError(
-                f"Layer '{self.name}' needs as many keys as values. Received: "
-                f"value={describe(value)}, key={describe(key)}"
-            )
-        if cache is not None and (value is not None or key is not None):
-            raise ValueError(
-                f"Layer '{self.name}' was called with `cache` and with "
-                "`value` or `key`. Its cache holds the sequence it attends "
-                "to: pass the new tokens as `query` alone. Received: value="
-                f"{describe(value)}, key={describe(key)}"
-            )

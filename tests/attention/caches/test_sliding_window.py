@@ -9,6 +9,7 @@ from attention import (
     AlibiBias,
     GroupedQueryAttention,
     MultiHeadAttention,
+    RingCache,
     RotaryAttention,
     SharedKeyValueAttention,
     T5Attention,
@@ -105,6 +106,19 @@ def test_it_equals_a_banded_mask(name, window):
         assert_close(outputs, to_numpy(expected)[:, : sum(sizes)])
         assert_close(outputs, cached[:, : sum(sizes)])
         assert cache["value"].shape[2] == cache["key"].shape[3] == window
+
+
+def test_first_tokens_that_stay_are_seen_from_everywhere():
+    keeping = RotaryAttention(4, 2, cache_policy=RingCache(3, keep=2))
+    full = RotaryAttention(4, 2)
+    x = sample()
+    for layer in (keeping, full):
+        layer.build(x.shape)
+    randomize(keeping)
+    full.set_weights(keeping.get_weights())
+    mask = band(LENGTH, 3) | (np.tri(LENGTH, dtype=bool) & (np.arange(LENGTH) < 2))
+    assert_close(keeping(x), full(x, attention_mask=mask[None]))
+    assert keeping.create_cache(1, 100)["value"].shape[2] == 5
 
 
 def test_the_cache_has_as_many_slots_as_the_window():
