@@ -1,4 +1,4 @@
-"""Checks of arguments, and the words for what was received."""
+"""Checks of arguments, and descriptions of values for messages."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def describe(value: Any) -> str:
 
 
 def dtype_name(x: Any) -> str:
-    """The name of a tensor's dtype, also where it is none of Keras's."""
+    """Returns the name of a tensor's dtype, also if Keras does not know it."""
     try:
         return keras.backend.standardize_dtype(x.dtype)
     except ValueError:
@@ -48,7 +48,7 @@ def dtype_name(x: Any) -> str:
 
 
 def check_positive_int(name: str, value: Any) -> int:
-    """Returns an argument as an int, or says that it must be a positive one.
+    """Returns an argument as an int, and checks that it is positive.
 
     Args:
         name: str. The name of the argument, for the message.
@@ -58,7 +58,7 @@ def check_positive_int(name: str, value: Any) -> int:
         An int.
 
     Raises:
-        TypeError: if it is no integer.
+        TypeError: if it is not an integer.
         ValueError: if it is not positive.
 
     Example:
@@ -84,7 +84,7 @@ def check_optional_positive_int(name: str, value: Any) -> int | None:
 
 
 def check_fraction(name: str, value: Any) -> float:
-    """Returns an argument as a float, or says that it must be in `[0, 1)`.
+    """Returns an argument as a float, and checks that it is in `[0, 1)`.
 
     Args:
         name: str. The name of the argument, for the message.
@@ -94,7 +94,7 @@ def check_fraction(name: str, value: Any) -> float:
         A float.
 
     Raises:
-        ValueError: if it is no number of at least 0 and below 1.
+        ValueError: if it is not a number of at least 0 and below 1.
 
     Example:
 
@@ -111,15 +111,15 @@ def check_fraction(name: str, value: Any) -> float:
 
 
 def refuse_arguments(layer: Any, given: dict[str, Any], **reasons: str) -> None:
-    """Says so when a layer gets an argument that it has no use for.
+    """Refuses arguments that a layer inherits but can't use.
 
     Args:
         layer: the layer.
-        given: the arguments that it would hand on.
+        given: the arguments that it received for its base class.
         **reasons: why it can't use them, by their names.
 
     Raises:
-        TypeError: if so.
+        TypeError: if one of them is given.
     """
     for name, reason in reasons.items():
         if name in given:
@@ -130,7 +130,7 @@ def refuse_arguments(layer: Any, given: dict[str, Any], **reasons: str) -> None:
 
 
 def check_soft_cap(value: Any) -> float | None:
-    """Returns a positive number or `None`, or says what may be given."""
+    """Returns `logit_soft_cap` as a float, and checks that it is positive or `None`."""
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, numbers.Real):

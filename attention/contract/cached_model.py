@@ -14,9 +14,10 @@ from attention.contract.checks import check_rewind_indices
 from attention.contract.recording_scope import RecordingScope
 from attention.contract.scopes import CacheScope
 from attention.contract.sizes import static_size
+from attention.contract.types import Index, Mask
 
-# Rows and tokens of the rehearsals that find call sites. They can be told from
-# each other, from their product, and from a single one.
+# Rows and tokens of the dry runs that find call sites: distinct from each other, from
+# their product and from 1.
 _ROWS, _LENGTH = 3, 2
 
 
@@ -43,9 +44,9 @@ def find_call_sites(run: Callable[[int, int], Any], name: str) -> CallSites:
     """Finds the calls of cached layers in a function, in call order.
 
     Args:
-        run: runs what is to be looked at, without a cache, on zeros: it gets a
-            batch size and a length.
-        name: str. Whose calls they are, for messages.
+        run: runs the model without a cache on zeros of a batch size and a length,
+            which are its arguments.
+        name: str. The name of the model, for messages.
 
     Returns:
         A tuple of layers. A layer that is called twice is in it twice.
@@ -61,7 +62,7 @@ def find_call_sites(run: Callable[[int, int], Any], name: str) -> CallSites:
         return CallSites.of(scope)
 
     layers = record(_LENGTH)
-    # A loop over the sequence calls the same layer again and again.
+    # A loop over the sequence calls the same layer once for each token.
     if len({id(layer) for layer in layers}) < len(layers):
         fewer = record(1)
         if [id(x) for x in fewer] != [id(x) for x in layers]:
@@ -70,8 +71,8 @@ def find_call_sites(run: Callable[[int, int], Any], name: str) -> CallSites:
                 f"'{name}' calls layer '{layer.name}' ({type(layer).__name__}) "
                 f"{layers.count(layer)} times on {_LENGTH} tokens and "
                 f"{fewer.count(layer)} times on one, as a loop over the sequence "
-                "does. Each call has a cache of its own, so these don't fit each "
-                "other. Call the layer once, on all tokens."
+                "does. Each call has a cache of its own, so the caches would not "
+                "match. Call the layer once, on all tokens."
             )
     return layers
 
@@ -135,10 +136,10 @@ def call_sites(model: keras.Model, inputs: Any = None) -> CallSites:
 
 
 def symbolic_inputs(model: keras.Model) -> Any:
-    """What a model says about its inputs: a pytree of `keras.KerasTensor`s."""
+    """Returns the inputs of a model as a pytree of `keras.KerasTensor`s."""
     structure = getattr(model, "input", None)
     if structure is None:
-        # A Sequential model has no `input` before it was called symbolically.
+        # A Sequential model has no `input` before its first symbolic call.
         flat = getattr(model, "inputs", None) or []
         structure = flat[0] if len(flat) == 1 else flat
     specs = tree.flatten(structure)
@@ -203,7 +204,7 @@ def create_cache(
 
 
 def max_positions(sites: tuple[CachedLayer, ...]) -> int | None:
-    """The largest number of positions all the layers can represent, or `None`."""
+    """Returns how many positions all the layers can represent; `None`: any."""
     limits = [layer.max_sequence_length for layer in sites]
     return min((x for x in limits if x is not None), default=None)
 
@@ -222,7 +223,7 @@ def grow_cache(sites: tuple[CachedLayer, ...], cache: tuple, max_length: int) ->
 
     Raises:
         ValueError: if `cache` has another number of slots than there are
-            layers, or `max_length` is smaller than what it holds.
+            layers, or a larger capacity than `max_length`.
 
     Example:
 
@@ -243,21 +244,22 @@ def grow_cache(sites: tuple[CachedLayer, ...], cache: tuple, max_length: int) ->
 def can_rewind(
     sites: tuple[CachedLayer, ...], cache: tuple, from_index: int, to_index: int
 ) -> bool:
-    """Whether the last positions can be taken back from a model's cache.
+    """Returns whether the last positions can be taken back from a model's cache.
 
-    If so, a caller may go on at `cache_update_index=to_index`, or at any index
-    from there to `from_index`, each row at its own.
+    If so, a caller may continue at `cache_update_index=to_index`, or at any index
+    from there to `from_index`, each row at an index of its own.
 
     Args:
         sites: the model's cached layers in call order, from `call_sites` or
             the `layers` of a `NewCacheScope`.
         cache: the model's cache.
-        from_index: int. How many positions it has absorbed: the largest number,
+        from_index: int. How many positions it has processed; the largest number
             where rows differ.
-        to_index: int. How many of them are kept: the smallest number.
+        to_index: int. How many of them are kept; the smallest number where rows
+            differ.
 
     Returns:
-        A bool: whether all of the layers can. A recurrent one can't.
+        A bool: whether all of the layers can. A recurrent layer can't.
 
     Raises:
         ValueError: if `cache` has another number of slots than there are
@@ -283,7 +285,7 @@ def can_rewind(
 def find_not_rewindable(
     sites: tuple[CachedLayer, ...], cache: tuple, from_index: int, to_index: int
 ) -> CachedLayer | None:
-    """The first layer, of however many within each other, that can't go back.
+    """Returns the innermost first layer that can't take positions back.
 
     Args:
         sites: as for `can_rewind`.
@@ -292,7 +294,7 @@ def find_not_rewindable(
         to_index: as for `can_rewind`.
 
     Returns:
-        A layer, or `None` where `can_rewind` says yes.
+        A layer, or `None` where `can_rewind` is true.
     """
     for layer, slot in zip(sites, cache):
         if not layer.can_rewind(slot, from_index, to_index):
@@ -314,8 +316,8 @@ def call_with_cache(
     model: keras.Model,
     inputs: Any,
     cache: tuple,
-    cache_update_index: Any,
-    padding_mask: Any = None,
+    cache_update_index: Index,
+    padding_mask: Mask | None = None,
 ) -> tuple[Any, tuple]:
     """Calls any Keras model made of cached layers on the next positions.
 
@@ -324,13 +326,13 @@ def call_with_cache(
         inputs: the model's inputs for the next positions.
         cache: the tuple from `create_cache`, or from the last call.
         cache_update_index: int, integer scalar tensor, or integer tensor of
-            shape `(batch_size,)`. How many positions the cache has absorbed.
-        padding_mask: `None` or tensor of shape `(batch_size, length)`, true for
-            the real tokens of the inputs, which are padded on the right: for
-            the cached layers that the model calls without one.
+            shape `(batch_size,)`. How many positions the cache has processed.
+        padding_mask: `None` or tensor of shape `(batch_size, length)`, true for the
+            real tokens of the inputs, which are padded on the right. Cached layers
+            that the model calls without a mask use it.
 
     Returns:
-        `(outputs, cache)`: what the model returns for these positions, and the
+        `(outputs, cache)`: the outputs of the model for these positions, and the
         updated cache.
 
     Raises:

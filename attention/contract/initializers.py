@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import keras
 
+from attention.contract.types import Initializer
 
-def clone_initializer(initializer: Any, number: int = 0) -> Any:
+
+def clone_initializer(initializer: Initializer, number: int = 0) -> Initializer:
     """Returns an initializer of the same configuration.
 
-    One initializer object draws the same numbers each time it is used; layers
-    that must differ need copies.
+    An initializer draws the same numbers each time it is used, so weights that must
+    differ need copies.
 
     Args:
         initializer: a `keras.initializers.Initializer`, or any other callable,
             which is returned as it is.
-        number: int. Copies of other numbers draw other values also where the seed is
-            an int.
+        number: int. Added to the seed if that is an int, so that copies with other
+            numbers draw other values.
 
     Returns:
         An initializer.

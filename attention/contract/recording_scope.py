@@ -1,4 +1,4 @@
-"""The rehearsal of a cached call: which cached layers are called, and how."""
+"""The dry run of a cached call, which finds the cached layers it calls."""
 
 from __future__ import annotations
 
@@ -12,26 +12,25 @@ from attention.contract.sizes import is_concrete
 
 
 class RecordingScope(Scope):
-    """Notes which cached layers are called, in call order, and runs them plain.
+    """Records the cached layers that are called, and runs them without a cache.
 
-    It is the rehearsal for the scopes above, and refuses what could not be
-    right with a cache: a layer that is called inside of a mapped function, from
-    which no cache can come out, on other rows than the model, or past its
-    `__call__`.
+    It is the dry run for the other scopes, and refuses calls that can have no cache:
+    in a mapped function, which no cache can leave, on other rows than the model's, or
+    past the layer's `__call__`.
 
     Args:
         batch_size: int or `None`. The number of rows, where it is known.
-        strict: bool. Whether to raise an error at once. If not, nothing is
-            changed about the calls, and `problem` says what was found.
+        strict: bool. Whether to raise an error at such a call. If not, `problem` is
+            set.
 
     Attributes:
         layers: the cached layers in call order.
-        problem: `None`, or why the calls could have no cache.
+        problem: `None`, or why the calls can have no cache.
         whole_prompt: bool. Whether some call, at whatever depth, needs a whole
             prompt at once (see `CachedLayer.whole_prompt_arguments`).
 
     Raises:
-        ValueError: at the call that could have no cache.
+        ValueError: if `strict`, at a call that can have no cache.
     """
 
     def __init__(self, batch_size: int | None = None, strict: bool = True) -> None:
@@ -44,7 +43,7 @@ class RecordingScope(Scope):
         self._eager = False
 
     def __enter__(self) -> Any:
-        # Calls that are not a rehearsal may be traced, by `jax.grad` for instance.
+        # Calls that are not a dry run may be traced, by `jax.grad` for instance.
         self._eager = self._strict and is_concrete(ops.zeros(()))
         return super().__enter__()
 
@@ -66,8 +65,7 @@ class RecordingScope(Scope):
             self.refuse(
                 f"{name} is called inside of a function that is traced on its own: "
                 "mapped (`vectorized_map`), looped (`scan`, `fori_loop`, an RNN) or "
-                "compiled. What it is to remember can't leave that function, so it "
-                "can't have a cache. Call it outside, on all steps at once, or in a "
+                "compiled. Its cache can't leave that function, so it can't have one. Call it outside, on all steps at once, or in a "
                 "Python loop" + OR_NO_CACHE
             )
         return outputs

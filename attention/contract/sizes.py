@@ -8,14 +8,15 @@ import keras
 from keras import ops
 
 from attention.contract.context import context
+from attention.contract.types import Tensor
 
 
-def static_size(x: Any, axis: int) -> int | None:
-    """The size of an axis, or `None` where it is not known, or a stand-in.
+def static_size(x: Tensor, axis: int) -> int | None:
+    """Returns the size of an axis, or `None` where it is not known.
 
-    While Keras works out the outputs of a layer, unknown sizes are symbols on
-    JAX. On torch they are made-up numbers: on the meta device, or on another
-    one where the meta device can't compute something.
+    While Keras computes the shapes of a layer's outputs, unknown sizes are symbols on
+    JAX. On torch they are made-up numbers: on the meta device, or on another device
+    where the meta device can't compute something.
     """
     shape = getattr(x, "shape", ())
     if len(shape) <= axis or getattr(getattr(x, "device", None), "type", "") == "meta":
@@ -26,19 +27,20 @@ def static_size(x: Any, axis: int) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def sequence_length(x: Any) -> Any:
-    """The size of axis 1 of a batch of sequences.
+def sequence_length(x: Tensor) -> Any:
+    """Returns the size of axis 1 of a batch of sequences.
 
-    An int, or a tensor where a graph on TensorFlow takes any length, or `None`
-    where nothing is computed but shapes.
+    Returns:
+        An int; a tensor in a TensorFlow graph for any length; `None` where only
+        shapes are computed.
     """
     length = static_size(x, 1)
     unknown = length is None and x.shape[1] is None
     return keras.ops.shape(x)[1] if unknown else length
 
 
-def is_concrete(x: Any) -> bool:
-    """Whether a tensor has values, rather than being part of what is traced."""
+def is_concrete(x: Tensor) -> bool:
+    """Returns whether a tensor has values: it has none in a trace."""
     try:
         ops.convert_to_numpy(x)
     except (NotImplementedError, RuntimeError, TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""Sequences in blocks, for attention whose cost grows with the window only."""
+"""Sequences in blocks, for sliding-window attention of linear cost."""
 
 from __future__ import annotations
 
@@ -6,21 +6,23 @@ from typing import Any
 
 from keras import ops
 
-# Smaller blocks would be too many products of too little each.
+from attention.contract.types import Tensor
+
+# With smaller blocks there are too many small products.
 MIN_BLOCK = 64
 
 
 def block_size(length: Any, window: int | None) -> Any:
-    """The size of the blocks to compute windowed self-attention in.
+    """Returns the size of blocks for sliding-window self-attention.
 
     Args:
-        length: the length of the sequence: an int, or an integer tensor where it
-            is known when it runs only.
+        length: int, or an integer tensor where it is known only when the graph runs.
+            The length of the sequence.
         window: how many positions a query sees, or `None` for all.
 
     Returns:
-        At least the window, so that a block sees its neighbours and no others;
-        `None` where blocks would save nothing. A tensor where `length` is one.
+        An int, or a tensor where `length` is one: at least the window, so that a block
+        sees only its neighbours. `None` where blocks would save nothing.
     """
     if window is None:
         return None
@@ -30,17 +32,17 @@ def block_size(length: Any, window: int | None) -> Any:
     return size if length > 2 * size else None
 
 
-def cut(x: Any, count: Any, size: Any, fill: int = 0) -> Any:
+def cut(x: Tensor, count: Any, size: Any, fill: int = 0) -> Tensor:
     """Cuts `(batch, length, ...)` into `(batch, count, size, ...)`.
 
     Args:
         x: tensor of shape `(batch, length, ...)`.
-        count: int, or a tensor where the length is known when it runs only. The
-            number of pieces. One is as long as the sequence.
-        size: the length of each.
-        fill: what the last one is filled up with.
+        count: int, or a tensor where the length is known only when the graph runs. The
+            number of pieces. If it is 1, the piece is the whole sequence.
+        size: the length of each piece.
+        fill: the value that fills up the last piece.
     """
-    # Padding by a tensor forgets all sizes.
+    # Static sizes are lost when padding by a tensor.
     rest = x.shape[2:]
     if not isinstance(count, int) or (count > 1 and x.shape[1] < count * size):
         missing = count * size - ops.shape(x)[1]
@@ -50,13 +52,13 @@ def cut(x: Any, count: Any, size: Any, fill: int = 0) -> Any:
 
 
 class Blocks:
-    """A batch of sequences as a larger batch of blocks of them.
+    """Arranges a batch of sequences as a larger batch of blocks.
 
     Args:
-        size: int, or tensor. The size of a block.
-        length: likewise. The length of the sequences.
-        causal: bool. Whether a block sees the block before it, or the one behind
-            it, too.
+        size: int or tensor. The size of a block.
+        length: int or tensor. The length of the sequences.
+        causal: bool. Whether a block sees only itself and the block before it, or also
+            the block after it.
 
     Example:
 
@@ -76,16 +78,16 @@ class Blocks:
         self.size, self.length, self.causal = size, length, causal
         self.count = -(-length // size)
 
-    def queries(self, x: Any) -> Any:
-        """Cuts `(batch, length, ...)` into `(batch * blocks, size, ...)`."""
+    def queries(self, x: Tensor) -> Tensor:
+        """Returns `(batch, length, ...)` as `(batch * blocks, size, ...)`."""
         return self._merge(cut(x, self.count, self.size))
 
-    def keys(self, x: Any, fill: int = 0) -> Any:
-        """Likewise, but each block comes with its neighbours.
+    def keys(self, x: Tensor, fill: int = 0) -> Tensor:
+        """Returns each block with its neighbours: `(batch * blocks, 2 or 3 * size, ...)`.
 
         Args:
             x: tensor of shape `(batch, length, ...)`.
-            fill: what stands in front of the sequence and behind it.
+            fill: the value before and after the sequence.
         """
         x = cut(x, self.count, self.size, fill)
         edge = ops.full_like(x[:, :1], fill)
@@ -94,11 +96,11 @@ class Blocks:
             parts.append(ops.concatenate([x[:, 1:], edge], axis=1))
         return self._merge(ops.concatenate(parts, axis=2))
 
-    def join(self, x: Any) -> Any:
-        """Makes sequences of blocks of queries again."""
+    def join(self, x: Tensor) -> Tensor:
+        """Returns blocks of queries as `(batch, length, ...)` again."""
         x = ops.reshape(x, (-1, self.count * self.size, *x.shape[2:]))
         return x[:, : self.length]
 
     @staticmethod
-    def _merge(x: Any) -> Any:
+    def _merge(x: Tensor) -> Tensor:
         return ops.reshape(x, (-1, *ops.shape(x)[2:]))

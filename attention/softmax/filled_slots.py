@@ -8,11 +8,12 @@ from typing import Any
 from keras import ops
 
 from attention.contract.sizes import is_concrete, static_size
+from attention.contract.types import Mask, Tensor
 from attention.positions.arithmetic import HIDDEN_POSITION
 from attention.softmax.kernels import TokensFirst
 
-# A cache is attended in so many sizes at most, of so many slots at least: each size
-# is compiled, and less attention than this takes less time than choosing.
+# The largest number of parts, and the smallest number of slots in a part: each part is
+# a branch that is compiled, and attention to fewer slots is faster than the choice.
 MAX_PARTS = 4
 PART_SLOTS = 1024
 MIN_QUERIES = 32
@@ -21,28 +22,28 @@ MIN_QUERIES = 32
 def attend_to_filled(
     attend: Callable[[tuple[Any, Any], Any, Any], Any],
     past: tuple[Any, Any],
-    mask: Any,
-    bias: Any,
-    key_positions: Any,
+    mask: Mask,
+    bias: Tensor,
+    key_positions: Tensor,
 ) -> Any:
-    """Attends to a cache as far as it is filled, rounded up to a part of it.
+    """Attends to the filled slots of a cache, rounded up to whole parts of it.
 
-    A prompt is absorbed in chunks, and the first of them would attend to a whole
-    cache of hidden slots. All rows attend to as much as the fullest one needs. A few
-    queries, as in decoding, attend to all slots.
+    A prompt is processed in chunks, and the first of them would attend to many empty
+    slots. All rows attend to as many parts as the fullest row needs. A few queries, as
+    in decoding, attend to all slots.
 
     Args:
         attend: called with keys and values of the past, a mask and a bias.
-        past: keys and values as in a cache: `(batch, heads, key_dim, slots)`, or
-            `TokensFirst`, and `(batch, heads, slots, value_dim)`. Slots are filled
-            from the first one on.
-        mask: boolean tensor `(batch or 1, 1, queries, slots + new)`.
-        bias: `None`, or tensor `(..., queries, slots + new)`.
-        key_positions: `int32` tensor `(slots + new,)` or `(batch, slots + new)`.
-            Slots that are not filled are at `HIDDEN_POSITION`.
+        past: keys and values as in a cache, `(batch, heads, key_dim, slots)` or
+            `TokensFirst`, and `(batch, heads, slots, value_dim)`. Slots are filled from
+            the first on.
+        mask: boolean tensor of shape `(batch or 1, 1, queries, slots + new)`.
+        bias: `None`, or tensor of shape `(..., queries, slots + new)`.
+        key_positions: `int32` tensor of shape `(slots + new,)` or `(batch, slots +
+            new)`. Empty slots are at `HIDDEN_POSITION`.
 
     Returns:
-        What `attend` returns.
+        The result of `attend`.
     """
     slots, queries = static_size(past[1], 2), static_size(mask, 2)
     if slots is None or queries is None or queries < MIN_QUERIES:
@@ -55,7 +56,7 @@ def attend_to_filled(
     filled = ops.max(ops.where(seen, ops.arange(1, slots + 1, dtype="int32"), 0))
 
     def branch(size: int) -> Callable[[], Any]:
-        def cut(x: Any) -> Any:
+        def cut(x: Tensor) -> Tensor:
             return ops.concatenate([x[..., :size], x[..., slots:]], axis=-1)
 
         def run() -> Any:
@@ -73,7 +74,7 @@ def attend_to_filled(
 
 
 def _first(past: tuple[Any, Any], size: int) -> tuple[Any, Any]:
-    """The first slots of keys and values."""
+    """Returns the first slots of keys and values."""
     key, value = past
     if isinstance(key, TokensFirst):
         return TokensFirst(key.keys[:, :, :size]), value[:, :, :size]

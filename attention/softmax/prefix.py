@@ -1,4 +1,4 @@
-"""Prefixes that are seen in both directions, and documents: what is received."""
+"""Checks of `prefix_length` and `segment_ids`."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from keras import ops
 
 from attention.contract.arguments import describe
 from attention.contract.sizes import is_concrete, static_size
+from attention.contract.types import Index, Tensor
 
 
-def check_prefix_length(layer_name: str, prefix_length: Any, inputs: Any) -> Any:
-    """Returns the length of a prefix as a tensor, or says what is wrong with it.
+def check_prefix_length(layer_name: str, prefix_length: Index, inputs: Any) -> Any:
+    """Returns the length of a prefix as an `int32` tensor, and checks it.
 
     Args:
         layer_name: str. The layer that was called.
         prefix_length: int, or integer tensor of shape `()` or `(batch,)`.
-        inputs: a tensor with a batch axis in front.
+        inputs: tensor of shape `(batch, ...)`.
 
     Raises:
         TypeError: if it holds no integers.
@@ -43,8 +44,8 @@ def check_prefix_length(layer_name: str, prefix_length: Any, inputs: Any) -> Any
     return ops.convert_to_tensor(prefix_length, dtype="int32")
 
 
-def check_segment_ids(layer_name: str, segment_ids: Any, inputs: Any) -> Any:
-    """Returns segment ids as a tensor, or says what is wrong with them.
+def check_segment_ids(layer_name: str, segment_ids: Tensor, inputs: Any) -> Any:
+    """Returns segment ids as a tensor, and checks them.
 
     Args:
         layer_name: str. The layer that was called.
@@ -75,23 +76,23 @@ def check_segment_ids(layer_name: str, segment_ids: Any, inputs: Any) -> Any:
 
 
 def only_whole_prefixes(
-    layer_name: str, outputs: Any, prefix_length: Any, cache_update_index: Any
+    layer_name: str, outputs: Tensor, prefix_length: Index, cache_update_index: Index
 ) -> Any:
-    """Makes sure that no row goes on within its prefix.
+    """Refuses calls that begin within a prefix.
 
-    The tokens absorbed before would have had to see those that come now.
+    The tokens before them would have had to see the new tokens.
 
     Args:
         layer_name: str. The layer that was called.
         outputs: tensor of shape `(batch, length, width)`.
         prefix_length: `int32` tensor of shape `()` or `(batch,)`.
-        cache_update_index: how many positions were absorbed.
+        cache_update_index: how many positions the cache has processed.
 
     Returns:
-        The outputs; NaN for rows of which it can't be said before the graph runs.
+        The outputs; in a compiled graph, NaN for rows that begin within a prefix.
 
     Raises:
-        ValueError: if a row does, where that is known.
+        ValueError: if a row begins within its prefix, where the index is known.
     """
     index = ops.convert_to_tensor(cache_update_index, dtype="int32")
     within = ops.logical_and(index > 0, index < prefix_length)
@@ -104,6 +105,6 @@ def only_whole_prefixes(
                 f"Received: cache_update_index={describe(cache_update_index)}"
             )
         return outputs
-    # Better than outputs that are silently wrong.
+    # A graph can raise no error; NaN is better than wrong outputs.
     within = ops.reshape(within, (-1, 1, 1))
     return ops.where(within, float("nan"), outputs)
