@@ -1,4 +1,4 @@
-"""What `CausalLM` needs of a backbone: its inputs, and a way to the vocabulary."""
+"""The inputs and the token embedding that `CausalLM` needs of a backbone."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Any
 import keras
 from keras import tree
 
-from attention.contract import describe
+from attention.contract import Mask, Tensor, describe
 
 NAMES = ("token_ids", "padding_mask")
 
 
-def backbone_inputs(backbone: Any, token_ids: Any, padding_mask: Any) -> Any:
-    """Gives a backbone the inputs it asks for, in its own structure.
+def backbone_inputs(backbone: Any, token_ids: Tensor, padding_mask: Mask) -> Any:
+    """Returns inputs for a backbone, in the structure of its own inputs.
 
     Args:
         backbone: a functional `keras.Model` that `check_backbone` accepted.
-        token_ids: the tokens, `(batch, length)`.
-        padding_mask: which of them are real, `(batch, length)`.
+        token_ids: tensor of shape `(batch, length)`.
+        padding_mask: tensor of shape `(batch, length)`, true for real tokens.
 
     Returns:
-        A dict of both, a dict of the tokens, or the tokens.
+        A dict of both, a dict of `token_ids`, or `token_ids`.
 
     Example:
 
@@ -41,7 +41,7 @@ def backbone_inputs(backbone: Any, token_ids: Any, padding_mask: Any) -> Any:
 
 
 def task_inputs(backbone: Any) -> dict[str, Any]:
-    """The symbolic inputs of a language model: the same for every backbone."""
+    """Returns the symbolic inputs of a language model, whatever the backbone's."""
     asked = _asked_inputs(backbone)
     if isinstance(asked, dict) and set(asked) == set(NAMES):
         return asked
@@ -49,13 +49,13 @@ def task_inputs(backbone: Any) -> dict[str, Any]:
 
 
 def check_backbone(backbone: Any) -> None:
-    """Says so when a model can't be used as the backbone of a `CausalLM`.
+    """Checks that a model can be the backbone of a `CausalLM`.
 
     Args:
-        backbone: what was received.
+        backbone: the argument received.
 
     Raises:
-        TypeError: if it is no functional model of tokens.
+        TypeError: if it is not a functional model of tokens.
         ValueError: if the batch size or the length is fixed.
     """
     if not isinstance(backbone, keras.Model):
@@ -96,11 +96,11 @@ def check_backbone(backbone: Any) -> None:
         )
 
 
-def token_embedding(backbone: Any) -> Any:
-    """The layer that turns hidden states into logits, or an error what to do.
+def token_embedding(backbone: Any) -> keras.layers.Layer:
+    """Returns the layer that turns hidden states into logits.
 
-    It is the attribute `token_embedding`, as KerasHub's backbones have one, or
-    the layer of a functional model that has this name.
+    It is the attribute `token_embedding`, as in KerasHub's backbones, or the layer of
+    a functional model that has this name.
 
     Raises:
         TypeError: if there is none that can be called with `reverse=True`.
@@ -129,10 +129,10 @@ def token_embedding(backbone: Any) -> Any:
 
 
 def _asked_inputs(backbone: Any) -> Any:
-    """The structure of a model's inputs, or `None` where it is not known."""
+    """Returns the structure of a model's inputs, or `None` where it is not known."""
     try:
         if isinstance(backbone, keras.Sequential):
-            # It has no `input` before it was called symbolically.
+            # It has no `input` before its first symbolic call.
             return backbone.inputs[0]
         return backbone.input
     except (AttributeError, ValueError):

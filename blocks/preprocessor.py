@@ -33,11 +33,11 @@ class CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
             `max_length` of `generate`.
         start_token: str, int or `None`. The token (or its id) put before each
             text. `None` takes the tokenizer's `start_token_id`, if it has one.
-        end_token: str, int or `None`. The token put behind each training
+        end_token: str, int or `None`. The token put after each training
             sample, at which `generate` stops. `None` takes the tokenizer's
             `end_token_id`, if it has one.
-        pad_token_id: int or `None`. What fills up short samples. `None` takes
-            the tokenizer's `pad_token_id`, or else 0.
+        pad_token_id: int or `None`. The id of padding. `None` takes the tokenizer's
+            `pad_token_id`, or else 0.
         add_start_token: bool. Whether training samples and prompts begin with
             the start token, if there is one.
         add_end_token: bool. Whether training samples end with the end token, if
@@ -45,7 +45,7 @@ class CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         **kwargs: arguments of `keras.layers.Layer`.
 
     Raises:
-        TypeError: if `tokenizer` is no tokenizer that makes integers.
+        TypeError: if `tokenizer` is not a tokenizer that returns integers.
         ValueError: if a token is not in the vocabulary.
 
     Example:
@@ -111,7 +111,7 @@ class CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
                 )
 
     def build(self, input_shape: Any) -> None:
-        # Made late, as the vocabulary of a restored tokenizer is loaded late.
+        # Not in `__init__`, as the vocabulary of a restored tokenizer is loaded later.
         self.packer = keras_hub.layers.StartEndPacker(
             start_value=self.start_token_id,
             end_value=self.end_token_id,
@@ -123,17 +123,17 @@ class CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
 
     @property
     def start_token_id(self) -> int | None:
-        """The id of the start token, or `None`."""
+        """Returns the id of the start token, or `None`."""
         return self._token_id("start_token", self.start_token)
 
     @property
     def end_token_id(self) -> int | None:
-        """The id of the end token, or `None`."""
+        """Returns the id of the end token, or `None`."""
         return self._token_id("end_token", self.end_token)
 
     @property
     def pad_token_id(self) -> int:
-        """The id that fills up short samples."""
+        """Returns the id of padding."""
         if self._given_pad_token_id is not None:
             return self._given_pad_token_id
         return getattr(self.tokenizer, "pad_token_id", None) or 0
@@ -201,13 +201,13 @@ class CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         """Saves the preprocessor and its tokenizer to a folder.
 
         Args:
-            preset_dir: str. The folder; it is made if need be.
+            preset_dir: str. The folder; it is created if needed.
         """
         if self.tokenizer.file_assets:
             super().save_to_preset(preset_dir)
             return
-        # KerasHub asks each tokenizer for files. One without a vocabulary (of
-        # bytes, of code points) has none: all of it is in the configuration.
+        # KerasHub needs files of each tokenizer. One without a vocabulary (of bytes,
+        # of code points) has none: its config is all.
         config = keras.saving.serialize_keras_object(self)
         config.pop("build_config", None)
         os.makedirs(preset_dir, exist_ok=True)
@@ -235,7 +235,7 @@ class CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
 
 
 def _to_text(detokenized: Any) -> str:
-    """The one string of a batch of one, whatever the tokenizer returns."""
+    """Returns the string of a batch of one, whatever form the tokenizer returns."""
     if hasattr(detokenized, "numpy"):
         detokenized = detokenized.numpy()
     text = detokenized if isinstance(detokenized, (str, bytes)) else detokenized[0]
@@ -247,12 +247,12 @@ def tokenizer_size(preprocessor: Any) -> int | None:
     try:
         return preprocessor.tokenizer.vocabulary_size()
     except Exception:
-        # There is none, or it is being restored, and its vocabulary comes later.
+        # There is none, or it is being restored and its vocabulary follows.
         return None
 
 
 def end_token_ids(preprocessor: Any) -> tuple[int, ...]:
-    """The end tokens of one of our preprocessors, or of KerasHub's tokenizers."""
+    """Returns the end tokens of a preprocessor, ours or with KerasHub's tokenizer."""
     tokenizer = getattr(preprocessor, "tokenizer", None)
     end = getattr(preprocessor, "end_token_id", None)
     ids = [end]

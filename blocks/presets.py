@@ -1,4 +1,4 @@
-"""Presets: saving checks, and loading for backbones KerasHub has never seen."""
+"""Presets of backbones that KerasHub does not know: checks, saving and loading."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from attention.contract import describe
 
 
 def check_registered(*objects: Any) -> None:
-    """Says so when an object's class could not be found again on loading.
+    """Checks that the classes of objects can be found again on loading.
 
     Args:
-        *objects: what is to be saved; `None` is skipped.
+        *objects: the objects to save; `None` is skipped.
 
     Raises:
-        ValueError: naming the class and what to do.
+        ValueError: if a class is not registered with Keras.
     """
     for item in objects:
         if item is None:
@@ -38,8 +38,8 @@ def check_registered(*objects: Any) -> None:
 def load_task(cls: type, preset: str, load_weights: bool, **kwargs: Any) -> Any:
     """Loads a task from a preset: the backbone, the preprocessor, the task.
 
-    KerasHub looks for a task class that was made for the very class of the
-    saved backbone, and so finds none for a user's subclass.
+    KerasHub looks for a task class made for exactly the class of the saved backbone,
+    and so finds none for a user's subclass.
 
     Args:
         cls: the task class to load; a saved subclass of it wins.
@@ -86,7 +86,7 @@ def load_task(cls: type, preset: str, load_weights: bool, **kwargs: Any) -> Any:
 
 
 def _local_folder(preset: str) -> str:
-    """Returns the folder of a preset, downloading it where it is a handle."""
+    """Returns the folder of a preset; a handle is downloaded."""
     if not isinstance(preset, (str, os.PathLike)):
         raise TypeError(
             "`preset` must be a folder or a handle such as 'hf://user/name'. "
@@ -184,7 +184,7 @@ def _load_preprocessor(folder: str, task_config: dict[str, Any]) -> Any:
 
 
 def _load(folder: str, what: str, load: Any) -> Any:
-    """Runs `load`; a file that is missing or damaged gets a clear message."""
+    """Runs `load`; names the file in the error if it is missing or damaged."""
     try:
         return load()
     except (OSError, EOFError, json.JSONDecodeError) as error:

@@ -1,4 +1,4 @@
-"""The settings of samplers: which may change without compiling anew."""
+"""The numbers of samplers that may change without compiling again."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import keras_hub
 import numpy as np
 
 _samplers = keras_hub.samplers
-# What these samplers only compute with. How many tokens `k` leaves decides
-# shapes; and what a sampler of the user's does with a number, nobody knows.
+# Numbers that these samplers only compute with. `k` is a shape, and how a user's own
+# sampler uses a number is not known.
 _NUMBERS: dict[type, tuple[str, ...]] = {
     _samplers.GreedySampler: ("temperature",),
     _samplers.RandomSampler: ("temperature",),
@@ -30,19 +30,18 @@ _CHOOSE_OF_K = (
 def check_sampler(
     sampler: Any, vocabulary_size: int, purpose: str | None = None
 ) -> None:
-    """Says so when a sampler can't be used by `generate`.
+    """Checks that a sampler can be used by `generate`.
 
     Args:
-        sampler: what the model was compiled with, or `None`.
+        sampler: the sampler that the model was compiled with, or `None`.
         vocabulary_size: int. How many tokens there are to choose from.
-        purpose: str or `None`. What needs a sampler that chooses one token
-            after the other, if it does.
+        purpose: str or `None`. An option of `generate` that needs a sampler that
+            chooses one token after the other.
 
     Raises:
-        ValueError: if there is none, it is one that `generate` does not drive
-            or that does not serve `purpose`, its `k` is more than there are tokens, or
-            its temperature or `p` is not positive: KerasHub would divide by zero, or
-            let the first token through only.
+        ValueError: if there is none, `generate` does not support it, alone or with
+            `purpose`, its `k` is larger than the vocabulary, or its temperature or `p`
+            is not positive.
     """
     if sampler is None:
         raise ValueError(
@@ -83,12 +82,12 @@ def check_sampler(
 
 
 def has_own_loop(sampler: Any) -> bool:
-    """Whether a sampler searches by itself, as beam search does."""
+    """Returns whether a sampler searches by itself, as beam search does."""
     return type(sampler).__call__ is not _samplers.Sampler.__call__
 
 
 def number_settings(sampler: Any) -> dict[str, Any]:
-    """The numbers that a compiled step takes as arguments.
+    """Returns the numbers of a sampler that a compiled step takes as arguments.
 
     Args:
         sampler: a `keras_hub.samplers.Sampler`.
@@ -108,9 +107,9 @@ def number_settings(sampler: Any) -> dict[str, Any]:
 
 
 def with_settings(sampler: Any, settings: dict[str, Any]) -> Any:
-    """A sampler with tensors in the place of its numbers, for the tracing of a step.
+    """Returns a copy of a sampler with tensors in place of its numbers, for a trace.
 
-    The sampler itself stays as it is: other threads may use it.
+    A copy, as other threads may use the sampler.
     """
     if not settings:
         return sampler

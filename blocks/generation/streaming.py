@@ -1,4 +1,4 @@
-"""Text as it is made: pieces that joined are what `generate` returns."""
+"""Text as it is generated: pieces that together are the result of `generate`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from blocks.generation.running_batch import Block
 from blocks.generation.token_rows import NO_TOKENS, pad_token_id, to_arrays
 
-# What a decoder writes where bytes are no character, or not yet one.
+# What a decoder writes for bytes that are no character, or not yet one.
 _REPLACEMENT = "\ufffd"
 
 
@@ -36,10 +36,10 @@ def detokenize(rows: list[np.ndarray], preprocessor: Any) -> list[str]:
 
 
 class TextPieces:
-    """Turns the tokens of rows into pieces of text, as they come.
+    """Turns new tokens of rows into pieces of text.
 
-    A piece is what the text of all tokens so far has grown by. Bytes that are
-    not yet a character are held back.
+    A piece is the growth of the text of all tokens so far. Bytes that are not yet a
+    character are held back.
 
     Args:
         rows: for each row its tokens before the first piece.
@@ -55,11 +55,11 @@ class TextPieces:
             getattr(preprocessor, "tokenizer", None), "replacement_char", None
         )
         if isinstance(own, int):
-            # `ByteTokenizer` writes what it was told to.
+            # `ByteTokenizer` has a replacement of its own.
             self._replacements += chr(own)
 
     def first(self) -> list[str]:
-        """The text of the tokens that were there before."""
+        """Returns the text of the tokens before the first piece."""
         return self.add([NO_TOKENS] * len(self._rows), False)
 
     def add(self, new: list[np.ndarray], finished: bool) -> list[str]:
@@ -67,7 +67,7 @@ class TextPieces:
 
         Args:
             new: for each row its new tokens.
-            finished: bool. Whether there will be no more.
+            finished: bool. Whether they are the last.
 
         Returns:
             A string for each row.
@@ -80,7 +80,7 @@ class TextPieces:
         try:
             return detokenize(self._rows, self._preprocessor)
         except UnicodeDecodeError:
-            # A strict decoder takes no part of a character. There may be more.
+            # A strict decoder refuses parts of a character; the rest may follow.
             if finished:
                 raise
         return [self._text(row, given) for row, given in zip(self._rows, self._given)]
@@ -96,7 +96,7 @@ class TextPieces:
         if not finished:
             text = text.rstrip(self._replacements)
             if not text.startswith(given):
-                # What comes next tells how these tokens are to be read.
+                # The next tokens decide how these are decoded.
                 return ""
         self._given[row] = text
         return text[len(given) :]
@@ -109,14 +109,14 @@ def stream_pieces(
     preprocessor: Any,
     is_single: bool,
 ) -> Iterator[Any]:
-    """Yields what a user gets of tokens as they are made.
+    """Yields text or tokens as they are generated.
 
     Args:
         blocks: new tokens and which of them are part of the rows.
         batch_size: int. The number of rows.
-        prompts: the prompts, where they come first, else `None`.
-        preprocessor: makes text of tokens; `None` to yield tokens.
-        is_single: bool. Whether there is one row, so that no lists are yielded.
+        prompts: the prompts, if they are yielded first, or `None`.
+        preprocessor: has `generate_postprocess`; `None` to yield tokens.
+        is_single: bool. Whether there is one row, which is yielded without a list.
     """
     if preprocessor is None:
         found: Iterator[list] = stream_tokens(blocks, prompts)
@@ -131,11 +131,11 @@ def stream_pieces(
 def stream_text(
     blocks: Iterable[Block], prompts: list[np.ndarray] | None, pieces: TextPieces
 ) -> Iterator[list[str]]:
-    """Yields a list with a string for each row, as tokens are made.
+    """Yields a list with a string for each row, as tokens are generated.
 
     Args:
         blocks: new tokens and which of them are part of the rows.
-        prompts: the prompts, where they are part of the text, else `None`.
+        prompts: the prompts, if they are part of the text, or `None`.
         pieces: a `TextPieces` that begins with the prompts, or with nothing.
     """
     if prompts is not None:
@@ -157,7 +157,7 @@ def stream_text(
 def stream_tokens(
     blocks: Iterable[Block], prompts: list[np.ndarray] | None
 ) -> Iterator[list[np.ndarray]]:
-    """Yields a list with an array of tokens for each row, as they are made."""
+    """Yields a list with an array of tokens for each row, as they are generated."""
     if prompts is not None:
         yield prompts
     for tokens, valid in blocks:

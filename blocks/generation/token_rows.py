@@ -1,4 +1,4 @@
-"""Rows of tokens: read from what a user passes, checked, and as arrays of one width."""
+"""Rows of tokens: read from the forms that users pass, checked, padded, joined."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from attention.contract import describe
+from attention.contract import Mask, Tensor, describe
 
-# What a row gets where it gets nothing.
+# The new tokens of a row that gets none.
 NO_TOKENS = np.zeros((0,), "int32")
 
 
 def read_tokens(
-    token_ids: Any, padding_mask: Any = None, name: str = "token_ids"
+    token_ids: Tensor, padding_mask: Mask | None = None, name: str = "token_ids"
 ) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Reads rows of tokens in any of the forms that people have them in.
+    """Reads rows of tokens in any of the forms that users pass.
 
     Args:
         token_ids: integers of shape `(batch, length)`, or `(length,)` for one row: an
             array, a tensor or lists; rows of different lengths as lists or as a
             `tf.RaggedTensor`.
-        padding_mask: likewise, or `None` where all tokens are real.
+        padding_mask: of the shape of `token_ids`, or `None` where all tokens are real.
         name: str. The name of `token_ids` in error messages.
 
     Returns:
-        `(tokens, lengths, is_single)`: integers of shape `(batch, width)`, which are 0
-        in padded places; the lengths of the rows, of shape `(batch,)`; and whether
-        there was one row without a batch axis.
+        `(tokens, lengths, is_single)`: integers of shape `(batch, width)`, 0 for
+        padding; the lengths of the rows, of shape `(batch,)`; and whether there was one
+        row without a batch axis.
 
     Raises:
-        TypeError: if the tokens are no integers.
+        TypeError: if the tokens are not integers.
         ValueError: if there is no token, a shape is wrong, or a row is not padded on
             the right.
     """
@@ -59,7 +59,7 @@ def read_tokens(
             f"Row {row} of `padding_mask` is not of the form 1, ..., 1, 0, ..., 0. Rows "
             "must be padded on the right."
         )
-    # What stands in padded places need not be a token, so it can't be embedded.
+    # Padding need not be a valid token, so it is replaced.
     return np.where(real, tokens, 0), lengths.astype("int32"), is_single
 
 
@@ -89,12 +89,12 @@ def check_tokens(
     """Checks that all tokens are in the model's vocabulary.
 
     Args:
-        tokens: array of shape `(batch, width)`, in which padded places are 0.
+        tokens: array of shape `(batch, width)`, 0 for padding.
         vocabulary_size: int, or `None` where it is not known.
-        remark: str. What the error message adds.
+        remark: str. An addition to the error message.
 
     Raises:
-        ValueError: if one is not.
+        ValueError: if a token is not.
     """
     if vocabulary_size is None:
         return
@@ -114,9 +114,9 @@ def pad_rows(
 
     Args:
         rows: arrays of tokens.
-        width: int or `None`. The width of the array; `None` means that of the
-            longest row, and at least 1, as not everybody takes rows of nothing.
-        fill: int. What follows the ends of rows.
+        width: int or `None`. The width of the array; `None` means the length of the
+            longest row, at least 1, as some detokenizers take no empty rows.
+        fill: int. The token after the ends of rows.
 
     Returns:
         An array of shape `(batch, width)`, and the lengths of the rows, `(batch,)`.
@@ -133,11 +133,11 @@ def pad_rows(
 def to_arrays(
     rows: list[np.ndarray], pad_token_id: int, width: int | None = None
 ) -> dict[str, np.ndarray]:
-    """Rows of tokens as `token_ids` and `padding_mask`.
+    """Returns rows of tokens as `token_ids` and `padding_mask`.
 
     Args:
         rows: arrays of tokens.
-        pad_token_id: int. What rows are padded with.
+        pad_token_id: int. The token of padding.
         width: as for `pad_rows`.
 
     Returns:
@@ -149,12 +149,12 @@ def to_arrays(
 
 
 def vocabulary_size(task: Any) -> int | None:
-    """How many tokens a model knows."""
+    """Returns the number of tokens that a model knows, or `None`."""
     return getattr(task.backbone, "vocabulary_size", task.output.shape[-1])
 
 
 def pad_token_id(preprocessor: Any) -> int:
-    """The token that fills up rows."""
+    """Returns the token of padding."""
     for owner in (preprocessor, getattr(preprocessor, "tokenizer", None)):
         pad = getattr(owner, "pad_token_id", None)
         if pad is not None:
@@ -169,10 +169,10 @@ def join_outputs(
 
     Args:
         outputs: for each batch a list of strings or a dict of arrays.
-        is_single: bool. Whether there is one prompt, so that the batch axis
-            goes.
-        pad_token_id: int. What fills up short rows.
-        num_return_sequences: int. If more than one, they get an axis behind the
+        is_single: bool. Whether there is one prompt, so that the batch axis is
+            removed.
+        pad_token_id: int. The token of padding.
+        num_return_sequences: int. If more than one, they get an axis after the
             batch axis.
 
     Returns:
