@@ -19,10 +19,11 @@ from blocks.generation.sizes import GenerationSizes
 from blocks.generation.token_rows import vocabulary_size
 from blocks.preprocessor import tokenizer_size
 from blocks.presets import check_registered, load_task
+from blocks.weights_version import WeightsVersion
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
-class CausalLM(GenerationMixin, keras_hub.models.CausalLM):
+class CausalLM(GenerationMixin, WeightsVersion, keras_hub.models.CausalLM):
     """A causal language model on any backbone made of cached layers.
 
     It trains with `fit` and generates with `generate`, as every KerasHub
@@ -137,11 +138,15 @@ class CausalLM(GenerationMixin, keras_hub.models.CausalLM):
         Args:
             *args: see `keras_hub.models.CausalLM.compile`.
             sampler: a name, such as `"greedy"`, or a `keras_hub.samplers`
-                object.
+                object, also of your own. What of it counts is its `get_config()`,
+                and its `variables`, so that each call draws anew: a sampler that
+                holds variables or other samplers returns their variables, too.
+                Other changes of it take effect when you compile again.
             **kwargs: see `keras_hub.models.CausalLM.compile`. On TensorFlow
                 generation is compiled by XLA, which is faster on every device,
                 unless `jit_compile=False`; on training `jit_compile` has the
-                same effect as everywhere in Keras.
+                same effect as everywhere in Keras. Generation keeps what was compiled
+                for an equal sampler and equal settings.
 
         Raises:
             TypeError: if `sampler` is no sampler.

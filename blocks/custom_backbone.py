@@ -21,10 +21,11 @@ from blocks.custom_decoder import CustomDecoder
 from blocks.hooks import dtype_policy_scope, name_layer, run_hook
 from blocks.layers.feed_forward import FeedForward, gelu_approximate
 from blocks.presets import check_registered
+from blocks.weights_version import WeightsVersion
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
-class CustomBackbone(keras_hub.models.Backbone):
+class CustomBackbone(WeightsVersion, keras_hub.models.Backbone):
     """A decoder-only backbone with a hook for each of its parts.
 
     By default it is GPT-2's architecture. It is an ordinary functional KerasHub

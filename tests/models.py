@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import keras
@@ -17,7 +18,7 @@ from attention import (
     RotaryAttention,
     T5Attention,
 )
-from blocks import CausalLM, CausalLMPreprocessor, CustomBackbone
+from blocks import CausalLM, CausalLMPreprocessor, CustomBackbone, GenerationSizes
 
 VOCABULARY_SIZE = 60
 PACKAGE = "keras_transformer_blocks_tests"
@@ -85,11 +86,19 @@ def make_variant(name: str, **overrides: Any) -> CustomBackbone:
 
 
 def make_lm(
-    backbone: Any = None, preprocessor: Any = None, sampler: Any = "greedy"
+    backbone: Any = None,
+    preprocessor: Any = None,
+    sampler: Any = "greedy",
+    **kwargs: Any,
 ) -> CausalLM:
-    lm = CausalLM(backbone or make_backbone(), preprocessor)
+    lm = CausalLM(backbone or make_backbone(), preprocessor, **kwargs)
     lm.compile(optimizer=keras.optimizers.Adam(1e-2), sampler=sampler)
     return lm
+
+
+# Sizes at which short sequences take many chunks, blocks of steps, and growth.
+SMALL_SIZES = GenerationSizes(block_steps=4, few_tokens=2, min_chunk=3, min_capacity=8)
+make_small_lm = functools.partial(make_lm, generation_sizes=SMALL_SIZES)
 
 
 class EagerLM(CausalLM):

@@ -3,7 +3,7 @@
 from blocks.generation.session import Session
 from blocks.generation.sizes import GenerationSizes
 from blocks.generation.speculation import DraftModel, PromptLookup, Speculation
-from blocks.generation.state import GenerationState
+from blocks.generation.steps import GenerationState
 
 __all__ = [
     "DraftModel",

@@ -1,213 +1,216 @@
-"""Compiling a step of generation on each backend."""
+"""Compiles the steps of generation, and tells what was compiled and why anew."""
 
 from __future__ import annotations
 
-import contextlib
-import itertools
+import logging
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 from keras import ops, tree
 
 from attention.contract import all_layers
-from blocks.generation.sampler_contents import sampler_contents
+from blocks.generation.samplers import sampler_contract
+
+_LOGGER = logging.getLogger("blocks.generation")
 
 # Reading a seed and moving it on are two steps: of two threads between them both
 # would draw the same numbers. Models may share a sampler.
 _DRAWING = threading.RLock()
 
 
-def compile_function(
-    function: Callable,
-    task: Any,
-    sampler: Any = None,
-    donate: tuple[int, ...] = (),
-    fixed: bool = False,
-) -> Callable:
-    """Compiles a function that reads a model's variables.
+class StepKey(NamedTuple):
+    """What a step was compiled for.
 
-    Args:
-        function: takes and returns pytrees of tensors. It may read the
-            variables of `task`, and read and assign those of `sampler`.
-        task: the model. Its `run_eagerly` and `xla_generation` are obeyed.
-        sampler: a `keras_hub.samplers.Sampler`, or `None`.
-        donate: the positions of arguments whose memory may be reused, as they
-            are not used after the call.
-        fixed: bool. Whether to compile one way, whatever the task's settings, for
-            what must give the same numbers to the last bit.
-
-    Returns:
-        A function of the same signature.
+    Attributes:
+        step: str. See `CompiledStep`.
+        batch_size: int.
+        capacity: int or `None`.
+        chunk: int or `None`.
+        variant: hashable. What else is fixed in the compiled step.
     """
-    backend = keras.config.backend()
-    eager = task.run_eagerly and not fixed
-    seeds = sampler_variables(sampler, task)
-    compiled = function
-    if backend == "torch":
-        compiled = _without_gradients(function)
-    elif backend == "tensorflow" and not eager:
-        import tensorflow as tf
 
-        xla = task.xla_generation and not fixed
-        compiled = tf.function(function, jit_compile=xla, autograph=False)
-    elif backend == "jax" and not eager:
-        compiled = _jit(function, task, seeds, donate)
-
-    def run(*args: Any) -> Any:
-        args = tree.map_structure(ops.convert_to_tensor, args)
-        with _DRAWING if seeds else contextlib.nullcontext():
-            return compiled(*args)
-
-    # For those who want to see what JAX compiles.
-    run.lower = getattr(compiled, "lower", None)  # type: ignore[attr-defined]
-    return run
+    step: str
+    batch_size: int
+    capacity: int | None = None
+    chunk: int | None = None
+    variant: Any = None
 
 
-def _without_gradients(function: Callable) -> Callable:
-    import torch
+class CompiledStep(NamedTuple):
+    """A step of generation that was compiled (traced): one of `lm.compiled_steps`.
 
-    def run(*args: Any) -> Any:
-        with torch.no_grad():
-            return function(*args)
+    Attributes:
+        step: str. `"prefill"` reads prompts, `"process"` reads further tokens, `"sample"`
+            chooses the first new token, `"decode"` the others, `"verify"` checks guessed
+            tokens, `"search"` is a sampler's own loop, `"decode_step"` the public method.
+        batch_size: int. The number of rows.
+        capacity: int or `None`. The size of the KV cache, in positions; `None` where there
+            is none, or its size was not known.
+        chunk: int or `None`. How many tokens of each row are processed at once.
+        reason: str. Why it was compiled: `"first time"`, `"new shape"`, or for a
+            recompile (retrace) of a step that was there before: `"weights replaced"`,
+            `"dtype policy changed"`, `"run_eagerly or jit_compile changed"`, `"another
+            sampler"`.
+    """
 
-    return run
-
-
-def _jit(
-    function: Callable,
-    task: keras.Model,
-    seeds: list[keras.Variable],
-    donate: tuple[int, ...],
-) -> Callable:
-    import jax
-
-    weights = [*task.trainable_variables, *task.non_trainable_variables]
-
-    def stateless(values: Any, *args: Any) -> Any:
-        mapping = zip(itertools.chain(seeds, weights), itertools.chain(*values))
-        with keras.StatelessScope(state_mapping=mapping) as scope:
-            outputs = function(*args)
-        current = [scope.get_current_value(seed) for seed in seeds]
-        return outputs, [
-            old if new is None else new for new, old in zip(current, values[0])
-        ]
-
-    jitted = jax.jit(stateless, donate_argnums=tuple(i + 1 for i in donate))
-
-    def run(*args: Any) -> Any:
-        values = ([v.value for v in seeds], [v.value for v in weights])
-        outputs, updated = jitted(values, *args)
-        # Generation changes no variable but the sampler's.
-        for seed, value in zip(seeds, updated):
-            seed.assign(value)
-        return outputs
-
-    run.lower = lambda *args: jitted.lower(  # type: ignore[attr-defined]
-        ([v.value for v in seeds], [v.value for v in weights]), *args
-    )
-    return run
-
-
-def sampler_variables(sampler: Any, task: keras.Model) -> list[keras.Variable]:
-    """The seeds and other variables of a sampler that are not the model's."""
-    if sampler is None:
-        return []
-    own = {id(v) for v in task.variables}
-    return [v for v in sampler_contents(sampler).variables if id(v) not in own]
+    step: str
+    batch_size: int
+    capacity: int | None
+    chunk: int | None
+    reason: str
 
 
 class CompiledFunctions:
-    """Compiled functions of a task, made anew when what they read has changed.
+    """The compiled steps of a task, compiled anew when what is fixed in them changes.
 
-    A compiled function has the variables, the dtypes and some of the sampler's
-    settings of its making in it. LoRA, quantization, another sampler or other
-    settings of the same sampler replace them.
+    Fixed in a compiled step are the variables that it reads (not their values), the
+    layers' dtype policies, `run_eagerly` and `jit_compile`; for a step that samples, also
+    the sampler's `get_config()`, but for numbers such as `temperature`, which are
+    arguments. They are compared at each call. Other attributes of layers are not looked
+    at: after changing one, make a new `CausalLM`.
 
     Attributes:
-        count: int. How many times a function was traced and compiled so far.
-        layers: the task's layers, and those within them, as the functions were
-            made for.
+        steps: list of `CompiledStep`: what was compiled so far.
+        layers: the task's layers, and those within them.
     """
 
     def __init__(self, task: Any) -> None:
         self._task = task
-        self._functions: dict[Any, Callable] = {}
-        self._model_read: tuple = ()
-        self._sampler_read: tuple = ()
+        self._plain: dict[StepKey, Callable] = {}
+        self._sampling: dict[StepKey, Callable] = {}
+        # Why a step that was there before is not there any more.
+        self._dropped: dict[StepKey, str] = {}
+        self._variables: list[keras.Variable] = []
+        self._policies: list[str] = []
+        self._how: tuple | None = None
+        self._contract: Any = None
+        # The variables of the sampler that `_sampling` was made with.
+        self._sampler_variables: list[keras.Variable] = []
+        self.steps: list[CompiledStep] = []
         self.layers: list[keras.layers.Layer] = []
-        self.count = 0
+
+    def run(
+        self,
+        key: StepKey,
+        make: Callable[[], Callable],
+        args: tuple,
+        donate: tuple[int, ...] = (),
+        sampler: Any = None,
+    ) -> Any:
+        """Runs a step, which is compiled if there is none for this key.
+
+        Args:
+            key: what the step is specialized for.
+            make: returns the function to compile. It takes and returns pytrees of
+                tensors; it may read the variables of the task, and read and assign those
+                of the sampler.
+            args: its arguments.
+            donate: the positions of arguments whose memory may be reused, as they are
+                not used after the call.
+            sampler: the sampler that the step uses, or `None`.
+
+        Returns:
+            What the function returns.
+        """
+        step = self.get(key, make, donate, sampler)
+        args = tree.map_structure(ops.convert_to_tensor, args)
+        variables = [] if sampler is None else sampler.variables
+        if not variables:
+            return step(*args)
+        with _DRAWING:
+            # An equal sampler was compiled before: only its seeds are others.
+            _assign(self._sampler_variables, variables)
+            outputs = step(*args)
+            _assign(variables, self._sampler_variables)
+        return outputs
 
     def get(
         self,
-        key: Any,
+        key: StepKey,
         make: Callable[[], Callable],
         donate: tuple[int, ...] = (),
         sampler: Any = None,
-        fixed: bool = False,
     ) -> Callable:
-        """Returns the function of this key, compiling what `make()` returns.
+        """Returns the compiled step of this key. The arguments are those of `run`."""
+        self._drop_what_is_stale()
+        if sampler is not None:
+            self._drop_another_sampler(sampler)
+        steps = self._plain if sampler is None else self._sampling
+        if key not in steps:
+            steps[key] = self._compile(key, make(), donate, sampler)
+        return steps[key]
 
-        Args:
-            key: hashable. What the function was specialized for.
-            make: returns the function to compile.
-            donate: as for `compile_function`.
-            sampler: the sampler that the function uses, or `None`.
-            fixed: as for `compile_function`.
-        """
-        self._forget_what_is_stale(sampler)
-        key = (key, sampler is not None)
-        if key not in self._functions:
-            self._functions[key] = compile_function(
-                self._counted(make(), sampler), self._task, sampler, donate, fixed
-            )
-        return self._functions[key]
+    def _compile(
+        self, key: StepKey, function: Callable, donate: tuple[int, ...], sampler: Any
+    ) -> Callable:
+        if keras.config.backend() == "torch":
+            from blocks.generation.backends.torch_steps import without_gradients
 
-    def _counted(self, function: Callable, sampler: Any) -> Callable:
-        compiles = keras.config.backend() != "torch" and not self._task.run_eagerly
+            return without_gradients(function)
+        if self._task.run_eagerly:
+            return function
 
-        def counted(*args: Any) -> Any:
+        def traced(*args: Any) -> Any:
             # Python runs when a function is traced, once for each compilation.
-            self.count += compiles
-            outputs = function(*args)
-            if compiles and sampler is not None:
-                # What tracing changes, a counter for instance, makes nothing stale.
-                self._sampler_read = _read_sampler(sampler)
-            return outputs
+            self._note(key)
+            return function(*args)
 
-        return counted
+        if keras.config.backend() == "tensorflow":
+            from blocks.generation.backends.tensorflow_steps import compile_step
 
-    def _forget_what_is_stale(self, sampler: Any) -> None:
+            return compile_step(traced, self._task.xla_generation)
+        from blocks.generation.backends.jax_steps import JaxStep
+
+        variables = [] if sampler is None else self._sampler_variables
+        return JaxStep(traced, self._task, variables, donate)
+
+    def _note(self, key: StepKey) -> None:
+        seen = any(step.step == key.step for step in self.steps)
+        reason = self._dropped.pop(key, "new shape" if seen else "first time")
+        self.steps.append(CompiledStep(*key[:4], reason))
+        _LOGGER.info("Compiling %s", self.steps[-1])
+
+    def _drop_what_is_stale(self) -> None:
         task = self._task
-        policies = tuple(layer.dtype_policy.name for layer in self.layers)
-        read: tuple = (
-            list(task.variables),
-            (task.run_eagerly, task.xla_generation, policies),
-        )
-        if not _same(read, self._model_read):
-            self._functions.clear()
-            self.layers = all_layers(task)
-            policies = tuple(layer.dtype_policy.name for layer in self.layers)
-            settings = (task.run_eagerly, task.xla_generation, policies)
-            self._model_read = (read[0], settings)
-        if sampler is None:
+        metrics = {id(v) for v in task.metrics_variables}
+        variables = [v for v in task.variables if id(v) not in metrics]
+        policies = [layer.dtype_policy.name for layer in self.layers]
+        how = (task.run_eagerly, task.xla_generation)
+        if not _same_objects(variables, self._variables):
+            reason = "weights replaced"
+        elif policies != self._policies:
+            reason = "dtype policy changed"
+        elif how != self._how:
+            reason = "run_eagerly or jit_compile changed"
+        else:
             return
-        read = _read_sampler(sampler)
-        if not _same(read, self._sampler_read):
-            # What uses no sampler stays.
-            for key in [key for key in self._functions if key[1]]:
-                del self._functions[key]
-            self._sampler_read = read
+        self._drop(self._plain, reason)
+        self._drop(self._sampling, reason)
+        self._variables, self._how = variables, how
+        self.layers = all_layers(task)
+        self._policies = [layer.dtype_policy.name for layer in self.layers]
+
+    def _drop_another_sampler(self, sampler: Any) -> None:
+        eager = keras.config.backend() == "torch" or self._task.run_eagerly
+        # What is not compiled reads the sampler itself.
+        contract = sampler if eager else sampler_contract(sampler, self._task)
+        if contract is not self._contract and contract != self._contract:
+            self._drop(self._sampling, "another sampler")
+            self._contract = contract
+            self._sampler_variables = sampler.variables
+
+    def _drop(self, steps: dict[StepKey, Callable], reason: str) -> None:
+        self._dropped.update(dict.fromkeys(steps, reason))
+        steps.clear()
 
 
-def _read_sampler(sampler: Any) -> tuple:
-    values, objects, variables = sampler_contents(sampler)
-    return [*objects, *variables], (values,)
+def _assign(targets: list[keras.Variable], sources: list[keras.Variable]) -> None:
+    for target, source in zip(targets, sources):
+        if target is not source:
+            target.assign(source.value)
 
 
-def _same(a: tuple, b: tuple) -> bool:
-    """Compares objects by identity (kept, so that they stay distinct), and values."""
-    if not a or not b or a[1] != b[1] or len(a[0]) != len(b[0]):
-        return False
-    return all(x is y for x, y in zip(a[0], b[0]))
+def _same_objects(a: list, b: list) -> bool:
+    return len(a) == len(b) and all(x is y for x, y in zip(a, b))

@@ -1,4 +1,4 @@
-"""The compiled steps of generation: absorb tokens, decode a block, verify a draft."""
+"""The compiled steps of generation: process tokens, decode a block, sample a token."""
 
 from __future__ import annotations
 
@@ -9,19 +9,11 @@ import numpy as np
 from keras import ops
 
 from attention import CacheScope, call_sites, grow_cache
-from attention.contract import max_positions
+from attention.contract import Cache, Index, Tensor, max_positions
 from blocks.backbone_inputs import backbone_inputs
 from blocks.generation.backends.loop_kernels import LoopKernels
-from blocks.generation.compilation import CompiledFunctions, sampler_variables
-from blocks.generation.sampler_contents import LoopSampler
-from blocks.generation.sampler_settings import number_settings, with_settings
-from blocks.generation.state import chunk_length
-
-# The most decode steps of one compiled call. Between two calls the host sees
-# the new tokens, stops if all rows are done, and grows the cache if it is full.
-BLOCK_STEPS = 32
-# A turn of a few tokens is not padded to a whole chunk.
-FEW_TOKENS = 4
+from blocks.generation.compilation import CompiledFunctions, StepKey
+from blocks.generation.samplers import number_settings, sample_token
 
 
 class Engine:
@@ -38,6 +30,7 @@ class Engine:
 
     Attributes:
         task: the task.
+        sizes: the task's `GenerationSizes`.
         functions: a `CompiledFunctions`.
         sites: the backbone's cached layers, in call order.
         max_positions: int or `None`. How many positions the backbone knows.
@@ -48,6 +41,7 @@ class Engine:
 
     def __init__(self, task: Any, sampler: Any = None) -> None:
         self.task = task
+        self.sizes = task.generation_sizes
         self._sampler = sampler
         self.functions = CompiledFunctions(task)
         self.sites = call_sites(task.backbone)
@@ -65,223 +59,265 @@ class Engine:
         """The sampler that chooses tokens."""
         return self._sampler or self.task.sampler
 
-    def create_cache(self, batch_size: int, capacity: int) -> tuple:
-        """Returns an empty cache for all of the backbone."""
+    @property
+    def known_tokens(self) -> int | None:
+        """How many tokens there are to choose from: those that the tokenizer has.
+
+        `None` where that are all of the model's, or there is no tokenizer to ask.
+        """
+        tokenizer = getattr(self.task.preprocessor, "tokenizer", None)
+        try:
+            known = int(tokenizer.vocabulary_size())  # type: ignore[union-attr]
+        except (AttributeError, NotImplementedError):
+            return None
+        return known if known < self.task.output.shape[-1] else None
+
+    def create_cache(self, batch_size: int, capacity: int) -> Cache:
+        """Returns an empty KV cache for all of the backbone."""
         return tuple(x.create_cache(batch_size, capacity) for x in self.sites)
 
-    def grow_cache(self, cache: tuple, capacity: int) -> tuple:
+    def grow_cache(self, cache: Cache, capacity: int) -> Cache:
         """Returns a larger cache with the same contents."""
         return grow_cache(self.sites, cache, capacity)
 
-    def absorb(
+    def process(
         self,
-        cache: tuple | None,
+        cache: Cache | None,
         capacity: int,
         tokens: np.ndarray,
-        index: Any,
+        index: Index,
         lengths: np.ndarray,
-    ) -> tuple[Any, tuple]:
-        """Absorbs the next tokens of each row.
+    ) -> tuple[Tensor, Cache]:
+        """Processes the next tokens of each row: a prefill, or the tokens of a turn.
 
         Args:
             cache: `None` for a new one. The memory of another is reused.
             capacity: int. The size of the cache.
             tokens: `int32` array of shape `(batch, width)`.
-            index: int or `(batch,)` array: how many positions were absorbed.
+            index: int or `(batch,)` array: how many positions the cache holds.
             lengths: `int32` array `(batch,)`: how many tokens of each row count.
 
         Returns:
-            The logits behind the last token of each row, `(batch,
+            The logits after the last token of each row, `(batch,
             vocabulary_size)`, and the cache. For a row of no tokens the logits
             mean nothing.
         """
-        rows, longest = len(tokens), int(lengths.max())
-        chunk = capacity if self.sites.whole_prompt else chunk_length(rows, capacity)
-        if cache is not None and longest <= FEW_TOKENS:
-            chunk = FEW_TOKENS
+        rows, longest = tokens.shape[0], int(lengths.max())
+        few = self.sizes.few_tokens
+        # A layer may need the whole prompt at once.
+        whole = self.sites.whole_prompt
+        chunk = capacity if whole else self.sizes.chunk_length(rows, capacity)
+        if cache is not None and longest <= few:
+            chunk = few
         # One width for all lengths, as each is compiled.
-        width = FEW_TOKENS if chunk == FEW_TOKENS else -(-capacity // chunk) * chunk
+        width = few if chunk == few else -(-capacity // chunk) * chunk
         padded = np.zeros((rows, width), "int32")
         padded[:, :longest] = tokens[:, :longest]
         if cache is None:
-            key = ("prefill", capacity, chunk)
-            arguments: tuple = (padded, lengths)
-            absorb = self.functions.get(
-                key, lambda: self._make_prefill(capacity, chunk)
+            return self.functions.run(
+                StepKey("prefill", rows, capacity, chunk),
+                lambda: self._make_prefill(capacity, chunk),
+                (padded, lengths),
             )
-        else:
-            arguments = (cache, padded, index, lengths)
-            absorb = self.functions.get(
-                ("absorb", chunk), lambda: self._make_absorb(chunk), donate=(0,)
-            )
-        return absorb(*arguments)
+        return self.functions.run(
+            StepKey("process", rows, capacity, chunk),
+            lambda: self._make_process(chunk),
+            (cache, padded, index, lengths),
+            donate=(0,),
+        )
 
     def decode(
         self,
-        cache: tuple,
-        token: Any,
-        index: Any,
-        room: Any,
-        finished: Any,
+        cache: Cache,
+        capacity: int,
+        token: Tensor,
+        index: Index,
+        room: Tensor,
+        finished: Tensor,
         steps: Any,
-        stops: Any,
+        stops: np.ndarray,
     ) -> tuple:
-        """Absorbs a token of each row and samples the next, up to `steps` times.
+        """Processes a token of each row and samples the next, up to `steps` times.
 
         Args:
-            cache: the cache. Its memory is reused.
+            cache: the KV cache. Its memory is reused.
+            capacity: int. The size of the cache.
             token: `int32` `(batch,)`: the last token of each row.
             index: `int32` `(batch,)`, or `()` where all rows stand at one
                 position, which is the faster way to write to a cache.
             room: `int32` `(batch,)`: how many more tokens each row may get.
             finished: boolean `(batch,)`: rows that get none.
-            steps: int, at most `BLOCK_STEPS`.
+            steps: int, at most `sizes.block_steps`.
             stops: `int32` array: the tokens at which rows end.
 
         Returns:
             `(cache, token, index, room, finished, tokens, valid)`: the first
-            five moved on; the new tokens, `(batch, BLOCK_STEPS)`; and which of
-            these are part of the rows.
+            five moved on; the new tokens, `(batch, block_steps)`, -1 where a row's
+            logits were NaN or infinite; and which of these are part of the rows.
         """
-        sampler = self.sampler
-        decode = self.functions.get("decode", self._make_decode, (0,), sampler)
-        settings = number_settings(sampler)
-        return decode(cache, token, index, room, finished, steps, stops, settings)
+        settings, known = number_settings(self.sampler), self.known_tokens
+        return self.functions.run(
+            StepKey("decode", token.shape[0], capacity, variant=known),
+            lambda: self.make_decode(known),
+            (cache, token, index, room, finished, steps, stops, settings),
+            donate=(0,),
+            sampler=self.sampler,
+        )
 
-    def sample(self, logits: Any) -> Any:
-        """Samples a token for each row of logits."""
-        sampler = self.sampler
-        sample = self.functions.get("sample", self._make_sample, (), sampler)
-        return sample(logits, number_settings(sampler))
-
-    def step(
-        self, cache: tuple, token: Any, index: Any, max_length: Any, donate: bool
-    ) -> tuple:
-        """Absorbs one token of each row; returns the logits and the cache."""
+    def sample(self, logits: Tensor) -> Tensor:
+        """Samples a token for each row of logits; -1 where they are NaN or infinite."""
+        sampler, known = self.sampler, self.known_tokens
 
         def make() -> Callable:
-            def step(cache: Any, token: Any, index: Any, max_length: Any) -> Any:
-                tokens = token[:, None]
+            return lambda logits, settings: sample_token(
+                sampler, logits, settings, known
+            )
+
+        key = StepKey("sample", logits.shape[0], variant=known)
+        args = (logits, number_settings(sampler))
+        return self.functions.run(key, make, args, sampler=sampler)
+
+    def step(
+        self,
+        cache: Cache,
+        capacity: int | None,
+        token: Tensor,
+        index: Index,
+        max_length: Tensor,
+        donate: bool,
+    ) -> tuple[Tensor, Cache]:
+        """Processes one token of each row; returns the logits and the cache."""
+
+        def make() -> Callable:
+            def step(
+                cache: Cache, token: Tensor, index: Index, max_length: Tensor
+            ) -> tuple[Tensor, Cache]:
                 fits = (index < max_length)[:, None]
-                hidden, cache = self.forward(cache, tokens, index, fits, donate)
+                hidden, cache = self.forward(cache, token[:, None], index, fits, donate)
                 logits = self.task.compute_logits(hidden)[:, 0]
                 # Better than logits that are silently wrong.
                 return ops.where(fits, logits, float("nan")), cache
 
             return step
 
-        step = self.functions.get(("step", donate), make, donate=(0,) if donate else ())
-        return step(cache, token, index, max_length)
+        return self.functions.run(
+            StepKey("decode_step", token.shape[0], capacity, variant=donate),
+            make,
+            (cache, token, index, max_length),
+            donate=(0,) if donate else (),
+        )
 
     def forward(
-        self, cache: Any, tokens: Any, index: Any, mask: Any, donate: bool = True
-    ) -> tuple[Any, tuple]:
-        """The hidden states of the next tokens, and the updated cache."""
+        self,
+        cache: Cache,
+        tokens: Tensor,
+        index: Index,
+        mask: Tensor,
+        donate: bool = True,
+    ) -> tuple[Tensor, Cache]:
+        """Returns the hidden states of the next tokens, and the updated cache."""
         with CacheScope(cache, index, mask, donate) as scope:
             hidden = self.hidden_states(tokens, mask)
         return hidden, scope.cache
 
-    def hidden_states(self, tokens: Any, padding_mask: Any) -> Any:
-        """The backbone's outputs for tokens."""
+    def hidden_states(self, tokens: Tensor, padding_mask: Tensor) -> Tensor:
+        """Returns the backbone's outputs, of shape `(batch, length, hidden_dim)`."""
         backbone = self.task.backbone
         padding_mask = ops.cast(padding_mask, "int32")
         return backbone(backbone_inputs(backbone, tokens, padding_mask))
 
     def _make_prefill(self, capacity: int, chunk: int) -> Callable:
-        absorb = self._make_absorb(chunk)
+        process = self._make_process(chunk)
 
-        def prefill(tokens: Any, lengths: Any) -> Any:
+        def prefill(tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Cache]:
             cache = self.create_cache(tokens.shape[0], capacity)
-            index = ops.zeros((), dtype="int32")
-            return absorb(cache, tokens, index, lengths)
+            return process(cache, tokens, ops.zeros((), dtype="int32"), lengths)
 
         return prefill
 
-    def _make_absorb(self, chunk: int) -> Callable:
+    def _make_process(self, chunk: int) -> Callable:
         task = self.task
         output = task.backbone.output
 
-        def absorb(cache: Any, tokens: Any, index: Any, lengths: Any) -> Any:
+        def process(
+            cache: Cache, tokens: Tensor, index: Index, lengths: Tensor
+        ) -> tuple[Tensor, Cache]:
             rows = tokens.shape[0]
             longest = ops.max(lengths)
 
-            def more(start: Any, *_: Any) -> Any:
+            def more(start: Tensor, *_: Any) -> Tensor:
                 return start < longest
 
-            def absorb_chunk(start: Any, cache: Any, last: Any) -> Any:
-                part = ops.slice(tokens, (0, start), (rows, chunk))
+            def process_chunk(start: Tensor, cache: Cache, last: Tensor) -> tuple:
+                part = ops.slice(tokens, (0, start), (rows, chunk))  # (rows, chunk)
                 left = (lengths - start)[:, None]
                 mask = ops.arange(chunk, dtype="int32")[None] < left
                 hidden, cache = self.forward(cache, part, index + start, mask)
                 # Only the last token's hidden state goes to the vocabulary.
                 ends = ops.logical_and(left > 0, left <= chunk)[..., None]
                 place = ops.clip(left - 1, 0, chunk - 1)[..., None]
-                here = ops.take_along_axis(hidden, place, axis=1)
+                here = ops.take_along_axis(hidden, place, axis=1)  # (rows, 1, dim)
                 return start + chunk, cache, ops.where(ends, here, last)
 
             last = ops.zeros((rows, 1, output.shape[-1]), dtype=output.dtype)
             start = ops.zeros((), dtype="int32")
-            _, cache, last = ops.while_loop(more, absorb_chunk, (start, cache, last))
+            _, cache, last = ops.while_loop(more, process_chunk, (start, cache, last))
             return task.compute_logits(last)[:, 0], cache
 
-        return absorb
+        return process
 
-    def _make_sample(self) -> Callable:
-        sampler = self.sampler
-
-        def sample(logits: Any, settings: Any) -> Any:
-            return sample_token(sampler, logits, settings)
-
-        return sample
-
-    def _make_decode(self) -> Callable:
+    def make_decode(self, known: int | None) -> Callable:
+        """Returns the function that `decode` compiles."""
         task, sampler = self.task, self.sampler
+        block_steps = self.sizes.block_steps
         kernels = LoopKernels(self.functions.layers)
 
         def decode(
-            cache: Any,
-            token: Any,
-            index: Any,
-            room: Any,
-            finished: Any,
-            steps: Any,
-            stops: Any,
-            settings: Any,
-        ) -> Any:
-            shape = (token.shape[0], BLOCK_STEPS)
+            cache: Cache,
+            token: Tensor,
+            index: Index,
+            room: Tensor,
+            finished: Tensor,
+            steps: Tensor,
+            stops: Tensor,
+            settings: dict[str, Tensor],
+        ) -> tuple:
+            shape = (token.shape[0], block_steps)
             rows_differ = len(index.shape) == 1
             matrices = kernels.before_loop()
 
-            def more(step: Any, cache: Any, *state: Any) -> Any:
+            def more(step: Tensor, cache: Cache, *state: Tensor) -> Tensor:
                 unfinished = ops.logical_not(ops.all(state[3]))
                 return ops.logical_and(step < steps, unfinished)
 
             def body(
-                step: Any,
-                cache: Any,
-                token: Any,
-                index: Any,
-                room: Any,
-                finished: Any,
-                tokens: Any,
-                valid: Any,
-            ) -> Any:
+                step: Tensor,
+                cache: Cache,
+                token: Tensor,
+                index: Index,
+                room: Tensor,
+                finished: Tensor,
+                tokens: Tensor,
+                valid: Tensor,
+            ) -> tuple:
                 active = ops.logical_not(finished)
                 new = active[:, None]
                 with kernels.within_loop(matrices):
                     hidden, cache = self.forward(cache, token[:, None], index, new)
                     logits = task.compute_logits(hidden)[:, 0]
-                token = sample_token(sampler, logits, settings)
+                sampled = sample_token(sampler, logits, settings, known)
                 index = index + (ops.cast(active, "int32") if rows_differ else 1)
-                tokens = ops.slice_update(tokens, (0, step), token[:, None])
+                tokens = ops.slice_update(tokens, (0, step), sampled[:, None])
                 valid = ops.slice_update(valid, (0, step), new)
-                done = ops.logical_or(room <= 1, is_any(token, stops))
+                done = ops.logical_or(room <= 1, is_any(sampled, stops))
                 finished = ops.logical_or(finished, done)
+                # What stands for NaN is no token that can be embedded.
+                finished = ops.logical_or(finished, sampled < 0)
+                token = ops.maximum(sampled, 0)
                 room = room - 1
                 return step + 1, cache, token, index, room, finished, tokens, valid
 
-            variables = sampler_variables(sampler, task)
-            _, *state = LoopSampler(variables).run_loop(
+            _, *state = sampler.run_loop(
                 more,
                 body,
                 model=task,
@@ -301,13 +337,6 @@ class Engine:
         return decode
 
 
-def sample_token(sampler: Any, logits: Any, settings: dict[str, Any]) -> Any:
-    """Samples an `int32` token from each row of `(rows, vocabulary_size)`."""
-    sampler = with_settings(sampler, settings)
-    token = sampler.get_next_token(sampler.compute_probabilities(logits))
-    return ops.cast(token, "int32")
-
-
-def is_any(token: Any, stops: Any) -> Any:
-    """Which tokens are among `stops`, a vector."""
+def is_any(token: Tensor, stops: Tensor) -> Tensor:
+    """Returns which tokens are among `stops`, a vector."""
     return ops.any(token[..., None] == stops, axis=-1)

@@ -1,4 +1,4 @@
-"""What a causal language model can do with its tokens: generate them."""
+"""`generate`, `stream` and `start`: the methods of a causal language model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from attention.contract import check_positive_int
 from blocks.generation.progress import check_verbose, with_progress
 from blocks.generation.prompts import Prompts, resolve_stops
 from blocks.generation.running_batch import Block, RunningBatch
-from blocks.generation.sampler_settings import check_sampler, has_own_loop
+from blocks.generation.samplers import check_sampler, has_own_loop
 from blocks.generation.search import search
 from blocks.generation.session import Session
 from blocks.generation.speculation import Speculation, check_speculation, speculate
@@ -41,7 +41,8 @@ class GenerationMixin(GenerationSteps):
     ) -> Any:
         """Continues prompts.
 
-        Prompts of different lengths in one batch give what each gives alone.
+        Prompts of different lengths in one batch give what each gives alone. Tokens
+        that the model has but its preprocessor's tokenizer has not are never chosen.
 
         Args:
             inputs: text (a string; strings in a list, an array, a pandas Series or a
@@ -59,7 +60,7 @@ class GenerationMixin(GenerationSteps):
             max_new_tokens: int or `None`. How many tokens each row may get,
                 whatever the length of its prompt.
             num_return_sequences: int. How many continuations to sample for each
-                prompt, which is absorbed once for all of them.
+                prompt, which is read once for all of them.
             speculation: `None`, `blocks.PromptLookup()` or
                 `blocks.DraftModel(model)`: guesses tokens for the model to
                 verify several at once. Outputs are distributed as without.
@@ -71,13 +72,14 @@ class GenerationMixin(GenerationSteps):
             For a string a string, for strings a list of strings, for tokens a
             dict of `token_ids` and `padding_mask` as NumPy arrays. With
             `num_return_sequences`, a list of strings for each string; arrays
-            have an axis for them behind the batch axis.
+            have an axis for them after the batch axis.
 
         Raises:
             TypeError: if an argument has the wrong type.
             ValueError: if a prompt is empty or longer than allowed, holds
-                tokens outside of the vocabulary, or is not padded on the right; or no
-                prompt has room for a new token and neither length was passed.
+                tokens outside of the vocabulary, or is not padded on the right; if no
+                prompt has room for a new token and neither length was passed; and if
+                the model's logits are NaN or infinite.
 
         Example:
 
@@ -105,7 +107,9 @@ class GenerationMixin(GenerationSteps):
         # the last of them should not cost the others' work.
         prompts, is_single = self._read(inputs, max_length, max_new_tokens)
         outputs = []
-        for batch in with_progress(prompts, verbose):
+        for batch in with_progress(
+            prompts, verbose, self.generation_sizes.progress_seconds
+        ):
             new = self._new_tokens(batch, stops, times, speculation)
             outputs.append(self._to_outputs(batch.repeat(times), new, strip_prompt))
         pad = pad_token_id(self.preprocessor)
@@ -219,8 +223,8 @@ class GenerationMixin(GenerationSteps):
         if room.max() <= 0:
             return
         batch = RunningBatch(self._engine(), len(room))
-        # The last token is not absorbed.
-        batch.absorb(prompts.rows(), int(room.max()) - 1)
+        # The last token is not processed.
+        batch.process(prompts.rows(), int(room.max()) - 1)
         if times > 1:
             batch.repeat(times)
             room = np.repeat(room, times)

@@ -11,18 +11,15 @@ import keras
 
 from attention.contract import describe
 
-# A call that ends before needs no bar.
-MIN_SECONDS = 2.0
 
-
-def with_progress(batches: list[Any], verbose: Any) -> Iterator[Any]:
+def with_progress(batches: list[Any], verbose: Any, seconds: float) -> Iterator[Any]:
     """Yields batches, and shows how many were done.
 
     Args:
         batches: what is worked through.
         verbose: `"auto"`, 0 or 1. `"auto"` shows a bar where somebody watches
-            (a terminal, a notebook), there is more than one batch, and it takes
-            more than two seconds.
+            (a terminal, a notebook) and there is more than one batch.
+        seconds: float. After how many a bar is shown with `"auto"`.
     """
     show = bool(verbose)
     if verbose == "auto":
@@ -30,11 +27,11 @@ def with_progress(batches: list[Any], verbose: Any) -> Iterator[Any]:
     if not show:
         yield from batches
         return
-    yield from _with_bar(batches, 0.0 if verbose != "auto" else MIN_SECONDS)
+    yield from _with_bar(batches, seconds if verbose == "auto" else 0.0)
 
 
 def check_verbose(verbose: Any) -> None:
-    """Says so when `verbose` is none of what it may be.
+    """Raises an error if `verbose` is none of what it may be.
 
     Raises:
         ValueError: in that case.

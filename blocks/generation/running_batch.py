@@ -7,26 +7,20 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from keras import ops
+from keras import ops, tree
 
-from blocks.generation import engine as engine_module
+from attention.contract import Cache, Index, Tensor
 from blocks.generation.engine import Engine
-from blocks.generation.state import (
-    chunk_length,
-    copy_cache,
-    join_rows,
-    round_up_capacity,
-    take_rows,
-)
+from blocks.generation.sizes import GenerationSizes
 from blocks.generation.token_rows import pad_rows
 
-# The smallest number of stop tokens, which is a shape. -1 is no token.
-_FEW_STOPS = 8
-# Rows are prefilled in two groups, short and long ones, if that saves as many
-# tokens of padding: another group is another compilation.
-MIN_TOKENS_SAVED = 256
-
 Block = tuple[np.ndarray, np.ndarray]
+
+BROKEN_LOGITS = (
+    "Look for NaN in `lm.get_weights()` (a `fit` whose loss became NaN, a damaged file); "
+    "else for a layer that divides by zero or overflows in float16, or for a very small "
+    "`temperature` of the sampler."
+)
 
 
 class RunningBatch:
@@ -37,43 +31,44 @@ class RunningBatch:
         batch_size: int. The number of rows.
 
     Attributes:
-        cache: the cache, or `None` before anything was absorbed.
+        cache: the KV cache, or `None` before anything was processed.
         capacity: int. The size of the cache.
-        absorbed: `int32` array `(batch,)`: how many positions of each row the
-            cache has absorbed.
-        logits: the logits behind the last prompt of each row; stale for a row
+        processed: `int32` array `(batch,)`: how many positions of each row the
+            cache holds.
+        logits: the logits after the last prompt of each row; stale for a row
             that has gone on since.
     """
 
     def __init__(self, engine: Engine, batch_size: int) -> None:
         self.engine = engine
+        self.sizes = engine.sizes
         self.batch_size = batch_size
-        self.cache: Any = None
+        self.cache: Cache = None
         self.capacity = 0
-        self.absorbed = np.zeros((batch_size,), "int32")
-        self.logits: Any = None
+        self.processed = np.zeros((batch_size,), "int32")
+        self.logits: Tensor = None
 
-    def absorb(self, rows: list[np.ndarray], room: int = 0) -> int:
-        """Absorbs what rows have beyond the positions that were absorbed.
+    def process(self, rows: list[np.ndarray], room: int = 0) -> int:
+        """Processes what rows have beyond the positions that the cache holds.
 
         Args:
             rows: for each row all its tokens.
             room: int. For how many more positions there is to be space.
 
         Returns:
-            How many tokens that were, in all rows.
+            How many tokens these were, in all rows.
         """
-        tokens, lengths = pad_rows([x[n:] for x, n in zip(rows, self.absorbed)])
+        tokens, lengths = pad_rows([x[n:] for x, n in zip(rows, self.processed)])
         if not lengths.any():
             return 0
-        ahead = min(room, engine_module.BLOCK_STEPS)
-        self.reserve(int((self.absorbed + lengths).max()) + ahead)
+        ahead = min(room, self.sizes.block_steps)
+        self.reserve(int((self.processed + lengths).max()) + ahead)
         groups = [np.arange(self.batch_size)]
         if self.cache is None:
-            groups = _groups(lengths, self.capacity)
+            groups = _groups(lengths, self.capacity, self.sizes)
         old = self.logits
         with self.forgetting_if_it_fails():
-            parts = [self._absorb_rows(group, tokens, lengths) for group in groups]
+            parts = [self._process_rows(group, tokens, lengths) for group in groups]
         self.logits, self.cache = parts[0]
         if len(parts) > 1:
             self.logits, self.cache = join_rows(
@@ -81,18 +76,20 @@ class RunningBatch:
             )
         if old is not None:
             self.logits = ops.where((lengths > 0)[:, None], self.logits, old)
-        self.absorbed = self.absorbed + lengths
+        self.processed = self.processed + lengths
         return int(lengths.sum())
 
-    def _absorb_rows(
+    def _process_rows(
         self, rows: np.ndarray, tokens: np.ndarray, lengths: np.ndarray
-    ) -> tuple[Any, Any]:
+    ) -> tuple[Tensor, Cache]:
         capacity = self.capacity
         whole = len(rows) == self.batch_size
         if not whole:
             # A smaller cache has shorter chunks.
-            capacity = min(round_up_capacity(int(lengths[rows].max())), capacity)
-        logits, cache = self.engine.absorb(
+            capacity = min(
+                self.sizes.round_up_capacity(int(lengths[rows].max())), capacity
+            )
+        logits, cache = self.engine.process(
             self.cache, capacity, tokens[rows], self._index(), lengths[rows]
         )
         if capacity < self.capacity:
@@ -103,36 +100,38 @@ class RunningBatch:
     def forgetting_if_it_fails(self) -> Iterator[None]:
         """For a step that may reuse the cache's memory: should it fail, that is lost.
 
-        The rows are then absorbed anew, before they go on.
+        The rows are then processed anew, before they go on.
         """
         try:
             yield
         except BaseException:
             self.cache = self.logits = None
-            self.absorbed = np.zeros_like(self.absorbed)
+            self.processed = np.zeros_like(self.processed)
             raise
 
     def reserve(self, positions: int) -> None:
-        """Sees to it that the cache can hold so many positions."""
+        """Grows the cache, if need be, to hold so many positions."""
         if positions <= self.capacity:
             return
-        self.capacity = round_up_capacity(positions)
+        self.capacity = self.sizes.round_up_capacity(positions)
         if self.cache is not None:
             self.cache = self.engine.grow_cache(self.cache, self.capacity)
 
     def repeat(self, times: int) -> None:
-        """Makes each row `times` rows, one behind the other."""
+        """Makes each row `times` rows, one after the other."""
         rows = np.repeat(np.arange(self.batch_size), times)
         self.cache = take_rows(self.cache, rows)
         self.logits = take_rows(self.logits, rows)
-        self.absorbed = self.absorbed[rows]
+        self.processed = self.processed[rows]
         self.batch_size *= times
 
     def copy(self) -> RunningBatch:
-        """A batch in the same state, which does not affect this one."""
+        """Returns a batch in the same state, which does not affect this one."""
         other = RunningBatch(self.engine, self.batch_size)
-        other.cache = None if self.cache is None else copy_cache(self.cache)
-        other.capacity, other.absorbed = self.capacity, self.absorbed.copy()
+        if self.cache is not None:
+            # One may be donated and the other still be used.
+            other.cache = tree.map_structure(ops.copy, self.cache)
+        other.capacity, other.processed = self.capacity, self.processed.copy()
         other.logits = self.logits
         return other
 
@@ -149,6 +148,7 @@ class RunningBatch:
             The tokens, and which rows end with them.
         """
         token = to_numpy(self.engine.sample(self.logits))
+        check_chosen(token[:, None], (room > 0)[:, None], self.processed)
         return token, (room <= 1) | np.isin(token, stops)
 
     def decode(
@@ -156,7 +156,7 @@ class RunningBatch:
     ) -> Iterator[Block]:
         """Continues the rows until each has reached its limit or a stop token.
 
-        The last token of each row is not absorbed.
+        The last token of each row is not processed.
 
         Args:
             room: `int32` array `(batch,)`: how many tokens each row may get.
@@ -169,22 +169,23 @@ class RunningBatch:
         """
         if room.max() <= 0:
             return
-        stop_array = pad_stops(stops)
-        token: Any
+        stop_array = self.pad_stops(stops)
+        token: Tensor
         token, finished = self.sample(room, stop_array)
         yield token[:, None], (room > 0)[:, None]
         room = (room - 1).astype("int32")
-        index: Any = self._index()
-        block = min(block_steps or engine_module.BLOCK_STEPS, engine_module.BLOCK_STEPS)
-        device_room: Any = room
+        index: Index = self._index()
+        block = min(block_steps or self.sizes.block_steps, self.sizes.block_steps)
+        device_room: Tensor = room
         while not finished.all():
             left = np.where(finished, 0, room)
             steps = min(block, int(left.max()))
-            self.reserve(int((self.absorbed + np.minimum(left, steps)).max()))
+            self.reserve(int((self.processed + np.minimum(left, steps)).max()))
             with self.forgetting_if_it_fails():
                 self.cache, token, index, device_room, done, tokens, valid = (
                     self.engine.decode(
                         self.cache,
+                        self.capacity,
                         token,
                         index,
                         device_room,
@@ -194,19 +195,29 @@ class RunningBatch:
                     )
                 )
                 tokens = to_numpy(tokens)[:, :steps]
-            valid = to_numpy(valid)[:, :steps]
+                valid = to_numpy(valid)[:, :steps]
+                check_chosen(tokens, valid, self.processed + 1)
             finished = to_numpy(done)
             room = room - np.int32(steps)
-            self.absorbed = self.absorbed + valid.sum(axis=1, dtype="int32")
+            self.processed = self.processed + valid.sum(axis=1, dtype="int32")
             yield tokens, valid
 
-    def _index(self) -> Any:
+    def pad_stops(self, stops: tuple[int, ...]) -> np.ndarray:
+        """Returns stop tokens as an array of one of few sizes; -1 is no token."""
+        size = self.sizes.few_stops
+        while size < len(stops):
+            size *= 2
+        return np.array([*stops, *[-1] * (size - len(stops))], "int32")
+
+    def _index(self) -> Index:
         """Where the rows stand: one index for all is the faster way to write."""
-        first = self.absorbed[0]
-        return first if (self.absorbed == first).all() else self.absorbed
+        first = self.processed[0]
+        return first if (self.processed == first).all() else self.processed
 
 
-def _groups(lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
+def _groups(
+    lengths: np.ndarray, capacity: int, sizes: GenerationSizes
+) -> list[np.ndarray]:
     """Splits rows into short and long ones, where that saves much padding."""
     order = np.argsort(lengths, kind="stable")
     everything = [np.arange(len(lengths))]
@@ -215,12 +226,12 @@ def _groups(lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
         longest = int(lengths[rows].max())
         size = capacity
         if len(rows) < len(lengths):
-            size = min(round_up_capacity(longest), capacity)
-        chunk = chunk_length(len(rows), size)
+            size = min(sizes.round_up_capacity(longest), capacity)
+        chunk = sizes.chunk_length(len(rows), size)
         return len(rows) * -(-longest // chunk) * chunk
 
     best, cost = everything, padded(everything[0])
-    threshold = min(cost // 2, cost - MIN_TOKENS_SAVED)
+    threshold = min(cost // 2, cost - sizes.min_tokens_saved)
     for split in range(1, len(order)):
         groups = [order[:split], order[split:]]
         split_cost = sum(map(padded, groups))
@@ -229,14 +240,43 @@ def _groups(lengths: np.ndarray, capacity: int) -> list[np.ndarray]:
     return best
 
 
-def pad_stops(stops: tuple[int, ...]) -> np.ndarray:
-    """Stop tokens as an array of one of few sizes."""
-    size = _FEW_STOPS
-    while size < len(stops):
-        size *= 2
-    return np.array([*stops, *[-1] * (size - len(stops))], "int32")
+def check_chosen(tokens: np.ndarray, valid: np.ndarray, lengths: np.ndarray) -> None:
+    """Raises an error if no token could be chosen.
+
+    Args:
+        tokens: array of shape `(batch, steps)`, -1 where none could.
+        valid: boolean array of the same shape: which of them are part of the rows.
+        lengths: array of shape `(batch,)`: how many tokens were before the first.
+
+    Raises:
+        ValueError: if so.
+    """
+    wrong = valid & (tokens < 0)
+    if wrong.any():
+        row, step = np.argwhere(wrong)[0]
+        raise ValueError(
+            f"After {lengths[row] + step} tokens of row {row} (its prompt and new tokens) "
+            "the model's logits are NaN or infinite, so no next token can be chosen. "
+            f"{BROKEN_LOGITS}"
+        )
 
 
-def to_numpy(x: Any) -> np.ndarray:
-    """A tensor's values."""
+def take_rows(cache: Any, rows: np.ndarray) -> Any:
+    """Picks rows of a cache, or of anything else whose first axis is the batch."""
+    rows = np.asarray(rows, "int32")
+    return tree.map_structure(lambda x: ops.take(x, rows, axis=0), cache)
+
+
+def join_rows(caches: list[Any], order: np.ndarray) -> Any:
+    """Puts the rows of several caches into one, in the order that is given."""
+
+    def join(*parts: Tensor) -> Tensor:
+        return ops.take(ops.concatenate(parts, axis=0), order, axis=0)
+
+    order = np.asarray(order, "int32")
+    return tree.map_structure(join, *caches)
+
+
+def to_numpy(x: Tensor) -> np.ndarray:
+    """Returns a tensor's values."""
     return ops.convert_to_numpy(x)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from keras import ops
 
 from attention import NewCacheScope
+from attention.contract import Cache, Index, Tensor
+from blocks.generation.compilation import StepKey
 from blocks.generation.engine import Engine
-from blocks.generation.running_batch import to_numpy
+from blocks.generation.running_batch import BROKEN_LOGITS, to_numpy
+from blocks.generation.samplers import mask_unknown
 from blocks.generation.token_rows import NO_TOKENS
 
 
@@ -37,7 +41,11 @@ def search(
 
     Returns:
         The new tokens of each row.
+
+    Raises:
+        ValueError: if logits are NaN or infinite.
     """
+    known = engine.known_tokens
     found: list[np.ndarray] = [NO_TOKENS] * len(lengths)
     for rows in _lockstep_groups(lengths, limits, bool(stop_token_ids)):
         length, limit = lengths[rows[0]], limits[rows[0]]
@@ -45,53 +53,97 @@ def search(
             continue
         buffer = np.zeros((len(rows), limit), "int32")
         buffer[:, :length] = token_ids[rows, :length]
-        run = engine.functions.get(
-            ("search", stop_token_ids),
-            lambda: _make_search(engine, sampler, stop_token_ids),
+        tokens, broken = engine.functions.run(
+            StepKey("search", len(rows), int(limit), variant=(stop_token_ids, known)),
+            lambda: _make_search(engine, sampler, stop_token_ids, known),
+            (buffer, np.int32(length)),
             sampler=sampler,
         )
-        tokens = to_numpy(run(buffer, np.int32(length)))[:, length:]
+        _check_finite(to_numpy(broken), rows, lengths)
+        tokens = to_numpy(tokens)[:, length:]
         for row, new in zip(rows, tokens):
             stops = np.flatnonzero(np.isin(new, stop_token_ids))
             found[row] = new[: stops[0] + 1] if len(stops) else new
     return found
 
 
+class _SearchCache(NamedTuple):
+    """What a search passes from step to step as its cache, row by row."""
+
+    cache: Cache
+    broken: Tensor  # (batch,): 1 where logits were NaN or infinite
+
+
 def _make_search(
-    engine: Engine, sampler: Any, stop_token_ids: tuple[int, ...]
+    engine: Engine, sampler: Any, stop_token_ids: tuple[int, ...], known: int | None
 ) -> Callable:
     task = engine.task
 
-    def next_step(prompt: Any, cache: Any, index: Any) -> Any:
+    def next_step(prompt: Tensor, cache: _SearchCache, index: Index) -> tuple:
         # The protocol feeds the token before `index` again, so the cache
         # holds the positions before that one.
         token = ops.slice(prompt, (0, index - 1), (ops.shape(prompt)[0], 1))
         mask = ops.ones_like(token, dtype="bool")
         # A search goes back to caches it had before: they are not given away.
-        hidden, cache = engine.forward(cache, token, index - 1, mask, donate=False)
-        return task.compute_logits(hidden)[:, 0], hidden[:, 0], cache
+        hidden, new = engine.forward(cache.cache, token, index - 1, mask, donate=False)
+        logits = task.compute_logits(hidden)[:, 0]
+        total = ops.logsumexp(ops.cast(logits, "float32"), axis=-1)
+        broken = ops.cast(ops.logical_not(ops.isfinite(total)), "int32")
+        new = _SearchCache(new, ops.maximum(cache.broken, broken))
+        return mask_unknown(logits, known), hidden[:, 0], new
 
-    def run(token_ids: Any, length: Any) -> Any:
+    def run(token_ids: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
         batch_size, width = token_ids.shape
         positions = ops.arange(width, dtype="int32")
         mask = ops.broadcast_to(positions[None, :] < length, (batch_size, width))
         before = ops.broadcast_to(positions[None, :] < length - 1, (batch_size, width))
         with NewCacheScope(batch_size, width, before) as scope:
             hidden = engine.hidden_states(token_ids, before)
-        _, last, _ = next_step(token_ids, scope.cache, length)
+        cache = _SearchCache(scope.cache, ops.zeros((batch_size,), dtype="int32"))
+        _, last, first = next_step(token_ids, cache, length)
         hidden = ops.slice_update(hidden, (0, length - 1, 0), last[:, None])
-        return sampler(
+        watched, ends = _watch_loops(sampler)
+        tokens = watched(
             next=next_step,
             prompt=token_ids,
-            cache=scope.cache,
+            cache=cache,
             index=length,
             mask=mask,
             stop_token_ids=stop_token_ids or None,
             hidden_states=hidden,
             model=task,
         )
+        broken = first.broken
+        for end in ends:
+            # A search may have several candidates for each row.
+            candidates = ops.reshape(end.broken, (batch_size, -1))
+            broken = ops.maximum(broken, ops.max(candidates, axis=1))
+        return tokens, broken
 
     return run
+
+
+def _watch_loops(sampler: Any) -> tuple[Any, list[_SearchCache]]:
+    """Returns a copy of a sampler, and a list of the caches that its loops end with."""
+    ends: list[_SearchCache] = []
+    watched = copy.copy(sampler)
+
+    def run_loop(*args: Any, **kwargs: Any) -> Any:
+        state = sampler.run_loop(*args, **kwargs)
+        ends.extend(x for x in state if isinstance(x, _SearchCache))
+        return state
+
+    watched.run_loop = run_loop
+    return watched, ends
+
+
+def _check_finite(broken: np.ndarray, rows: list[int], lengths: np.ndarray) -> None:
+    if broken.any():
+        row = rows[int(broken.argmax())]
+        raise ValueError(
+            f"The model's logits became NaN or infinite in a search that continues row "
+            f"{row}, a prompt of {lengths[row]} tokens. {BROKEN_LOGITS}"
+        )
 
 
 def _lockstep_groups(

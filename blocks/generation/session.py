@@ -1,4 +1,4 @@
-"""A conversation with a model: each turn absorbs only what is new."""
+"""A conversation with a model: each turn processes only what is new."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from attention.contract import check_positive_int, describe, find_not_rewindable
+from attention.contract import (
+    all_layers,
+    check_positive_int,
+    describe,
+    find_not_rewindable,
+)
 from blocks.generation.prompts import read_batches, resolve_stops
 from blocks.generation.running_batch import Block, RunningBatch
-from blocks.generation.sampler_settings import check_sampler
+from blocks.generation.samplers import check_sampler
 from blocks.generation.speculation import check_speculation, speculate
 from blocks.generation.streaming import stream_pieces
 from blocks.generation.token_rows import (
@@ -19,22 +24,26 @@ from blocks.generation.token_rows import (
     pad_rows,
     vocabulary_size,
 )
-from blocks.generation.weights_signature import weights_signature
 
 
 class Session:
     """A sequence that is continued again and again, made by `CausalLM.start`.
 
-    Its cache is kept between turns, so a turn absorbs only what was added since
+    Its KV cache is kept between turns, so a turn processes only what was added since
     the last one. What it generates is what `generate` would for all of the
     session's tokens as a prompt.
+
+    A session ends with the weights that it began with: after `fit`, `train_on_batch`,
+    `set_weights` or loading weights (of the model or its backbone), after LoRA, quantizing
+    and another dtype, a turn raises an error. It does not look at the values: whoever
+    assigns to single variables starts a new session.
 
     With several prompts, each is a row with turns of its own: texts are then
     lists with one for each row.
 
     Attributes:
         tokens: list of `int32` arrays: all tokens of each row.
-        num_prefilled: int. How many tokens were absorbed as prompts so far, in
+        num_prefilled: int. How many tokens were processed as prompts so far, in
             all rows.
 
     Example:
@@ -67,8 +76,8 @@ class Session:
         self._batch = RunningBatch(engine, len(self.tokens))
         # Which turn it is: an iterator of an earlier one must not go on.
         self._turn = 0
-        self._signature = weights_signature(engine.functions, task)
-        self._absorb(self.tokens, room=0)
+        self._model = _ModelVersion(task)
+        self._process(self.tokens, room=0)
 
     def generate(
         self,
@@ -119,8 +128,8 @@ class Session:
     ) -> Iterator[Any]:
         """As `generate`, but yields pieces as they are made.
 
-        A session that is continued before all pieces were taken goes on behind
-        the last one, and an iterator that was left behind so gives no more.
+        A session that is continued before all pieces were taken goes on after
+        the last one, and the iterator of the earlier turn gives no more.
 
         Args:
             inputs: as for `generate`.
@@ -134,8 +143,8 @@ class Session:
 
         Raises:
             TypeError: as `generate`, at once.
-            ValueError: as `generate`, at once; and by an iterator that was left
-                behind. The weights are looked at once, when the turn begins.
+            ValueError: as `generate`, at once; and by the iterator of an earlier
+                turn. Whether the model has changed is asked when the turn begins.
         """
         check_sampler(
             getattr(self._task, "sampler", None),
@@ -146,10 +155,10 @@ class Session:
         stops = resolve_stops(stop_token_ids, self._task)
         added = self._read(inputs)
         room = self._room(added, max_length, max_new_tokens)
-        self._check_weights()
+        self._check_model()
         self._turn += 1
         tokens = [np.concatenate(pair) for pair in zip(self.tokens, added)]
-        self._absorb(tokens, int(room.max()))
+        self._process(tokens, int(room.max()))
         return stream_pieces(
             self._blocks(self._turn, room, stops, speculation),
             len(self.tokens),
@@ -184,7 +193,7 @@ class Session:
 
     def fork(self) -> Session:
         """Returns a session in the same state; neither affects the other."""
-        self._check_weights()
+        self._check_model()
         other = Session.__new__(Session)
         other.__dict__.update(self.__dict__)
         other._batch = self._batch.copy()
@@ -211,11 +220,11 @@ class Session:
                 f"num_tokens={num_tokens}, and the shortest row has "
                 f"{int(lengths.min()) + num_tokens} tokens"
             )
-        # The last token that is left is absorbed anew, as its logits are needed.
-        absorbed = np.minimum(self._batch.absorbed, lengths - 1)
+        # The last token that is left is processed anew, as its logits are needed.
+        processed = np.minimum(self._batch.processed, lengths - 1)
         sites, cache = self._engine.sites, self._batch.cache
-        moves = set(zip(self._batch.absorbed.tolist(), absorbed.tolist()))
-        # Without a cache all is absorbed anew anyway.
+        moves = set(zip(self._batch.processed.tolist(), processed.tolist()))
+        # Without a cache all is processed anew anyway.
         for before, after in () if cache is None else moves:
             layer = find_not_rewindable(sites, cache, before, after)
             if layer is not None:
@@ -228,11 +237,11 @@ class Session:
                 )
         self._turn += 1
         self.tokens = [row[:n] for row, n in zip(self.tokens, lengths)]
-        self._batch.absorbed = absorbed
+        self._batch.processed = processed
 
-    def _absorb(self, tokens: list[np.ndarray], room: int) -> None:
-        """Absorbs all of the rows' tokens that the cache has not."""
-        self.num_prefilled += self._batch.absorb(tokens, room)
+    def _process(self, tokens: list[np.ndarray], room: int) -> None:
+        """Processes all of the rows' tokens that the cache has not."""
+        self.num_prefilled += self._batch.process(tokens, room)
         self.tokens = tokens
 
     def _read(self, inputs: Any) -> list[np.ndarray]:
@@ -302,14 +311,34 @@ class Session:
             )
         return room.astype("int32")
 
-    def _check_weights(self) -> None:
-        now = weights_signature(self._engine.functions, self._task)
-        if now != self._signature:
+    def _check_model(self) -> None:
+        if not self._model.is_current():
             raise ValueError(
                 "The model's weights have changed since the session began, so what "
                 "it remembers is no longer what the model would. Start a new one: "
                 "`lm.start(...)`. Its tokens are in `session.tokens`."
             )
+
+
+class _ModelVersion:
+    """The weights of a model at one time, to be compared with those of later."""
+
+    def __init__(self, task: Any) -> None:
+        self._task = task
+        self._numbers, self._variables = self._read()
+
+    def is_current(self) -> bool:
+        """Returns whether the model is still the same."""
+        version, variables = self._read()
+        same = [a is b for a, b in zip(variables, self._variables)]
+        return version == self._numbers and all(same)
+
+    def _read(self) -> tuple[Any, list[Any]]:
+        owners = (self._task, self._task.backbone)
+        versions = [getattr(owner, "weights_version", 0) for owner in owners]
+        policies = [layer.dtype_policy.name for layer in all_layers(self._task)]
+        variables = list(self._task.weights)
+        return (versions, policies, len(variables)), variables
 
 
 def _join(pieces: list[list], join: Any) -> list:

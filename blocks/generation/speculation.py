@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,10 +10,16 @@ import numpy as np
 from keras import ops
 
 from attention import can_rewind
-from attention.contract import check_positive_int, describe
-from blocks.generation.engine import Engine, is_any, sample_token
-from blocks.generation.running_batch import Block, RunningBatch, pad_stops, to_numpy
-from blocks.generation.sampler_settings import number_settings
+from attention.contract import Cache, Index, Tensor, check_positive_int, describe
+from blocks.generation.compilation import StepKey
+from blocks.generation.engine import Engine, is_any
+from blocks.generation.running_batch import (
+    Block,
+    RunningBatch,
+    check_chosen,
+    to_numpy,
+)
+from blocks.generation.samplers import number_settings, sample_token
 from blocks.generation.token_rows import NO_TOKENS
 
 
@@ -22,7 +27,7 @@ class Speculation:
     """Guesses the next tokens, which the model then verifies in one step.
 
     The model samples a token at every position, as it would without a guess;
-    guesses that equal what it sampled save it a step each, and all behind the
+    guesses that equal what it sampled save it a step each, and all after the
     first that doesn't are dropped. So the outputs are distributed as without,
     whatever is guessed and with any sampler: with greedy sampling they are the
     same.
@@ -41,7 +46,7 @@ class Speculation:
         self.num_tokens = check_positive_int("num_tokens", num_tokens)
 
     def check(self, task: Any) -> None:
-        """Says so when this can't guess for `task`, before any work is done."""
+        """Raises an error if this can't guess for `task`, before any work is done."""
 
     def begin(self, batch_size: int) -> Any:
         """Returns what `propose` keeps of one batch; `None` here."""
@@ -64,7 +69,7 @@ class Speculation:
 
 
 def check_speculation(speculation: Any, task: Any) -> None:
-    """Says so when guesses can't be made for a model.
+    """Raises an error if guesses can't be made for a model.
 
     Args:
         speculation: what the user passed, or `None`.
@@ -199,7 +204,7 @@ class _Draft:
 
     def __init__(self, engine: Engine, batch_size: int) -> None:
         self.batch = RunningBatch(engine, batch_size)
-        # What the batch has absorbed, and a batch to go back to.
+        # What the batch has processed, and a batch to go back to.
         self.seen = [NO_TOKENS] * batch_size
         self.before: tuple[RunningBatch, list[np.ndarray]] | None = None
 
@@ -213,7 +218,7 @@ class _Draft:
         if num_tokens < 1:
             return [row[:0] for row in rows]
         self._go_back(rows, asked)
-        self.batch.absorb(rows, num_tokens)
+        self.batch.process(rows, num_tokens)
         self.seen = [np.asarray(row, "int32") for row in rows]
         if not self._can_go_back(num_tokens):
             self.before = (self.batch.copy(), self.seen)
@@ -222,26 +227,26 @@ class _Draft:
         guesses = [
             row if ask else row[:0] for row, ask in zip(np.concatenate(found, 1), asked)
         ]
-        # The last token is not absorbed.
+        # The last token is not processed.
         self.seen = [np.append(a, b[:-1]) for a, b in zip(self.seen, guesses)]
         return guesses
 
     def _can_go_back(self, num_tokens: int) -> bool:
         batch = self.batch
-        reached, least = int(batch.absorbed.max()), int(batch.absorbed.min())
+        reached, least = int(batch.processed.max()), int(batch.processed.min())
         return can_rewind(batch.engine.sites, batch.cache, reached + num_tokens, least)
 
     def _go_back(self, rows: list[np.ndarray], asked: np.ndarray) -> None:
-        """Takes back what was absorbed but turned out to be wrong."""
+        """Takes back what was processed but turned out to be wrong."""
         if self.before is not None:
             self.batch, self.seen = self.before
             self.before = None
-        right = self.batch.absorbed.copy()
+        right = self.batch.processed.copy()
         for i in np.flatnonzero(asked):
-            # The last token is absorbed anew, as its logits are needed.
+            # The last token is processed anew, as its logits are needed.
             common = _common_length(rows[i], self.seen[i])
             right[i] = min(right[i], common, len(rows[i]) - 1)
-        self.batch.absorbed = right
+        self.batch.processed = right
 
 
 def speculate(
@@ -251,10 +256,10 @@ def speculate(
     room: np.ndarray,
     stops: tuple[int, ...],
 ) -> Iterator[Block]:
-    """`RunningBatch.decode` with guesses.
+    """Continues rows as `RunningBatch.decode`, with guesses.
 
     Args:
-        batch: has absorbed `rows`.
+        batch: has processed `rows`.
         speculation: a `Speculation`.
         rows: for each row all its tokens.
         room: `int32` array `(batch,)`: how many tokens each row may get.
@@ -267,7 +272,7 @@ def speculate(
         return
     engine, guesses = batch.engine, speculation.num_tokens
     memory = speculation.begin(len(rows))
-    stop_array = pad_stops(stops)
+    stop_array = batch.pad_stops(stops)
     token, finished = batch.sample(room, stop_array)
     yield token[:, None], (room > 0)[:, None]
     rows = [np.append(row, new).astype("int32") for row, new in zip(rows, token)]
@@ -283,34 +288,38 @@ def speculate(
         tokens[:, 0] = [row[-1] for row in rows]
         for row, guess in enumerate(proposed):
             tokens[row, 1 : 1 + counts[row]] = guess[: counts[row]]
-        least = int(batch.absorbed.min())
-        reached = int(np.where(finished, 0, batch.absorbed + 1 + counts).max())
+        least = int(batch.processed.min())
+        reached = int(np.where(finished, 0, batch.processed + 1 + counts).max())
         batch.reserve(reached)
         # Many guesses may be more than a small cache takes at once.
         width = min(guesses + 1, batch.capacity, engine.max_positions or batch.capacity)
         tokens, counts = tokens[:, :width], np.minimum(counts, width - 1)
         rewinds = can_rewind(engine.sites, batch.cache, reached, least)
-        verify = engine.functions.get(
-            ("verify", rewinds),
-            functools.partial(_make_verify, engine, rewinds),
-            donate=(0,),
-            sampler=engine.sampler,
+        known, sampler = engine.known_tokens, engine.sampler
+        key = StepKey(
+            "verify", len(rows), batch.capacity, width, variant=(rewinds, known)
         )
         with batch.forgetting_if_it_fails():
-            batch.cache, sampled, valid = verify(
-                batch.cache,
-                tokens,
-                counts,
-                batch.absorbed,
-                room,
-                finished,
-                stop_array,
-                number_settings(engine.sampler),
+            batch.cache, sampled, valid = engine.functions.run(
+                key,
+                lambda key=key: _make_verify(engine, *key.variant),  # type: ignore[misc]
+                (
+                    batch.cache,
+                    tokens,
+                    counts,
+                    batch.processed,
+                    room,
+                    finished,
+                    stop_array,
+                    number_settings(sampler),
+                ),
+                donate=(0,),
+                sampler=sampler,
             )
-            sampled = to_numpy(sampled)
-        valid = to_numpy(valid)
+            sampled, valid = to_numpy(sampled), to_numpy(valid)
+            check_chosen(sampled, valid, batch.processed + 1)
         new = valid.sum(axis=1, dtype="int32")
-        batch.absorbed = batch.absorbed + new
+        batch.processed = batch.processed + new
         room = room - new
         rows = [np.append(row, t[v]) for row, t, v in zip(rows, sampled, valid)]
         last = np.array([row[-1] for row in rows], "int32")
@@ -318,25 +327,27 @@ def speculate(
         yield sampled, valid
 
 
-def _make_verify(engine: Engine, rewinds: bool) -> Callable:
+def _make_verify(engine: Engine, rewinds: bool, known: int | None) -> Callable:
+    sampler = engine.sampler
+
     def verify(
-        cache: Any,
-        tokens: Any,
-        counts: Any,
-        index: Any,
-        room: Any,
-        finished: Any,
-        stops: Any,
-        settings: Any,
-    ) -> Any:
+        cache: Cache,
+        tokens: Tensor,
+        counts: Tensor,
+        index: Index,
+        room: Tensor,
+        finished: Tensor,
+        stops: Tensor,
+        settings: dict[str, Tensor],
+    ) -> tuple[Cache, Tensor, Tensor]:
         rows, width = tokens.shape
         places = ops.arange(width, dtype="int32")[None]
         active = ops.logical_not(finished)[:, None]
         mask = ops.logical_and(places <= counts[:, None], active)
         hidden, updated = engine.forward(cache, tokens, index, mask, donate=rewinds)
-        logits = engine.task.compute_logits(hidden)
+        logits = engine.task.compute_logits(hidden)  # (rows, width, vocabulary)
         logits = ops.reshape(logits, (rows * width, logits.shape[-1]))
-        sampled = sample_token(engine.sampler, logits, settings)
+        sampled = sample_token(sampler, logits, settings, known)
         sampled = ops.reshape(sampled, (rows, width))
         # A sampled token counts if all guesses before it were right, and no row
         # had ended.
@@ -351,7 +362,7 @@ def _make_verify(engine: Engine, rewinds: bool) -> Callable:
         valid = ops.logical_and(ops.cast(reached, "bool"), places < room[:, None])
         valid = ops.logical_and(valid, active)
         if not rewinds:
-            # What was absorbed can't be taken back: absorb what is right again,
+            # What was processed can't be taken back: process what is right again,
             # from the cache as it was.
             _, updated = engine.forward(cache, tokens, index, valid)
         return updated, sampled, valid

@@ -2,17 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 from keras import ops
 
-from attention.contract import check_positive_int, describe, is_concrete
+from attention.contract import (
+    Cache,
+    Tensor,
+    check_positive_int,
+    describe,
+    is_concrete,
+)
+from blocks.generation.compilation import CompiledStep
 from blocks.generation.engine import Engine
 from blocks.generation.prompts import Prompts, read_batches, read_prompts
-from blocks.generation.state import GenerationState
 from blocks.generation.token_rows import check_tokens, vocabulary_size
+
+
+class GenerationState(NamedTuple):
+    """Where a generation stands: all that the next step needs besides weights.
+
+    It is a pytree: it goes through `jax.jit`, `tf.function`, `keras.tree` and
+    loops of any backend. Made by `CausalLM.prefill`, moved on by
+    `CausalLM.decode_step`.
+
+    Attributes:
+        cache: a tuple with the cache of each call of a cached layer.
+        cache_update_index: `int32` tensor of shape `(batch,)`: how many
+            positions of each row the cache holds.
+        logits: tensor of shape `(batch, vocabulary_size)`: of the next token.
+        max_length: `int32` scalar tensor: how many positions each row can have.
+    """
+
+    cache: Cache
+    cache_update_index: Tensor
+    logits: Tensor
+    max_length: Tensor
 
 
 class GenerationSteps:
@@ -21,9 +48,11 @@ class GenerationSteps:
     backbone: Any
     preprocessor: Any
     output: Any
+    # How often `compile` was called.
+    times_compiled = 0
 
     def prefill(self, inputs: Any, max_length: int) -> GenerationState:
-        """Absorbs prompts: the first step of a generation loop of your own.
+        """Reads prompts: the first step of a generation loop of your own.
 
         Args:
             inputs: as for `generate`.
@@ -55,7 +84,7 @@ class GenerationSteps:
         """
         check_positive_int("max_length", max_length)
         prompts, _ = self._read_one("prefill", inputs, max_length, None)
-        logits, cache = self._engine().absorb(
+        logits, cache = self._engine().process(
             None, max_length, prompts.token_ids, 0, prompts.lengths
         )
         index, limit = map(
@@ -66,7 +95,7 @@ class GenerationSteps:
     def decode_step(
         self, tokens: Any, state: GenerationState, donate: bool = False
     ) -> tuple[Any, GenerationState]:
-        """Absorbs one token of each row: the step of a loop of your own.
+        """Processes one token of each row: the step of a loop of your own.
 
         It may be called inside of `jax.jit` or `tf.function`.
 
@@ -79,7 +108,7 @@ class GenerationSteps:
 
         Returns:
             `(logits, state)`: the logits of the next token, of shape `(batch,
-            vocabulary_size)`, and the state behind this one.
+            vocabulary_size)`, and the state after this step.
 
         Raises:
             TypeError: if `state` is no `GenerationState` or `tokens` no
@@ -94,16 +123,25 @@ class GenerationSteps:
                 f"Received: state={describe(state)}"
             )
         engine = self._engine()
-        tokens = self._check_step(tokens, state)
+        tokens, capacity = self._check_step(tokens, state)
         index, limit = state.cache_update_index, state.max_length
-        logits, cache = engine.step(state.cache, tokens, index, limit, donate)
+        logits, cache = engine.step(state.cache, capacity, tokens, index, limit, donate)
         return logits, GenerationState(cache, index + 1, logits, limit)
+
+    @property
+    def compiled_steps(self) -> tuple[CompiledStep, ...]:
+        """What of generation was compiled so far, and why anew.
+
+        Look here, or at what `logging.getLogger("blocks.generation")` says at INFO, for
+        why something recompiles (retraces). Empty on torch, where nothing is compiled.
+        """
+        engine = self.__dict__.get("_generation_engine")
+        return () if engine is None else tuple(engine.functions.steps)
 
     @property
     def compilations(self) -> int:
         """How many steps of generation were compiled so far."""
-        engine = self.__dict__.get("_generation_engine")
-        return 0 if engine is None else engine.functions.count
+        return len(self.compiled_steps)
 
     @property
     def xla_generation(self) -> bool:
@@ -112,8 +150,7 @@ class GenerationSteps:
 
     def _reset_generation(self, jit_compile: Any) -> None:
         self._generation_jit_compile = jit_compile
-        # As in Keras, compiling is how to make changes to a model take effect.
-        self.__dict__.pop("_generation_engine", None)
+        self.times_compiled += 1
 
     def _engine(self) -> Engine:
         engine = self.__dict__.get("_generation_engine")
@@ -157,8 +194,15 @@ class GenerationSteps:
             )
         return batches[0], is_single
 
-    def _check_step(self, tokens: Any, state: GenerationState) -> Any:
-        """Returns the tokens of a step as `int32`, or says what is wrong."""
+    def _check_step(
+        self, tokens: Any, state: GenerationState
+    ) -> tuple[Tensor, int | None]:
+        """Returns the tokens of a step as `int32`, and the capacity where it is known.
+
+        Raises:
+            TypeError: as `decode_step`.
+            ValueError: as `decode_step`.
+        """
         rows = state.logits.shape[0]
         shape = tuple(getattr(tokens, "shape", np.shape(tokens)))
         if shape != (rows,):
@@ -176,12 +220,14 @@ class GenerationSteps:
             values = ops.convert_to_numpy(tokens)[:, None]
             check_tokens(values, vocabulary_size(self))
         index, limit = state.cache_update_index, state.max_length
-        if is_concrete(index) and is_concrete(limit):
+        if not is_concrete(limit):
+            return tokens, None
+        limit = int(ops.convert_to_numpy(limit))
+        if is_concrete(index):
             reached = int(ops.convert_to_numpy(index).max())
-            limit = int(ops.convert_to_numpy(limit))
             if reached >= limit:
                 raise ValueError(
                     f"A row has {reached} tokens, and `state` has room for {limit} "
                     "positions. Call `prefill` with a larger `max_length`."
                 )
-        return tokens
+        return tokens, limit

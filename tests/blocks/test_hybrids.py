@@ -24,7 +24,7 @@ from tests.models import (
     VOCABULARY_SIZE,
     brute_force_greedy,
     make_backbone,
-    make_lm,
+    make_small_lm,
     prompts,
     rows_of,
 )
@@ -118,9 +118,8 @@ every_model = pytest.mark.parametrize("name", [*MIXERS, "rwkv"])
 
 
 @every_model
-@pytest.mark.usefixtures("small_generation_sizes")
 def test_generation_equals_no_cache_at_all(name):
-    lm = make_lm(make(name))
+    lm = make_small_lm(make(name))
     outputs = lm.generate(prompts(RAGGED), stop_token_ids=None, max_new_tokens=9)
     limits = [len(row) + 9 for row in RAGGED]
     assert rows_of(outputs) == brute_force_greedy(lm, RAGGED, limits, width=18)
@@ -141,9 +140,8 @@ class Guess(Speculation):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*MIXERS, "rwkv"])
-@pytest.mark.usefixtures("small_generation_sizes")
 def test_speculation_and_sessions(name):
-    lm = make_lm(make(name))
+    lm = make_small_lm(make(name))
     first, more = [3, 1, 4, 1, 5, 9, 2, 6], [5, 3]
     options = {"stop_token_ids": None, "max_new_tokens": 9}
     expected = brute_force_greedy(lm, [first], [17], width=26)[0]
@@ -177,7 +175,7 @@ def test_only_attention_to_everything_needs_more_for_longer_sequences(name):
 
 @pytest.mark.parametrize("name", [slow("hybrid"), "mamba2"])
 def test_they_learn_and_are_saved(name, tmp_path):
-    lm = make_lm(make(name, num_layers=4 if name == "hybrid" else 1))
+    lm = make_small_lm(make(name, num_layers=4 if name == "hybrid" else 1))
     tokens = np.random.default_rng(0).integers(1, 9, (16, 10)).astype("int32")
     inputs = {"token_ids": tokens, "padding_mask": np.ones_like(tokens)}
     history = lm.fit(inputs, tokens, epochs=3, batch_size=8, verbose=0)

@@ -18,13 +18,11 @@ from tests.models import (
     VOCABULARY_SIZE,
     brute_force_greedy,
     check_generation,
-    make_lm,
+    make_small_lm,
     prompts,
     randomize,
     rows_of,
 )
-
-pytestmark = pytest.mark.usefixtures("small_generation_sizes")
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)
@@ -97,7 +95,7 @@ def test_it_learns_and_is_saved(tmp_path):
     expected = rows_of(lm.generate(prompts(RAGGED), stop_token_ids=None, max_length=13))
     assert expected == brute_force_greedy(lm, RAGGED, [13] * 3)
     lm.backbone.save(tmp_path / "backbone.keras")
-    restored = make_lm(keras.models.load_model(tmp_path / "backbone.keras"))
+    restored = make_small_lm(keras.models.load_model(tmp_path / "backbone.keras"))
     lm.save(tmp_path / "lm.keras")
     for other in (restored, keras.models.load_model(tmp_path / "lm.keras")):
         outputs = other.generate(prompts(RAGGED), stop_token_ids=None, max_length=13)

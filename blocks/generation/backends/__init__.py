@@ -1,1 +1,1 @@
-"""Code that exists for the compiler of one backend, with what it saves."""
+"""What exists for one backend: how a step is compiled, and what its compiler needs."""

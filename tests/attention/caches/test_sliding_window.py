@@ -36,7 +36,7 @@ from tests.models import (
     RAGGED,
     brute_force_greedy,
     make_backbone,
-    make_lm,
+    make_small_lm,
     prompts,
     rows_of,
 )
@@ -258,9 +258,8 @@ def local_and_global():
     return make_backbone(LocalAndGlobal, num_layers=3)
 
 
-@pytest.mark.usefixtures("small_generation_sizes")
 def test_layers_of_both_kinds_in_one_model():
-    lm = make_lm(local_and_global())
+    lm = make_small_lm(local_and_global())
     outputs = lm.generate(prompts(RAGGED), stop_token_ids=None, max_new_tokens=13)
     limits = [len(row) + 13 for row in RAGGED]
     assert rows_of(outputs) == brute_force_greedy(lm, RAGGED, limits)
@@ -284,7 +283,7 @@ def leaves(cache):
 
 
 def test_a_session_takes_back_only_what_a_window_still_holds():
-    lm = make_lm(local_and_global())
+    lm = make_small_lm(local_and_global())
     session = lm.start(prompts([[5, 6, 7]]))
     session.generate(max_new_tokens=9, stop_token_ids=None)
     with raises(ValueError, "can't go back", "has dropped"):

@@ -23,7 +23,7 @@ from tests.helpers import (
     sample,
     to_numpy,
 )
-from tests.models import make_lm, next_token_logits, prompts
+from tests.models import make_small_lm, next_token_logits, prompts
 
 PREFIX = 9
 
@@ -44,7 +44,6 @@ class PrefixBackbone(CustomBackbone):
         return PrefixDecoder(self.intermediate_dim, self.num_heads)
 
 
-@pytest.mark.usefixtures("small_generation_sizes")
 def test_a_model_with_a_prefix_absorbs_its_prompt_at_once():
     backbone = PrefixBackbone(60, 2, 4, 16, 32, learned_positions=False)
     assert call_sites(backbone).whole_prompt
@@ -53,7 +52,7 @@ def test_a_model_with_a_prefix_absorbs_its_prompt_at_once():
     for seed, weight in enumerate(backbone.trainable_weights):
         value = np.random.default_rng(seed).normal(scale=0.3, size=weight.shape)
         weight.assign(to_numpy(weight) + value)
-    lm = make_lm(backbone)
+    lm = make_small_lm(backbone)
     rows = [list(range(1, 14)), list(range(20, 30))]  # chunks are of 3 tokens here
     state = lm.prefill(prompts(rows), max_length=20)
     expected = next_token_logits(lm, rows, 20)

@@ -1,16 +1,20 @@
 """Generation is never stale: training, loading, LoRA, quantization, other samplers."""
 
+from typing import NamedTuple
+
 import keras
 import keras_hub
 import numpy as np
 import pytest
 
+from blocks import CustomBackbone
 from tests.models import (
     RAGGED,
     brute_force_greedy,
     check_generation,
     make_backbone,
     make_lm,
+    make_small_lm,
     prompts,
     randomize,
     rows_of,
@@ -138,3 +142,41 @@ def test_other_samplers_and_other_settings_are_noticed(training_lm):
     assert generate() == greedy
     lm.compile(sampler="greedy")
     assert generate() == greedy
+
+
+# === However layers are kept ===
+
+
+class Kernels(NamedTuple):
+    """Sublayers in a named tuple, which is no list that Keras would wrap."""
+
+    inner: keras.layers.Layer
+    outer: keras.layers.Layer
+
+
+class InTuples(keras.layers.Layer):
+    def __init__(self, width):
+        super().__init__()
+        dense = [keras.layers.Dense(width) for _ in range(4)]
+        self.kernels = Kernels(*dense[:2])
+        self.others = tuple(dense[2:])
+
+    def call(self, x):
+        for layer in (*self.kernels, *self.others):
+            x = layer(x)
+        return x
+
+
+class TupleBackbone(CustomBackbone):
+    def create_ffn(self, inputs_shape, layer_index):
+        return InTuples(inputs_shape[-1])
+
+
+@pytest.mark.xla
+@pytest.mark.parametrize("mode", [None, "activations"])
+def test_sublayers_in_tuples_and_remat_scopes(mode):
+    with keras.RematScope(mode=mode):
+        lm = make_small_lm(make_backbone(TupleBackbone, num_layers=1))
+    check_generation(lm)
+    fit(lm)
+    check_generation(lm)

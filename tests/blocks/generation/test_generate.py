@@ -17,24 +17,22 @@ from tests.models import (
     byte_preprocessor,
     check_generation,
     make_backbone,
-    make_lm,
+    make_small_lm,
     make_variant,
     prompts,
     rows_of,
 )
 
-pytestmark = pytest.mark.usefixtures("small_generation_sizes")
-
 
 @pytest.fixture(scope="module")
 def lm():
-    return make_lm(make_backbone(num_layers=1))
+    return make_small_lm(make_backbone(num_layers=1))
 
 
 @pytest.fixture(scope="module")
 def text_lm():
     backbone = make_backbone(num_layers=1, vocabulary_size=256)
-    return make_lm(backbone, byte_preprocessor())
+    return make_small_lm(backbone, byte_preprocessor())
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +49,7 @@ def expected(lm):
     "variant", [x if x in ("gqa", "rotary", "t5") else slow(x) for x in VARIANTS]
 )
 def test_every_variant_equals_brute_force(variant):
-    lm = make_lm(make_variant(variant))
+    lm = make_small_lm(make_variant(variant))
     check_generation(lm, 13)
 
 
@@ -130,7 +128,7 @@ def test_a_prompt_without_room_is_returned_as_it_is(lm, expected):
     assert rows_of(outputs) == [row[:7] for row in expected]
     full = prompts([RAGGED[1]])
     for sampler in ("greedy", "beam"):
-        other = make_lm(lm.backbone, sampler=sampler)
+        other = make_small_lm(lm.backbone, sampler=sampler)
         outputs = other.generate(full, stop_token_ids=None, max_length=7)
         np.testing.assert_array_equal(outputs["token_ids"], full["token_ids"])
     # Where nobody said how far to go, it is not what was meant.
@@ -308,7 +306,7 @@ def test_texts_that_grow_when_tokenized_are_not_cut():
         def tokenize(self, inputs):
             return super().tokenize(tf.strings.join([inputs] * 3))
 
-    lm = make_lm(
+    lm = make_small_lm(
         make_backbone(num_layers=1, vocabulary_size=256),
         byte_preprocessor(),
     )
@@ -336,7 +334,7 @@ def test_nothing_is_compiled_twice():
         def create_ffn(self, inputs_shape, layer_index):
             return CountingDense(inputs_shape[-1])
 
-    lm = make_lm(make_backbone(CountingBackbone, num_layers=1))
+    lm = make_small_lm(make_backbone(CountingBackbone, num_layers=1))
 
     def generate(rows, **kwargs):
         before = CountingDense.calls
@@ -363,7 +361,7 @@ def test_nothing_is_compiled_twice():
     [("mixed_bfloat16", ["greedy", "beam"]), ("bfloat16", ["greedy"])],
 )
 def test_lower_precision_generates(dtype, samplers):
-    lm = make_lm(make_backbone(dtype=dtype, num_layers=1))
+    lm = make_small_lm(make_backbone(dtype=dtype, num_layers=1))
     assert lm.backbone.transformer_layers[0].compute_dtype == "bfloat16"
     for sampler in samplers:
         lm.compile(sampler=sampler)

@@ -1,5 +1,6 @@
 """The public steps of generation, and what a compiled step does to memory."""
 
+import dataclasses
 import functools
 import re
 
@@ -9,17 +10,19 @@ import pytest
 from keras import ops, tree
 
 from attention import LatentAttention, RotaryAttention
-from blocks import CausalLM, CustomBackbone, GenerationState
-from blocks.generation import engine, running_batch, state
-from blocks.generation.state import chunk_length, round_up_capacity
+from blocks import CausalLM, CustomBackbone, GenerationSizes, GenerationState
+from blocks.generation import engine
+from blocks.generation.compilation import StepKey
 from tests.helpers import raises
 from tests.hybrid import HybridBackbone
 from tests.models import (
     RAGGED,
+    SMALL_SIZES,
     GroupedBackbone,
     brute_force_greedy,
     make_backbone,
     make_lm,
+    make_small_lm,
     make_variant,
     next_token_logits,
     prompts,
@@ -129,10 +132,12 @@ def test_errors_of_steps():
         assert full.tolist() == [False, True, False]
 
 
-# === What is absorbed at once, and how large caches are ===
+# === What is processed at once, and how large caches are ===
 
 
 def test_capacities_and_chunks():
+    sizes = GenerationSizes()
+    round_up_capacity, chunk_length = sizes.round_up_capacity, sizes.chunk_length
     capacities = sorted({round_up_capacity(n) for n in range(1, 5000)})
     assert capacities == [144, 288, 576, 864, 1152, 1728, 2304, 3456, 4608, 6912]
     assert all(n <= round_up_capacity(n) < 2 * max(n, 72.5) for n in range(1, 5000))
@@ -140,12 +145,13 @@ def test_capacities_and_chunks():
     # A long prompt of many rows is bounded, too.
     assert chunk_length(8, 10**5) == 128
     assert chunk_length(10**4, 10**5) == 32
+    with raises(ValueError, "`min_chunk`", "0"):
+        GenerationSizes(min_chunk=0)
 
 
-@pytest.mark.usefixtures("small_sizes_in_this_test")
 @pytest.mark.parametrize("kind", ["mha", "rotary", "t5"])
-def test_long_prompts_are_absorbed_in_chunks(kind, monkeypatch):
-    lm = make_lm(make_variant(kind))
+def test_long_prompts_are_processed_in_chunks(kind, monkeypatch):
+    lm = make_small_lm(make_variant(kind))
     rows = [[(7 * i + j) % 60 for i in range(n)] for j, n in enumerate((30, 1, 13, 16))]
     widths = set()
     hidden_states = engine.Engine.hidden_states
@@ -163,21 +169,20 @@ def test_long_prompts_are_absorbed_in_chunks(kind, monkeypatch):
     assert 1 in widths
 
 
-@pytest.mark.usefixtures("small_sizes_in_this_test")
 def test_short_prompts_do_not_wait_for_long_ones(monkeypatch):
-    monkeypatch.setattr(running_batch, "MIN_TOKENS_SAVED", 8)
-    lm = make_lm(make_backbone())
-    absorbed = []
-    absorb = engine.Engine.absorb
+    sizes = dataclasses.replace(SMALL_SIZES, min_tokens_saved=8)
+    lm = make_lm(make_backbone(), generation_sizes=sizes)
+    processed = []
+    process = engine.Engine.process
 
     def spy(self, cache, capacity, tokens, index, lengths, *args):
-        absorbed.append((capacity, lengths.tolist()))
-        return absorb(self, cache, capacity, tokens, index, lengths, *args)
+        processed.append((capacity, lengths.tolist()))
+        return process(self, cache, capacity, tokens, index, lengths, *args)
 
-    monkeypatch.setattr(engine.Engine, "absorb", spy)
+    monkeypatch.setattr(engine.Engine, "process", spy)
     rows = [[1, 2], list(range(1, 31)), [5, 6, 7], [8]]
     out = lm.generate(prompts(rows), stop_token_ids=None, max_new_tokens=6)
-    assert absorbed == [(8, [1, 2, 3]), (32, [30])]
+    assert processed == [(8, [1, 2, 3]), (32, [30])]
     limits = [len(row) + 6 for row in rows]
     assert rows_of(out) == brute_force_greedy(lm, rows, limits, width=40)
 
@@ -186,12 +191,21 @@ def test_short_prompts_do_not_wait_for_long_ones(monkeypatch):
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="torch compiles nothing")
-def test_few_compilations_for_many_lengths():
+def test_few_compilations_for_many_lengths(monkeypatch):
+    warned = []
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        # Of frequent retracing, for instance.
+        monkeypatch.setattr(
+            tf.get_logger(), "warning", lambda *args: warned.append(args)
+        )
     lm = make_lm(make_backbone(max_sequence_length=1024, num_layers=1))
     for length in np.linspace(1, 512, 50).astype(int):
         row = [int(i) % 60 for i in range(length)]
         lm.generate(prompts([row]), stop_token_ids=None, max_new_tokens=8)
     assert 0 < lm.compilations <= 8
+    assert warned == []
 
 
 class WindowBackbone(CustomBackbone):
@@ -232,7 +246,12 @@ def test_a_decode_step_moves_no_cache_and_no_kernel(kind, rows_differ, batch_siz
     lm.compile(sampler="greedy")
     lm.generate(prompts([[1]]), stop_token_ids=None, max_new_tokens=2)
     steps = lm._engine()
-    decode = steps.functions.get("decode", steps._make_decode, (0,), lm.sampler)
+    decode = steps.functions.get(
+        StepKey("decode", batch_size, capacity),
+        lambda: steps.make_decode(None),
+        donate=(0,),
+        sampler=lm.sampler,
+    )
     cache = steps.create_cache(batch_size, capacity)
     shape = (batch_size,)
     arguments = tree.map_structure(
@@ -248,7 +267,7 @@ def test_a_decode_step_moves_no_cache_and_no_kernel(kind, rows_differ, batch_siz
             {"temperature": np.float32(1.0)},
         ),
     )
-    hlo = decode.lower(*arguments).compile().as_text()
+    hlo = decode.jitted.lower(decode.values(), *arguments).compile().as_text()
     # Every part of the cache that comes in goes out in the same memory.
     alias = re.search(r"input_output_alias=\{(.*?)\}, entry", hlo).group(1)
     assert alias.count("may-alias") >= len(tree.flatten(cache))
@@ -278,7 +297,3 @@ def test_a_decode_step_moves_no_cache_and_no_kernel(kind, rows_differ, batch_siz
         # And no kernel is laid out anew in every step.
         assert int(np.prod(shape)) not in kernels, line
     assert written >= len(shapes)
-
-
-def test_sizes_are_those_of_the_module():
-    assert (engine.BLOCK_STEPS, state.MIN_CAPACITY, state.MIN_CHUNK) == (32, 144, 32)

@@ -1,7 +1,6 @@
 """Every sampler of KerasHub, a user's own, and the ways to compile."""
 
 import threading
-import types
 
 import keras
 import keras_hub
@@ -15,13 +14,11 @@ from tests.models import (
     brute_force_greedy,
     log_softmax,
     make_backbone,
-    make_lm,
+    make_small_lm,
     next_token_logits,
     prompts,
     rows_of,
 )
-
-pytestmark = pytest.mark.usefixtures("small_generation_sizes")
 
 
 def sample(lm, sampler, rows=RAGGED, stop_token_ids=None, **kwargs):
@@ -33,7 +30,7 @@ def sample(lm, sampler, rows=RAGGED, stop_token_ids=None, **kwargs):
 @pytest.fixture(scope="module")
 def sampling_lm():
     """A model that tests may compile anew."""
-    return make_lm(make_backbone(num_layers=1))
+    return make_small_lm(make_backbone(num_layers=1))
 
 
 @pytest.fixture(scope="module")
@@ -154,25 +151,32 @@ def test_a_users_sampler(sampling_lm, expected):
     rows = sample(sampling_lm, sampler)
     new = {t for row, p in zip(rows, RAGGED) for t in row[len(p) :]}
     assert not new & set(first)
-    # Another array on the same sampler counts from the next call on.
+    # Another array on the same sampler counts once the model is compiled again.
     sampler.forbidden = np.zeros(VOCABULARY_SIZE, "float32")
-    x = prompts(RAGGED)
-    rows = rows_of(sampling_lm.generate(x, stop_token_ids=None, max_length=13))
-    assert rows == expected
+    assert sample(sampling_lm, sampler) == expected
 
 
 class Delegating(keras_hub.samplers.Sampler):
-    """A user's own sampler whose seed and settings are another's."""
+    """A user's own sampler that keeps the contract: another's seed and settings count."""
 
     def __init__(self, inner):
         super().__init__()
         self.inner = [inner]
+        self.drawn = keras.Variable(0, dtype="int32", trainable=False)
+
+    @property
+    def variables(self):
+        return [*self.inner[0].variables, self.drawn]
+
+    def get_config(self):
+        return {"inner": self.inner[0]}
 
     def get_next_token(self, probabilities):
+        self.drawn.assign(self.drawn + 1)
         return self.inner[0].get_next_token(probabilities)
 
 
-def test_seeds_move_on_wherever_they_are(sampling_lm):
+def test_what_counts_of_a_sampler_is_its_config_and_its_variables(sampling_lm):
     def make():
         return keras_hub.samplers.TopPSampler(p=0.99, seed=7)
 
@@ -181,55 +185,20 @@ def test_seeds_move_on_wherever_they_are(sampling_lm):
     for sampler, rows in ((make(), expected), (Delegating(make()), found)):
         sampling_lm.compile(sampler=sampler)
         rows += [rows_of(sampling_lm.generate(x, **options)) for _ in range(2)]
+    # Each call draws anew, as does each step.
     assert found == expected
     assert found[0] != found[1]
-    # So small a `p` lets only the likeliest token through.
+    # The longest row gets 12 tokens in each of two calls.
+    assert int(sampler.drawn) == 24
+    # So small a `p` lets only the likeliest token through: the config has changed.
     sampler.inner[0].p = 1e-6
     greedy = brute_force_greedy(sampling_lm, RAGGED, [13] * 3)
     assert rows_of(sampling_lm.generate(x, **options)) == greedy
-
-
-class Forced(keras_hub.samplers.Sampler):
-    """Chooses the token that is set, wherever that is."""
-
-    def __init__(self):
-        super().__init__()
-        self.token = 1
-        self._token = 0
-        self.settings = types.SimpleNamespace(token=0)
-        self.tokens = {0}
-        self.variable = keras.Variable(0, dtype="int32", trainable=False)
-        self.chosen = keras.Variable(0, dtype="int32", trainable=False)
-        self.traced = 0
-
-    def get_next_token(self, probabilities):
-        self.traced += 1
-        self.chosen.assign(self.chosen + 1)
-        token = self.token + self._token + self.settings.token + sum(self.tokens)
-        token = ops.convert_to_tensor(self.variable) + token
-        return ops.broadcast_to(token, (ops.shape(probabilities)[0],))
-
-
-def test_whatever_is_set_on_a_sampler_counts(sampling_lm):
-    sampler = Forced()
-    changes = [
-        lambda: None,
-        lambda: setattr(sampler, "_token", 1),
-        lambda: setattr(sampler.settings, "token", 1),
-        lambda: sampler.tokens.add(1),
-        lambda: sampler.variable.assign(1),
-    ]
-    for expected, change in enumerate(changes, start=1):
-        change()
-        rows = sample(sampling_lm, sampler, [[1, 2, 3]])
-        assert rows[0][3:] == [expected] * 10
-        assert int(sampler.chosen) == 10 * expected
-    # What tracing itself changes, and another value of a variable, compile nothing.
+    # Another value of a variable compiles nothing.
     before = sampling_lm.compilations
-    sampler.variable.assign(2)
-    x = prompts([[1, 2, 3]])
-    rows = rows_of(sampling_lm.generate(x, stop_token_ids=None, max_length=13))
-    assert rows[0][3:] == [6] * 10
+    sampler.drawn.assign(0)
+    sampling_lm.generate(x, **options)
+    assert int(sampler.drawn) == 12
     assert sampling_lm.compilations == before
 
 

@@ -1,10 +1,13 @@
 """Settings of samplers, several continuations of a prompt, and nothing stale."""
 
+import logging
+
 import keras
 import keras_hub
 import numpy as np
 import pytest
 
+from blocks import PromptLookup
 from blocks.generation import engine, progress
 from tests.helpers import raises
 from tests.models import (
@@ -12,12 +15,10 @@ from tests.models import (
     brute_force_greedy,
     byte_preprocessor,
     make_backbone,
-    make_lm,
+    make_small_lm,
     prompts,
     rows_of,
 )
-
-pytestmark = pytest.mark.usefixtures("small_generation_sizes")
 
 
 def generate(lm, rows=RAGGED, **kwargs):
@@ -34,7 +35,7 @@ def generate(lm, rows=RAGGED, **kwargs):
     ],
 )
 def test_settings_count_without_compiling_anew(name, settings):
-    lm = make_lm(make_backbone(num_layers=1))
+    lm = make_small_lm(make_backbone(num_layers=1))
     greedy = rows_of(generate(lm))
     sampler = getattr(keras_hub.samplers, name)(seed=1)
     lm.compile(sampler=sampler)
@@ -53,7 +54,7 @@ def test_settings_count_without_compiling_anew(name, settings):
 
 @pytest.mark.skipif(keras.config.backend() == "torch", reason="torch compiles nothing")
 def test_what_needs_compiling_anew_gets_it():
-    lm = make_lm(make_backbone(num_layers=1))
+    lm = make_small_lm(make_backbone(num_layers=1))
     sampler = keras_hub.samplers.TopKSampler(k=1, seed=1)
     lm.compile(sampler=sampler)
     greedy = rows_of(generate(lm))
@@ -66,17 +67,17 @@ def test_what_needs_compiling_anew_gets_it():
 
 def test_several_continuations_share_the_prefill(monkeypatch):
     backbone = make_backbone(num_layers=1)
-    lm = make_lm(backbone, sampler=keras_hub.samplers.RandomSampler(seed=5))
-    absorbed = []
-    absorb = engine.Engine.absorb
+    lm = make_small_lm(backbone, sampler=keras_hub.samplers.RandomSampler(seed=5))
+    processed = []
+    process = engine.Engine.process
 
     def spy(self, cache, capacity, tokens, *args):
-        absorbed.append(len(tokens))
-        return absorb(self, cache, capacity, tokens, *args)
+        processed.append(len(tokens))
+        return process(self, cache, capacity, tokens, *args)
 
-    monkeypatch.setattr(engine.Engine, "absorb", spy)
+    monkeypatch.setattr(engine.Engine, "process", spy)
     out = generate(lm, num_return_sequences=4)
-    assert absorbed == [3]
+    assert processed == [3]
     assert out["token_ids"].shape == out["padding_mask"].shape == (3, 4, 13)
     for i, prompt in enumerate(RAGGED):
         row = {key: x[i] for key, x in out.items()}
@@ -99,7 +100,7 @@ def test_several_continuations_share_the_prefill(monkeypatch):
 
 def test_several_continuations_of_text():
     backbone = make_backbone(num_layers=1, vocabulary_size=256)
-    lm = make_lm(backbone, byte_preprocessor(end_token=None))
+    lm = make_small_lm(backbone, byte_preprocessor(end_token=None))
     one = lm.generate("ab", num_return_sequences=2)
     assert one == [lm.generate("ab")] * 2
     several = lm.generate(["ab", "cd"], num_return_sequences=3)
@@ -107,7 +108,7 @@ def test_several_continuations_of_text():
 
 
 def test_settings_that_can_not_be():
-    lm = make_lm(make_backbone(num_layers=1))
+    lm = make_small_lm(make_backbone(num_layers=1))
     for sampler, name in (
         (keras_hub.samplers.RandomSampler(temperature=0.0), "temperature"),
         (keras_hub.samplers.TopPSampler(p=0.0), "p"),
@@ -124,30 +125,102 @@ def test_settings_that_can_not_be():
         generate(lm)
 
 
-# === Nothing stale ===
+# === Nothing stale, and nothing compiled without need ===
 
 
-def test_another_dtype_is_noticed():
-    lm = make_lm(make_backbone(num_layers=1))
-    x = prompts(RAGGED)
-    before = lm.compilations
-    lm.generate(x, stop_token_ids=None, max_length=12)
-    first = lm.compilations
-    # Deep inside of the model, where no variable changes.
-    dense = lm.backbone.transformer_layers[0].self_attention.query_dense
-    computed = []
-    call = dense.call
+@pytest.mark.skipif(keras.config.backend() == "torch", reason="torch compiles nothing")
+def test_what_was_compiled_and_why(caplog):
+    caplog.set_level(logging.INFO, logger="blocks.generation")
+    lm = make_small_lm(make_backbone(num_layers=1))
+    assert lm.compiled_steps == ()
 
-    def spy(inputs, *args, **kwargs):
-        computed.append(keras.backend.standardize_dtype(inputs.dtype))
-        return call(inputs, *args, **kwargs)
+    def compiled(change, **kwargs):
+        before = lm.compilations
+        change()
+        generate(lm, **kwargs)
+        return [(x.step, x.reason) for x in lm.compiled_steps[before:]]
 
-    dense.call = spy
-    dense.dtype_policy = "mixed_bfloat16"
-    lm.generate(x, stop_token_ids=None, max_length=12)
-    assert set(computed) == {"bfloat16"}
-    if keras.config.backend() != "torch":
-        assert lm.compilations - first == first - before
+    steps = ("prefill", "sample", "decode")
+    found = compiled(lambda: None, max_new_tokens=1)
+    assert found == [("prefill", "first time"), ("sample", "first time")]
+    first = lm.compiled_steps[0]
+    assert (first.batch_size, first.capacity, first.chunk) == (3, 8, 3)
+    found = compiled(lambda: None, max_new_tokens=1, rows=[[1, 2]])
+    assert found == [("prefill", "new shape"), ("sample", "new shape")]
+    assert compiled(lambda: None) == [
+        ("prefill", "new shape"),
+        ("decode", "first time"),
+    ]
+    assert caplog.text.count("Compiling") == lm.compilations == 6
+    # An equal sampler, also another object, keeps what was compiled.
+    for sampler in ("greedy", keras_hub.samplers.GreedySampler(temperature=2.0)):
+        assert compiled(lambda sampler=sampler: lm.compile(sampler=sampler)) == []
+    found = compiled(lambda: lm.compile(sampler=keras_hub.samplers.TopKSampler(seed=1)))
+    assert found == [(step, "another sampler") for step in steps[1:]]
+    # But for its seed, which counts.
+    lm.compile(sampler=keras_hub.samplers.TopKSampler(seed=2))
+    assert compiled(lambda: setattr(lm.sampler, "temperature", 5.0)) == []
+    drawn = rows_of(generate(lm))
+    assert rows_of(generate(lm)) != drawn
+    lm.compile(sampler=keras_hub.samplers.TopKSampler(temperature=5.0, seed=2))
+    assert compiled(lambda: None) == []
+    assert rows_of(generate(lm)) == drawn
+    for change, reason in (
+        (lambda: lm.backbone.enable_lora(2), "weights replaced"),
+        (
+            # Deep inside of the model, where no variable changes.
+            lambda: setattr(
+                lm.backbone.transformer_layers[0].self_attention.query_dense,
+                "dtype_policy",
+                "mixed_bfloat16",
+            ),
+            "dtype policy changed",
+        ),
+    ):
+        assert compiled(change) == [(step, reason) for step in steps]
+    lm.compile(sampler=lm.sampler, run_eagerly=True)
+    assert compiled(lambda: None) == []
+    found = compiled(lambda: lm.compile(sampler=lm.sampler))
+    assert [step for step, _ in found] == list(steps)
+
+
+# === What can't be chosen ===
+
+
+@pytest.mark.parametrize("sampler", ["greedy", "top_k", "top_p", "beam", "contrastive"])
+def test_logits_that_are_nan_are_an_error(sampler):
+    lm = make_small_lm(make_backbone(num_layers=1), sampler=sampler)
+    (table,) = (w for w in lm.weights if tuple(w.shape) == (64, 16))
+    values = keras.ops.convert_to_numpy(table).copy()
+    # The prompts are read without: only what comes after position 9 is wrong.
+    values[9] = np.nan
+    table.assign(values)
+    searches = sampler in ("beam", "contrastive")
+    for speculation in [None] if searches else [None, PromptLookup()]:
+        exact = sampler == "greedy" and speculation is None
+        row = "After 10 tokens of row 1" if exact else "row"
+        with raises(ValueError, "NaN or infinite", row, "`lm.get_weights()`"):
+            generate(lm, max_new_tokens=9, speculation=speculation)
+
+
+@pytest.mark.parametrize("sampler", ["random", "top_k", "top_p", "beam", "contrastive"])
+def test_tokens_that_the_tokenizer_has_not_are_never_chosen(sampler):
+    backbone = make_backbone(num_layers=1, vocabulary_size=300)
+    # Without them, nearly all tokens would be among the last 44.
+    embeddings = backbone.token_embedding.embeddings
+    values = keras.ops.convert_to_numpy(embeddings).copy()
+    values[256:] *= 30.0
+    embeddings.assign(values)
+    preprocessor = byte_preprocessor(end_token=None)
+    lm = make_small_lm(backbone, preprocessor, sampler=sampler)
+    options = {"stop_token_ids": None, "max_new_tokens": 9}
+    searches = sampler in ("beam", "contrastive")
+    for speculation in [None] if searches else [None, PromptLookup()]:
+        outputs = lm.generate(prompts(RAGGED), **options, speculation=speculation)
+        assert outputs["token_ids"].max() < 256
+    assert isinstance(lm.generate("ab", **options), str)
+    free = make_small_lm(backbone, sampler=sampler).generate(prompts(RAGGED), **options)
+    assert free["token_ids"].max() >= 256
 
 
 # === Progress ===
@@ -165,15 +238,15 @@ def test_another_dtype_is_noticed():
 )
 def test_progress(monkeypatch, capsys, verbose, watched, slow, shown):
     monkeypatch.setattr(progress, "_is_watched", lambda: watched)
-    monkeypatch.setattr(progress, "MIN_SECONDS", 0.0 if slow else 1e9)
-    assert list(progress.with_progress([1, 2, 3], verbose)) == [1, 2, 3]
+    seconds = 0.0 if slow else 1e9
+    assert list(progress.with_progress([1, 2, 3], verbose, seconds)) == [1, 2, 3]
     assert ("3/3" in capsys.readouterr().out) is shown
 
 
 def test_progress_over_a_dataset(capsys):
     import tensorflow as tf
 
-    lm = make_lm(make_backbone(num_layers=1))
+    lm = make_small_lm(make_backbone(num_layers=1))
     data = tf.data.Dataset.from_tensor_slices(prompts(RAGGED)).batch(1)
     options = {"stop_token_ids": None, "max_new_tokens": 3}
     quiet = lm.generate(data, **options)

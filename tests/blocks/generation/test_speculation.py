@@ -12,13 +12,11 @@ from tests.models import (
     RotaryBackbone,
     brute_force_greedy,
     make_backbone,
-    make_lm,
+    make_small_lm,
     prompts,
     randomize,
     rows_of,
 )
-
-pytestmark = pytest.mark.usefixtures("small_generation_sizes")
 
 BACKBONES = {
     "learned": lambda **kwargs: make_backbone(**kwargs),
@@ -33,7 +31,7 @@ def other_model(kind="learned"):
     """A model that guesses wrong most of the time."""
     backbone = BACKBONES[kind](num_layers=2)
     randomize(backbone, seed=5)
-    return make_lm(backbone)
+    return make_small_lm(backbone)
 
 
 class Scripted(Speculation):
@@ -57,7 +55,7 @@ class Scripted(Speculation):
 
 @pytest.mark.parametrize("kind", [slow("learned"), "rotary", "hybrid"])
 def test_whatever_is_guessed_the_output_is_the_same(kind):
-    lm = make_lm(BACKBONES[kind](num_layers=2 if kind == "hybrid" else 1))
+    lm = make_small_lm(BACKBONES[kind](num_layers=2 if kind == "hybrid" else 1))
     options = {"stop_token_ids": None, "max_new_tokens": 12}
     expected = rows_of(lm.generate(prompts(RAGGED), **options))
     limits = [len(row) + 12 for row in RAGGED]
@@ -86,7 +84,7 @@ def test_whatever_is_guessed_the_output_is_the_same(kind):
 
 @pytest.mark.xla
 def test_stop_tokens_within_a_guess():
-    lm = make_lm(make_backbone())
+    lm = make_small_lm(make_backbone())
     whole = rows_of(
         lm.generate(prompts(RAGGED), stop_token_ids=None, max_new_tokens=12)
     )
@@ -100,8 +98,8 @@ def test_stop_tokens_within_a_guess():
 
 
 def test_limits_of_rows_and_of_positions():
-    lm = make_lm(make_backbone(max_sequence_length=16))
-    small = make_lm(make_backbone(max_sequence_length=12, num_layers=1))
+    lm = make_small_lm(make_backbone(max_sequence_length=16))
+    small = make_small_lm(make_backbone(max_sequence_length=12, num_layers=1))
     options = {"stop_token_ids": None, "max_length": 16}
     # The last row is at its limit from the start.
     rows = [*RAGGED, list(range(16))]
@@ -125,7 +123,7 @@ def test_more_guesses_than_a_cache_has_room_for(kind):
 
 def test_the_distribution_stays_the_same():
     """A draft that always says the same must not make that more likely."""
-    lm = make_lm(make_backbone(num_layers=1))
+    lm = make_small_lm(make_backbone(num_layers=1))
     rows = [[1, 2, 3]] * 400
 
     class Always(Speculation):
@@ -173,7 +171,7 @@ def test_prompt_lookup_finds_the_latest_and_longest():
 
 
 def test_errors():
-    lm = make_lm(make_backbone(num_layers=1))
+    lm = make_small_lm(make_backbone(num_layers=1))
     x = prompts(RAGGED)
     with raises(TypeError, "`model`", "CausalLM"):
         DraftModel(lm.backbone)
@@ -181,7 +179,7 @@ def test_errors():
         PromptLookup(max_ngram=1, min_ngram=2)
     with raises(TypeError, "`speculation`", "PromptLookup"):
         lm.generate(x, stop_token_ids=None, max_length=9, speculation="lookup")
-    small = make_lm(make_backbone(num_layers=1, vocabulary_size=40))
+    small = make_small_lm(make_backbone(num_layers=1, vocabulary_size=40))
     with raises(ValueError, "40 tokens", "60", "vocabulary"):
         lm.generate(x, stop_token_ids=None, max_length=9, speculation=DraftModel(small))
     lm.compile(sampler="beam")

@@ -11,19 +11,19 @@ from tests.models import (
     RAGGED,
     byte_preprocessor,
     make_backbone,
-    make_lm,
+    make_small_lm,
     prompts,
     rows_of,
 )
-
-pytestmark = pytest.mark.usefixtures("small_generation_sizes")
 
 
 @pytest.fixture(scope="module")
 def text_lm():
     # All bytes: what it makes is full of broken and of whole characters.
     backbone = make_backbone(num_layers=1, vocabulary_size=256)
-    return make_lm(backbone, byte_preprocessor(sequence_length=48, end_token=None))
+    return make_small_lm(
+        backbone, byte_preprocessor(sequence_length=48, end_token=None)
+    )
 
 
 @pytest.mark.parametrize("strip_prompt", [False, True])
@@ -54,7 +54,7 @@ def test_a_stop_token_ends_a_row(text_lm):
 
 
 def test_tokens_where_there_is_no_preprocessor():
-    lm = make_lm(make_backbone(num_layers=1))
+    lm = make_small_lm(make_backbone(num_layers=1))
     options = {"stop_token_ids": None, "max_length": 13}
     expected = rows_of(lm.generate(prompts(RAGGED), **options))
     pieces = list(lm.stream(prompts(RAGGED), **options))
@@ -120,7 +120,7 @@ def test_errors_come_at_once(text_lm):
         text_lm.stream("a", stop_token_ids=[2**40])
     with raises(TypeError, "`inputs`"):
         text_lm.stream(3)
-    lm = make_lm(
+    lm = make_small_lm(
         text_lm.backbone, text_lm.preprocessor, keras_hub.samplers.BeamSampler()
     )
     with raises(ValueError, "BeamSampler", "`stream`"):
