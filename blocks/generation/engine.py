@@ -14,6 +14,7 @@ from blocks.backbone_inputs import backbone_inputs
 from blocks.generation.backends.loop_kernels import LoopKernels
 from blocks.generation.compilation import CompiledFunctions, StepKey
 from blocks.generation.samplers import number_settings, sample_token
+from blocks.preprocessor import tokenizer_size
 
 
 class Engine:
@@ -65,12 +66,8 @@ class Engine:
 
         `None` where that are all of the model's, or there is no tokenizer to ask.
         """
-        tokenizer = getattr(self.task.preprocessor, "tokenizer", None)
-        try:
-            known = int(tokenizer.vocabulary_size())  # type: ignore[union-attr]
-        except (AttributeError, NotImplementedError):
-            return None
-        return known if known < self.task.output.shape[-1] else None
+        known = tokenizer_size(self.task.preprocessor)
+        return known if known and known < self.task.output.shape[-1] else None
 
     def create_cache(self, batch_size: int, capacity: int) -> Cache:
         """Returns an empty KV cache for all of the backbone."""
