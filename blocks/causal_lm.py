@@ -20,6 +20,7 @@ from blocks.generation.token_rows import vocabulary_size
 from blocks.preprocessor import tokenizer_size
 from blocks.presets import check_registered, load_task
 from blocks.weights_version import WeightsVersion
+from blocks.training_data import is_in_memory, read_samples, shuffled
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
@@ -119,6 +120,14 @@ class CausalLM(GenerationMixin, WeightsVersion, keras_hub.models.CausalLM):
                 f"the model's vocabulary of {known}: they don't belong together."
             )
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("preprocessor", "_preprocessor"):
+            # It has no weights. As a layer of the model, which it is on torch no more
+            # than here, it would have to be built before `quantize`.
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def compute_logits(self, hidden_states: Any) -> Any:
         """Computes the logits of the next token.
 
@@ -158,6 +167,66 @@ class CausalLM(GenerationMixin, WeightsVersion, keras_hub.models.CausalLM):
             )
         super().compile(*args, sampler=sampler, **kwargs)
         self._reset_generation(kwargs.get("jit_compile", "auto"))
+
+    def fit(
+        self,
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        sample_weight: Any = None,
+        validation_data: Any = None,
+        validation_split: float | None = None,
+        **kwargs: Any,
+    ) -> keras.callbacks.History:
+        """Trains the model, as Keras's `fit`.
+
+        Args:
+            x: a list of strings, if the model has a preprocessor, else a dict of
+                `token_ids` and `padding_mask`; or a dataset of batches.
+            y: the next token of each, where there is no preprocessor.
+            batch_size: int or `None`, which means 32.
+            sample_weight: the weight of each target, or `None`.
+            validation_data: what is evaluated after each epoch.
+            validation_split: float or `None`. The share of the samples, the last ones,
+                that is held out for it.
+            **kwargs: see `keras.Model.fit`. Samples in memory are shuffled in each
+                epoch, unless `shuffle=False`.
+
+        Returns:
+            A `keras.callbacks.History`.
+
+        Raises:
+            TypeError: if `x` is no text where it must be.
+            ValueError: if `x` is empty, a token of `x` or `y` is outside of the
+                vocabulary, or a row is not padded on the right.
+        """
+        in_memory = is_in_memory(x)
+        x, y = read_samples(self, x, y)
+        if isinstance(validation_data, tuple):
+            validation = read_samples(self, *validation_data[:2])
+            validation_data = (*validation, *validation_data[2:])
+        if in_memory and kwargs.pop("shuffle", True):
+            samples = keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
+            x, held_out = shuffled(samples, batch_size or 32, validation_split)
+            validation_data = held_out if validation_data is None else validation_data
+            y = batch_size = sample_weight = validation_split = None
+        kwargs.setdefault("shuffle", False)
+        return super().fit(
+            x,
+            y,
+            batch_size,
+            sample_weight,
+            validation_data,
+            validation_split,
+            **kwargs,
+        )
+
+    def evaluate(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
+        x, y = read_samples(self, x, y)
+        return super().evaluate(x, y, *args, **kwargs)
+
+    def predict(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return super().predict(read_samples(self, x)[0], *args, **kwargs)
 
     def enable_lora(self, rank: int, target_layer_names: Any = None) -> None:
         """Freezes the backbone and adds trainable low-rank updates to it.

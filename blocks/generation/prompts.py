@@ -99,25 +99,17 @@ def read_batches(inputs: Any) -> tuple[list[Batch], bool]:
 
 def _read_batch(inputs: Any) -> tuple[Batch, bool]:
     if isinstance(inputs, dict):
-        if "token_ids" not in inputs or not set(inputs) <= {
-            "token_ids",
-            "padding_mask",
-        }:
+        if "token_ids" not in inputs:
             raise ValueError(
                 "A dict of inputs must have the key `token_ids`, and may have "
                 f"`padding_mask`. Received: inputs={describe(inputs)}"
             )
         mask = inputs.get("padding_mask")
-        *rows, is_single = read_tokens(inputs["token_ids"], mask)
-        return Batch(None, *rows, has_mask=mask is not None), is_single
-    if isinstance(inputs, Iterator):
-        inputs = list(inputs)
-    elif hasattr(inputs, "to_list"):
-        inputs = inputs.to_list()  # of a pandas Series or a `tf.RaggedTensor`
-    elif "int" not in str(getattr(inputs, "dtype", "int")):
-        inputs = np.asarray(inputs).tolist()  # an array of strings
-    if isinstance(inputs, (str, bytes)):
-        return Batch([_to_str(inputs)]), True
+        tokens, lengths, is_single = read_tokens(inputs["token_ids"], mask)
+        return Batch(None, tokens, lengths, mask is not None), is_single
+    inputs = list(inputs) if isinstance(inputs, Iterator) else to_plain(inputs)
+    if is_text(inputs):
+        return Batch([to_str(inputs)]), True
     if not hasattr(inputs, "__len__"):
         raise TypeError(
             "`inputs` must be a string, a list of strings, token ids (a list or array of "
@@ -126,24 +118,35 @@ def _read_batch(inputs: Any) -> tuple[Batch, bool]:
         )
     if not len(inputs):
         raise ValueError("`inputs` is empty: there is no prompt to continue.")
-    if isinstance(inputs, (list, tuple)) and _is_text(inputs[0]):
-        return Batch([_to_str(x) for x in inputs]), False
-    *rows, is_single = read_tokens(inputs, name="inputs")
-    return Batch(None, *rows), is_single
+    if isinstance(inputs, (list, tuple)) and is_text(inputs[0]):
+        return Batch([to_str(x) for x in inputs]), False
+    tokens, lengths, is_single = read_tokens(inputs, name="inputs")
+    return Batch(None, tokens, lengths), is_single
 
 
-def _is_text(x: Any) -> bool:
+def to_plain(inputs: Any) -> Any:
+    """Returns text of any kind as a string or a list, and all else as it is."""
+    if hasattr(inputs, "to_list"):
+        return inputs.to_list()  # of a pandas Series or a `tf.RaggedTensor`
+    if "int" not in str(getattr(inputs, "dtype", "int")):
+        return np.asarray(inputs).tolist()  # an array of strings
+    return inputs
+
+
+def is_text(x: Any) -> bool:
+    """Returns whether something is a string, bytes, or a tensor of TensorFlow's."""
     return isinstance(x, (str, bytes)) or "string" in str(getattr(x, "dtype", ""))
 
 
-def _to_str(text: Any) -> str:
+def to_str(text: Any) -> str:
+    """Returns the string that `is_text`, or raises a `TypeError`."""
     if hasattr(text, "numpy"):
         text = text.numpy()
     if isinstance(text, bytes):
         return text.decode("utf-8", errors="replace")
     if not isinstance(text, str):
         raise TypeError(
-            "`inputs` must be all text or all token ids. Received among strings: "
+            "Inputs must be all text or all token ids. Received among strings: "
             f"{describe(text)}"
         )
     return text

@@ -257,7 +257,7 @@ class Session:
                 f"{'text' if self._as_text else 'tokens'} takes more of the same. "
                 f"Received: inputs={describe(inputs)}"
             )
-        if as_text:
+        if batch.texts is not None:
             tokenizer = self._task.preprocessor.tokenizer
             rows = [np.array(tokenizer(x), "int32").reshape(-1) for x in batch.texts]
         else:

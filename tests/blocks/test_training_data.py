@@ -1,0 +1,111 @@
+"""What goes into `fit`: shuffled, and refused before the first step if it is wrong."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from blocks.training_data import shuffled
+from tests.helpers import raises
+from tests.models import RAGGED, byte_preprocessor, make_backbone, make_lm, prompts
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return make_lm(make_backbone(num_layers=1))
+
+
+@pytest.fixture(scope="module")
+def text_lm():
+    backbone = make_backbone(num_layers=1, vocabulary_size=256)
+    return make_lm(backbone, byte_preprocessor())
+
+
+def test_samples_in_memory_are_shuffled_in_each_epoch():
+    samples = {"a": np.arange(40), "b": [str(i) for i in range(40)]}
+    data, held_out = shuffled(samples, 8, 0.25)
+    epochs = [list(data.as_numpy_iterator()) for _ in range(2)]
+    orders = [np.concatenate([batch["a"] for batch in epoch]) for epoch in epochs]
+    assert [len(batch["a"]) for batch in epochs[0]] == [8, 8, 8, 6]
+    for order, epoch in zip(orders, epochs):
+        assert sorted(order) == list(range(30))
+        texts = np.concatenate([batch["b"] for batch in epoch])
+        assert [int(text) for text in texts] == order.tolist()
+    assert len({tuple(order) for order in (range(30), *orders)}) == 3
+    assert [len(batch["a"]) for batch in held_out] == [8, 2]
+    assert shuffled(samples, 8, None)[1] is None
+
+
+def test_what_fit_is_given_counts_once(text_lm, recwarn):
+    """Each of the samples is learned once in an epoch, and nobody warns of it."""
+
+    class Batches(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            count[0] += 1
+
+    texts = np.array(["ab", "cd", "ef", "gh"])
+    for x in (
+        texts,
+        texts.tolist(),
+        tf.data.Dataset.from_tensor_slices(texts).batch(1),
+    ):
+        count = [0]
+        size = {} if isinstance(x, tf.data.Dataset) else {"batch_size": 1}
+        text_lm.fit(x, epochs=2, callbacks=[Batches()], verbose=0, **size)
+        assert count == [8]
+    history = text_lm.fit(texts.tolist(), validation_split=0.5, verbose=0).history
+    expected = text_lm.evaluate(texts[2:], return_dict=True, verbose=0)
+    np.testing.assert_allclose(history["val_loss"], expected["loss"], rtol=1e-5)
+    assert not [x for x in recwarn if "shuffle" in str(x.message)]
+
+
+def test_what_stands_in_padded_places_plays_no_role(lm):
+    x = prompts(RAGGED)
+    other = {**x, "token_ids": np.where(x["padding_mask"], x["token_ids"], -100)}
+    losses = [lm.evaluate(z, x["token_ids"], verbose=0)[0] for z in (x, other)]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("x", "kind"),
+    [
+        ([], ValueError),
+        ([""], ValueError),
+        ([["a"], ["b"]], TypeError),
+        (["a", None], TypeError),
+        ([1, 2], TypeError),
+        ("a", TypeError),
+        ({"text": ["a"]}, TypeError),
+    ],
+)
+def test_odd_text(text_lm, x, kind):
+    with raises(kind, "`x` ", "Received: x="):
+        text_lm.fit(x, verbose=0)
+
+
+def test_odd_tokens(lm):
+    x, y = prompts(RAGGED), np.zeros((3, 7), "int32")
+    for token in (-1, 60):
+        wrong = {
+            **x,
+            "token_ids": np.where(x["token_ids"] == 14, token, x["token_ids"]),
+        }
+        for call in (
+            lm.fit,
+            lm.evaluate,
+            lambda x, y, **kwargs: lm.predict(x, **kwargs),
+        ):
+            with raises(ValueError, f"Token {token} at position 6 of row 1"):
+                call(wrong, y, verbose=0)
+        with raises(ValueError, f"Token {token}", "`y`"):
+            lm.fit(x, np.full_like(y, token), verbose=0)
+    left = {key: value[:, ::-1] for key, value in x.items()}
+    with raises(ValueError, "Row 0 of `padding_mask`", "on the right"):
+        lm.fit(left, y, verbose=0)
+    with raises(ValueError, "Row 0 of `padding_mask`", "on the right"):
+        lm.fit(x, y, validation_data=(left, y), verbose=0)
+    # A loss may leave out what is no token.
+    other = make_lm(lm.backbone)
+    loss = keras.losses.SparseCategoricalCrossentropy(True, ignore_class=-1)
+    other.compile("sgd", loss)
+    assert np.isfinite(other.fit(x, y - 1, verbose=0).history["loss"])
