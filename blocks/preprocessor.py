@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import numbers
 import os
-import warnings
 from typing import Any
 
 import keras
@@ -249,21 +248,3 @@ def tokenizer_size(preprocessor: Any) -> int | None:
     except Exception:
         # There is none, or it is being restored and its vocabulary follows.
         return None
-
-
-def end_token_ids(preprocessor: Any) -> tuple[int, ...]:
-    """Returns the end tokens of a preprocessor, ours or with KerasHub's tokenizer."""
-    tokenizer = getattr(preprocessor, "tokenizer", None)
-    end = getattr(preprocessor, "end_token_id", None)
-    ids = [end]
-    if getattr(preprocessor, "end_token", None) is None:
-        # Llama 3 has two: of a message and of a text.
-        ids += [getattr(tokenizer, f"end_token{i}_id", None) for i in ("", "2")]
-    found = tuple(dict.fromkeys(int(x) for x in ids if x is not None))
-    if not found:
-        warnings.warn(
-            "The preprocessor has no end token, so rows end at `max_length` or "
-            "`max_new_tokens` only. Pass `stop_token_ids=None` to say so.",
-            stacklevel=4,
-        )
-    return found

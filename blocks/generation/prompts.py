@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +16,6 @@ from blocks.generation.token_rows import (
     read_tokens,
     vocabulary_size,
 )
-from blocks.preprocessor import end_token_ids
 
 
 @dataclasses.dataclass
@@ -271,7 +271,7 @@ def resolve_stops(stop_token_ids: Any, task: Any) -> tuple[int, ...]:
                 "preprocessor, but the model has no preprocessor. Pass "
                 "`stop_token_ids=None` to end at `max_length`, or token ids."
             )
-        return end_token_ids(task.preprocessor)
+        return _end_token_ids(task.preprocessor)
     several = hasattr(stop_token_ids, "__iter__")
     try:
         stops = tuple(
@@ -290,3 +290,21 @@ def resolve_stops(stop_token_ids: Any, task: Any) -> tuple[int, ...]:
             f"{size} tokens. Received: {wrong[0]}"
         )
     return stops
+
+
+def _end_token_ids(preprocessor: Any) -> tuple[int, ...]:
+    """Returns the end tokens of our preprocessors, or of KerasHub's tokenizers."""
+    tokenizer = getattr(preprocessor, "tokenizer", None)
+    end = getattr(preprocessor, "end_token_id", None)
+    ids = [end]
+    if getattr(preprocessor, "end_token", None) is None:
+        # Llama 3 has two: of a message and of a text.
+        ids += [getattr(tokenizer, f"end_token{i}_id", None) for i in ("", "2")]
+    found = tuple(dict.fromkeys(int(x) for x in ids if x is not None))
+    if not found:
+        warnings.warn(
+            "The preprocessor has no end token, so rows end at `max_length` or "
+            "`max_new_tokens` only. Pass `stop_token_ids=None` to say so.",
+            stacklevel=4,
+        )
+    return found
