@@ -8,7 +8,7 @@ import keras
 import keras_hub
 
 from attention.contract import describe
-from blocks.backbone_inputs import (
+from blocks.generation.backbone_inputs import (
     backbone_inputs,
     check_backbone,
     task_inputs,
@@ -16,11 +16,10 @@ from blocks.backbone_inputs import (
 )
 from blocks.generation.mixin import GenerationMixin
 from blocks.generation.sizes import GenerationSizes
-from blocks.generation.token_rows import vocabulary_size
-from blocks.preprocessor import tokenizer_size
+from blocks.generation.token_rows import tokenizer_size, vocabulary_size
 from blocks.presets import check_registered, load_task
-from blocks.weights_version import WeightsVersion
 from blocks.training_data import is_in_memory, read_samples, shuffled
+from blocks.weights_version import WeightsVersion
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")

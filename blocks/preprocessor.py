@@ -12,6 +12,7 @@ import keras_hub
 from keras import ops
 
 from attention.contract import check_positive_int, describe
+from blocks.generation.token_rows import tokenizer_size
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
@@ -239,12 +240,3 @@ def _to_text(detokenized: Any) -> str:
         detokenized = detokenized.numpy()
     text = detokenized if isinstance(detokenized, (str, bytes)) else detokenized[0]
     return text.decode("utf-8", errors="replace") if isinstance(text, bytes) else text
-
-
-def tokenizer_size(preprocessor: Any) -> int | None:
-    """Returns how many tokens a preprocessor's tokenizer has, or `None` if unknown."""
-    try:
-        return preprocessor.tokenizer.vocabulary_size()
-    except Exception:
-        # There is none, or it is being restored and its vocabulary follows.
-        return None

@@ -10,11 +10,11 @@ from keras import ops
 
 from attention import CacheScope, call_sites, grow_cache
 from attention.contract import Cache, Index, Tensor, max_positions
-from blocks.backbone_inputs import backbone_inputs
+from blocks.generation.backbone_inputs import backbone_inputs
 from blocks.generation.backends.loop_kernels import LoopKernels
 from blocks.generation.compilation import CompiledFunctions, StepKey
 from blocks.generation.samplers import number_settings, sample_token
-from blocks.preprocessor import tokenizer_size
+from blocks.generation.token_rows import tokenizer_size
 
 
 class Engine:

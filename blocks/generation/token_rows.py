@@ -153,6 +153,15 @@ def vocabulary_size(task: Any) -> int | None:
     return getattr(task.backbone, "vocabulary_size", task.output.shape[-1])
 
 
+def tokenizer_size(preprocessor: Any) -> int | None:
+    """Returns how many tokens a preprocessor's tokenizer has, or `None` if unknown."""
+    try:
+        return preprocessor.tokenizer.vocabulary_size()
+    except Exception:
+        # There is none, or it is being restored and its vocabulary follows.
+        return None
+
+
 def pad_token_id(preprocessor: Any) -> int:
     """Returns the token of padding."""
     for owner in (preprocessor, getattr(preprocessor, "tokenizer", None)):

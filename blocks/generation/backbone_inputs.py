@@ -27,7 +27,7 @@ def backbone_inputs(backbone: Any, token_ids: Tensor, padding_mask: Mask) -> Any
     Example:
 
     >>> import keras
-    >>> from blocks.backbone_inputs import backbone_inputs
+    >>> from blocks.generation.backbone_inputs import backbone_inputs
     >>> tokens = keras.Input((None,), dtype="int32")
     >>> model = keras.Model(tokens, keras.layers.Embedding(10, 4)(tokens))
     >>> backbone_inputs(model, "tokens", "mask")
