@@ -7,7 +7,6 @@ import pytest
 import tensorflow as tf
 from keras import ops
 
-from blocks.generation import engine
 from tests.helpers import raises, slow
 from tests.models import (
     RAGGED,
@@ -53,46 +52,20 @@ def test_every_variant_equals_brute_force(variant):
     check_generation(lm, 13)
 
 
-def test_rows_at_different_positions_grow_through_several_capacities(
-    lm, expected, monkeypatch
-):
-    capacities = []
-    grow = engine.grow_cache
-
-    def spy(sites, cache, max_length):
-        capacities.append(max_length)
-        return grow(sites, cache, max_length)
-
-    monkeypatch.setattr(engine, "grow_cache", spy)
-    outputs = lm.generate(prompts(RAGGED), stop_token_ids=None, max_length=20)
-    assert rows_of(outputs) == expected
-    # Seven tokens and a block of four fill 16 places.
-    assert capacities == [32]
-
-
-@pytest.mark.parametrize("row", range(3))
-def test_each_prompt_alone_gives_the_same(lm, expected, row):
-    outputs = lm.generate(
-        prompts([RAGGED[row]], width=7), stop_token_ids=None, max_length=20
-    )
-    assert rows_of(outputs) == [expected[row]]
-
-
-def test_prompts_of_one_length_share_an_index(lm):
-    rows = [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
-    outputs = lm.generate(prompts(rows), stop_token_ids=None, max_length=13)
-    assert rows_of(outputs) == brute_force_greedy(lm, rows, [13] * 3)
-
-
-def test_what_stands_in_padded_places_plays_no_role(lm, expected):
-    x = prompts(RAGGED)
-    x["token_ids"] = np.where(x["padding_mask"], x["token_ids"], -100)
-    outputs = lm.generate(x, stop_token_ids=None, max_length=20)
-    assert rows_of(outputs) == expected
-    assert x["token_ids"].min() == -100  # what the user passed is left alone
-
-
-def test_untrained_lengths_between_prompt_buckets(lm):
+def test_rows_of_any_lengths_equal_brute_force(lm, expected):
+    # Through two capacities of the cache, and each row alone.
+    rows, options = prompts(RAGGED), {"stop_token_ids": None, "max_length": 20}
+    assert rows_of(lm.generate(rows, **options)) == expected
+    for row in range(3):
+        alone = lm.generate(prompts([RAGGED[row]], width=7), **options)
+        assert rows_of(alone) == [expected[row]]
+    # The contents of padded places play no role, and are left alone.
+    rows["token_ids"] = np.where(rows["padding_mask"], rows["token_ids"], -100)
+    assert rows_of(lm.generate(rows, **options)) == expected
+    assert rows["token_ids"].min() == -100
+    same = [[1, 2, 3], [4, 5, 6], [7, 8, 9]]
+    outputs = lm.generate(prompts(same), stop_token_ids=None, max_length=13)
+    assert rows_of(outputs) == brute_force_greedy(lm, same, [13] * 3)
     # 33 tokens are padded to 64, which are all the positions there are.
     row = np.random.default_rng(0).integers(0, VOCABULARY_SIZE, 33).tolist()
     outputs = lm.generate(prompts([row]), stop_token_ids=None, max_length=38)
@@ -102,25 +75,19 @@ def test_untrained_lengths_between_prompt_buckets(lm):
 # === Lengths ===
 
 
-def test_max_new_tokens_counts_per_row(lm, expected):
-    outputs = lm.generate(prompts(RAGGED), stop_token_ids=None, max_new_tokens=6)
-    wanted = [row[: len(p) + 6] for row, p in zip(expected, RAGGED)]
-    assert rows_of(outputs) == wanted
-    assert outputs["token_ids"].shape == (3, 13)
-
-
-def test_max_length_and_max_new_tokens_together(lm, expected):
-    outputs = lm.generate(
-        prompts(RAGGED), stop_token_ids=None, max_length=9, max_new_tokens=6
-    )
-    wanted = [row[: min(9, len(p) + 6)] for row, p in zip(expected, RAGGED)]
-    assert rows_of(outputs) == wanted
-    assert outputs["token_ids"].shape == (3, 9)
-
-
-def test_room_in_the_arrays_is_the_default_length(lm, expected):
-    outputs = lm.generate(prompts(RAGGED, width=20), stop_token_ids=None)
-    assert rows_of(outputs) == expected
+@pytest.mark.parametrize(
+    ("limits", "width", "lengths"),
+    [
+        ({"max_new_tokens": 6}, 7, [9, 13, 7]),
+        ({"max_length": 9, "max_new_tokens": 6}, 7, [9, 9, 7]),
+        # Room in the arrays is the default length.
+        ({}, 20, [20, 20, 20]),
+    ],
+)
+def test_each_row_has_its_limit(lm, expected, limits, width, lengths):
+    outputs = lm.generate(prompts(RAGGED, width), stop_token_ids=None, **limits)
+    assert rows_of(outputs) == [row[:n] for row, n in zip(expected, lengths)]
+    assert outputs["token_ids"].shape == (3, max(lengths))
 
 
 def test_a_prompt_without_room_is_returned_as_it_is(lm, expected):
@@ -199,33 +166,27 @@ TEXTS = ["abc", "defghij", "z"]
 
 def test_texts_in_texts_out(text_lm, text_rows):
     wanted = [decode(row) for row in text_rows]
+    dataset = tf.data.Dataset.from_tensor_slices(TEXTS)
     for inputs in (
         TEXTS,
         tuple(TEXTS),
         np.array(TEXTS),
         np.array(TEXTS, dtype=object),
         tf.constant(TEXTS),
-        tf.data.Dataset.from_tensor_slices(TEXTS).batch(3),
+        dataset,
+        dataset.batch(2),
+        dataset.batch(3),
         (text for text in TEXTS),
         tf.RaggedTensor.from_row_splits(TEXTS, [0, 3])[0],
     ):
         outputs = text_lm.generate(inputs)
         assert isinstance(outputs, list)
         assert outputs == wanted
-
-
-def test_one_text_in_one_text_out(text_lm, text_rows):
-    wanted = decode(text_rows[0])
     for inputs in ("abc", np.array("abc"), tf.constant("abc")):
-        assert text_lm.generate(inputs) == wanted
-    assert text_lm.generate(["abc"]) == [wanted]
-
-
-def test_datasets_are_continued_batch_by_batch(text_lm, text_rows):
-    wanted = [decode(row) for row in text_rows]
-    dataset = tf.data.Dataset.from_tensor_slices(TEXTS)
-    assert text_lm.generate(dataset.batch(2)) == wanted
-    assert text_lm.generate(dataset) == wanted
+        assert text_lm.generate(inputs) == wanted[0]
+    assert text_lm.generate(["abc"]) == wanted[:1]
+    x = prompts([list(text.encode()) for text in TEXTS])
+    assert rows_of(text_lm.generate(x, max_length=16)) == text_rows
 
 
 def test_datasets_of_tokens(lm, expected):
@@ -255,9 +216,12 @@ def test_tokens_in_every_form(lm, expected, row):
         {"token_ids": rows},
     ]
     if row is None:
+        convert = ops.convert_to_tensor
         forms += [
+            {key: convert(value) for key, value in x.items()},
+            {key: value.tolist() for key, value in x.items()},
             tuple(np.array(tokens, "uint8") for tokens in rows),
-            [ops.convert_to_tensor(tokens) for tokens in rows],
+            [convert(tokens) for tokens in rows],
             (tokens for tokens in rows),
             tf.ragged.constant(rows),
             tf.data.Dataset.from_tensors(tf.ragged.constant(rows)),
@@ -266,28 +230,12 @@ def test_tokens_in_every_form(lm, expected, row):
         forms += [np.array(rows), ops.convert_to_tensor(rows), tf.constant(rows)]
     for inputs in forms:
         outputs = lm.generate(inputs, stop_token_ids=None, max_length=20)
+        assert isinstance(outputs["token_ids"], np.ndarray)
         if row is None:
             assert rows_of(outputs) == expected
         else:
             assert outputs["token_ids"].tolist() == expected[row]
             assert outputs["padding_mask"].shape == (20,)
-
-
-def test_arrays_of_every_kind(lm, expected):
-    x = prompts(RAGGED)
-    for convert in (ops.convert_to_tensor, lambda a: a.tolist(), tf.constant):
-        inputs = {key: convert(value) for key, value in x.items()}
-        outputs = lm.generate(inputs, stop_token_ids=None, max_length=20)
-        assert isinstance(outputs["token_ids"], np.ndarray)
-        assert rows_of(outputs) == expected
-    inputs = {**x, "token_ids": x["token_ids"].astype("uint8")}
-    outputs = lm.generate(inputs, stop_token_ids=None, max_length=20)
-    assert rows_of(outputs) == expected
-
-
-def test_tokens_with_a_preprocessor(text_lm, text_rows):
-    x = prompts([list(t.encode()) for t in TEXTS])
-    assert rows_of(text_lm.generate(x, max_length=16)) == text_rows
 
 
 def test_strip_prompt(text_lm, text_rows, lm, expected):
@@ -351,19 +299,3 @@ def test_nothing_is_compiled_twice():
     lm.generate(prompts(other), stop_token_ids=(3, 4), max_length=18)
     lm.generate(prompts(other), stop_token_ids=(5, 6, 7), max_length=18)
     assert CountingDense.calls == before
-
-
-# === Dtypes ===
-
-
-@pytest.mark.parametrize(
-    ("dtype", "samplers"),
-    [("mixed_bfloat16", ["greedy", "beam"]), ("bfloat16", ["greedy"])],
-)
-def test_lower_precision_generates(dtype, samplers):
-    lm = make_small_lm(make_backbone(dtype=dtype, num_layers=1))
-    assert lm.backbone.transformer_layers[0].compute_dtype == "bfloat16"
-    for sampler in samplers:
-        lm.compile(sampler=sampler)
-        outputs = lm.generate(prompts(RAGGED), stop_token_ids=None, max_length=13)
-        assert [len(row) for row in rows_of(outputs)] == [13] * 3

@@ -132,21 +132,12 @@ def test_the_distribution_stays_the_same():
 
     def counts(speculation):
         lm.compile(sampler=keras_hub.samplers.RandomSampler(temperature=4.0, seed=3))
-        tokens = [
-            np.array(
-                rows_of(
-                    lm.generate(
-                        prompts(rows),
-                        stop_token_ids=None,
-                        max_new_tokens=4,
-                        speculation=speculation,
-                        strip_prompt=True,
-                    )
-                )
-            )
+        options = {"stop_token_ids": None, "max_new_tokens": 4, "strip_prompt": True}
+        found = [
+            rows_of(lm.generate(prompts(rows), **options, speculation=speculation))
             for _ in range(3)
         ]
-        return np.concatenate(tokens)
+        return np.concatenate(found)
 
     favourite = 0
     plain = counts(None)
