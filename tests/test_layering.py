@@ -4,6 +4,7 @@ import ast
 import functools
 import graphlib
 import pathlib
+import re
 
 import keras
 import keras_hub
@@ -167,6 +168,14 @@ def test_rooms_import_each_other_in_no_circle():
     found = imports_of_rooms()
     assert "attention/contract" in found["attention/softmax"]
     list(graphlib.TopologicalSorter(found).static_order())
+
+
+def test_architecture_shows_these_imports():
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([\w/]+)` \|.*\| (.*) \|$", text, flags=re.MULTILINE)
+    shown = {room: set(re.findall(r"[\w/]+", names)) for room, names in rows}
+    rooms = {str(path.parent.relative_to(ROOT)) for path in SOURCES} - {"attention"}
+    assert shown == {**{room: set() for room in rooms}, **imports_of_rooms()}
 
 
 def test_helpers_of_tests_have_one_name():
