@@ -9,6 +9,7 @@ from keras import ops
 
 from attention.contract.arguments import check_positive_int, describe
 from attention.contract.sizes import static_size
+from attention.contract.types import Cache, Mask, Tensor
 from attention.positions.arithmetic import HIDDEN_POSITION, join_positions
 
 
@@ -82,7 +83,7 @@ class CachePolicy:
         """Returns how many slots sequences of up to `max_length` tokens need."""
         raise NotImplementedError(f"{type(self).__name__} must implement `slots`.")
 
-    def positions(self, slots: int, index: Any) -> Any:
+    def positions(self, slots: int, index: Tensor) -> Tensor:
         """Returns the position that each slot holds after `index` tokens.
 
         Args:
@@ -95,7 +96,7 @@ class CachePolicy:
         """
         raise NotImplementedError(f"{type(self).__name__} must implement `positions`.")
 
-    def visible(self, query_positions: Any, key_positions: Any) -> Any:
+    def visible(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         """Returns which keys a query sees, later ones aside.
 
         Args:
@@ -108,7 +109,7 @@ class CachePolicy:
         """
         return None
 
-    def can_rewind(self, cache: Any, from_index: int, to_index: int) -> bool:
+    def can_rewind(self, cache: Cache, from_index: int, to_index: int) -> bool:
         """Returns whether the last tokens can be taken back; see `CachedLayer`."""
         return False
 
@@ -136,7 +137,7 @@ class CachePolicy:
         return cache
 
     def write(
-        self, cache: Any, new: dict[str, Any], index: Any, padding_mask: Any
+        self, cache: Cache, new: dict[str, Tensor], index: Tensor, padding_mask: Mask
     ) -> dict[str, Any]:
         """Writes new tokens after the first `index` ones.
 
@@ -169,7 +170,7 @@ class CachePolicy:
             for name, x in new.items()
         }
 
-    def read(self, cache: Any, dtype: Any) -> dict[str, Any]:
+    def read(self, cache: Cache, dtype: Any) -> dict[str, Any]:
         """Returns what the slots hold, zeros where nothing was written.
 
         Args:
@@ -178,17 +179,22 @@ class CachePolicy:
         """
         return cache
 
-    def stored(self, new: Any) -> Any:
+    def stored(self, new: Tensor) -> Tensor:
         """Returns a tensor, whose last axis is `dim`, as it would be read."""
         return new
 
-    def num_slots(self, cache: Any) -> int:
+    def num_slots(self, cache: Cache) -> int:
         """Returns how many slots a cache has."""
         name, tensor = next(iter(cache.items()))
         return tensor.shape[token_axis(name)]
 
     def write_and_read(
-        self, cache: Any, new: dict, index: Any, positions: Any, padding_mask: Any
+        self,
+        cache: Cache,
+        new: dict,
+        index: Tensor,
+        positions: Tensor,
+        padding_mask: Mask,
     ) -> tuple[Any, Any, Any]:
         """Writes new tokens, and returns all that they may attend to.
 
@@ -218,8 +224,8 @@ class CachePolicy:
         return self.write(cache, new, index, padding_mask), seen, positions
 
     def place_scores(
-        self, cache: Any, past: Any, new: Any, index: Any, padding_mask: Any
-    ) -> Any:
+        self, cache: Cache, past: Tensor, new: Tensor, index: Tensor, padding_mask: Mask
+    ) -> Tensor:
         """Returns attention weights of the slots as they were and of new tokens.
 
         Args:
@@ -259,7 +265,7 @@ def token_axis(name: str) -> int:
     return 3 if name.startswith("key") else 2
 
 
-def to_cache_layout(new: dict[str, Any]) -> dict[str, Any]:
+def to_cache_layout(new: dict[str, Tensor]) -> dict[str, Any]:
     """Returns tensors of shape `(batch, length, heads, dim)` laid out as a cache's."""
     return {
         name: ops.transpose(x, (0, 2, 3, 1) if token_axis(name) == 3 else (0, 2, 1, 3))
@@ -304,7 +310,9 @@ def deserialize_policy(policy: Any) -> Any:
     return policy
 
 
-def _take_tokens(cache: Any, new: Any, source: Any, is_new: Any, axis: int) -> Any:
+def _take_tokens(
+    cache: Cache, new: Tensor, source: Tensor, is_new: Tensor, axis: int
+) -> Tensor:
     """Lets each slot take one of the new tokens, or keep what it holds.
 
     Args:

@@ -10,6 +10,7 @@ from keras import ops
 from attention.caches.cache_policy import CachePolicy, token_axis
 from attention.caches.writes import write_tokens
 from attention.contract.sizes import static_size
+from attention.contract.types import Cache, Mask, Tensor
 from attention.positions.arithmetic import HIDDEN_POSITION
 
 
@@ -29,12 +30,12 @@ class FullCache(CachePolicy):
     def slots(self, max_length: int) -> int:
         return max_length
 
-    def positions(self, slots: int, index: Any) -> Any:
+    def positions(self, slots: int, index: Tensor) -> Tensor:
         positions = ops.arange(slots, dtype="int32")
         return ops.where(positions < index[..., None], positions, HIDDEN_POSITION)
 
     def write(
-        self, cache: Any, new: dict[str, Any], index: Any, padding_mask: Any
+        self, cache: Cache, new: dict[str, Tensor], index: Tensor, padding_mask: Mask
     ) -> dict[str, Any]:
         slots = self.num_slots(cache)
         name = next(iter(new))
@@ -52,20 +53,25 @@ class FullCache(CachePolicy):
         }
 
     def write_and_read(
-        self, cache: Any, new: dict, index: Any, positions: Any, padding_mask: Any
+        self,
+        cache: Cache,
+        new: dict,
+        index: Tensor,
+        positions: Tensor,
+        padding_mask: Mask,
     ) -> tuple[Any, Any, Any]:
         # No slot is overwritten: all that is seen is in the cache.
         written = self.write(cache, new, index, padding_mask)
         return written, written, ops.arange(self.num_slots(cache), dtype="int32")
 
     def place_scores(
-        self, cache: Any, past: Any, new: Any, index: Any, padding_mask: Any
-    ) -> Any:
+        self, cache: Cache, past: Tensor, new: Tensor, index: Tensor, padding_mask: Mask
+    ) -> Tensor:
         # Each weight is put where its key is in the cache.
         if past is None:
             past = ops.zeros((*ops.shape(new)[:3], self.num_slots(cache)), new.dtype)
         return write_tokens(past, new, index, padding_mask, axis=3)
 
-    def can_rewind(self, cache: Any, from_index: int, to_index: int) -> bool:
+    def can_rewind(self, cache: Cache, from_index: int, to_index: int) -> bool:
         # Slots after the index are hidden, and overwritten before they are seen.
         return True

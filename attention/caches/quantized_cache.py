@@ -14,6 +14,7 @@ from attention.caches.cache_policy import (
     token_axis,
 )
 from attention.caches.full_cache import FullCache
+from attention.contract.types import Cache, Mask, Tensor
 
 _LARGEST = 127.0
 
@@ -49,13 +50,13 @@ class QuantizedCache(CachePolicy):
     def slots(self, max_length: int) -> int:
         return self.policy.slots(max_length)
 
-    def positions(self, slots: int, index: Any) -> Any:
+    def positions(self, slots: int, index: Tensor) -> Tensor:
         return self.policy.positions(slots, index)
 
-    def visible(self, query_positions: Any, key_positions: Any) -> Any:
+    def visible(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         return self.policy.visible(query_positions, key_positions)
 
-    def can_rewind(self, cache: Any, from_index: int, to_index: int) -> bool:
+    def can_rewind(self, cache: Cache, from_index: int, to_index: int) -> bool:
         return self.policy.can_rewind(cache, from_index, to_index)
 
     def create(
@@ -73,22 +74,27 @@ class QuantizedCache(CachePolicy):
         }
 
     def write(
-        self, cache: Any, new: dict[str, Any], index: Any, padding_mask: Any
+        self, cache: Cache, new: dict[str, Tensor], index: Tensor, padding_mask: Mask
     ) -> dict[str, Any]:
         return self.policy.write(cache, _encode(new), index, padding_mask)
 
-    def read(self, cache: Any, dtype: Any) -> dict[str, Any]:
+    def read(self, cache: Cache, dtype: Any) -> dict[str, Any]:
         return {
             name: dequantize(x, cache[_scale_of(name)], dtype)
             for name, x in cache.items()
             if _scale_of(name) in cache
         }
 
-    def stored(self, new: Any) -> Any:
+    def stored(self, new: Tensor) -> Tensor:
         return dequantize(*quantize(new, -1), new.dtype)
 
     def write_and_read(
-        self, cache: Any, new: dict, index: Any, positions: Any, padding_mask: Any
+        self,
+        cache: Cache,
+        new: dict,
+        index: Tensor,
+        positions: Tensor,
+        padding_mask: Mask,
     ) -> tuple[Any, Any, Any]:
         written, seen, positions = self.policy.write_and_read(
             cache, _encode(new), index, positions, padding_mask
@@ -96,8 +102,8 @@ class QuantizedCache(CachePolicy):
         return written, self.read(seen, next(iter(new.values())).dtype), positions
 
     def place_scores(
-        self, cache: Any, past: Any, new: Any, index: Any, padding_mask: Any
-    ) -> Any:
+        self, cache: Cache, past: Tensor, new: Tensor, index: Tensor, padding_mask: Mask
+    ) -> Tensor:
         return self.policy.place_scores(cache, past, new, index, padding_mask)
 
     def get_config(self) -> dict[str, Any]:
@@ -108,7 +114,7 @@ def _scale_of(name: str) -> str:
     return f"{name}_scale"
 
 
-def _encode(new: dict[str, Any]) -> dict[str, Any]:
+def _encode(new: dict[str, Tensor]) -> dict[str, Any]:
     encoded = {}
     for name, x in new.items():
         # The axis of a head's numbers is the other one of the last two.
@@ -116,7 +122,7 @@ def _encode(new: dict[str, Any]) -> dict[str, Any]:
     return encoded
 
 
-def quantize(x: Any, axis: int) -> tuple[Any, Any]:
+def quantize(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
     """Rounds to 8 bits, with one scale along an axis.
 
     Args:
@@ -143,6 +149,6 @@ def quantize(x: Any, axis: int) -> tuple[Any, Any]:
     return ops.cast(ops.round(x / divisor), "int8"), scale
 
 
-def dequantize(numbers: Any, scale: Any, dtype: str) -> Any:
+def dequantize(numbers: Tensor, scale: Any, dtype: str) -> Tensor:
     """Returns the numbers that `quantize` has rounded."""
     return ops.cast(ops.cast(numbers, "float32") * scale, dtype)

@@ -12,6 +12,7 @@ from attention.caches.cache_policy import CachePolicy, token_axis
 from attention.caches.writes import write_tokens
 from attention.contract.arguments import check_positive_int, describe
 from attention.contract.sizes import static_size
+from attention.contract.types import Cache, Mask, Tensor
 from attention.positions.arithmetic import HIDDEN_POSITION
 
 
@@ -64,7 +65,7 @@ class RingCache(CachePolicy):
     def slots(self, max_length: int) -> int:
         return self.keep + self.window
 
-    def positions(self, slots: int, index: Any) -> Any:
+    def positions(self, slots: int, index: Tensor) -> Tensor:
         # (..., window): the last position before `index` of each slot of the ring.
         last = index[..., None] - self.keep - 1
         slot = ops.arange(self.window, dtype="int32")
@@ -76,14 +77,14 @@ class RingCache(CachePolicy):
         first = ops.where(first < index[..., None], first, HIDDEN_POSITION)
         return ops.concatenate([first, positions], axis=-1)
 
-    def visible(self, query_positions: Any, key_positions: Any) -> Any:
+    def visible(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         near = ops.abs(key_positions - query_positions) < self.window
         if not self.keep:
             return near
         return ops.logical_or(near, key_positions < self.keep)
 
     def write(
-        self, cache: Any, new: dict[str, Any], index: Any, padding_mask: Any
+        self, cache: Cache, new: dict[str, Tensor], index: Tensor, padding_mask: Mask
     ) -> dict[str, Any]:
         name = next(iter(new))
         if static_size(new[name], token_axis(name)) != 1:
@@ -107,7 +108,7 @@ class RingCache(CachePolicy):
             return position
         return self.keep + (position - self.keep) % self.window
 
-    def can_rewind(self, cache: Any, from_index: int, to_index: int) -> bool:
+    def can_rewind(self, cache: Cache, from_index: int, to_index: int) -> bool:
         # Until a position is dropped that is seen again from `to_index` on.
         return from_index <= self.keep + self.window or from_index - to_index <= 1
 

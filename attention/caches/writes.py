@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import keras
 from keras import ops
@@ -179,7 +178,7 @@ def _write_indexed(
     return result
 
 
-def _own(cache: Cache) -> Any:
+def _own(cache: Cache) -> Tensor:
     """Returns a torch tensor that may be overwritten."""
     cache = ops.convert_to_tensor(cache)
     if context().donated and not cache.requires_grad:
@@ -187,7 +186,7 @@ def _own(cache: Cache) -> Any:
     return cache.clone()
 
 
-def computed_after(update: Tensor, outputs: Tensor) -> Any:
+def computed_after(update: Tensor, outputs: Tensor) -> Tensor:
     """Makes `update` depend on `outputs`, so that XLA computes them first.
 
     Outputs that read a cache must be computed before it is overwritten in place. XLA

@@ -8,6 +8,7 @@ from typing import Any
 from keras import ops
 
 from attention.caches.cache_policy import to_cache_layout
+from attention.contract.types import Mask, Tensor
 from attention.softmax.filled_slots import attend_to_filled
 from attention.softmax.kernels import (
     fused_attention,
@@ -16,11 +17,11 @@ from attention.softmax.kernels import (
 )
 from attention.softmax.visibility import Visibility
 
-Pair = tuple[Any, Any]
+Pair = tuple[Tensor, Tensor]
 
 
 def attend_to(
-    query: Any,
+    query: Tensor,
     new: Pair | None,
     past: Pair | None,
     visibility: Visibility,
@@ -31,7 +32,7 @@ def attend_to(
     dropout: Callable[[Any], Any] | None = None,
     fused: bool = False,
     return_scores: bool = False,
-) -> tuple[Any, Any]:
+) -> tuple[Tensor, Tensor]:
     """Attends to the visible keys, in the way that takes the least time.
 
     A sequence without a past is attended in blocks where the cache policy bounds how
@@ -82,7 +83,7 @@ def attend_to(
     query, scale = scale_query(query, scale)
     scores = None
 
-    def attend(past: Any, mask: Any, biases: Any) -> Pair:
+    def attend(past: Tensor, mask: Mask, biases: Tensor) -> Pair:
         parts = [] if past is None else [past]
         if new is not None:
             laid_out = to_cache_layout({"key": new[0], "value": new[1]})

@@ -25,6 +25,7 @@ from attention.contract.cached_layer import CachedLayer
 from attention.contract.checks import check_sequence_shape
 from attention.contract.initializers import clone_initializer
 from attention.contract.sizes import static_size
+from attention.contract.types import Cache, Initializer, Tensor
 from attention.positions.position_scheme import (
     PositionScheme,
     check_position,
@@ -47,8 +48,8 @@ class AttentionParts(CachedLayer):
         causal: bool = True,
         scale: float | None = None,
         window: int | None = None,
-        kernel_initializer: Any = "glorot_uniform",
-        bias_initializer: Any = "zeros",
+        kernel_initializer: Initializer = "glorot_uniform",
+        bias_initializer: Initializer = "zeros",
         query_key_norm: bool = False,
         logit_soft_cap: float | None = None,
         attention_sinks: bool = False,
@@ -157,7 +158,7 @@ class AttentionParts(CachedLayer):
         return dense
 
     def build_output(self, query_shape: tuple) -> None:
-        """Makes what comes behind the queries: dropout, bias, output projection."""
+        """Makes the parts after the queries: dropout, bias, output projection."""
         value_dim = self.head_dims()[1]
         heads, key_dim = self.query_heads()
         self._logit_scale = key_dim**-0.5 if self.scale is None else self.scale
@@ -211,8 +212,20 @@ class AttentionParts(CachedLayer):
             "dtype": self.dtype_policy,
         }
 
+    def _bias(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
+        assert self.position is not None
+        bias = self.position.bias(query_positions, key_positions)
+        found, heads = None if bias is None else bias.shape[-3], self.query_heads()[0]
+        if found not in (None, 1, heads):
+            raise ValueError(
+                f"`position` of layer '{self.name}' gave biases for {found} heads, "
+                f"but the layer has num_heads={heads}. Layers that share "
+                "a position scheme need the same number of heads."
+            )
+        return bias
+
     def _require_built(self) -> None:
-        """Says so when sizes depend on inputs that were not seen yet."""
+        """Raises an error if sizes depend on inputs that were not seen yet."""
         if not self.built:
             raise ValueError(
                 f"Layer '{self.name}' has no weights yet and no `key_dim`, so its "
@@ -220,8 +233,10 @@ class AttentionParts(CachedLayer):
                 "its inputs, before `create_cache`; or make it with `key_dim`."
             )
 
-    def _check_cached_call(self, cache: Any, index: Any, segment_ids: Any) -> None:
-        """Says so when a call with a cache lacks something, or has too much."""
+    def _check_cached_call(
+        self, cache: Cache, index: Tensor, segment_ids: Tensor
+    ) -> None:
+        """Raises an error if a call with a cache lacks something, or has too much."""
         if cache is None:
             return
         if index is None:
@@ -229,7 +244,7 @@ class AttentionParts(CachedLayer):
                 f"Layer '{self.name}' was called with `cache` but without "
                 "`cache_update_index`, which would only read the cache; but "
                 "the positions of the queries are not known then. Pass the "
-                "number of positions that the cache has absorbed."
+                "number of positions that the cache holds."
             )
         if segment_ids is not None:
             raise ValueError(
@@ -237,7 +252,7 @@ class AttentionParts(CachedLayer):
                 "cache holds one document in each row; give each its own row."
             )
 
-    def _check_sources(self, value: Any, key: Any, cache: Any) -> None:
+    def _check_sources(self, value: Tensor, key: Tensor, cache: Cache) -> None:
         """Raises an error if `value` and `key` do not fit each other or a cache."""
         lengths = {static_size(x, 1) for x in (value, key) if x is not None}
         if len(lengths - {None}) > 1:

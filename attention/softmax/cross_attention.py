@@ -12,6 +12,7 @@ from attention.contract.arguments import check_positive_int, describe
 from attention.contract.checks import check_padding_mask, check_sequence_shape
 from attention.contract.padding import zero_padding
 from attention.contract.sizes import static_size
+from attention.contract.types import Cache, Index, Mask, Tensor
 from attention.positions.arithmetic import token_positions
 from attention.softmax.dot_product_attention import DotProductAttention
 from attention.softmax.visibility import Visibility, check_attention_mask
@@ -116,7 +117,7 @@ class CrossAttention(DotProductAttention):
 
     def create_cache(
         self, batch_size: int, max_length: int, source_length: int | None = None
-    ) -> Any:
+    ) -> Cache:
         """Makes an empty cache.
 
         Args:
@@ -135,23 +136,23 @@ class CrossAttention(DotProductAttention):
         cache = self.cache_policy.create(batch_size, slots, sizes, dtype)
         return {**cache, "padding_mask": ops.zeros((batch_size, slots), "bool")}
 
-    def grow_cache(self, cache: Any, max_length: int) -> Any:
+    def grow_cache(self, cache: Cache, max_length: int) -> Tensor:
         """The source is as long as it is."""
         return cache
 
-    def can_rewind(self, cache: Any, from_index: int, to_index: int) -> bool:
+    def can_rewind(self, cache: Cache, from_index: int, to_index: int) -> bool:
         """What was written is the source, which no query changes."""
         return True
 
-    def call(
+    def call(  # type: ignore[override]
         self,
-        query: Any,
-        value: Any = None,
-        value_padding_mask: Any = None,
-        attention_mask: Any = None,
-        padding_mask: Any = None,
-        cache: Any = None,
-        cache_update_index: Any = None,
+        query: Tensor,
+        value: Tensor = None,
+        value_padding_mask: Mask = None,
+        attention_mask: Mask = None,
+        padding_mask: Mask = None,
+        cache: Cache = None,
+        cache_update_index: Index = None,
         return_attention_scores: bool = False,
         training: bool | None = None,
     ) -> Any:
@@ -198,7 +199,7 @@ class CrossAttention(DotProductAttention):
             outputs = (outputs, scores)
         return outputs if cache is None else (outputs, cache)
 
-    def _check_source(self, query: Any, value: Any, mask: Any) -> None:
+    def _check_source(self, query: Tensor, value: Tensor, mask: Mask) -> None:
         rows = static_size(query, 0), static_size(value, 0)
         if len(value.shape) != 3 or (None not in rows and rows[0] != rows[1]):
             raise ValueError(
@@ -209,7 +210,7 @@ class CrossAttention(DotProductAttention):
         if mask is not None:
             check_padding_mask(self.name, mask, value, "value_padding_mask")
 
-    def _source(self, value: Any, mask: Any) -> tuple[Any, Any, Any]:
+    def _source(self, value: Tensor, mask: Mask) -> tuple[Any, Any, Any]:
         """Keys, values and which of them are real."""
         if mask is not None:
             mask = ops.cast(mask, "bool")
@@ -219,7 +220,7 @@ class CrossAttention(DotProductAttention):
             key = self.key_norm(key)
         return key, self.value_dense(value), mask
 
-    def _write(self, cache: Any, key: Any, value: Any, mask: Any) -> Any:
+    def _write(self, cache: Cache, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
         """Returns the cache of a source, whatever was there before."""
         slots, length = cache["padding_mask"].shape[1], static_size(value, 1)
         if length is not None and length > slots:

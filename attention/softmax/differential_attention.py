@@ -9,6 +9,7 @@ import keras
 from keras import ops
 
 from attention.contract.arguments import describe
+from attention.contract.types import Tensor
 from attention.softmax.grouped_query_attention import GroupedQueryAttention
 
 
@@ -120,7 +121,9 @@ class DifferentialAttention(GroupedQueryAttention):
     def key_heads(self) -> tuple[int, int]:
         return 2 * self.num_key_value_heads, self._half_dim()
 
-    def arrange_heads(self, query: Any, new: dict) -> tuple[Any, dict[str, Any]]:
+    def arrange_heads(
+        self, query: Tensor, new: dict
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         # Two queries of each head, to either half of its keys.
         rows, length = ops.shape(query)[:2]
         heads, dim = query.shape[2:]
@@ -132,12 +135,12 @@ class DifferentialAttention(GroupedQueryAttention):
         shape = (*ops.shape(key)[:2], self.num_key_value_heads, 2 * dim)
         return query, {**new, "key": ops.reshape(key, shape)}
 
-    def combine_heads(self, outputs: Any, scores: Any) -> tuple[Any, Any]:
+    def combine_heads(self, outputs: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         # Subtracts the second of each two, and normalizes what is left.
         products = ops.exp(ops.sum(self.lambdas[:, 0] * self.lambdas[:, 1], axis=-1))
         weight = products[0] - products[1] + self.lambda_init
 
-        def difference(x: Any, axis: int) -> Any:
+        def difference(x: Tensor, axis: int) -> Tensor:
             shape = list(ops.shape(x))
             shape[axis : axis + 1] = [self.num_heads, 2]
             both = ops.reshape(ops.cast(x, "float32"), shape)

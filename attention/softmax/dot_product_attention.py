@@ -11,6 +11,7 @@ from attention.caches.cache_policy import (
 )
 from attention.caches.writes import computed_after
 from attention.contract.padding import zero_padding
+from attention.contract.types import Cache, Index, Mask, Tensor
 from attention.positions.arithmetic import (
     hide_padding,
     is_zero,
@@ -88,7 +89,9 @@ class DotProductAttention(AttentionParts):
             f"{type(self).__name__} must implement `cache_sizes()`."
         )
 
-    def project(self, query: Any, value: Any, key: Any) -> tuple[Any, dict[str, Any]]:
+    def project(
+        self, query: Tensor, value: Tensor, key: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Projects inputs to heads.
 
         Args:
@@ -105,8 +108,8 @@ class DotProductAttention(AttentionParts):
         raise NotImplementedError(f"{type(self).__name__} must implement `project`.")
 
     def encode_positions(
-        self, query: Any, new: dict, query_positions: Any, key_positions: Any
-    ) -> tuple[Any, dict[str, Any]]:
+        self, query: Tensor, new: dict, query_positions: Tensor, key_positions: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Encodes positions into queries and new keys.
 
         Args:
@@ -126,7 +129,9 @@ class DotProductAttention(AttentionParts):
         )
         return query, {**new, "key": key}
 
-    def arrange_heads(self, query: Any, new: dict) -> tuple[Any, dict[str, Any]]:
+    def arrange_heads(
+        self, query: Tensor, new: dict
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Arranges projected heads into those that attend and are cached.
 
         Args:
@@ -140,19 +145,18 @@ class DotProductAttention(AttentionParts):
 
     def attend(
         self,
-        query: Any,
-        new: dict[str, Any] | None,
-        past: dict[str, Any] | None,
+        query: Tensor,
+        new: dict[str, Tensor],
+        past: dict[str, Tensor] | None,
         visibility: Visibility,
         return_scores: bool = False,
         training: bool | None = None,
-    ) -> tuple[Any, Any]:
+    ) -> tuple[Tensor, Tensor]:
         """Attends to the visible keys.
 
         Args:
             query: tensor of shape `(batch, length, num_heads, key_dim)`.
-            new: `None`, or a dict of tensors of new tokens, `(batch, key_length,
-                heads, dim)`.
+            new: a dict of tensors of new tokens, `(batch, key_length, heads, dim)`.
             past: `None`, or a dict of tensors as they are in the cache: `(batch,
                 heads, slots, dim)`; keys `(batch, heads, dim, slots)`.
             visibility: which query sees which key, the past ones first.
@@ -163,14 +167,16 @@ class DotProductAttention(AttentionParts):
             The outputs, `(batch, length, num_heads, value_dim)`, and the scores,
             `(batch, num_heads, length, all keys)`, or `None`.
         """
-        key_values = [
-            None if x is None else (x["key"], x["value"]) for x in (new, past)
-        ]
         return self.attend_key_values(
-            query, *key_values, visibility, return_scores, training
+            query,
+            (new["key"], new["value"]),
+            None if past is None else (past["key"], past["value"]),
+            visibility,
+            return_scores,
+            training,
         )
 
-    def compute_weights(self, logits: Any, mask: Any) -> Any:
+    def compute_weights(self, logits: Tensor, mask: Mask) -> Tensor:
         """Computes the weights of attention from its logits.
 
         Args:
@@ -185,7 +191,7 @@ class DotProductAttention(AttentionParts):
         """
         return masked_softmax(logits, mask, self.sinks)
 
-    def combine_heads(self, outputs: Any, scores: Any) -> tuple[Any, Any]:
+    def combine_heads(self, outputs: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Combines heads after they have attended.
 
         Args:
@@ -198,7 +204,7 @@ class DotProductAttention(AttentionParts):
         """
         return outputs, scores
 
-    def project_output(self, outputs: Any, inputs: Any) -> Any:
+    def project_output(self, outputs: Tensor, inputs: Tensor) -> Tensor:
         """Projects heads to the width of the inputs.
 
         Args:
@@ -217,17 +223,20 @@ class DotProductAttention(AttentionParts):
 
     def attend_key_values(
         self,
-        query: Any,
-        new: tuple[Any, Any] | None,
-        past: tuple[Any, Any] | None,
+        query: Tensor,
+        new: tuple[Tensor, Tensor] | None,
+        past: tuple[Tensor, Tensor] | None,
         visibility: Visibility,
         return_scores: bool = False,
         training: bool | None = None,
-    ) -> tuple[Any, Any]:
+    ) -> tuple[Tensor, Tensor]:
         """Attends to pairs of keys and values; the rest is as for `attend`."""
-        computed_here = DotProductAttention.compute_weights
-        softmax = type(self).compute_weights is computed_here and self.sinks is None
-        dims = () if new is None else (x.shape[-1] for x in new)
+        default = type(self).compute_weights is DotProductAttention.compute_weights
+        fused = default and self.sinks is None and self.logit_soft_cap is None
+        if fused and new is not None:
+            heads = (query.shape[2], new[0].shape[2])
+            dims = (new[0].shape[3], new[1].shape[3])
+            fused = fused_attention_applies(*heads, *dims, self.compute_dtype)
         return attend_to(
             query,
             new,
@@ -238,28 +247,17 @@ class DotProductAttention(AttentionParts):
             None if self.position is None else self._bias,
             self.logit_soft_cap,
             self.dropout_layer if training and self.dropout else None,
-            fused=new is not None
-            and softmax
-            and self.logit_soft_cap is None
-            and fused_attention_applies(
-                query.shape[2], new[0].shape[2], *dims, self.compute_dtype
-            ),
-            return_scores=return_scores,
+            fused,
+            return_scores,
         )
 
-    def _bias(self, query_positions: Any, key_positions: Any) -> Any:
-        bias = self.position.bias(query_positions, key_positions)
-        found, heads = None if bias is None else bias.shape[-3], self.query_heads()[0]
-        if found not in (None, 1, heads):
-            raise ValueError(
-                f"`position` of layer '{self.name}' gave biases for {found} heads, "
-                f"but the layer has num_heads={heads}. Layers that share "
-                "a position scheme need the same number of heads."
-            )
-        return bias
-
     def __call__(  # type: ignore[override]
-        self, query: Any, value: Any = None, key: Any = None, *args: Any, **kwargs: Any
+        self,
+        query: Tensor,
+        value: Tensor = None,
+        key: Tensor = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         # Keras's attention layers are called `layer(x, x)` for self-attention.
         if value is query and (key is None or key is query):
@@ -272,18 +270,18 @@ class DotProductAttention(AttentionParts):
 
     def call(
         self,
-        query: Any,
-        value: Any = None,
-        key: Any = None,
-        attention_mask: Any = None,
-        padding_mask: Any = None,
-        cache: Any = None,
-        cache_update_index: Any = None,
+        query: Tensor,
+        value: Tensor = None,
+        key: Tensor = None,
+        attention_mask: Mask = None,
+        padding_mask: Mask = None,
+        cache: Cache = None,
+        cache_update_index: Index = None,
         return_attention_scores: bool = False,
         return_key_value: bool = False,
         training: bool | None = None,
-        prefix_length: Any = None,
-        segment_ids: Any = None,
+        prefix_length: Tensor = None,
+        segment_ids: Tensor = None,
     ) -> Any:
         index, policy = cache_update_index, self.cache_policy
         # Check.
@@ -375,7 +373,7 @@ class DotProductAttention(AttentionParts):
         outputs = returned if len(returned) > 1 else outputs
         return outputs if cache is None else (outputs, cache)
 
-    def create_cache(self, batch_size: int, max_length: int) -> Any:
+    def create_cache(self, batch_size: int, max_length: int) -> Cache:
         if self.key_dim is None:
             self._require_built()
         if not self.causal:
@@ -388,7 +386,7 @@ class DotProductAttention(AttentionParts):
             batch_size, max_length, self.cache_sizes(), self.compute_dtype
         )
 
-    def can_rewind(self, cache: Any, from_index: int, to_index: int) -> bool:
+    def can_rewind(self, cache: Cache, from_index: int, to_index: int) -> bool:
         return super().can_rewind(
             cache, from_index, to_index
         ) or self.cache_policy.can_rewind(cache, from_index, to_index)

@@ -7,6 +7,7 @@ from typing import Any
 import keras
 
 from attention.contract.arguments import check_positive_int
+from attention.contract.types import Tensor
 from attention.positions.position_scheme import PositionScheme
 from attention.softmax.dot_product_attention import DotProductAttention
 
@@ -76,7 +77,7 @@ class GroupedQueryAttention(DotProductAttention):
         padding_mask: boolean tensor of shape `(batch, length)`: the real
             tokens of `query`, padded on the right.
         cache: a cache made by `create_cache`.
-        cache_update_index: how many positions the cache has absorbed: an int,
+        cache_update_index: how many positions the cache holds: an int,
             an integer scalar tensor or an integer tensor of shape `(batch,)`.
         return_attention_scores: bool. Whether to return the weights, too.
         return_key_value: bool. Whether to return the keys and values, too, for
@@ -189,7 +190,9 @@ class GroupedQueryAttention(DotProductAttention):
         heads = self.num_key_value_heads
         return {"key": (heads, key_dim), "value": (heads, value_dim)}
 
-    def project(self, query: Any, value: Any, key: Any) -> tuple[Any, dict[str, Any]]:
+    def project(
+        self, query: Tensor, value: Tensor, key: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         q = self.query_dense(query)  # (batch, length, num_heads, key_dim)
         k = self.key_dense(key)  # (batch, key_length, num_key_value_heads, key_dim)
         v = self.value_dense(value)  # (batch, key_length, ..., value_dim)

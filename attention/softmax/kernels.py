@@ -11,6 +11,7 @@ import numpy as np
 from keras import ops
 
 from attention.contract.sizes import static_size
+from attention.contract.types import Mask, Tensor
 
 # Finite: a row in which everything is masked must not become NaN.
 _MASKED = -1e30
@@ -24,10 +25,10 @@ class TokensFirst:
         keys: tensor of shape `(batch, num_key_value_heads, length, key_dim)`.
     """
 
-    keys: Any
+    keys: Tensor
 
 
-def _products(query: Any, key: Any) -> Any:
+def _products(query: Tensor, key: Tensor) -> Tensor:
     """The products of `(batch, heads, queries, key_dim)` with keys in either layout."""
     if not isinstance(key, TokensFirst):
         return ops.matmul(query, key)
@@ -37,14 +38,14 @@ def _products(query: Any, key: Any) -> Any:
 
 
 def grouped_attention(
-    query: Any,
-    parts: list[tuple[Any, Any]],
+    query: Tensor,
+    parts: list[tuple[Tensor, Tensor]],
     compute_weights: Callable[[Any], Any],
-    bias: Any = None,
+    bias: Tensor = None,
     scale: float = 1.0,
     soft_cap: float | None = None,
     dropout: Any = None,
-) -> tuple[Any, Any]:
+) -> tuple[Tensor, Tensor]:
     """Computes dot product attention in which query heads share key/value heads.
 
     The heads that share a key/value head are computed as one matrix; keys and
@@ -87,8 +88,8 @@ def grouped_attention(
     dropped = weights if dropout is None else dropout(weights)
     dropped = ops.cast(dropped, parts[0][1].dtype)
     dropped = ops.reshape(dropped, (-1, groups, per_group * length, key_length))
-    outputs: Any = 0
-    start: Any = 0
+    outputs: Tensor = 0
+    start: Tensor = 0
     for _, value in parts:
         end = start + ops.shape(value)[2]
         # One part is all of them.
@@ -100,7 +101,7 @@ def grouped_attention(
     return ops.reshape(outputs, (-1, length, heads, value_dim)), weights
 
 
-def masked_softmax(logits: Any, mask: Any, sinks: Any = None) -> Any:
+def masked_softmax(logits: Tensor, mask: Mask, sinks: Tensor = None) -> Tensor:
     """Computes attention weights from logits.
 
     Args:
@@ -124,11 +125,11 @@ def masked_softmax(logits: Any, mask: Any, sinks: Any = None) -> Any:
     return weights if sinks is None else weights[..., :-1]
 
 
-def _concatenate(parts: list[Any]) -> Any:
+def _concatenate(parts: list[Any]) -> Tensor:
     return parts[0] if len(parts) == 1 else ops.concatenate(parts, axis=-1)
 
 
-def scale_query(query: Any, scale: float) -> tuple[Any, float]:
+def scale_query(query: Tensor, scale: float) -> tuple[Any, float]:
     """Scales the queries where the products could overflow without it.
 
     Returns:
@@ -156,8 +157,8 @@ def fused_attention_applies(
 
 
 def fused_attention(
-    query: Any, key: Any, value: Any, mask: Any, bias: Any, scale: float
-) -> Any:
+    query: Tensor, key: Tensor, value: Tensor, mask: Mask, bias: Tensor, scale: float
+) -> Tensor:
     """Attention by the backend's fused kernel, where it has one.
 
     Args:

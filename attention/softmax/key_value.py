@@ -8,11 +8,12 @@ from keras import ops
 
 from attention.contract.arguments import describe, dtype_name
 from attention.contract.sizes import static_size
+from attention.contract.types import Mask, Tensor
 from attention.positions.arithmetic import hide_padding, one_row_each
 
 
 def pack_key_value(
-    seen: dict[str, Any], positions: Any, padding_mask: Any = None
+    seen: dict[str, Any], positions: Tensor, padding_mask: Mask = None
 ) -> dict[str, Any]:
     """Returns keys and values as layers hand them to `SharedKeyValueAttention`.
 
@@ -39,8 +40,8 @@ def pack_key_value(
     return {"key": key, "value": value, "positions": positions}
 
 
-def check_key_value(layer_name: str, key_value: Any, query: Any) -> None:
-    """Says so when `key_value` is not what an attention layer returns for it.
+def check_key_value(layer_name: str, key_value: Tensor, query: Tensor) -> None:
+    """Raises an error if `key_value` is not what an attention layer returns for it.
 
     Args:
         layer_name: str. The layer that was called, for the message.
@@ -52,7 +53,7 @@ def check_key_value(layer_name: str, key_value: Any, query: Any) -> None:
         ValueError: if it has other entries, ranks, lengths or rows.
     """
     hint = (
-        "It is what `GroupedQueryAttention` returns, behind its outputs, when "
+        "It is what `GroupedQueryAttention` returns, after its outputs, when "
         "called with `return_key_value=True`: a dict of 'key' and 'value', of shape "
         "(batch, heads, key_length, dim), and 'positions', integers of shape "
         f"(batch, key_length). Received: key_value={describe(key_value)}, query="

@@ -9,6 +9,7 @@ from keras import ops
 
 from attention.contract.arguments import check_positive_int, refuse_arguments
 from attention.contract.initializers import clone_initializer
+from attention.contract.types import Tensor
 from attention.positions.position_scheme import PositionScheme
 from attention.positions.rotary_position import RotaryPosition
 from attention.softmax.dot_product_attention import DotProductAttention
@@ -182,7 +183,9 @@ class LatentAttention(DotProductAttention):
         latent_dim, rotary_dim, *_ = self._sizes()
         return {"latent": (1, latent_dim + rotary_dim)}
 
-    def project(self, query: Any, value: Any, key: Any) -> tuple[Any, dict[str, Any]]:
+    def project(
+        self, query: Tensor, value: Tensor, key: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         x = query
         if self.query_latent_dim is not None:
             x = self.query_norm(self.query_down(query))
@@ -193,8 +196,8 @@ class LatentAttention(DotProductAttention):
         return self.query_dense(x), {"latent": latent[:, :, None]}
 
     def encode_positions(
-        self, query: Any, new: dict, query_positions: Any, key_positions: Any
-    ) -> tuple[Any, dict[str, Any]]:
+        self, query: Tensor, new: dict, query_positions: Tensor, key_positions: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         latent_dim, _, key_dim, _ = self._sizes()
         plain, rotary = ops.split(query, [key_dim], axis=-1)
         latent, rotary_key = ops.split(new["latent"], [latent_dim], axis=-1)
@@ -206,13 +209,13 @@ class LatentAttention(DotProductAttention):
 
     def attend(
         self,
-        query: Any,
-        new: dict[str, Any] | None,
-        past: dict[str, Any] | None,
+        query: Tensor,
+        new: dict[str, Tensor],
+        past: dict[str, Tensor] | None,
         visibility: Visibility,
         return_scores: bool = False,
         training: bool | None = None,
-    ) -> tuple[Any, Any]:
+    ) -> tuple[Tensor, Tensor]:
         latent_dim, rotary_dim, key_dim, _ = self._sizes()
         latent = new["latent"]  # (batch, length, 1, latent_dim + rotary_dim)
         key_up, value_up = (

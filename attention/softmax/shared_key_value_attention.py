@@ -9,6 +9,7 @@ from keras import ops
 
 from attention.contract.arguments import describe
 from attention.contract.padding import zero_padding
+from attention.contract.types import Cache, Index, Mask, Tensor
 from attention.positions.arithmetic import token_positions
 from attention.softmax.dot_product_attention import DotProductAttention
 from attention.softmax.key_value import check_key_value
@@ -114,20 +115,20 @@ class SharedKeyValueAttention(DotProductAttention):
         return ()
 
     def __call__(  # type: ignore[override]
-        self, query: Any, key_value: Any = None, *args: Any, **kwargs: Any
+        self, query: Tensor, key_value: Tensor = None, *args: Any, **kwargs: Any
     ) -> Any:
         # Before Keras looks into it: its own errors speak of nested arguments.
         check_key_value(self.name, key_value, query)
         return super().__call__(query, key_value, *args, **kwargs)
 
-    def call(
+    def call(  # type: ignore[override]
         self,
-        query: Any,
-        key_value: Any,
-        attention_mask: Any = None,
-        padding_mask: Any = None,
-        cache: Any = None,
-        cache_update_index: Any = None,
+        query: Tensor,
+        key_value: Tensor,
+        attention_mask: Mask = None,
+        padding_mask: Mask = None,
+        cache: Cache = None,
+        cache_update_index: Index = None,
         return_attention_scores: bool = False,
         training: bool | None = None,
     ) -> Any:
@@ -169,8 +170,8 @@ class SharedKeyValueAttention(DotProductAttention):
             outputs = (outputs, scores)
         return outputs if cache is None else (outputs, cache)
 
-    def _check_heads(self, key_value: Any) -> None:
-        """Says so when keys or values are not those these queries are for."""
+    def _check_heads(self, key_value: Tensor) -> None:
+        """Raises an error if keys or values are not those these queries are for."""
         key_dim, value_dim = self.head_dims()
         groups = key_value["key"].shape[1]
         dims = (key_value["key"].shape[3], key_value["value"].shape[3])

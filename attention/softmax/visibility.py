@@ -10,6 +10,7 @@ from keras import ops
 from attention.caches.cache_policy import CachePolicy
 from attention.contract.arguments import describe
 from attention.contract.sizes import sequence_length, static_size
+from attention.contract.types import Mask, Tensor
 from attention.positions.arithmetic import HIDDEN_POSITION, one_row_each
 from attention.softmax.banded import Blocks, block_size
 
@@ -37,14 +38,14 @@ class Visibility:
             unless there is a row of them for each sequence.
     """
 
-    query_positions: Any
-    key_positions: Any
+    query_positions: Tensor
+    key_positions: Tensor
     causal: bool = True
     policy: CachePolicy | None = None
-    key_padding_mask: Any = None
-    attention_mask: Any = None
-    prefix_length: Any = None
-    segment_ids: tuple[Any, Any] | None = None
+    key_padding_mask: Mask = None
+    attention_mask: Mask = None
+    prefix_length: Tensor = None
+    segment_ids: tuple[Tensor, Tensor] | None = None
     in_order: bool = False
 
     @property
@@ -53,7 +54,7 @@ class Visibility:
         masked = not self.causal and self.key_padding_mask is not None
         return masked or self.attention_mask is not None
 
-    def mask(self) -> Any:
+    def mask(self) -> Tensor:
         """Combines everything.
 
         Returns:
@@ -88,7 +89,7 @@ class Visibility:
         kept = None if self.policy is None else self.policy.visible(queries, keys)
         return visible if kept is None else [*visible, kept]
 
-    def in_blocks(self, blocks: Blocks, like: Any) -> Visibility:
+    def in_blocks(self, blocks: Blocks, like: Tensor) -> Visibility:
         """The same for the blocks that a batch of sequences is cut into.
 
         Args:
@@ -111,7 +112,7 @@ class Visibility:
             segment_ids=segments,
         )
 
-    def blocks(self, query: Any, key: Any) -> Blocks | None:
+    def blocks(self, query: Tensor, key: Tensor) -> Blocks | None:
         """The blocks that tell all that is seen; `None` where none do, or save much."""
         if self.attention_mask is not None or self.prefix_length is not None:
             return None
@@ -127,8 +128,8 @@ class Visibility:
         return None if size is None else Blocks(size, length, self.causal)
 
 
-def check_attention_mask(attention_mask: Any, query: Any, keys: Any) -> None:
-    """Says so when an attention mask does not fit the queries and keys.
+def check_attention_mask(attention_mask: Mask, query: Tensor, keys: Tensor) -> None:
+    """Raises an error if an attention mask does not fit the queries and keys.
 
     Args:
         attention_mask: what was received.
@@ -164,7 +165,7 @@ def check_attention_mask(attention_mask: Any, query: Any, keys: Any) -> None:
         )
 
 
-def _align(attention_mask: Any, key_positions: Any, in_order: bool) -> Any:
+def _align(attention_mask: Mask, key_positions: Tensor, in_order: bool) -> Tensor:
     """Picks the columns of `attention_mask` that belong to the keys."""
     attention_mask = ops.cast(attention_mask, "bool")
     length = static_size(attention_mask, len(attention_mask.shape) - 1)
