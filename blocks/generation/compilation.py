@@ -1,4 +1,4 @@
-"""Compiles the steps of generation, and tells what was compiled and why anew."""
+"""Compiles the steps of generation, and records what was compiled and why."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from blocks.generation.samplers import sampler_contract
 
 _LOGGER = logging.getLogger("blocks.generation")
 
-# Reading a seed and moving it on are two steps: of two threads between them both
-# would draw the same numbers. Models may share a sampler.
+# A seed is read and then advanced: two threads between these steps would draw the same
+# numbers. Models may share a sampler.
 _DRAWING = threading.RLock()
 
 
 class StepKey(NamedTuple):
-    """What a step was compiled for.
+    """The key of a compiled step.
 
     Attributes:
         step: str. See `CompiledStep`.
         batch_size: int.
         capacity: int or `None`.
         chunk: int or `None`.
-        variant: hashable. What else is fixed in the compiled step.
+        variant: hashable. Anything else that is fixed in the compiled step.
     """
 
     step: str
@@ -39,10 +39,10 @@ class StepKey(NamedTuple):
 
 
 class CompiledStep(NamedTuple):
-    """A step of generation that was compiled (traced): one of `lm.compiled_steps`.
+    """A compiled (traced) step of generation, one of `lm.compiled_steps`.
 
     Attributes:
-        step: str. `"prefill"` reads prompts, `"process"` reads further tokens, `"sample"`
+        step: str. `"prefill"` reads prompts, `"process"` further tokens, `"sample"`
             chooses the first new token, `"decode"` the others, `"verify"` checks guessed
             tokens, `"search"` is a sampler's own loop, `"decode_step"` the public method.
         batch_size: int. The number of rows.
@@ -63,7 +63,7 @@ class CompiledStep(NamedTuple):
 
 
 class CompiledFunctions:
-    """The compiled steps of a task, compiled anew when what is fixed in them changes.
+    """The compiled steps of a task, compiled again when a constant of theirs changes.
 
     Fixed in a compiled step are the variables that it reads (not their values), the
     layers' dtype policies, `run_eagerly` and `jit_compile`; for a step that samples, also
@@ -72,7 +72,7 @@ class CompiledFunctions:
     at: after changing one, make a new `CausalLM`.
 
     Attributes:
-        steps: list of `CompiledStep`: what was compiled so far.
+        steps: list of `CompiledStep`: the steps compiled so far.
         layers: the task's layers, and those within them.
     """
 
@@ -80,7 +80,7 @@ class CompiledFunctions:
         self._task = task
         self._plain: dict[StepKey, Callable] = {}
         self._sampling: dict[StepKey, Callable] = {}
-        # Why a step that was there before is not there any more.
+        # Why a step that was compiled before was dropped.
         self._dropped: dict[StepKey, str] = {}
         self._variables: list[keras.Variable] = []
         self._policies: list[str] = []
@@ -102,7 +102,7 @@ class CompiledFunctions:
         """Runs a step, which is compiled if there is none for this key.
 
         Args:
-            key: what the step is specialized for.
+            key: the sizes and options that the step is compiled for.
             make: returns the function to compile. It takes and returns pytrees of
                 tensors; it may read the variables of the task, and read and assign those
                 of the sampler.
@@ -112,7 +112,7 @@ class CompiledFunctions:
             sampler: the sampler that the step uses, or `None`.
 
         Returns:
-            What the function returns.
+            The result of the function.
         """
         step = self.get(key, make, donate, sampler)
         args = tree.map_structure(ops.convert_to_tensor, args)
@@ -120,7 +120,7 @@ class CompiledFunctions:
         if not variables:
             return step(*args)
         with _DRAWING:
-            # An equal sampler was compiled before: only its seeds are others.
+            # The step holds an equal sampler, whose seeds may be others.
             _assign(self._sampler_variables, variables)
             outputs = step(*args)
             _assign(variables, self._sampler_variables)
@@ -194,7 +194,7 @@ class CompiledFunctions:
 
     def _drop_another_sampler(self, sampler: Any) -> None:
         eager = keras.config.backend() == "torch" or self._task.run_eagerly
-        # What is not compiled reads the sampler itself.
+        # A step that is not compiled reads the sampler itself.
         contract = sampler if eager else sampler_contract(sampler, self._task)
         if contract is not self._contract and contract != self._contract:
             self._drop(self._sampling, "another sampler")

@@ -21,8 +21,8 @@ class Engine:
     """The steps of generation with a causal language model, compiled as needed.
 
     It knows nothing of attention: it opens cache scopes around the backbone.
-    Rows stand at positions of their own, so prompts of different lengths give
-    what each gives alone.
+    Rows have positions of their own, so that prompts of different lengths give the
+    same outputs as each alone.
 
     Args:
         task: a `blocks.CausalLM`.
@@ -57,14 +57,14 @@ class Engine:
 
     @property
     def sampler(self) -> Any:
-        """The sampler that chooses tokens."""
+        """Returns the sampler that chooses tokens."""
         return self._sampler or self.task.sampler
 
     @property
     def known_tokens(self) -> int | None:
-        """How many tokens there are to choose from: those that the tokenizer has.
+        """Returns how many of the model's first tokens the tokenizer has.
 
-        `None` where that are all of the model's, or there is no tokenizer to ask.
+        `None` if it has all of them, or there is no tokenizer. Others are never chosen.
         """
         known = tokenizer_size(self.task.preprocessor)
         return known if known and known < self.task.output.shape[-1] else None
@@ -88,7 +88,7 @@ class Engine:
         """Processes the next tokens of each row: a prefill, or the tokens of a turn.
 
         Args:
-            cache: `None` for a new one. The memory of another is reused.
+            cache: the KV cache, whose memory is reused; `None` for a new one.
             capacity: int. The size of the cache.
             tokens: `int32` array of shape `(batch, width)`.
             index: int or `(batch,)` array: how many positions the cache holds.
@@ -96,8 +96,8 @@ class Engine:
 
         Returns:
             The logits after the last token of each row, `(batch,
-            vocabulary_size)`, and the cache. For a row of no tokens the logits
-            mean nothing.
+            vocabulary_size)`, and the cache. The logits of a row without tokens are
+            undefined.
         """
         rows, longest = tokens.shape[0], int(lengths.max())
         few = self.sizes.few_tokens
@@ -140,16 +140,16 @@ class Engine:
             cache: the KV cache. Its memory is reused.
             capacity: int. The size of the cache.
             token: `int32` `(batch,)`: the last token of each row.
-            index: `int32` `(batch,)`, or `()` where all rows stand at one
-                position, which is the faster way to write to a cache.
+            index: `int32` `(batch,)`, or `()` where all rows have one position,
+                which is faster.
             room: `int32` `(batch,)`: how many more tokens each row may get.
             finished: boolean `(batch,)`: rows that get none.
             steps: int, at most `sizes.block_steps`.
             stops: `int32` array: the tokens at which rows end.
 
         Returns:
-            `(cache, token, index, room, finished, tokens, valid)`: the first
-            five moved on; the new tokens, `(batch, block_steps)`, -1 where a row's
+            `(cache, token, index, room, finished, tokens, valid)`: the first five
+            after these steps; the new tokens, `(batch, block_steps)`, -1 where a row's
             logits were NaN or infinite; and which of these are part of the rows.
         """
         settings, known = number_settings(self.sampler), self.known_tokens
@@ -192,7 +192,7 @@ class Engine:
                 fits = (index < max_length)[:, None]
                 hidden, cache = self.forward(cache, token[:, None], index, fits, donate)
                 logits = self.task.compute_logits(hidden)[:, 0]
-                # Better than logits that are silently wrong.
+                # A compiled step can raise no error; NaN is better than wrong logits.
                 return ops.where(fits, logits, float("nan")), cache
 
             return step
@@ -272,7 +272,7 @@ class Engine:
         def decode(
             cache: Cache,
             token: Tensor,
-            index: Index,
+            index: Tensor,
             room: Tensor,
             finished: Tensor,
             steps: Tensor,
@@ -291,7 +291,7 @@ class Engine:
                 step: Tensor,
                 cache: Cache,
                 token: Tensor,
-                index: Index,
+                index: Tensor,
                 room: Tensor,
                 finished: Tensor,
                 tokens: Tensor,
@@ -308,7 +308,7 @@ class Engine:
                 valid = ops.slice_update(valid, (0, step), new)
                 done = ops.logical_or(room <= 1, is_any(sampled, stops))
                 finished = ops.logical_or(finished, done)
-                # What stands for NaN is no token that can be embedded.
+                # -1, for NaN, is no token that can be embedded.
                 finished = ops.logical_or(finished, sampled < 0)
                 token = ops.maximum(sampled, 0)
                 room = room - 1

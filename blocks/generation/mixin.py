@@ -1,4 +1,4 @@
-"""`generate`, `stream` and `start`: the methods of a causal language model."""
+"""The methods `generate`, `stream` and `start` of a causal language model."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class GenerationMixin(GenerationSteps):
     ) -> Any:
         """Continues prompts.
 
-        Prompts of different lengths in one batch give what each gives alone. Tokens
-        that the model has but its preprocessor's tokenizer has not are never chosen.
+        Prompts of different lengths in one batch give the same outputs as each alone.
+        Tokens of the model that the preprocessor's tokenizer lacks are never chosen.
 
         Args:
             inputs: text (a string; strings in a list, an array, a pandas Series or a
@@ -103,8 +103,8 @@ class GenerationMixin(GenerationSteps):
         check_sampler(self._sampler(), self.output.shape[-1], purpose)
         check_speculation(speculation, self)
         check_verbose(verbose)
-        # All prompts are read before the first is continued: what is wrong with
-        # the last of them should not cost the others' work.
+        # All prompts are checked before the first is continued, so that no work is lost
+        # to an error in the last.
         prompts, is_single = self._read(inputs, max_length, max_new_tokens)
         outputs = []
         for batch in with_progress(
@@ -124,11 +124,10 @@ class GenerationMixin(GenerationSteps):
         max_new_tokens: int | None = None,
         speculation: Speculation | None = None,
     ) -> Iterator[Any]:
-        """Continues prompts, and yields text as it is made.
+        """Continues prompts, and yields text as it is generated.
 
-        The arguments are those of `generate`, and joined the pieces are what it
-        returns: the first is the prompt, unless `strip_prompt`. No piece ends
-        within a character.
+        The arguments are those of `generate`, and the pieces joined are its result: the
+        first is the prompt, unless `strip_prompt`. No piece ends within a character.
 
         Args:
             inputs: as for `generate`, one batch.
@@ -140,12 +139,13 @@ class GenerationMixin(GenerationSteps):
 
         Yields:
             For one string, strings. For a list of strings, lists with a string
-            for each, empty where there is nothing new. For tokens, arrays of
-            tokens likewise.
+            for each, empty where there is nothing new. For one row of tokens, arrays
+            of tokens; for several, lists of such.
 
         Raises:
             TypeError: as `generate`; when called, not at the first piece.
-            ValueError: likewise.
+            ValueError: as `generate`; when called, not at the first piece, but for
+                logits that are NaN or infinite.
 
         Example:
 
@@ -191,7 +191,7 @@ class GenerationMixin(GenerationSteps):
         return Session(self, self._engine(), prompts, is_single)
 
     def _sampler(self) -> Any:
-        """The sampler, or `None` where the model is not compiled."""
+        """Returns the sampler, or `None` if the model is not compiled."""
         return getattr(self, "sampler", None)
 
     def _new_tokens(
@@ -201,7 +201,7 @@ class GenerationMixin(GenerationSteps):
         times: int,
         speculation: Speculation | None,
     ) -> list[np.ndarray]:
-        """The new tokens of each row."""
+        """Returns the new tokens of each row."""
         if has_own_loop(self._sampler()):
             arrays = (prompts.token_ids, prompts.lengths, prompts.limits)
             return search(self._engine(), self._sampler(), *arrays, stops)
@@ -237,7 +237,7 @@ class GenerationMixin(GenerationSteps):
     def _to_outputs(
         self, prompts: Prompts, new_tokens: list[np.ndarray], strip_prompt: bool
     ) -> Any:
-        """Strings or arrays, as the user passed."""
+        """Returns strings or arrays, as the user passed."""
         rows = new_tokens
         if not strip_prompt:
             rows = [np.concatenate(pair) for pair in zip(prompts.rows(), new_tokens)]

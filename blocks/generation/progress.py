@@ -13,13 +13,13 @@ from attention.contract import describe
 
 
 def with_progress(batches: list[Any], verbose: Any, seconds: float) -> Iterator[Any]:
-    """Yields batches, and shows how many were done.
+    """Yields batches, and shows how many are done.
 
     Args:
-        batches: what is worked through.
-        verbose: `"auto"`, 0 or 1. `"auto"` shows a bar where somebody watches
-            (a terminal, a notebook) and there is more than one batch.
-        seconds: float. After how many a bar is shown with `"auto"`.
+        batches: the batches.
+        verbose: `"auto"`, 0 or 1. `"auto"` shows a bar in a terminal or a notebook if
+            there is more than one batch.
+        seconds: float. After how many seconds `"auto"` shows a bar.
     """
     show = bool(verbose)
     if verbose == "auto":
@@ -31,10 +31,10 @@ def with_progress(batches: list[Any], verbose: Any, seconds: float) -> Iterator[
 
 
 def check_verbose(verbose: Any) -> None:
-    """Raises an error if `verbose` is none of what it may be.
+    """Checks `verbose`.
 
     Raises:
-        ValueError: in that case.
+        ValueError: if it is not `"auto"`, 0 or 1.
     """
     if verbose not in ("auto", 0, 1):
         raise ValueError(
@@ -56,7 +56,7 @@ def _with_bar(batches: Iterable[Any], delay: float) -> Iterator[Any]:
 def _is_watched() -> bool:
     if sys.stdout is not None and sys.stdout.isatty():
         return True
-    # A notebook's output is no terminal, but is read by somebody.
+    # A notebook's output is not a terminal, but is watched, too.
     shell = sys.modules.get("IPython")
     kernel = getattr(shell, "get_ipython", lambda: None)() if shell else None
     return kernel is not None and hasattr(kernel, "kernel")

@@ -1,4 +1,4 @@
-"""Prompts: from what a user passes to `generate` to checked token arrays."""
+"""Prompts: reads the inputs of `generate` into checked arrays of tokens."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class Prompts:
     as_text: bool
 
     def rows(self) -> list[np.ndarray]:
-        """The tokens of each prompt."""
+        """Returns the tokens of each prompt."""
         return [row[:n] for row, n in zip(self.token_ids, self.lengths)]
 
     def repeat(self, times: int) -> Prompts:
-        """The same prompts with `times` rows for each."""
+        """Returns the same prompts with `times` rows for each."""
         return Prompts(
             np.repeat(self.token_ids, times, axis=0),
             np.repeat(self.lengths, times),
@@ -53,14 +53,14 @@ class Prompts:
 
 @dataclasses.dataclass
 class Batch:
-    """Prompts as a user passed them.
+    """A batch of prompts as the user passed it.
 
     Attributes:
         texts: list of strings, or `None` where tokens were passed.
         token_ids: integers of shape `(batch, width)`, where tokens were passed.
         lengths: `int32` array `(batch,)`: how many of them are real.
-        has_mask: bool. Whether padding was marked, so that the arrays' width means
-            something.
+        has_mask: bool. Whether there was a `padding_mask`, so that the width of the
+            arrays is a default for the length.
     """
 
     texts: list[str] | None = None
@@ -74,7 +74,7 @@ class Batch:
 
 
 def read_batches(inputs: Any) -> tuple[list[Batch], bool]:
-    """Reads what was passed to `generate`.
+    """Reads the inputs of `generate`.
 
     Args:
         inputs: text (a string; strings in a list, an array, a tensor, a pandas Series
@@ -159,7 +159,7 @@ def read_prompts(
     max_new_tokens: int | None,
     max_positions: int | None,
 ) -> Prompts:
-    """Tokenizes a batch of prompts, and checks all that can be checked.
+    """Tokenizes a batch of prompts and checks it.
 
     Args:
         batch: a `Batch`.
@@ -193,7 +193,7 @@ def read_prompts(
         tokens, lengths = _tokenize(texts, preprocessor, given)
     else:
         tokens, lengths = batch.token_ids, batch.lengths
-        # Where no padding was marked, the arrays' width says nothing: no default.
+        # Without a `padding_mask` the width of the arrays is no default.
         default = tokens.shape[1] if batch.has_mask else 0
     check_tokens(tokens, vocabulary_size(task))
     if (lengths == 0).any():
@@ -233,10 +233,10 @@ def read_prompts(
 def _tokenize(
     texts: list[str], preprocessor: Any, length: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokenizes with room for one token more than `length`, to notice that."""
+    """Tokenizes up to one token more than `length`, to notice longer prompts."""
     whole = length is None
     if length is None:
-        # A token stands for about one byte or more, special tokens aside.
+        # A token is about one byte or more, besides special tokens.
         length = max(len(text.encode("utf-8")) for text in texts) + 8
     while True:
         encoded = preprocessor.generate_preprocess(texts, sequence_length=length + 1)
@@ -248,7 +248,7 @@ def _tokenize(
 
 
 def resolve_stops(stop_token_ids: Any, task: Any) -> tuple[int, ...]:
-    """Resolves what the user passed as the tokens at which rows end.
+    """Returns the tokens at which rows end.
 
     Args:
         stop_token_ids: `None`, `"auto"`, a token id or several.

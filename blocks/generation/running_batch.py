@@ -1,4 +1,4 @@
-"""The host's side of generation: rows that are continued together."""
+"""The part of generation that runs on the host: rows continued together."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class RunningBatch:
         capacity: int. The size of the cache.
         processed: `int32` array `(batch,)`: how many positions of each row the
             cache holds.
-        logits: the logits after the last prompt of each row; stale for a row
-            that has gone on since.
+        logits: the logits after the last prompt of each row; outdated for a row that
+            has been continued since.
     """
 
     def __init__(self, engine: Engine, batch_size: int) -> None:
@@ -49,14 +49,14 @@ class RunningBatch:
         self.logits: Tensor = None
 
     def process(self, rows: list[np.ndarray], room: int = 0) -> int:
-        """Processes what rows have beyond the positions that the cache holds.
+        """Processes the tokens of rows that the cache does not hold yet.
 
         Args:
             rows: for each row all its tokens.
-            room: int. For how many more positions there is to be space.
+            room: int. How many more positions to reserve.
 
         Returns:
-            How many tokens these were, in all rows.
+            The number of tokens processed, in all rows.
         """
         tokens, lengths = pad_rows([x[n:] for x, n in zip(rows, self.processed)])
         if not lengths.any():
@@ -98,9 +98,9 @@ class RunningBatch:
 
     @contextlib.contextmanager
     def forgetting_if_it_fails(self) -> Iterator[None]:
-        """For a step that may reuse the cache's memory: should it fail, that is lost.
+        """Drops the cache if the step within fails, as its memory may be reused.
 
-        The rows are then processed anew, before they go on.
+        The rows are then processed again before they are continued.
         """
         try:
             yield
@@ -110,7 +110,7 @@ class RunningBatch:
             raise
 
     def reserve(self, positions: int) -> None:
-        """Grows the cache, if need be, to hold so many positions."""
+        """Grows the cache, if needed, to hold so many positions."""
         if positions <= self.capacity:
             return
         self.capacity = self.sizes.round_up_capacity(positions)
@@ -161,7 +161,7 @@ class RunningBatch:
         Args:
             room: `int32` array `(batch,)`: how many tokens each row may get.
             stops: the tokens at which a row ends; they are part of it.
-            block_steps: int or `None`. How many steps to take at once.
+            block_steps: int or `None`. How many steps to run in one compiled call.
 
         Yields:
             Blocks of new tokens, `(batch, steps)`, and which of them are part
@@ -210,7 +210,7 @@ class RunningBatch:
         return np.array([*stops, *[-1] * (size - len(stops))], "int32")
 
     def _index(self) -> Index:
-        """Where the rows stand: one index for all is the faster way to write."""
+        """Returns the rows' positions, as one index if they are equal: it is faster."""
         first = self.processed[0]
         return first if (self.processed == first).all() else self.processed
 
@@ -218,7 +218,7 @@ class RunningBatch:
 def _groups(
     lengths: np.ndarray, capacity: int, sizes: GenerationSizes
 ) -> list[np.ndarray]:
-    """Splits rows into short and long ones, where that saves much padding."""
+    """Splits rows into short and long ones if that saves much padding."""
     order = np.argsort(lengths, kind="stable")
     everything = [np.arange(len(lengths))]
 
@@ -249,7 +249,7 @@ def check_chosen(tokens: np.ndarray, valid: np.ndarray, lengths: np.ndarray) -> 
         lengths: array of shape `(batch,)`: how many tokens were before the first.
 
     Raises:
-        ValueError: if so.
+        ValueError: if a valid token is -1.
     """
     wrong = valid & (tokens < 0)
     if wrong.any():
@@ -262,13 +262,13 @@ def check_chosen(tokens: np.ndarray, valid: np.ndarray, lengths: np.ndarray) -> 
 
 
 def take_rows(cache: Any, rows: np.ndarray) -> Any:
-    """Picks rows of a cache, or of anything else whose first axis is the batch."""
+    """Returns rows of a pytree of tensors whose first axis is the batch."""
     rows = np.asarray(rows, "int32")
     return tree.map_structure(lambda x: ops.take(x, rows, axis=0), cache)
 
 
 def join_rows(caches: list[Any], order: np.ndarray) -> Any:
-    """Puts the rows of several caches into one, in the order that is given."""
+    """Joins the rows of several caches in the order given."""
 
     def join(*parts: Tensor) -> Tensor:
         return ops.take(ops.concatenate(parts, axis=0), order, axis=0)

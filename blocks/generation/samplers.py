@@ -1,4 +1,4 @@
-"""Samplers: what of them counts, which numbers may change, and sampling a token."""
+"""Samplers: checks, the numbers that may change, and sampling a token."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from keras import ops
 from attention.contract import Tensor
 
 _samplers = keras_hub.samplers
-# What these samplers only compute with. How many tokens `k` leaves decides
-# shapes; and what a sampler of the user's does with a number, nobody knows.
+# Numbers that these samplers only compute with. `k` is a shape, and how a user's own
+# sampler uses a number is not known.
 _NUMBERS: dict[type, tuple[str, ...]] = {
     _samplers.GreedySampler: ("temperature",),
     _samplers.RandomSampler: ("temperature",),
@@ -37,16 +37,15 @@ def check_sampler(
     """Raises an error if a sampler can't be used by `generate`.
 
     Args:
-        sampler: what the model was compiled with, or `None`.
+        sampler: the sampler that the model was compiled with, or `None`.
         vocabulary_size: int. How many tokens there are to choose from.
-        purpose: str or `None`. What needs a sampler that chooses one token
-            after the other, if it does.
+        purpose: str or `None`. An option of `generate` that needs a sampler that
+            chooses one token after the other.
 
     Raises:
-        ValueError: if there is none, it is one that `generate` does not drive
-            or that does not serve `purpose`, its `k` is more than there are tokens, or
-            its temperature or `p` is not positive: KerasHub would divide by zero, or
-            let the first token through only.
+        ValueError: if there is none, `generate` does not support it, alone or with
+            `purpose`, its `k` is larger than the vocabulary, or its temperature or `p`
+            is not positive.
     """
     if sampler is None:
         raise ValueError(
@@ -108,11 +107,11 @@ def number_settings(sampler: Any) -> dict[str, Any]:
 
 
 def sampler_contract(sampler: Any, task: Any) -> tuple:
-    """Returns what of a sampler is fixed in a compiled step.
+    """Returns the part of a sampler that is fixed in a compiled step.
 
-    That is its class and its `get_config()`, but for the numbers that are arguments; its
-    variables are read anew at each call. A class of the user's without a `get_config` of
-    its own may hold more than that says: then each `compile` counts as a change.
+    It is the class and its `get_config()`, without the numbers that are arguments;
+    variables are read at each call. A user's class without a `get_config` of its own
+    may hold more: then each `compile` counts as a change.
 
     Args:
         sampler: a `keras_hub.samplers.Sampler`.
@@ -161,7 +160,7 @@ def sample_token(
 
 
 def mask_unknown(logits: Tensor, known: int | None) -> Tensor:
-    """Returns logits by which no token is chosen that the tokenizer does not have.
+    """Returns logits with -inf for tokens that the tokenizer does not have.
 
     Args:
         logits: tensor of shape `(rows, vocabulary_size)`.
@@ -174,9 +173,9 @@ def mask_unknown(logits: Tensor, known: int | None) -> Tensor:
 
 
 def with_settings(sampler: Any, settings: dict[str, Any]) -> Any:
-    """Returns a sampler with tensors in the place of its numbers, to trace a step.
+    """Returns a copy of a sampler with tensors in place of its numbers, for a trace.
 
-    The sampler itself stays as it is: other threads may use it.
+    A copy, as other threads may use the sampler.
     """
     if not settings:
         return sampler

@@ -28,8 +28,8 @@ def search(
 ) -> list[np.ndarray]:
     """Continues prompts with a sampler that has a loop of its own.
 
-    It moves all rows in lockstep, and goes on until all have stopped. Rows that
-    would disturb each other are given to it one by one.
+    The sampler moves all rows in lockstep until all have stopped. Rows whose outputs
+    this would change are given to it one by one.
 
     Args:
         engine: an `Engine`.
@@ -68,7 +68,7 @@ def search(
 
 
 class _SearchCache(NamedTuple):
-    """What a search passes from step to step as its cache, row by row."""
+    """The cache that a search passes from step to step, row by row."""
 
     cache: Cache
     broken: Tensor  # (batch,): 1 where logits were NaN or infinite
@@ -80,11 +80,11 @@ def _make_search(
     task = engine.task
 
     def next_step(prompt: Tensor, cache: _SearchCache, index: Index) -> tuple:
-        # The protocol feeds the token before `index` again, so the cache
-        # holds the positions before that one.
+        # The protocol feeds the token before `index` again, so the cache holds the
+        # positions before that token.
         token = ops.slice(prompt, (0, index - 1), (ops.shape(prompt)[0], 1))
         mask = ops.ones_like(token, dtype="bool")
-        # A search goes back to caches it had before: they are not given away.
+        # A search goes back to earlier caches, so they are not donated.
         hidden, new = engine.forward(cache.cache, token, index - 1, mask, donate=False)
         logits = task.compute_logits(hidden)[:, 0]
         total = ops.logsumexp(ops.cast(logits, "float32"), axis=-1)
@@ -149,7 +149,7 @@ def _check_finite(broken: np.ndarray, rows: list[int], lengths: np.ndarray) -> N
 def _lockstep_groups(
     lengths: np.ndarray, limits: np.ndarray, stops: bool
 ) -> list[list[int]]:
-    """Groups rows that a lockstep loop treats as it would each alone."""
+    """Groups rows whose outputs a lockstep loop does not change."""
     if stops:
         return [[row] for row in range(len(lengths))]
     groups: dict[tuple[int, int], list[int]] = {}

@@ -1,4 +1,4 @@
-"""A conversation with a model: each turn processes only what is new."""
+"""A conversation with a model, of which each turn processes only new tokens."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from blocks.generation.token_rows import (
 
 
 class Session:
-    """A sequence that is continued again and again, made by `CausalLM.start`.
+    """A sequence that is continued turn by turn, made by `CausalLM.start`.
 
-    Its KV cache is kept between turns, so a turn processes only what was added since
-    the last one. What it generates is what `generate` would for all of the
-    session's tokens as a prompt.
+    Its KV cache is kept between turns, so that a turn processes only the tokens added
+    since the last one. It generates the same as `generate` with all of the session's
+    tokens as a prompt.
 
     A session ends with the weights that it began with: after `fit`, `train_on_batch`,
     `set_weights` or loading weights (of the model or its backbone), after LoRA, quantizing
@@ -74,7 +74,7 @@ class Session:
         self.tokens = prompts.rows()
         self.num_prefilled = 0
         self._batch = RunningBatch(engine, len(self.tokens))
-        # Which turn it is: an iterator of an earlier one must not go on.
+        # The number of the turn: an iterator of an earlier turn must not go on.
         self._turn = 0
         self._model = _ModelVersion(task)
         self._process(self.tokens, room=0)
@@ -90,7 +90,7 @@ class Session:
         """Adds text, if any, and continues.
 
         Args:
-            inputs: what is added first: `None`, a string (a list of strings for
+            inputs: the text or tokens to add first: `None`, a string (a list of strings for
                 several rows), or a dict of `token_ids` and `padding_mask`. No
                 start token is put before it.
             max_length: int or `None`. The length of a whole row, all turns
@@ -126,10 +126,10 @@ class Session:
         max_new_tokens: int | None = None,
         speculation: Any = None,
     ) -> Iterator[Any]:
-        """As `generate`, but yields pieces as they are made.
+        """Yields pieces of what `generate` returns, as they are generated.
 
-        A session that is continued before all pieces were taken goes on after
-        the last one, and the iterator of the earlier turn gives no more.
+        A session that is continued before all pieces were taken goes on after the last
+        one taken, and the iterator of the earlier turn raises an error.
 
         Args:
             inputs: as for `generate`.
@@ -139,12 +139,12 @@ class Session:
             speculation: as for `generate`.
 
         Yields:
-            What joined is what `generate` returns.
+            Strings, or arrays of tokens, that joined are the result of `generate`.
 
         Raises:
             TypeError: as `generate`, at once.
             ValueError: as `generate`, at once; and by the iterator of an earlier
-                turn. Whether the model has changed is asked when the turn begins.
+                turn. Whether the model has changed is checked when the turn begins.
         """
         check_sampler(
             getattr(self._task, "sampler", None),
@@ -207,10 +207,10 @@ class Session:
             num_tokens: int. How many tokens to drop.
 
         Raises:
-            TypeError: if it is no integer.
+            TypeError: if it is not an integer.
             ValueError: if a row has no more tokens than that, or a layer can't
-                go back: a recurrent state, or a window that has dropped what it
-                would need. The session stays as it was.
+                go back: one with a recurrent state, or with a window that has dropped
+                tokens it would need. The session stays as it was.
         """
         num_tokens = check_positive_int("num_tokens", num_tokens)
         lengths = np.array([len(row) for row in self.tokens], "int32") - num_tokens
@@ -220,11 +220,11 @@ class Session:
                 f"num_tokens={num_tokens}, and the shortest row has "
                 f"{int(lengths.min()) + num_tokens} tokens"
             )
-        # The last token that is left is processed anew, as its logits are needed.
+        # The last token left is processed again, as its logits are needed.
         processed = np.minimum(self._batch.processed, lengths - 1)
         sites, cache = self._engine.sites, self._batch.cache
         moves = set(zip(self._batch.processed.tolist(), processed.tolist()))
-        # Without a cache all is processed anew anyway.
+        # Without a cache all tokens are processed again anyway.
         for before, after in () if cache is None else moves:
             layer = find_not_rewindable(sites, cache, before, after)
             if layer is not None:
@@ -240,12 +240,12 @@ class Session:
         self._batch.processed = processed
 
     def _process(self, tokens: list[np.ndarray], room: int) -> None:
-        """Processes all of the rows' tokens that the cache has not."""
+        """Processes all tokens of the rows that the cache does not hold."""
         self.num_prefilled += self._batch.process(tokens, room)
         self.tokens = tokens
 
     def _read(self, inputs: Any) -> list[np.ndarray]:
-        """The tokens to add to each row."""
+        """Returns the tokens to add to each row."""
         if inputs is None:
             return [NO_TOKENS] * len(self.tokens)
         batches, _ = read_batches(inputs)
@@ -276,7 +276,7 @@ class Session:
         max_length: int | None,
         max_new_tokens: int | None,
     ) -> np.ndarray:
-        """How many tokens each row may get."""
+        """Returns how many tokens each row may get."""
         lengths = np.array(
             [len(a) + len(b) for a, b in zip(self.tokens, added)], "int32"
         )
@@ -314,14 +314,14 @@ class Session:
     def _check_model(self) -> None:
         if not self._model.is_current():
             raise ValueError(
-                "The model's weights have changed since the session began, so what "
-                "it remembers is no longer what the model would. Start a new one: "
+                "The model's weights have changed since the session began, so its KV "
+                "cache is no longer that of the model. Start a new one: "
                 "`lm.start(...)`. Its tokens are in `session.tokens`."
             )
 
 
 class _ModelVersion:
-    """The weights of a model at one time, to be compared with those of later."""
+    """Records the weights of a model, to notice that they have changed since."""
 
     def __init__(self, task: Any) -> None:
         self._task = task

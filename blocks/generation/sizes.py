@@ -11,8 +11,8 @@ from attention.contract import check_positive_int
 class GenerationSizes:
     """How much generation does at once, and which sizes it compiles for.
 
-    Each size of a batch, a cache or a chunk is compiled, so there are few. They
-    decide how fast generation is and how often it recompiles, never what comes out.
+    Each size of a batch, a KV cache or a chunk is compiled, so there are few. They
+    affect the speed of generation and the number of compilations, never the outputs.
     The defaults were measured; see `benchmarks/README.md`.
 
     Example:
@@ -30,34 +30,34 @@ class GenerationSizes:
     new tokens, stops if all rows are done, and grows the KV cache if it is full."""
 
     min_capacity: int = 144
-    """The smallest KV cache, in positions. It is doubled and doubled again, then there
-    are two sizes to an octave, so that little is attended that is not filled. An eighth
-    more than a power of two, as that is what prompts are often cut to."""
+    """The smallest KV cache, in positions. The next sizes are 2 and 4 times it, then
+    there are two sizes for each doubling, so that few empty slots are attended. It is an
+    eighth more than a power of two, as prompts are often cut to a power of two."""
 
     min_chunk: int = 32
-    """The fewest tokens of each row that a prefill processes at once. A chunk is a
-    power of two times this, of about a fourth of the capacity, so that little is
-    computed for padding."""
+    """The smallest number of tokens of each row that a prefill processes at once. A chunk
+    is a power of two times this, about a fourth of the capacity, so that there is little
+    padding."""
 
     max_chunk: int = 512
-    """The most tokens of each row that are processed at once. More make products no
-    faster, but attend to more keys that the causal mask hides."""
+    """The largest number of tokens of each row that are processed at once. More make
+    products no faster, but attend to more keys that the causal mask hides."""
 
     max_chunk_tokens: int = 1024
-    """The most tokens of all rows together that are processed at once."""
+    """The largest number of tokens of all rows together that are processed at once."""
 
     few_tokens: int = 4
-    """A turn of a session with so few tokens or less is not padded to a chunk."""
+    """A turn of a session with at most so many tokens is not padded to a chunk."""
 
     min_tokens_saved: int = 256
-    """Rows are prefilled in two groups, short and long ones, if that saves so many
-    tokens of padding: another group is another compilation."""
+    """How many tokens of padding must be saved for rows to be prefilled in two groups,
+    short and long ones: another group is another compilation."""
 
     few_stops: int = 8
-    """The smallest number of stop tokens that is compiled for; it is doubled."""
+    """The smallest number of stop tokens that is compiled for; larger ones double it."""
 
     progress_seconds: float = 2.0
-    """With `verbose="auto"`, a progress bar is shown after so many seconds."""
+    """After how many seconds `verbose="auto"` shows a progress bar."""
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

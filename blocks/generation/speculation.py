@@ -26,13 +26,12 @@ from blocks.generation.token_rows import NO_TOKENS
 class Speculation:
     """Guesses the next tokens, which the model then verifies in one step.
 
-    The model samples a token at every position, as it would without a guess;
-    guesses that equal what it sampled save it a step each, and all after the
-    first that doesn't are dropped. So the outputs are distributed as without,
-    whatever is guessed and with any sampler: with greedy sampling they are the
-    same.
+    The model samples a token at every position, as it would without guesses. Each
+    guess that equals the sampled token saves a step, and all after the first that does
+    not are dropped. So the outputs have the same distribution as without speculation,
+    with any guesses and any sampler; with greedy sampling they are the same.
 
-    A subclass implements `propose`, and `begin` where it keeps something.
+    A subclass implements `propose`, and `begin` if it keeps a state.
 
     Args:
         num_tokens: int. How many tokens to guess at once.
@@ -49,14 +48,14 @@ class Speculation:
         """Raises an error if this can't guess for `task`, before any work is done."""
 
     def begin(self, batch_size: int) -> Any:
-        """Returns what `propose` keeps of one batch; `None` here."""
+        """Returns the state that `propose` keeps for one batch; `None` here."""
         return None
 
     def propose(self, memory: Any, rows: list[np.ndarray]) -> list[np.ndarray]:
-        """Guesses how rows go on.
+        """Guesses the next tokens of rows.
 
         Args:
-            memory: what `begin` returned for this batch.
+            memory: the state that `begin` returned for this batch.
             rows: for each row its tokens so far; an empty one needs no guess.
 
         Returns:
@@ -72,11 +71,11 @@ def check_speculation(speculation: Any, task: Any) -> None:
     """Raises an error if guesses can't be made for a model.
 
     Args:
-        speculation: what the user passed, or `None`.
+        speculation: the user's argument, or `None`.
         task: the model.
 
     Raises:
-        TypeError: if it is no `Speculation`.
+        TypeError: if it is not a `Speculation`.
         ValueError: if it does not fit the model.
     """
     if speculation is None:
@@ -91,16 +90,16 @@ def check_speculation(speculation: Any, task: Any) -> None:
 
 
 class PromptLookup(Speculation):
-    """Guesses that what followed the last few tokens before follows them again.
+    """Guesses that the last few tokens are followed by the same tokens as before.
 
-    It costs nothing, and pays off where the output repeats parts of the prompt:
+    It costs nothing, and helps where the output repeats parts of the prompt:
     summaries, edits of code, questions about a text.
 
     Args:
         num_tokens: int. How many tokens to guess at once.
-        max_ngram: int. The most tokens to look for; if they did not occur
-            before, one less is looked for, down to `min_ngram`.
-        min_ngram: int. The fewest tokens to look for.
+        max_ngram: int. How many last tokens to look for; if they did not occur before,
+            one less is looked for, down to `min_ngram`.
+        min_ngram: int. The smallest number of tokens to look for.
 
     Example:
 
@@ -146,8 +145,8 @@ class DraftModel(Speculation):
     """Guesses with a smaller model of the same vocabulary.
 
     Args:
-        model: a `blocks.CausalLM`. It need not be compiled: it guesses its most
-            likely tokens, whatever its sampler.
+        model: a `blocks.CausalLM`. It need not be compiled: it guesses its most likely
+            tokens, with any sampler.
         num_tokens: int. How many tokens to guess at once.
 
     Raises:
@@ -204,7 +203,7 @@ class _Draft:
 
     def __init__(self, engine: Engine, batch_size: int) -> None:
         self.batch = RunningBatch(engine, batch_size)
-        # What the batch has processed, and a batch to go back to.
+        # The tokens that the batch has processed, and a batch to go back to.
         self.seen = [NO_TOKENS] * batch_size
         self.before: tuple[RunningBatch, list[np.ndarray]] | None = None
 
@@ -237,13 +236,13 @@ class _Draft:
         return can_rewind(batch.engine.sites, batch.cache, reached + num_tokens, least)
 
     def _go_back(self, rows: list[np.ndarray], asked: np.ndarray) -> None:
-        """Takes back what was processed but turned out to be wrong."""
+        """Takes back tokens that were processed but are wrong."""
         if self.before is not None:
             self.batch, self.seen = self.before
             self.before = None
         right = self.batch.processed.copy()
         for i in np.flatnonzero(asked):
-            # The last token is processed anew, as its logits are needed.
+            # The last token is processed again, as its logits are needed.
             common = _common_length(rows[i], self.seen[i])
             right[i] = min(right[i], common, len(rows[i]) - 1)
         self.batch.processed = right
@@ -280,7 +279,7 @@ def speculate(
     while not finished.all():
         asked = [row[: 0 if done else None] for row, done in zip(rows, finished)]
         proposed = _check_proposed(speculation.propose(memory, asked), len(rows))
-        # A guess for the last place would be sampled for nothing.
+        # A guess for the last place is of no use.
         counts = np.array([len(x) for x in proposed], "int32")
         counts = np.minimum(counts, np.clip(room - 1, 0, guesses))
         counts = np.where(finished, 0, counts).astype("int32")
@@ -291,7 +290,7 @@ def speculate(
         least = int(batch.processed.min())
         reached = int(np.where(finished, 0, batch.processed + 1 + counts).max())
         batch.reserve(reached)
-        # Many guesses may be more than a small cache takes at once.
+        # A small cache may not take that many guesses at once.
         width = min(guesses + 1, batch.capacity, engine.max_positions or batch.capacity)
         tokens, counts = tokens[:, :width], np.minimum(counts, width - 1)
         rewinds = can_rewind(engine.sites, batch.cache, reached, least)
@@ -362,8 +361,8 @@ def _make_verify(engine: Engine, rewinds: bool, known: int | None) -> Callable:
         valid = ops.logical_and(ops.cast(reached, "bool"), places < room[:, None])
         valid = ops.logical_and(valid, active)
         if not rewinds:
-            # What was processed can't be taken back: process what is right again,
-            # from the cache as it was.
+            # The wrong tokens can't be taken back: process the right ones again, with
+            # the cache from before.
             _, updated = engine.forward(cache, tokens, index, valid)
         return updated, sampled, valid
 

@@ -18,15 +18,16 @@ from attention.contract import (
 from blocks.generation.compilation import CompiledStep
 from blocks.generation.engine import Engine
 from blocks.generation.prompts import Prompts, read_batches, read_prompts
+from blocks.generation.sizes import GenerationSizes
 from blocks.generation.token_rows import check_tokens, vocabulary_size
 
 
 class GenerationState(NamedTuple):
-    """Where a generation stands: all that the next step needs besides weights.
+    """The state of a generation: all that the next step needs besides weights.
 
-    It is a pytree: it goes through `jax.jit`, `tf.function`, `keras.tree` and
-    loops of any backend. Made by `CausalLM.prefill`, moved on by
-    `CausalLM.decode_step`.
+    It is a pytree: it goes through `jax.jit`, `tf.function`, `keras.tree` and loops of
+    any backend. `CausalLM.prefill` makes it, and `CausalLM.decode_step` returns the
+    next one.
 
     Attributes:
         cache: a tuple with the cache of each call of a cached layer.
@@ -48,7 +49,8 @@ class GenerationSteps:
     backbone: Any
     preprocessor: Any
     output: Any
-    # How often `compile` was called.
+    generation_sizes: GenerationSizes
+    # How many times `compile` was called.
     times_compiled = 0
 
     def prefill(self, inputs: Any, max_length: int) -> GenerationState:
@@ -102,24 +104,23 @@ class GenerationSteps:
         Args:
             tokens: integers of shape `(batch,)`: the token chosen for each row.
             state: from `prefill`, or from the last step.
-            donate: bool. Whether `state` is not used any more, so that its
-                memory is used for the new one: without it JAX and torch copy
-                the cache.
+            donate: bool. Whether the memory of `state` may be reused, as it is not used
+                after this call. Without it JAX and torch copy the KV cache.
 
         Returns:
             `(logits, state)`: the logits of the next token, of shape `(batch,
             vocabulary_size)`, and the state after this step.
 
         Raises:
-            TypeError: if `state` is no `GenerationState` or `tokens` no
+            TypeError: if `state` is not a `GenerationState` or `tokens` are not
                 integers.
-            ValueError: if `tokens` has another shape; and, where that can be
-                seen, if one is not in the vocabulary or a row is full. Within
-                a compiled function the logits of a full row are NaN.
+            ValueError: if `tokens` has another shape; and, outside of compiled
+                functions, if one is not in the vocabulary or a row is full. Within a
+                compiled function the logits of a full row are NaN.
         """
         if not isinstance(state, GenerationState):
             raise TypeError(
-                "`state` must be what `prefill` or the last `decode_step` returned. "
+                "`state` must come from `prefill` or the last `decode_step`. "
                 f"Received: state={describe(state)}"
             )
         engine = self._engine()
@@ -130,22 +131,22 @@ class GenerationSteps:
 
     @property
     def compiled_steps(self) -> tuple[CompiledStep, ...]:
-        """What of generation was compiled so far, and why anew.
+        """Returns the steps of generation compiled so far, and the reason for each.
 
-        Look here, or at what `logging.getLogger("blocks.generation")` says at INFO, for
-        why something recompiles (retraces). Empty on torch, where nothing is compiled.
+        Look here for the reason of a recompile (retrace), or at the INFO messages of
+        `logging.getLogger("blocks.generation")`. Empty on torch, which compiles nothing.
         """
         engine = self.__dict__.get("_generation_engine")
         return () if engine is None else tuple(engine.functions.steps)
 
     @property
     def compilations(self) -> int:
-        """How many steps of generation were compiled so far."""
+        """Returns how many steps of generation were compiled so far."""
         return len(self.compiled_steps)
 
     @property
     def xla_generation(self) -> bool:
-        """Whether generation is compiled by XLA on TensorFlow."""
+        """Returns whether generation is compiled by XLA on TensorFlow."""
         return self.__dict__.get("_generation_jit_compile", "auto") is not False
 
     def _reset_generation(self, jit_compile: Any) -> None:
@@ -185,7 +186,7 @@ class GenerationSteps:
         max_length: int | None,
         max_new_tokens: int | None,
     ) -> tuple[Prompts, bool]:
-        """As `_read`, for a method that takes one batch."""
+        """Returns what `_read` does, for a method that takes one batch."""
         batches, is_single = self._read(inputs, max_length, max_new_tokens)
         if len(batches) > 1:
             raise ValueError(

@@ -1,1 +1,1 @@
-"""What exists for one backend: how a step is compiled, and what its compiler needs."""
+"""Code for one backend each: compiling a step, and the needs of its compiler."""

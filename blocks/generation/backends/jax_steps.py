@@ -13,15 +13,15 @@ import keras
 class JaxStep:
     """A step compiled by `jax.jit`, which takes the model's variables as arguments.
 
-    Variables that a function reads by itself become constants of what is compiled:
-    other weights would not count, and each compiled step would hold a copy of them.
+    Variables that a function reads by itself become constants of the compiled code:
+    new weights would have no effect, and each compiled step would hold a copy of them.
 
     Args:
         function: takes and returns pytrees of arrays.
         task: the model, whose variables `function` may read.
         variables: those of the sampler, which `function` may read and assign.
         donate: the positions of arguments whose memory may be reused. Without it, a
-            call copies the KV cache: see the benchmark's `decode` rows.
+            call copies the KV cache: see the rows `decode` of the benchmark.
     """
 
     def __init__(

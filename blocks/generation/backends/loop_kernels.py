@@ -1,4 +1,4 @@
-"""Kernels as a compiled loop on TensorFlow reads them fastest."""
+"""Kernels in the form that a compiled loop on TensorFlow reads fastest."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from keras import ops
 
 
 class LoopKernels:
-    """A model's kernels of several axes, as matrices that a loop is handed.
+    """Reshapes a model's kernels of several axes to matrices before a loop.
 
-    A kernel such as `(width, heads, dim)` is reshaped to a matrix where it is
-    used. If that happens within a loop, XLA on TensorFlow takes it for a part of
-    the product of a single token and writes out a plain loop over the kernel's
-    columns, which reads memory at a quarter of its speed. Reshaped before the
-    loop, which moves nothing, the matrix comes as it is and XLA uses its own
-    routine for it.
+    A kernel such as `(width, heads, dim)` is reshaped to a matrix where it is used. If
+    that happens within a loop, XLA on TensorFlow fuses it with the product of a single
+    token and emits a plain loop over the kernel's columns, which reads memory at a
+    quarter of its speed. If it is reshaped before the loop, which copies nothing, XLA
+    calls its matrix routine.
 
-    Other backends need none of it: there nothing is done.
+    On other backends it does nothing.
 
     Args:
         layers: the model's layers, and those within them.
@@ -35,7 +34,7 @@ class LoopKernels:
             if not isinstance(layer, keras.layers.EinsumDense) or not layer.built:
                 continue
             kernel = layer.kernel
-            # With LoRA it is a sum of several, which is no variable.
+            # With LoRA it is a sum, not a variable.
             if isinstance(kernel, keras.Variable) and len(kernel.shape) > 2:
                 shape = _matrix_shape(layer.equation, tuple(kernel.shape))
                 self._kernels[id(kernel)] = kernel, shape
@@ -47,12 +46,12 @@ class LoopKernels:
         }.values()
 
     def before_loop(self) -> list[Any]:
-        """The matrices: to be called outside of the loop."""
+        """Returns the matrices. It is called outside of the loop."""
         return [ops.reshape(x.value, shape) for x, shape in self._kernels.values()]
 
     @contextlib.contextmanager
     def within_loop(self, matrices: list[Any]) -> Iterator[None]:
-        """A scope within the loop in which layers find these matrices."""
+        """Opens a scope, within the loop, in which layers use these matrices."""
         if not matrices:
             yield
             return
@@ -60,7 +59,7 @@ class LoopKernels:
         mapping = [(x, ops.reshape(matrix, x.shape)) for (x, _), matrix in pairs]
         with keras.StatelessScope(state_mapping=mapping) as scope:
             yield
-        # A layer may count or draw seeds: the scope kept that from its variables.
+        # A layer may count or draw seeds, which the scope kept from its variables.
         for variable in self._others:
             value = scope.get_current_value(variable)
             if value is not None:
@@ -68,7 +67,7 @@ class LoopKernels:
 
 
 def _matrix_shape(equation: str, shape: tuple[int, ...]) -> tuple[int, int]:
-    """The shape `(inputs, outputs)` of a kernel, whose axes for inputs come first."""
+    """Returns a kernel's shape `(inputs, outputs)`; axes of inputs come first."""
     letters, outputs = equation.replace(" ", "").split(",")[1].split("->")
     summed = [letter not in outputs for letter in letters]
     split = summed.index(False) if False in summed else len(summed)

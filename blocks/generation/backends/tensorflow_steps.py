@@ -12,17 +12,17 @@ def compile_step(function: Callable, xla: bool) -> Callable:
     """Returns `function` as a `tf.function`, compiled by XLA if `xla`.
 
     XLA makes decoding faster on every device (`python -m benchmarks.generate` measures
-    it; `compile(jit_compile=False)` turns it off), but never gives back the memory of
-    what it compiled: what may be used again is kept instead of compiled again.
+    it; `compile(jit_compile=False)` turns it off), but never frees the memory of
+    compiled code. So code that may be used again is kept, not compiled again.
     """
     return tf.function(_Step(function), jit_compile=xla, autograph=False)
 
 
 class _Step:
-    """A function with a count of retraces of its own.
+    """A function whose retraces TensorFlow counts by itself.
 
-    TensorFlow warns of frequent retracing, and counts by a function's code, which all
-    steps share, even if each is traced once. An object without code counts by itself.
+    TensorFlow warns of frequent retracing. It counts by a function's code, which all
+    steps share, even if each is traced once; an object without code is counted alone.
     """
 
     def __init__(self, function: Callable) -> None:
