@@ -9,7 +9,7 @@ from attention import RotaryAttention, call_with_cache, create_cache
 from attention.caches.quantized_cache import dequantize
 from blocks import CausalLM, CustomBackbone
 from tests.helpers import to_numpy
-from tests.models import log_softmax
+from tests.models import log_softmax, randomize
 
 ROWS, LENGTH, PREFILL = 4, 96, 60
 
@@ -47,19 +47,11 @@ def pieces(count, length, seed):
     return text[starts[:, None] + np.arange(length)].astype("int32")
 
 
-@pytest.fixture(scope="module")
-def models():
-    """A model that was trained a little on real text, and one with its weights."""
-    full = make(Backbone)
-    full.compile(optimizer=keras.optimizers.Adam(1e-2), sampler="greedy")
-    tokens = pieces(640, 33, seed=0)
-    inputs = {"token_ids": tokens[:, :-1], "padding_mask": np.ones_like(tokens[:, 1:])}
-    history = full.fit(inputs, tokens[:, 1:], batch_size=8, epochs=2, verbose=0)
-    # It knows more than how often each byte is there.
-    assert history.history["loss"][-1] < 3.0
+def in_8_bits(full):
+    """A model with the same weights, and a cache in 8 bits."""
     int8 = make(Int8Backbone)
     int8.set_weights(full.get_weights())
-    return full, int8
+    return int8
 
 
 def run(lm, tokens):
@@ -82,8 +74,16 @@ def loss(logits, tokens):
 
 
 @pytest.mark.slow
-def test_the_error_on_real_text(models):
-    full, int8 = models
+def test_the_error_on_real_text():
+    """After a little training on real text."""
+    full = make(Backbone)
+    full.compile(optimizer=keras.optimizers.Adam(1e-2), sampler="greedy")
+    tokens = pieces(640, 33, seed=0)
+    inputs = {"token_ids": tokens[:, :-1], "padding_mask": np.ones_like(tokens[:, 1:])}
+    history = full.fit(inputs, tokens[:, 1:], batch_size=8, epochs=2, verbose=0)
+    # It knows more than how often each byte is there.
+    assert history.history["loss"][-1] < 3.0
+    int8 = in_8_bits(full)
     tokens = pieces(ROWS, LENGTH, seed=1)
     expected, _ = run(full, tokens)
     found, _ = run(int8, tokens)
@@ -96,10 +96,11 @@ def test_the_error_on_real_text(models):
     assert agree.mean() > 0.98
 
 
-def test_each_head_of_each_token_is_rounded_by_half_a_step(models):
-    full, int8 = models
+def test_each_head_of_each_token_is_rounded_by_half_a_step():
+    full = make(Backbone)
+    randomize(full)
     tokens = pieces(ROWS, LENGTH, seed=2)
-    exact, rounded = (run(lm, tokens)[1] for lm in (full, int8))
+    exact, rounded = (run(lm, tokens)[1] for lm in (full, in_8_bits(full)))
     # The first layer sees the same in both models.
     exact, rounded = exact[0][0], rounded[0][0]
     assert set(rounded) == {"key", "value", "key_scale", "value_scale"}
@@ -112,15 +113,8 @@ def test_each_head_of_each_token_is_rounded_by_half_a_step(models):
         largest = np.abs(x).max()
         assert largest > 0.5
         assert 0 < scale.max() <= largest / 127 * 1.001
-
-
-def test_bytes(models):
-    full, int8 = models
-
-    def count(lm):
-        cache = create_cache(lm.backbone, 1, LENGTH)
-        return sum(to_numpy(x).nbytes for x in keras.tree.flatten(cache))
-
-    # Of 8 numbers a head: a byte each, and a scale of four.
-    assert count(full) == 2 * 2 * 2 * LENGTH * 8 * 4
-    assert count(int8) == 2 * 2 * 2 * LENGTH * (8 + 4)
+    # Of 8 numbers a head in two layers' keys and values: a byte each, and a scale
+    # of four.
+    for lm, each in ((full, 8 * 4), (in_8_bits(full), 8 + 4)):
+        leaves = keras.tree.flatten(create_cache(lm.backbone, 1, LENGTH))
+        assert sum(to_numpy(x).nbytes for x in leaves) == 2 * 2 * 2 * LENGTH * each

@@ -11,7 +11,6 @@ from attention import (
     MultiHeadAttention,
     RingCache,
     RotaryAttention,
-    SharedKeyValueAttention,
     T5Attention,
     call_sites,
     create_cache,
@@ -23,7 +22,6 @@ from tests.helpers import (
     WIDTH,
     assert_close,
     called,
-    compiled,
     compiled_on_jax,
     gradients,
     raises,
@@ -33,12 +31,10 @@ from tests.helpers import (
     to_numpy,
 )
 from tests.models import (
-    RAGGED,
     brute_force_greedy,
     make_backbone,
     make_small_lm,
     prompts,
-    rows_of,
 )
 
 VARIANTS = {
@@ -50,7 +46,6 @@ VARIANTS = {
     "t5": lambda **kwargs: T5Attention(4, num_buckets=8, max_distance=10, **kwargs),
     "alibi": lambda **kwargs: MultiHeadAttention(4, position=AlibiBias(), **kwargs),
 }
-every_variant = pytest.mark.parametrize("name", VARIANTS)
 
 
 def band(length, window, causal=True):
@@ -85,8 +80,8 @@ def over_a_full_cache(layer, x, mask):
     return np.concatenate(parts, axis=1)
 
 
-@every_variant
 @pytest.mark.parametrize("window", [1, 5])
+@pytest.mark.parametrize("name", ["multi_query_values", "rotary", "t5"])
 def test_it_equals_a_banded_mask(name, window):
     windowed, full = pair(name, window)
     length = 5 * window + 4
@@ -132,48 +127,7 @@ def test_the_cache_has_as_many_slots_as_the_window():
     assert tuple(grown["value"].shape) == (3, 2, 5, 4)
 
 
-@pytest.mark.parametrize("kind", ["step", "chunk"])
-def test_rows_at_their_own_positions_and_padding(kind):
-    windowed, full = pair("rotary", 4)
-    length = 18
-    x = sample(length=length)
-    mask = np.tile(band(length, 4), (len(x), 1, 1))
-    expected = to_numpy(full(x, attention_mask=mask))
-    # The prompts are shorter, as long as, and longer than the window.
-    lengths = np.array([2, 4, 11])
-    padding = np.arange(11)[None] < lengths[:, None]
-    # Padding holds nothing that may be looked at.
-    garbage = np.where(padding[..., None], x[:, :11], 1e4).astype("float32")
-    cache = windowed.create_cache(3, length)
-    outputs, cache = windowed(
-        garbage, padding_mask=padding, cache=cache, cache_update_index=0
-    )
-    assert_close(to_numpy(outputs)[padding], expected[:, :11][padding])
-    rng, index = np.random.default_rng(0), lengths
-    step = compiled(
-        lambda x, mask, cache, index: windowed(
-            x, padding_mask=mask, cache=cache, cache_update_index=index
-        )
-    )
-    size = 1 if kind == "step" else 5
-    while (index < length).any():
-        new = np.minimum(rng.integers(0, size + 1, 3), length - index)
-        columns = np.minimum(index[:, None] + np.arange(size), length - 1)
-        padding = np.arange(size)[None] < new[:, None]
-        chunk = np.take_along_axis(x, columns[..., None], axis=1)
-        chunk = np.where(padding[..., None], chunk, -1e4).astype("float32")
-        outputs, cache = step(
-            ops.convert_to_tensor(chunk),
-            ops.convert_to_tensor(padding),
-            cache,
-            ops.convert_to_tensor(index.astype("int32")),
-        )
-        wanted = np.take_along_axis(expected, columns[..., None], axis=1)
-        assert_close(to_numpy(outputs)[padding], wanted[padding])
-        index = index + new
-
-
-@every_variant
+@pytest.mark.parametrize("name", VARIANTS)
 @pytest.mark.parametrize("causal", [True, False])
 def test_long_sequences_are_computed_in_blocks(name, causal):
     """The same as with a mask, beyond twice the smallest block of 64."""
@@ -217,34 +171,6 @@ def test_scores_of_a_cache_are_those_of_its_slots_and_of_the_new_tokens():
     assert_close(scores, expected[:, :, 6:9, 2:9])
 
 
-def test_readers_of_a_windows_keys_and_values():
-    producer = randomize(built(RotaryAttention(4, 2, window=4)))
-    reader = SharedKeyValueAttention(4, window=4)
-    x = sample()
-    _, key_value = producer(x, return_key_value=True)
-    reader.build(x.shape)
-    randomize(reader, seed=1)
-    expected = to_numpy(reader(x, key_value))
-    full = SharedKeyValueAttention(4)
-    full.build(x.shape)
-    randomize(full, seed=1)
-    mask = np.tile(band(LENGTH, 4), (3, 1, 1))
-    assert_close(full(x, key_value, attention_mask=mask), expected)
-    cache, parts = producer.create_cache(3, LENGTH), []
-    for start, size in ((0, 5), (5, 3), (8, 1), (9, 1), (10, 2)):
-        (_, key_value), cache = producer(
-            x[:, start : start + size],
-            cache=cache,
-            cache_update_index=start,
-            return_key_value=True,
-        )
-        outputs, _ = reader(
-            x[:, start : start + size], key_value, cache=(), cache_update_index=start
-        )
-        parts.append(to_numpy(outputs))
-    assert_close(np.concatenate(parts, axis=1), expected)
-
-
 class LocalAndGlobal(CustomBackbone):
     """One layer that sees everything above two with a window, as in Gemma."""
 
@@ -256,13 +182,6 @@ class LocalAndGlobal(CustomBackbone):
 
 def local_and_global():
     return make_backbone(LocalAndGlobal, num_layers=3)
-
-
-def test_layers_of_both_kinds_in_one_model():
-    lm = make_small_lm(local_and_global())
-    outputs = lm.generate(prompts(RAGGED), stop_token_ids=None, max_new_tokens=13)
-    limits = [len(row) + 13 for row in RAGGED]
-    assert rows_of(outputs) == brute_force_greedy(lm, RAGGED, limits)
 
 
 def test_only_layers_without_a_window_grow():

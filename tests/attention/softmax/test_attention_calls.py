@@ -9,7 +9,6 @@ from keras import ops, tree
 import attention.testing.backends as backends
 from attention import GroupedQueryAttention, MultiHeadAttention, RotaryAttention
 from tests.helpers import (
-    ATTENTIONS,
     BATCH,
     LENGTH,
     WIDTH,
@@ -17,19 +16,16 @@ from tests.helpers import (
     assert_close,
     gradients,
     make,
-    run_chunks,
     sample,
     to_numpy,
 )
 
-every_attention = pytest.mark.parametrize("name", ATTENTIONS)
-# Chunks are of 12, 4 or 1 tokens wherever possible: JAX compiles every operation
-# anew for each shape. For the same reason, what can't differ between variants is
-# tried on few of them.
+few_attentions = pytest.mark.parametrize(
+    "name", ["multi_head", "rotary_grouped", "t5_grouped", "alibi_grouped_6"]
+)
 few_variants = pytest.mark.parametrize(
     "name", ["rotary_grouped", "t5_grouped", "position_embedding", "composite"]
 )
-few_attentions = pytest.mark.parametrize("name", ["rotary_grouped", "t5_grouped"])
 GARBAGE = np.array([np.nan, np.inf, 1e30])[:, None, None]
 
 
@@ -39,61 +35,22 @@ def with_garbage(x, mask):
 
 
 @few_variants
-def test_ragged_rows_continue_as_each_would_alone(name):
+def test_padding_may_hold_anything(name):
+    """The conformance suite has large numbers there; here it is NaN and infinity."""
     layer, x = make(name), sample()
-    full = to_numpy(layer(x))
-    lengths = np.array([2, 4, 3])
-    mask = np.arange(4)[None] < lengths[:, None]
-    prompts = with_garbage(x[:, :4], mask)
-    # An int and an entry per row take different ways through the cache.
+    mask = np.arange(LENGTH)[None] < np.array([11, 5, 1])[:, None]
+    full, padded = to_numpy(layer(x)), with_garbage(x, mask)
+    assert_close(to_numpy(layer(padded, padding_mask=mask))[mask], full[mask])
     for kind in ("int", "rows"):
-        cache = layer.create_cache(BATCH, LENGTH)
         outputs, cache = layer(
-            prompts,
+            padded,
             padding_mask=mask,
-            cache=cache,
+            cache=layer.create_cache(BATCH, LENGTH),
             cache_update_index=as_index(kind, 0),
         )
-        assert_close(to_numpy(outputs)[mask], full[:, :4][mask])
-        index = lengths.copy()
-        for _ in range(2):
-            token = x[np.arange(BATCH), index][:, None]
-            outputs, cache = layer(token, cache=cache, cache_update_index=index)
-            assert_close(outputs[:, 0], full[np.arange(BATCH), index])
-            index += 1
+        assert_close(to_numpy(outputs)[mask], full[mask])
     if name not in ("position_embedding", "composite"):
         assert all(np.isfinite(to_numpy(leaf)).all() for leaf in tree.flatten(cache))
-
-
-@few_attentions
-@pytest.mark.parametrize("kind", ["int", "scalar"])
-def test_rows_at_one_position_with_padding_past_the_end(name, kind):
-    layer, x = make(name), sample()
-    _, cache = run_chunks(layer, x[:, :10], [4, 4, 1, 1])
-    mask = np.tile(np.arange(4) < 2, (BATCH, 1))
-    chunk = np.concatenate([x[:, 10:], np.full((BATCH, 2, WIDTH), np.inf)], axis=1)
-    outputs, _ = layer(
-        chunk.astype("float32"),
-        padding_mask=mask,
-        cache=cache,
-        cache_update_index=as_index(kind, 10),
-    )
-    assert_close(outputs[:, :2], layer(x)[:, 10:])
-
-
-@few_variants
-def test_what_stands_in_padded_tokens_is_not_seen_without_a_cache(name):
-    layer, x = make(name), sample()
-    mask = np.arange(LENGTH)[None] < np.array([11, 5, 1])[:, None]
-    outputs = to_numpy(layer(with_garbage(x, mask), padding_mask=mask))
-    assert_close(outputs[mask], to_numpy(layer(x))[mask])
-
-
-def test_a_row_among_others_equals_the_row_alone():
-    layer, x = make("rotary_grouped"), sample()
-    mask = np.arange(LENGTH)[None] < np.array([11, 5, 1])[:, None]
-    outputs = layer(with_garbage(x, mask), padding_mask=mask)
-    assert_close(outputs[1, :5], layer(x[1:2, :5])[0])
 
 
 def test_padded_tokens_are_not_seen_by_a_layer_that_is_not_causal():
@@ -104,15 +61,6 @@ def test_padded_tokens_are_not_seen_by_a_layer_that_is_not_causal():
     assert_close(outputs[1, :5], layer(x[1:2, :5])[0])
 
 
-@few_attentions
-def test_rewinding_a_cache_forgets_what_came_after(name):
-    layer, x = make(name), sample()
-    _, cache = run_chunks(layer, sample(seed=7), [LENGTH])
-    _, cache = layer(x[:, :4], cache=cache, cache_update_index=0)
-    outputs, _ = layer(x[:, 4:5], cache=cache, cache_update_index=4)
-    assert_close(outputs, layer(x)[:, 4:5])
-
-
 def random_mask(seed=3):
     mask = np.random.default_rng(seed).random((BATCH, LENGTH, LENGTH)) < 0.6
     mask[0, 6] = False  # a query that may attend to nothing
@@ -121,7 +69,7 @@ def random_mask(seed=3):
     return mask
 
 
-@every_attention
+@few_attentions
 def test_attention_mask_with_a_cache_and_without(name):
     layer, x, mask = make(name), sample(), random_mask()
     full = to_numpy(layer(x, attention_mask=mask))
@@ -153,7 +101,7 @@ def test_a_query_that_may_attend_to_nothing_leaks_nothing():
     assert_close(scored[0, 6], layer.output_dense.bias)
 
 
-@every_attention
+@few_attentions
 def test_attention_scores_with_a_cache_and_without(name):
     layer, x = make(name), sample()
     outputs, scores = layer(x, return_attention_scores=True)
@@ -175,7 +123,7 @@ def test_attention_scores_with_a_cache_and_without(name):
     assert_close(tail_scores, scores[:, :, 4:5])
 
 
-@every_attention
+@few_attentions
 def test_fused_attention_equals_the_explicit_one(name):
     layer, x = make(name), sample()
     mask = np.arange(LENGTH)[None] < np.array([12, 5, 1])[:, None]
@@ -218,29 +166,6 @@ def test_dropout_only_in_training(heads):
     # The scores that are returned are those before dropout.
     _, scores = layer(x, training=True, return_attention_scores=True)
     assert_close(ops.sum(scores, axis=-1), np.ones((BATCH, 4, LENGTH)))
-
-
-def test_arguments_may_be_given_by_keyword_in_any_order():
-    layer, x = make("multi_head"), sample()
-    mask = np.ones((1, 4, 4), bool)  # a batch axis of 1 serves all rows
-    cache = layer.create_cache(BATCH, LENGTH)
-    outputs, cache = layer(
-        attention_mask=mask, query=x[:, :4], cache=cache, cache_update_index=0
-    )
-    assert_close(outputs, layer(x)[:, :4])
-
-
-def test_a_shared_scheme_of_positions_is_one_set_of_weights():
-    from attention import RelativePositionBias
-
-    shared = RelativePositionBias(8, 10)
-    layers = [MultiHeadAttention(4, position=shared) for _ in range(2)]
-    x = sample()
-    for layer in layers:
-        full = layer(x)
-        outputs, _ = run_chunks(layer, x, [4, 4, 4])
-        assert_close(outputs, full)
-    assert layers[0].position.embeddings is layers[1].position.embeddings
 
 
 def test_rotary_positions_are_relative():

@@ -38,12 +38,12 @@ from tests.helpers import (
 )
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def layer():
     return make("grouped")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def cache(layer):
     return layer.create_cache(BATCH, LENGTH)
 
@@ -185,30 +185,74 @@ def test_odd_heads_can_not_be_rotated():
         RotaryAttention(2, key_dim=5)(sample())
 
 
-def test_index_without_a_cache(layer):
-    with raises(ValueError, "without `cache`", "create_cache", "cache_update_index=3"):
-        layer(secret(BATCH, 4, WIDTH), cache_update_index=3)
-
-
-def test_cache_without_an_index(layer, cache):
-    x = secret(BATCH, 4, WIDTH)
-    with raises(ValueError, "without `cache_update_index`", "Pass the number"):
-        layer(x, cache=cache)
-    with raises(ValueError, "without `cache_update_index`"):
-        PositionEmbedding(8)(x, cache=())
-    with raises(ValueError, "cache_update_index=None"):
-        composite = make("composite")
-        composite(x, cache=composite.create_cache(BATCH, LENGTH))
-
-
-def test_a_cache_that_is_not_given_by_keyword(layer, cache):
-    with raises(TypeError, "`cache`", "keyword"):
-        layer(sample(length=4), None, None, None, None, cache, 0)
-
-
-def test_a_cache_for_another_batch_size(layer, cache):
-    with raises(ValueError, "batch_size=3", "2 rows", "batch_size=2"):
-        layer(secret(2, 4, WIDTH), cache=cache, cache_update_index=0)
+@pytest.mark.parametrize(
+    "call, kind, parts",
+    [
+        (
+            lambda layer, x, cache: layer(x, cache_update_index=3),
+            ValueError,
+            ["without `cache`", "create_cache", "cache_update_index=3"],
+        ),
+        (
+            lambda layer, x, cache: layer(x, cache=cache),
+            ValueError,
+            ["without `cache_update_index`", "Pass the number"],
+        ),
+        (
+            lambda layer, x, cache: PositionEmbedding(8)(x, cache=()),
+            ValueError,
+            ["without `cache_update_index`"],
+        ),
+        (
+            lambda layer, x, cache: (lambda c: c(x, cache=c.create_cache(BATCH, 12)))(
+                make("composite")
+            ),
+            ValueError,
+            ["cache_update_index=None"],
+        ),
+        (
+            lambda layer, x, cache: layer(x, None, None, None, None, cache, 0),
+            TypeError,
+            ["`cache`", "keyword"],
+        ),
+        (
+            lambda layer, x, cache: layer(x[:2], cache=cache, cache_update_index=0),
+            ValueError,
+            ["batch_size=3", "2 rows", "batch_size=2"],
+        ),
+        (
+            lambda layer, x, cache: layer(
+                x, value=x[:, ::-1], cache=cache, cache_update_index=0
+            ),
+            ValueError,
+            ["`value` or `key`", "`query` alone"],
+        ),
+        (
+            lambda layer, x, cache: layer(x, value=x, key=x[:, :3]),
+            ValueError,
+            ["as many keys as values", "(3, 3, 16)"],
+        ),
+        (
+            lambda layer, x, cache: layer(x, attention_mask=secret(BATCH, 4, 4)),
+            TypeError,
+            ["`attention_mask` must be boolean", "mask == 0"],
+        ),
+        (
+            # It would broadcast over one token.
+            lambda layer, x, cache: layer(
+                x[:, :1],
+                padding_mask=np.ones((BATCH, LENGTH), bool),
+                cache=cache,
+                cache_update_index=4,
+            ),
+            ValueError,
+            ["`padding_mask`", "(3, 12)"],
+        ),
+    ],
+)
+def test_arguments_that_do_not_go_together(layer, cache, call, kind, parts):
+    with raises(kind, *parts):
+        call(layer, secret(BATCH, 4, WIDTH), cache)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +319,7 @@ def test_caches_that_can_not_be_created(layer):
         bidirectional = MultiHeadAttention(2, causal=False)
         bidirectional.build((None, None, WIDTH))
         bidirectional.create_cache(1, 8)
-    for unbuilt in (MultiHeadAttention(2), make_unbuilt_composite()):
+    for unbuilt in (MultiHeadAttention(2), type(make("composite"))()):
         with raises(ValueError, "no weights yet", "`create_cache`"):
             unbuilt.create_cache(1, 8)
     with raises(ValueError, "`batch_size`", "batch_size=0"):
@@ -284,21 +328,11 @@ def test_caches_that_can_not_be_created(layer):
         layer.create_cache(1, 8.0)
 
 
-def make_unbuilt_composite():
-    return type(make("composite"))()
-
-
 def test_a_cache_can_not_shrink(layer, cache):
     with raises(ValueError, "`max_length=8`", layer.name):
         layer.grow_cache(cache, 8)
     with raises(ValueError, "1 slots", "2 cached calls"):
         grow_cache((layer, layer), (cache,), 16)
-
-
-def test_a_cache_beside_a_source(layer, cache):
-    x = secret(BATCH, 4, WIDTH)
-    with raises(ValueError, "`value` or `key`", "`query` alone"):
-        layer(x, value=x[:, ::-1], cache=cache, cache_update_index=0)
 
 
 def test_a_source_that_is_the_query_itself(layer, cache):
@@ -323,28 +357,12 @@ def test_a_cache_before_the_first_call():
     assert tuple(cache["value"].shape) == (1, 2, 8, 5)
 
 
-def test_keys_and_values_of_different_lengths(layer):
-    x = secret(BATCH, 4, WIDTH)
-    with raises(ValueError, "as many keys as values", "(3, 3, 16)"):
-        layer(x, value=x, key=x[:, :3])
-
-
 @pytest.mark.parametrize("shape", [(BATCH, 5), (1, 4), (2, 4), (4,), (BATCH, 1, 4)])
 def test_padding_masks_of_other_tokens(layer, cache, shape):
     x = secret(BATCH, 4, WIDTH)
     for given in ({}, {"cache": cache, "cache_update_index": 0}):
         with raises(ValueError, "`padding_mask`", str(shape), "(batch, length)"):
             layer(x, padding_mask=np.ones(shape, bool), **given)
-
-
-def test_a_padding_mask_that_would_broadcast_over_one_token(layer, cache):
-    with raises(ValueError, "`padding_mask`", "(3, 12)"):
-        layer(
-            secret(BATCH, 1, WIDTH),
-            padding_mask=np.ones((BATCH, LENGTH), bool),
-            cache=cache,
-            cache_update_index=4,
-        )
 
 
 @pytest.mark.parametrize(
@@ -354,11 +372,6 @@ def test_attention_masks_of_other_shapes(layer, shape):
     x = secret(BATCH, 4, WIDTH)
     with raises(ValueError, "`attention_mask`", str(shape), "key_length"):
         layer(x, attention_mask=np.ones(shape, bool))
-
-
-def test_attention_masks_that_are_added_to_logits(layer):
-    with raises(TypeError, "`attention_mask` must be boolean", "mask == 0"):
-        layer(sample(length=4), attention_mask=secret(BATCH, 4, 4))
 
 
 def test_learned_positions_exceeded():

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from attention import GroupedQueryAttention, MultiHeadAttention, MultiQueryAttention
-from tests.helpers import ATTENTIONS, BATCH, LENGTH, WIDTH, assert_close, make, sample
+from tests.helpers import BATCH, LENGTH, assert_close, make, randomize, sample
 
 
 def dense(x, layer):
@@ -48,16 +48,17 @@ def test_against_the_formula(name):
     assert_close(layer(x, attention_mask=mask), expected)
 
 
-def test_grouped_values_of_another_size():
-    layer, x = GroupedQueryAttention(4, 2, value_dim=6), sample()
+@pytest.mark.parametrize(
+    ("layer", "scale"),
+    [
+        (lambda: GroupedQueryAttention(4, 2, value_dim=6), None),
+        (lambda: MultiHeadAttention(4, scale=0.3), 0.3),
+    ],
+)
+def test_sizes_and_scales(layer, scale):
+    layer, x = layer(), sample()
     layer.build(x.shape)
-    assert_close(layer(x), softmax_attention(layer, x))
-
-
-def test_scale_is_what_the_logits_are_multiplied_with():
-    layer, x = MultiHeadAttention(4, scale=0.3), sample()
-    layer.build(x.shape)
-    assert_close(layer(x), softmax_attention(layer, x, scale=0.3))
+    assert_close(layer(x), softmax_attention(layer, x, scale=scale))
 
 
 def test_cross_attention_against_the_formula():
@@ -75,14 +76,6 @@ def test_cross_attention_against_the_formula():
 def with_weights_of(reference, layer, *shapes):
     layer.build(*shapes)
     layer.set_weights(reference.get_weights())
-    return layer
-
-
-def randomize(layer):
-    rng = np.random.default_rng(0)
-    layer.set_weights(
-        [rng.normal(scale=0.4, size=w.shape) for w in layer.get_weights()]
-    )
     return layer
 
 
@@ -134,19 +127,3 @@ def test_cross_attention_of_keras():
         ours(x, value, key, attention_mask=mask),
         reference(x, value, key, attention_mask=mask),
     )
-
-
-def test_the_output_has_the_width_of_the_query():
-    x, source = sample(), sample(length=5, width=6)
-    outputs = MultiHeadAttention(4, causal=False)(x, value=source)
-    assert tuple(outputs.shape) == x.shape
-
-
-@pytest.mark.parametrize("name", ATTENTIONS)
-def test_symbolic_shapes(name):
-    layer = make(name)
-    inputs = keras.Input((None, WIDTH))
-    assert layer(inputs).shape == (None, None, WIDTH)
-    outputs, scores = layer(inputs, return_attention_scores=True)
-    assert outputs.shape == (None, None, WIDTH)
-    assert scores.shape[:2] == (None, layer.num_heads)

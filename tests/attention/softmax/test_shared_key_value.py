@@ -1,27 +1,26 @@
 """`return_key_value` and `SharedKeyValueAttention`: one producer, several readers."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
-from keras import ops
 
 from attention import (
     AlibiBias,
+    CompositeCachedLayer,
     GroupedQueryAttention,
     RelativePositionBias,
     RotaryPosition,
     SharedKeyValueAttention,
-    call_with_cache,
-    create_cache,
 )
 from attention.positions.arithmetic import HIDDEN_POSITION
+from attention.testing import check_cached_layer
 from tests.helpers import (
     BATCH,
     LENGTH,
     WIDTH,
     assert_close,
-    compiled,
-    gradients,
     randomize,
     sample,
     to_numpy,
@@ -66,10 +65,6 @@ def make_pair(name):
 every_setting = pytest.mark.parametrize("name", SETTINGS)
 
 
-def ragged_mask(lengths, width):
-    return np.arange(width)[None] < np.array(lengths)[:, None]
-
-
 # === As the producer itself ===
 
 
@@ -86,87 +81,45 @@ def test_a_reader_with_the_producers_weights_gives_its_outputs(name):
     assert_close(reader_scores, scores)
 
 
-@every_setting
-def test_padded_rows(name):
-    producer, reader = make_pair(name)
-    x, mask = sample(), ragged_mask([5, 12, 1], LENGTH)
-    outputs, key_value = producer(x, padding_mask=mask, return_key_value=True)
+class ProducerAndReader(CompositeCachedLayer):
+    """Keys and values of one attention layer that another one reads, too."""
+
+    def __init__(self, name, **kwargs):
+        super().__init__()
+        self.setting, self.options = name, kwargs
+
+    def build(self, inputs_shape):
+        options = {**SETTINGS[self.setting], **self.options}
+        position = options.pop("position", lambda: None)
+        self.producer, self.reader = (
+            cls(**options, position=position(), dtype=self.dtype_policy)
+            for cls in (GroupedQueryAttention, SharedKeyValueAttention)
+        )
+        for layer in (self.producer, self.reader):
+            layer.build(inputs_shape)
+
+    def transform(self, x, padding_mask=None):
+        y, key_value = self.producer(x, return_key_value=True)
+        return y + self.reader(x, key_value)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*((name, {}) for name in SETTINGS), ("grouped", {"window": 4})],
+)
+def test_a_reader_with_a_cache_equals_one_without(name, options):
+    checks = ["chunks", "positions", "padding", "capacity"]
+    make = functools.partial(ProducerAndReader, name, **options)
+    check_cached_layer(make, max_length=9, checks=checks)
+
+
+def test_hidden_positions_are_those_of_padding():
+    producer, _ = make_pair("plain")
+    mask = np.arange(LENGTH)[None] < np.array([[5], [12], [1]])
+    _, key_value = producer(sample(), padding_mask=mask, return_key_value=True)
     positions = to_numpy(key_value["positions"])
     assert (positions[~mask] == HIDDEN_POSITION).all()
     np.testing.assert_array_equal(positions[1], np.arange(LENGTH))
-    assert_close(reader(x, key_value, padding_mask=mask), outputs)
-    x[~mask] = np.inf
-    outputs = to_numpy(reader(x, key_value, padding_mask=mask))
-    assert np.isfinite(outputs).all()
-
-
-@every_setting
-@pytest.mark.parametrize("per_row", [False, True])
-def test_decoding_equals_the_full_forward(name, per_row):
-    producer, reader = make_pair(name)
-    x = sample()
-    y, key_value = producer(x, return_key_value=True)
-    full = to_numpy(reader(y, key_value))
-    cache, start = producer.create_cache(BATCH, LENGTH + 4), 0
-    for size in (5, 1, 4, 1, 1):
-        index = np.full((BATCH,), start) if per_row else start
-        (y, key_value), cache = producer(
-            x[:, start : start + size],
-            cache=cache,
-            cache_update_index=index,
-            return_key_value=True,
-        )
-        outputs, nothing = reader(y, key_value, cache=(), cache_update_index=index)
-        assert nothing == ()
-        assert_close(outputs, full[:, start : start + size])
-        start += size
-
-
-@every_setting
-def test_rows_at_positions_of_their_own(name):
-    producer, reader = make_pair(name)
-    x, lengths = sample(), np.array([3, 7, 5], "int32")
-    _, key_value = producer(x, return_key_value=True)
-    full = to_numpy(reader(x, key_value))
-    mask = ragged_mask(lengths, 7)
-    cache = producer.create_cache(BATCH, LENGTH)
-    settings = {"cache": cache, "cache_update_index": 0, "padding_mask": mask}
-    (_, key_value), cache = producer(x[:, :7], return_key_value=True, **settings)
-    outputs, _ = reader(x[:, :7], key_value, **{**settings, "cache": ()})
-    assert_close(to_numpy(outputs)[mask], full[:, :7][mask])
-    rows = np.arange(BATCH)
-    for _ in range(3):
-        token = x[rows, lengths][:, None]
-        settings = {"cache_update_index": lengths}
-        (_, key_value), cache = producer(
-            token, cache=cache, return_key_value=True, **settings
-        )
-        outputs, _ = reader(token, key_value, cache=(), **settings)
-        assert_close(to_numpy(outputs)[:, 0], full[rows, lengths])
-        lengths = lengths + 1
-
-
-def test_a_compiled_step():
-    producer, reader = make_pair("rotary")
-    x = sample()
-    _, key_value = producer(x, return_key_value=True)
-    full = to_numpy(reader(x, key_value))
-
-    @compiled
-    def step(x, cache, index):
-        settings = {"cache_update_index": index}
-        (_, key_value), cache = producer(
-            x, cache=cache, return_key_value=True, **settings
-        )
-        outputs, _ = reader(x, key_value, cache=(), **settings)
-        return outputs, cache
-
-    cache = producer.create_cache(BATCH, LENGTH)
-    for i in range(LENGTH):
-        index = ops.convert_to_tensor(np.full((BATCH,), i, "int32"))
-        token = ops.convert_to_tensor(x[:, i : i + 1])
-        outputs, cache = step(token, cache, index)
-        assert_close(outputs, full[:, i : i + 1])
 
 
 # === What is handed over ===
@@ -276,84 +229,3 @@ def test_attention_mask_counts_positions():
     (_, key_value), _ = producer(x, cache=cache, return_key_value=True, **settings)
     cached, _ = reader(x, key_value, attention_mask=mask, cache=(), **settings)
     assert_close(cached, outputs)
-
-
-# === In models ===
-
-
-def make_model():
-    inputs = keras.Input((None, WIDTH))
-    x, key_value = GroupedQueryAttention(4, 2, position=RotaryPosition())(
-        inputs, return_key_value=True
-    )
-    for _ in range(2):
-        reader = SharedKeyValueAttention(4, position=RotaryPosition())
-        x = x + reader(x, key_value)
-    return randomize(keras.Model(inputs, x))
-
-
-def test_a_functional_model(tmp_path):
-    model, x = make_model(), sample()
-    full = to_numpy(model(x))
-    cache = create_cache(model, BATCH, LENGTH)
-    assert cache[1:] == ((), ())
-    head, cache = call_with_cache(model, x[:, :7], cache, 0)
-    tail, cache = call_with_cache(model, x[:, 7:], cache, 7)
-    assert_close(np.concatenate([to_numpy(head), to_numpy(tail)], axis=1), full)
-    model.save(tmp_path / "model.keras")
-    assert_close(keras.models.load_model(tmp_path / "model.keras")(x), full)
-
-
-def test_gradients_reach_the_producer_through_its_readers():
-    model = make_model()
-    names = [weight.path for weight in model.trainable_weights]
-    for name, gradient in zip(names, gradients(model, ops.convert_to_tensor(sample()))):
-        if not name.endswith("key/bias"):
-            assert np.abs(gradient).max() > 1e-6, name
-
-
-@pytest.mark.parametrize("dtype", ["mixed_bfloat16", "bfloat16", "float16"])
-def test_low_precision(dtype):
-    producer = GroupedQueryAttention(4, 2, dtype=dtype)
-    reader = SharedKeyValueAttention(4, dtype=dtype)
-    x = sample()
-    _, key_value = producer(x, return_key_value=True)
-    outputs = reader(x, key_value)
-    assert keras.backend.standardize_dtype(outputs.dtype) == reader.compute_dtype
-    exact = SharedKeyValueAttention(4)
-    exact.build((None, None, WIDTH))
-    exact.set_weights([to_numpy(weight) for weight in reader.weights])
-    assert_close(outputs, exact(x, key_value), atol=5e-2)
-
-
-def test_dropout_in_training_only():
-    producer, _ = make_pair("plain")
-    reader = SharedKeyValueAttention(4, dropout=0.5)
-    x = sample()
-    _, key_value = producer(x, return_key_value=True)
-    assert_close(reader(x, key_value), reader(x, key_value, training=False))
-    trained = reader(x, key_value, training=True)
-    assert np.abs(to_numpy(trained) - to_numpy(reader(x, key_value))).max() > 1e-3
-
-
-def test_config_round_trip():
-    reader = SharedKeyValueAttention(
-        4,
-        2,
-        key_dim=8,
-        value_dim=6,
-        dropout=0.1,
-        use_bias=False,
-        position=RotaryPosition(max_wavelength=50),
-        scale=0.5,
-        kernel_initializer=keras.initializers.RandomNormal(stddev=0.1),
-        bias_initializer="ones",
-        dtype="mixed_bfloat16",
-        name="reader",
-    )
-    config = keras.saving.serialize_keras_object(reader)
-    assert config["registered_name"].startswith("keras_transformer_blocks>")
-    restored = keras.saving.deserialize_keras_object(config)
-    assert type(restored) is SharedKeyValueAttention
-    assert restored.get_config() == reader.get_config()
-    assert restored.position.max_wavelength == 50
