@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 from keras import ops
 
+from attention.contract.padding import cut
 from attention.contract.sizes import sequence_length, static_size
 from attention.contract.types import Tensor
 from attention.recurrent.tensorflow_scan import scan_states
-from attention.softmax.banded import cut
 
 # Larger chunks mean more products within chunks, smaller ones more between them.
 CHUNK = 64

@@ -6,6 +6,7 @@ from typing import Any
 
 from keras import ops
 
+from attention.contract.padding import cut
 from attention.contract.types import Tensor
 
 # With smaller blocks there are too many small products.
@@ -30,25 +31,6 @@ def block_size(length: Any, window: int | None) -> Any:
     if not isinstance(length, int):
         return ops.minimum(size, length)
     return size if length > 2 * size else None
-
-
-def cut(x: Tensor, count: Any, size: Any, fill: int = 0) -> Tensor:
-    """Cuts `(batch, length, ...)` into `(batch, count, size, ...)`.
-
-    Args:
-        x: tensor of shape `(batch, length, ...)`.
-        count: int, or a tensor where the length is known only when the graph runs. The
-            number of pieces. If it is 1, the piece is the whole sequence.
-        size: the length of each piece.
-        fill: the value that fills up the last piece.
-    """
-    # Static sizes are lost when padding by a tensor.
-    rest = x.shape[2:]
-    if not isinstance(count, int) or (count > 1 and x.shape[1] < count * size):
-        missing = count * size - ops.shape(x)[1]
-        width = [[0, 0], [0, missing], *([[0, 0]] * len(rest))]
-        x = ops.pad(x, width, constant_values=fill)
-    return ops.reshape(x, (-1, count, size, *rest))
 
 
 class Blocks:
