@@ -6,7 +6,7 @@ from keras import ops
 
 from attention.contract.arguments import check_positive_int, describe
 from attention.contract.sizes import static_size
-from attention.contract.types import Mask, Tensor
+from attention.contract.types import Index, Mask, Tensor
 
 
 def zero_padding(x: Tensor, padding_mask: Mask) -> Tensor:
@@ -93,7 +93,7 @@ def _check_mask(padding_mask: Mask, history: Tensor, count: int) -> None:
         )
 
 
-def cut(x: Tensor, count: Any, size: Any, fill: int = 0) -> Tensor:
+def cut(x: Tensor, count: Index, size: Index, fill: int = 0) -> Tensor:
     """Cuts `(batch, length, ...)` into `(batch, count, size, ...)`.
 
     Args:
