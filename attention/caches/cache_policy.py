@@ -9,7 +9,7 @@ from keras import ops
 
 from attention.contract.arguments import check_positive_int, describe
 from attention.contract.sizes import static_size
-from attention.contract.types import Cache, Mask, Tensor
+from attention.contract.types import Cache, DType, Mask, Tensor
 from attention.positions.arithmetic import HIDDEN_POSITION, join_positions
 
 
@@ -170,7 +170,7 @@ class CachePolicy:
             for name, x in new.items()
         }
 
-    def read(self, cache: Cache, dtype: Any) -> dict[str, Any]:
+    def read(self, cache: Cache, dtype: DType) -> dict[str, Any]:
         """Returns what the slots hold, zeros where nothing was written.
 
         Args:

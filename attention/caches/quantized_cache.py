@@ -14,7 +14,7 @@ from attention.caches.cache_policy import (
     token_axis,
 )
 from attention.caches.full_cache import FullCache
-from attention.contract.types import Cache, Mask, Tensor
+from attention.contract.types import Cache, DType, Mask, Tensor
 
 _LARGEST = 127.0
 
@@ -78,7 +78,7 @@ class QuantizedCache(CachePolicy):
     ) -> dict[str, Any]:
         return self.policy.write(cache, _encode(new), index, padding_mask)
 
-    def read(self, cache: Cache, dtype: Any) -> dict[str, Any]:
+    def read(self, cache: Cache, dtype: DType) -> dict[str, Any]:
         return {
             name: dequantize(x, cache[_scale_of(name)], dtype)
             for name, x in cache.items()

@@ -11,7 +11,7 @@ import numpy as np
 from keras import ops
 
 from attention.contract.sizes import static_size
-from attention.contract.types import Mask, Tensor
+from attention.contract.types import DType, Mask, Tensor
 
 # Finite: a row in which everything is masked must not become NaN.
 _MASKED = -1e30
@@ -187,7 +187,7 @@ def fused_attention(
     )
 
 
-def _lowest(dtype: Any) -> float:
+def _lowest(dtype: DType) -> float:
     """The lowest bias that stays finite in `dtype` when logits are added."""
     dtype = keras.backend.standardize_dtype(dtype)
     return float(np.finfo("float16").min) / 2 if dtype == "float16" else _MASKED

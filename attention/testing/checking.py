@@ -10,6 +10,7 @@ from keras import tree
 
 from attention.contract.arguments import check_positive_int, describe
 from attention.contract.cached_layer import CachedLayer
+from attention.contract.types import DType
 from attention.testing.backends import full_precision, has_compiler
 from attention.testing.contract_checks import (
     check_cache,
@@ -98,7 +99,7 @@ def check_cached_layer(
     hidden_dim: int = 16,
     batch_size: int = 3,
     max_length: int = 24,
-    dtype: Any = "float32",
+    dtype: DType = "float32",
     seed: int = 0,
     checks: Any = None,
     tolerance: float | None = None,
@@ -182,7 +183,7 @@ def check_cached_model(
     hidden_dim: int = 16,
     batch_size: int = 3,
     max_length: int = 24,
-    dtype: Any = "float32",
+    dtype: DType = "float32",
     seed: int = 0,
     checks: Any = None,
     tolerance: float | None = None,

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from keras import ops, tree
 
+from attention.contract.types import Cache
 from attention.testing.comparing import Difference, ranges
 from attention.testing.explaining import explain_steps
 from attention.testing.probe import INT, ROWS, SCALAR, Probe, gather, part
@@ -105,7 +106,7 @@ def check_capacity(probe: Probe) -> None:
     larger = min(2 * length, subject.limit(probe.made) or 2 * length)
     head, token = part(probe.inputs, 0, size), part(probe.inputs, size, 1)
 
-    def check_next(cache: Any, claim: str, advice: str) -> None:
+    def check_next(cache: Cache, claim: str, advice: str) -> None:
         outputs, _ = probe.step(token, cache, np.asarray(size))
         found = probe.compare(outputs, part(probe.expected, size, 1), positions=size)
         probe.require(claim, found, advice)

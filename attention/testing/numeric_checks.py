@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from keras import ops, tree
 
+from attention.contract.types import Index, Mask
 from attention.testing.backends import gradients
 from attention.testing.padding_checks import loud, ragged_mask
 from attention.testing.probe import (
@@ -34,7 +35,7 @@ def check_compiled(probe: Probe) -> None:
     head, token = part(probe.inputs, 0, size), part(probe.inputs, size, 1)
     mask = ragged_mask(rows, size) if probe.subject.takes("padding_mask") else None
 
-    def compare(outputs: list, what: str, where: Any = None, start: Any = 0) -> None:
+    def compare(outputs: list, what: str, where: Any = None, start: Index = 0) -> None:
         probe.require(
             f"A compiled call must give what an eager one gives: {what}.",
             probe.compare(outputs[1], outputs[0], where, start),
@@ -107,7 +108,7 @@ def check_gradients(probe: Probe) -> None:
     rng = np.random.default_rng([subject.seed, 5])
     weights = [rng.normal(size=x.shape).astype("float32") for x in probe.expected]
 
-    def loss(outputs: Any, start: int, mask: Any = None) -> Any:
+    def loss(outputs: Any, start: int, mask: Mask | None = None) -> Any:
         """Returns a random sum of the outputs of real tokens."""
         total: Any = 0.0
         until = tree.flatten(outputs)[0].shape[1]

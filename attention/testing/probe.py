@@ -11,7 +11,7 @@ import numpy as np
 from keras import ops, tree
 
 from attention.contract.arguments import describe
-from attention.contract.types import Cache
+from attention.contract.types import Cache, Index, Mask
 from attention.testing.backends import compile_call, to_numpy, without_gradients
 from attention.testing.comparing import Difference, difference
 from attention.testing.running import ConformanceError
@@ -39,7 +39,7 @@ class Probe:
     """
 
     def __init__(
-        self, subject: Subject, made: Any, compiled: bool | None = None
+        self, subject: Subject, made: keras.layers.Layer, compiled: bool | None = None
     ) -> None:
         self.subject, self.made = subject, made
         self.rows, self.length = subject.batch_size, subject.length
@@ -62,7 +62,9 @@ class Probe:
         self.subject.doing = f"asked for `create_cache({rows}, {length})`"
         return self.subject.create_cache(self.made, rows, length)
 
-    def full(self, inputs: Any, mask: Any = None, **masks: np.ndarray) -> Outputs:
+    def full(
+        self, inputs: Any, mask: Mask | None = None, **masks: np.ndarray
+    ) -> Outputs:
         """Returns the outputs of one call without a cache."""
         length = _length(inputs)
         given = [] if mask is None else ["padding_mask"]
@@ -73,7 +75,7 @@ class Probe:
         return positional(outputs, length)
 
     def step(
-        self, inputs: Any, cache: Cache, index: Any, mask: Any = None
+        self, inputs: Any, cache: Cache, index: Index, mask: Mask | None = None
     ) -> tuple[Outputs, Cache]:
         """Returns the outputs of a call with a cache, and the updated cache."""
         length = _length(inputs)
@@ -97,7 +99,9 @@ class Probe:
             return self._functions[name, static]
         subject, made = self.subject, self.made
 
-        def call(inputs: Any, cache: Any, mask: Any, index: Any, masks: Any) -> Any:
+        def call(
+            inputs: Any, cache: Cache, mask: Mask, index: Index, masks: Any
+        ) -> Any:
             if name == "call":
                 return subject.call(made, inputs, mask, **masks)
             index = static if index is None else index

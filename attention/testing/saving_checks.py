@@ -107,7 +107,7 @@ def _compare_head(probe: Probe, call: Callable) -> Difference:
     return probe.compare(outputs, part(probe.expected, 0, probe.size))
 
 
-def _custom_objects(made: Any) -> Any:
+def _custom_objects(made: keras.layers.Layer) -> Any:
     """Returns a scope in which unregistered classes can be loaded.
 
     Whether a class is registered is the business of whoever saves a model with

@@ -10,6 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 from keras import ops, tree
+from keras.layers import Layer
 
 from attention.contract.arguments import describe
 from attention.contract.cached_layer import CachedLayer
@@ -21,7 +22,7 @@ from attention.contract.cached_model import (
     grow_cache,
     max_positions,
 )
-from attention.contract.types import Cache, Index
+from attention.contract.types import Cache, DType, Index, Mask
 from attention.testing.backends import dtype_policy
 from attention.testing.inputs import input_specs
 from attention.testing.running import Checked
@@ -54,11 +55,11 @@ class Subject(Checked):
         make: Callable,
         batch_size: int,
         length: int,
-        dtype: Any,
+        dtype: DType,
         seed: int,
         hidden_dim: int = 16,
     ) -> None:
-        if not callable(make) or isinstance(make, keras.layers.Layer):
+        if not callable(make) or isinstance(make, Layer):
             raise TypeError(
                 f"`{self.argument}` must be a function without arguments that makes "
                 f"a new one, such as `lambda: MyLayer(4)`. Received: "
@@ -69,7 +70,7 @@ class Subject(Checked):
         # A third of the sequence is the prefill, the rest follows in other ways.
         self.prefill_size = max(1, length // 3)
 
-    def new(self, dtype: Any = None, like: Any = None) -> Any:
+    def new(self, dtype: DType = None, like: Layer | None = None) -> Any:
         """Makes a built object, always with the same weights.
 
         Args:
@@ -101,7 +102,7 @@ class Subject(Checked):
         rng = np.random.default_rng([self.seed, seed])
         return self.draw(rng, self.batch_size, self.length)
 
-    def build(self, made: Any) -> None:
+    def build(self, made: Layer) -> None:
         if not made.built:
             # Symbolic: nothing is computed.
             made(keras.Input(batch_shape=(1, 2, self.hidden_dim)))
@@ -110,30 +111,30 @@ class Subject(Checked):
         shape = (batch_size, length, self.hidden_dim)
         return rng.normal(size=shape).astype("float32")
 
-    def create_cache(self, made: Any, batch_size: int, length: int) -> Cache:
+    def create_cache(self, made: Layer, batch_size: int, length: int) -> Cache:
         return made.create_cache(batch_size, length)
 
-    def grow_cache(self, made: Any, cache: Cache, length: int) -> Cache:
+    def grow_cache(self, made: Layer, cache: Cache, length: int) -> Cache:
         return made.grow_cache(cache, length)
 
-    def can_rewind(self, made: Any) -> Callable[[Cache, int, int], bool]:
+    def can_rewind(self, made: Layer) -> Callable[[Cache, int, int], bool]:
         return made.can_rewind
 
-    def limit(self, made: Any) -> int | None:
+    def limit(self, made: Layer) -> int | None:
         """Returns the largest number of positions it can represent."""
         return made.max_sequence_length
 
-    def call(self, made: Any, inputs: Any, mask: Any, **masks: Any) -> Any:
+    def call(self, made: Layer, inputs: Any, mask: Mask, **masks: Any) -> Any:
         """Returns the outputs without a cache."""
         return made(inputs, **self._padding(mask), **masks)
 
     def call_with_cache(
-        self, made: Any, inputs: Any, cache: Cache, index: Index, mask: Any
+        self, made: Layer, inputs: Any, cache: Cache, index: Index, mask: Mask
     ) -> tuple[Any, Cache]:
         padding = self._padding(mask)
         return made(inputs, cache=cache, cache_update_index=index, **padding)
 
-    def as_model(self, made: Any) -> keras.Model:
+    def as_model(self, made: Layer) -> keras.Model:
         """Returns a model that can be saved."""
         # Of one length: a layer may loop over it.
         inputs = keras.Input((self.prefill_size, self.hidden_dim))
@@ -144,7 +145,7 @@ class Subject(Checked):
         return argument in inspect.signature(self.made.call).parameters
 
     @staticmethod
-    def _padding(mask: Any) -> dict[str, Any]:
+    def _padding(mask: Mask) -> dict[str, Any]:
         return {} if mask is None else {"padding_mask": mask}
 
 
@@ -161,7 +162,7 @@ class ModelSubject(Subject):
         super().__init__(*args)
         self._example = example
 
-    def build(self, made: Any) -> None:
+    def build(self, made: Layer) -> None:
         self._inputs = input_specs(made, self._example)
         if not made.built:
             made(self.draw(np.random.default_rng(0), 1, 2))
@@ -174,39 +175,39 @@ class ModelSubject(Subject):
     def _one_token(self) -> Any:
         return self.draw(np.random.default_rng(0), 1, 1)
 
-    def _sites(self, made: Any) -> tuple[CachedLayer, ...]:
+    def _sites(self, made: Layer) -> tuple[CachedLayer, ...]:
         return call_sites(made, self._one_token())
 
-    def create_cache(self, made: Any, batch_size: int, length: int) -> Cache:
+    def create_cache(self, made: Layer, batch_size: int, length: int) -> Cache:
         return create_cache(made, batch_size, length, self._one_token())
 
-    def grow_cache(self, made: Any, cache: Cache, length: int) -> Cache:
+    def grow_cache(self, made: Layer, cache: Cache, length: int) -> Cache:
         return grow_cache(self._sites(made), cache, length)
 
-    def can_rewind(self, made: Any) -> Callable[[Cache, int, int], bool]:
+    def can_rewind(self, made: Layer) -> Callable[[Cache, int, int], bool]:
         # The call sites are looked for once, for many questions.
         return functools.partial(can_rewind, self._sites(made))
 
-    def limit(self, made: Any) -> int | None:
+    def limit(self, made: Layer) -> int | None:
         return max_positions(self._sites(made))
 
-    def call(self, made: Any, inputs: Any, mask: Any, **masks: Any) -> Any:
+    def call(self, made: Layer, inputs: Any, mask: Mask, **masks: Any) -> Any:
         return made(self._masked(inputs, mask), training=False)
 
     def call_with_cache(
-        self, made: Any, inputs: Any, cache: Cache, index: Index, mask: Any
+        self, made: Layer, inputs: Any, cache: Cache, index: Index, mask: Mask
     ) -> tuple[Any, Cache]:
         inputs = self._masked(inputs, mask)
         return call_with_cache(made, inputs, cache, index, padding_mask=mask)
 
-    def as_model(self, made: Any) -> keras.Model:
+    def as_model(self, made: Layer) -> keras.Model:
         return made
 
     def takes(self, argument: str) -> bool:
         # The scope of a cache tells the layers what is padding.
         return argument == "padding_mask"
 
-    def _masked(self, inputs: Any, mask: Any) -> Any:
+    def _masked(self, inputs: Any, mask: Mask) -> Any:
         """Returns the inputs, with the mask in the place they have for it."""
         if mask is None:
             return inputs

@@ -261,7 +261,7 @@ def check_chosen(tokens: np.ndarray, valid: np.ndarray, lengths: np.ndarray) -> 
         )
 
 
-def take_rows(cache: Any, rows: np.ndarray) -> Any:
+def take_rows(cache: Cache, rows: np.ndarray) -> Cache:
     """Returns rows of a pytree of tensors whose first axis is the batch."""
     rows = np.asarray(rows, "int32")
     return tree.map_structure(lambda x: ops.take(x, rows, axis=0), cache)

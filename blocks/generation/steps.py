@@ -8,13 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from attention.contract import (
-    Cache,
-    Tensor,
-    check_positive_int,
-    describe,
-    is_concrete,
-)
+from attention.contract import Cache, Tensor, check_positive_int, describe, is_concrete
 from blocks.generation.compilation import CompiledStep
 from blocks.generation.engine import Engine
 from blocks.generation.prompts import Prompts, read_batches, read_prompts
@@ -95,7 +89,7 @@ class GenerationSteps:
         return GenerationState(cache, index, logits, limit)
 
     def decode_step(
-        self, tokens: Any, state: GenerationState, donate: bool = False
+        self, tokens: Tensor, state: GenerationState, donate: bool = False
     ) -> tuple[Any, GenerationState]:
         """Processes one token of each row: the step of a loop of your own.
 
@@ -196,7 +190,7 @@ class GenerationSteps:
         return batches[0], is_single
 
     def _check_step(
-        self, tokens: Any, state: GenerationState
+        self, tokens: Tensor, state: GenerationState
     ) -> tuple[Tensor, int | None]:
         """Returns the tokens of a step as `int32`, and the capacity where it is known.
 

@@ -9,6 +9,7 @@ import keras_hub
 import numpy as np
 from keras import ops
 
+from attention.contract import Tensor
 from blocks.testing.generation_prompts import Rows
 from blocks.testing.generation_session import Choice, Session
 
@@ -231,7 +232,7 @@ def check_sampling(session: Session) -> None:
 class SecondBest(keras_hub.samplers.Sampler):
     """A user's sampler: the second most probable token."""
 
-    def get_next_token(self, probabilities: Any) -> Any:
+    def get_next_token(self, probabilities: Tensor) -> Tensor:
         return ops.top_k(probabilities, k=2)[1][:, 1]
 
 
