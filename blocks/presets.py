@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
+from collections.abc import Iterator
 from typing import Any
 
+import h5py
 import keras
 import keras_hub
 
@@ -81,7 +84,12 @@ def load_task(cls: type, preset: str, load_weights: bool, **kwargs: Any) -> Any:
     task = task_cls(backbone=backbone, preprocessor=preprocessor, **arguments)
     if load_weights and task.has_task_weights():
         weights = os.path.join(folder, "task.weights.h5")
-        _load(folder, "task.weights.h5", lambda: task.load_task_weights(weights))
+        _load(
+            folder,
+            "task.weights.h5",
+            lambda: task.load_task_weights(weights),
+            lambda: task,
+        )
     return task
 
 
@@ -156,12 +164,14 @@ def _load_backbone(
         # Quantized layers must be made as they were saved. A float dtype gives
         # way to the user's global policy, as in KerasHub.
         dtype = keras.dtype_policies.deserialize(saved)
-    return _load(
-        folder,
-        "model.weights.h5",
-        lambda: keras_hub.models.Backbone.from_preset(
+
+    def make(load_weights: bool) -> Any:
+        return keras_hub.models.Backbone.from_preset(
             folder, load_weights=load_weights, dtype=dtype
-        ),
+        )
+
+    return _load(
+        folder, "model.weights.h5", lambda: make(load_weights), lambda: make(False)
     )
 
 
@@ -183,8 +193,22 @@ def _load_preprocessor(folder: str, task_config: dict[str, Any]) -> Any:
     return preprocessor
 
 
-def _load(folder: str, what: str, load: Any) -> Any:
-    """Runs `load`; names the file in the error if it is missing or damaged."""
+def _load(folder: str, what: str, load: Any, model: Any = None) -> Any:
+    """Runs `load`; says more than Keras if it fails.
+
+    Args:
+        folder: str. The preset's folder.
+        what: str. The name of what is loaded.
+        load: a function without arguments.
+        model: a function that returns the model whose weights are loaded, or `None`.
+
+    Returns:
+        What `load` returns.
+
+    Raises:
+        ValueError: if a file is missing or damaged, or weights have other shapes than
+            in the model.
+    """
     try:
         return load()
     except (OSError, EOFError, json.JSONDecodeError) as error:
@@ -192,3 +216,44 @@ def _load(folder: str, what: str, load: Any) -> Any:
             f"{what} of the preset '{folder}' can't be read: a file is missing "
             f"or truncated ({error}). Save the preset again."
         ) from error
+    except ValueError as error:
+        differences = [] if model is None else _differences(folder, what, model())
+        if not differences:
+            raise
+        shown = "\n".join(differences[:20])
+        raise ValueError(
+            f"The weights of the preset '{folder}' don't fit the model that its "
+            f"configuration describes. {len(differences)} have another shape:\n{shown}"
+        ) from error
+
+
+def _differences(folder: str, what: str, model: Any) -> list[str]:
+    """Returns lines on the weights that have another shape in a file than in a model."""
+    expected: dict[str, list] = {}
+    for weight in model.weights:
+        expected.setdefault(weight.path.rpartition("/")[0], []).append(weight)
+    differences = []
+    # Large models have several files.
+    files = os.path.join(glob.escape(folder), what.replace(".", "*.", 1))
+    for path in sorted(glob.glob(files)):
+        with h5py.File(path) as file:
+            for layer, number, shape in _saved_shapes(file):
+                for weight in expected.get(layer, [])[number : number + 1]:
+                    if shape != tuple(weight.shape):
+                        differences.append(
+                            f"{weight.path}: {shape} in the file, "
+                            f"{tuple(weight.shape)} in the model"
+                        )
+    return differences
+
+
+def _saved_shapes(group: Any, names: tuple[str, ...] = ()) -> Iterator[tuple]:
+    """Yields a layer's path, a number and a shape for each weight in a file of Keras."""
+    for key, child in group.items():
+        if key == "vars":
+            for number, value in child.items():
+                if number.isdigit():
+                    yield "/".join(names), int(number), value.shape
+        elif isinstance(child, h5py.Group):
+            name = child["vars"].attrs.get("name") if "vars" in child else None
+            yield from _saved_shapes(child, (*names, name) if name else names)

@@ -268,7 +268,17 @@ def test_weights_of_another_model(preset, tmp_path):
     folder = copy_of(preset, tmp_path)
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    config["config"]["hidden_dim"] = 32
+    config["config"]["intermediate_dim"] = 48
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError) as error:
+        CausalLM.from_preset(str(folder))
+    layer = "transformer_layer_0/ffn"
+    assert str(error.value).split(":\n")[1].split("\n") == [
+        f"{layer}/intermediate/kernel: (16, 32) in the file, (16, 48) in the model",
+        f"{layer}/intermediate/bias: (32,) in the file, (48,) in the model",
+        f"{layer}/output/kernel: (32, 16) in the file, (48, 16) in the model",
+    ]
+    config["config"].update(intermediate_dim=32, num_layers=2)
     path.write_text(json.dumps(config))
     with pytest.raises(ValueError, match="could not be loaded"):
         CausalLM.from_preset(str(folder))
