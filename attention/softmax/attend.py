@@ -49,9 +49,9 @@ def attend_to(
         visibility: which query sees which key, the past ones first.
         compute_weights: called with logits, `(batch, num_heads, length,
             key_length)`, and a mask; returns weights of the same shape.
-        scale: float. What products are multiplied with.
-        bias: `None`, or called with the positions of queries and keys; returns what
-            is added to the logits, or `None`.
+        scale: float. The factor of the products of queries and keys.
+        bias: `None`, or called with the positions of queries and keys; returns a bias
+            of the logits, or `None`.
         soft_cap: `None` or float, as `logit_soft_cap` of a layer.
         dropout: `None`, or a callable applied to the weights.
         fused: bool. Whether the backend's fused kernel may compute it.
@@ -64,7 +64,7 @@ def attend_to(
     if past is None and new is not None and not return_scores:
         blocks = visibility.blocks(query, new[0])
         if blocks is not None:
-            # In time linear in the length; blocks are not cut again.
+            # The time is linear in the length. Blocks are not cut again.
             outputs, _ = attend_to(
                 blocks.queries(query),
                 (blocks.keys(new[0]), blocks.keys(new[1])),
@@ -112,8 +112,8 @@ def attend_to(
     else:
         outputs, scores = attend(past, mask, biases)
     if visibility.may_be_empty:
-        # A query that may attend to nothing attends to nothing. Softmax
-        # would have given it the mean of all values, later ones too.
+        # A query that sees no key gets zeros. Softmax has given it the mean of all
+        # values, also of later ones.
         some = ops.any(mask, axis=-1, keepdims=True)
         outputs = ops.where(ops.swapaxes(some, 1, 2), outputs, 0)
         scores = None if scores is None else ops.where(some, scores, 0)

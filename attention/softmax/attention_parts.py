@@ -17,6 +17,7 @@ from attention.caches.quantized_cache import QuantizedCache
 from attention.caches.ring_cache import RingCache
 from attention.contract.arguments import (
     check_fraction,
+    check_optional_positive_int,
     check_positive_int,
     check_soft_cap,
     describe,
@@ -34,7 +35,7 @@ from attention.positions.position_scheme import (
 
 
 class AttentionParts(CachedLayer):
-    """A layer with the arguments of `GroupedQueryAttention`, and what they stand for."""
+    """The arguments of `GroupedQueryAttention`, and the parts that they ask for."""
 
     def __init__(
         self,
@@ -67,9 +68,7 @@ class AttentionParts(CachedLayer):
             "window": window,
         }
         for name, size in sizes.items():
-            setattr(
-                self, name, None if size is None else check_positive_int(name, size)
-            )
+            setattr(self, name, check_optional_positive_int(name, size))
         if num_key_value_heads is not None and num_heads % num_key_value_heads:
             raise ValueError(
                 "`num_heads` must be divisible by `num_key_value_heads`, so that "
@@ -101,13 +100,12 @@ class AttentionParts(CachedLayer):
             policy = FullCache() if window is None else RingCache(window)
             policy = policy if cache_dtype is None else QuantizedCache(policy)
         self.cache_policy = policy
-        # Made by `build` where they are asked for.
+        # Made by `build` if needed.
         self.query_norm = self.key_norm = self.sinks = self.gate_dense = None
 
     def _check_width(self, query_shape: tuple) -> None:
-        """Notes the width of the inputs, or says why it does not fit."""
-        check_sequence_shape(self.name, query_shape)
-        width = query_shape[-1]
+        """Records the width of the inputs, and checks that it fits the heads."""
+        width = check_sequence_shape(self.name, query_shape)
         if self.key_dim is None and width % self.num_heads:
             raise ValueError(
                 f"With `key_dim=None`, the width of the inputs of layer "
@@ -118,12 +116,12 @@ class AttentionParts(CachedLayer):
         self._width = width
 
     def head_dims(self) -> tuple[int, int]:
-        """The sizes of a key head and of a value head, as they are attended."""
+        """Returns the sizes of a key head and of a value head, as they are attended."""
         key_dim = self.key_dim or self._width // self.num_heads
         return key_dim, self.value_dim or key_dim
 
     def query_heads(self) -> tuple[int, int]:
-        """How many query heads of which size are projected."""
+        """Returns the number and the size of the query heads that are projected."""
         return self.num_heads, self.head_dims()[0]
 
     def make_projection(
@@ -162,8 +160,8 @@ class AttentionParts(CachedLayer):
         value_dim = self.head_dims()[1]
         heads, key_dim = self.query_heads()
         self._logit_scale = key_dim**-0.5 if self.scale is None else self.scale
-        # The letters of what is contracted are in the order of the axes: JAX sorts
-        # them, and would else transpose the kernel in every decode step.
+        # Letters of contracted axes are in alphabetical order: JAX sorts them, and would
+        # otherwise transpose the kernel in every decode step.
         self.output_dense = keras.layers.EinsumDense(
             "bqhk,hkw->bqw",
             output_shape=(None, query_shape[-1]),
@@ -183,7 +181,7 @@ class AttentionParts(CachedLayer):
             gates = (self.num_heads, value_dim)
             self.gate_dense = self.make_projection("output_gate", gates, query_shape)
         if self.attention_sinks:
-            # Beside float32 logits, whatever the layer computes in.
+            # They join float32 logits, whatever the layer computes in.
             self.sinks = self.add_weight(
                 name="sinks",
                 shape=(heads,),
@@ -192,11 +190,11 @@ class AttentionParts(CachedLayer):
             )
 
     def make_norm(self, name: str) -> keras.layers.Layer | None:
-        """Makes the norm of query or key heads, if there is to be one."""
+        """Returns a norm of query or key heads, or `None` if there is none."""
         return self._norm(name, self.query_heads()[1]) if self.query_key_norm else None
 
     def _norm(self, name: str, size: int, epsilon: float = 1e-6) -> keras.layers.Layer:
-        """Makes a norm by the root mean square along the last axis."""
+        """Returns an RMS norm along the last axis."""
         norm = keras.layers.RMSNormalization(
             epsilon=epsilon, dtype=self.dtype_policy, name=name
         )
@@ -204,8 +202,7 @@ class AttentionParts(CachedLayer):
         return norm
 
     def _initializers(self) -> dict[str, Any]:
-        # A random initializer with a seed would give every kernel the same
-        # values if it were shared.
+        # A shared random initializer with a seed would give all kernels equal values.
         return {
             "kernel_initializer": clone_initializer(self.kernel_initializer),
             "bias_initializer": clone_initializer(self.bias_initializer),

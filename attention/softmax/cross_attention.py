@@ -137,11 +137,11 @@ class CrossAttention(DotProductAttention):
         return {**cache, "padding_mask": ops.zeros((batch_size, slots), "bool")}
 
     def grow_cache(self, cache: Cache, max_length: int) -> Tensor:
-        """The source is as long as it is."""
+        """Returns the cache as it is: the length of a source does not change."""
         return cache
 
     def can_rewind(self, cache: Cache, from_index: int, to_index: int) -> bool:
-        """What was written is the source, which no query changes."""
+        """Returns true: the cache holds the source, which no query changes."""
         return True
 
     def call(  # type: ignore[override]
@@ -211,7 +211,7 @@ class CrossAttention(DotProductAttention):
             check_padding_mask(self.name, mask, value, "value_padding_mask")
 
     def _source(self, value: Tensor, mask: Mask) -> tuple[Any, Any, Any]:
-        """Keys, values and which of them are real."""
+        """Returns keys, values and a mask of the real ones."""
         if mask is not None:
             mask = ops.cast(mask, "bool")
         value = zero_padding(value, mask)
@@ -221,7 +221,7 @@ class CrossAttention(DotProductAttention):
         return key, self.value_dense(value), mask
 
     def _write(self, cache: Cache, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
-        """Returns the cache of a source, whatever was there before."""
+        """Returns the cache with a source written over all of it."""
         slots, length = cache["padding_mask"].shape[1], static_size(value, 1)
         if length is not None and length > slots:
             raise ValueError(

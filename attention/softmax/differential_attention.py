@@ -23,9 +23,9 @@ class DifferentialAttention(GroupedQueryAttention):
            └► v ──────────────────────────────────────────────────► ┘
     ```
 
-    What both find alike is noise, and cancels out. Each head has two query and two
-    key heads and a value head of twice their size; what a head found is normalized
-    by its root mean square. `lambda = exp(q_1·k_1) - exp(q_2·k_2) + lambda_init` is
+    Noise that both softmaxes have in common cancels out. Each head has two query and
+    two key heads and a value head of twice their size; its output is normalized by the
+    root mean square. `lambda = exp(q_1·k_1) - exp(q_2·k_2) + lambda_init` is
     trained, one for all heads of a layer.
 
     Args:
@@ -36,8 +36,8 @@ class DifferentialAttention(GroupedQueryAttention):
             `None` means the width of the inputs divided by `2 * num_heads`.
         value_dim: int or `None`. The size of each value head; `None` means
             `2 * key_dim`.
-        lambda_init: float. Where lambda starts. The paper has it grow with the
-            depth `i`, counted from 0: `0.8 - 0.6 * exp(-0.3 * i)`.
+        lambda_init: float. The initial lambda. In the paper it grows with the depth
+            `i`, counted from 0: `0.8 - 0.6 * exp(-0.3 * i)`.
         **kwargs: as for `GroupedQueryAttention`, such as `position`, `window`,
             `dropout` and `use_bias`.
 
@@ -45,7 +45,7 @@ class DifferentialAttention(GroupedQueryAttention):
     differences, and may be negative.
 
     Raises:
-        TypeError: if `lambda_init` is no number.
+        TypeError: if `lambda_init` is not a number.
         ValueError: if the width of the inputs does not fit the heads.
 
     Example:
@@ -88,7 +88,7 @@ class DifferentialAttention(GroupedQueryAttention):
         key_shape: tuple | None = None,
     ) -> None:
         super().build(query_shape, value_shape, key_shape)
-        # What is subtracted is as exact as the softmax.
+        # Float32, as the softmax.
         self.lambdas = self.add_weight(
             name="lambdas",
             shape=(2, 2, self.query_heads()[1]),
@@ -112,7 +112,7 @@ class DifferentialAttention(GroupedQueryAttention):
         return self.key_dim or self._width // (2 * self.num_heads)
 
     def head_dims(self) -> tuple[int, int]:
-        # Both keys of a head lie side by side.
+        # The two keys of a head are one key of twice the size.
         return 2 * self._half_dim(), self.value_dim or 2 * self._half_dim()
 
     def query_heads(self) -> tuple[int, int]:
@@ -124,7 +124,7 @@ class DifferentialAttention(GroupedQueryAttention):
     def arrange_heads(
         self, query: Tensor, new: dict
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        # Two queries of each head, to either half of its keys.
+        # The two queries of a head, each for one half of its keys.
         rows, length = ops.shape(query)[:2]
         heads, dim = query.shape[2:]
         halves = ops.reshape(ops.eye(2, dtype=query.dtype), (2, 2, 1))
@@ -136,7 +136,7 @@ class DifferentialAttention(GroupedQueryAttention):
         return query, {**new, "key": ops.reshape(key, shape)}
 
     def combine_heads(self, outputs: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-        # Subtracts the second of each two, and normalizes what is left.
+        # Subtracts the second of each pair, and normalizes the difference.
         products = ops.exp(ops.sum(self.lambdas[:, 0] * self.lambdas[:, 1], axis=-1))
         weight = products[0] - products[1] + self.lambda_init
 

@@ -42,16 +42,16 @@ class DotProductAttention(AttentionParts):
     them to change the inside of attention. Training, prefill and decoding keep
     working, as there is one `call`:
 
-    - `project(query, value, key)` returns heads of queries, and a dict of what is
-      kept of each new token, such as its `"key"` and `"value"`.
+    - `project(query, value, key)` returns heads of queries, and a dict of the tensors
+      to cache of each new token, such as its `"key"` and `"value"`.
     - `encode_positions(query, new, query_positions, key_positions)`.
     - `arrange_heads(query, new)`, before they are attended.
     - `compute_weights(logits, mask)`: the softmax.
     - `combine_heads(outputs, scores)`, after they have attended.
     - `project_output(outputs, inputs)`.
 
-    `attend(...)` is the step between, and `cache_sizes()` says what is cached: a
-    layer that keeps something else overrides both. `make_projection(name, heads,
+    `attend(...)` is the step between, and `cache_sizes()` returns the sizes of what is
+    cached: a layer that caches other tensors overrides both. `make_projection(name, heads,
     inputs_shape)` makes projections in `build`.
 
     Args:
@@ -84,7 +84,7 @@ class DotProductAttention(AttentionParts):
     # The steps of a call, to be overridden.
 
     def cache_sizes(self) -> dict[str, tuple[int, int]]:
-        """Returns what is cached of each token: a dict from names to `(heads, dim)`."""
+        """Returns the sizes cached for each token, a dict from names to `(heads, dim)`."""
         raise NotImplementedError(
             f"{type(self).__name__} must implement `cache_sizes()`."
         )
@@ -96,9 +96,10 @@ class DotProductAttention(AttentionParts):
 
         Args:
             query: tensor of shape `(batch, length, width)`, zero where padded.
-            value: tensor of shape `(batch, key_length, value_width)`: `query`
-                itself in self-attention.
-            key: tensor of shape `(batch, key_length, key_width)`, likewise.
+            value: tensor of shape `(batch, key_length, value_width)`; `query` itself in
+                self-attention.
+            key: tensor of shape `(batch, key_length, key_width)`; `query` itself in
+                self-attention.
 
         Returns:
             The queries, of shape `(batch, length, num_heads, key_dim)`, and a dict
@@ -139,7 +140,7 @@ class DotProductAttention(AttentionParts):
             new: dict of tensors of shape `(batch, key_length, heads, dim)`.
 
         Returns:
-            Both, arranged.
+            `(query, new)`, arranged.
         """
         return query, new
 
@@ -200,7 +201,7 @@ class DotProductAttention(AttentionParts):
                 key_length)`.
 
         Returns:
-            Both, combined.
+            `(outputs, scores)`, combined.
         """
         return outputs, scores
 
@@ -209,8 +210,8 @@ class DotProductAttention(AttentionParts):
 
         Args:
             outputs: tensor of shape `(batch, length, num_heads, value_dim)`.
-            inputs: tensor of shape `(batch, length, width)`: what was called
-                `query`.
+            inputs: tensor of shape `(batch, length, width)`, the argument `query` of
+                the call.
 
         Returns:
             A tensor of shape `(batch, length, width)`.
@@ -219,7 +220,7 @@ class DotProductAttention(AttentionParts):
             outputs = outputs * ops.sigmoid(self.gate_dense(inputs))
         return self.output_dense(outputs)
 
-    # What makes use of them.
+    # The call, which runs the steps.
 
     def attend_key_values(
         self,
@@ -359,7 +360,7 @@ class DotProductAttention(AttentionParts):
             new = {name: computed_after(x, outputs) for name, x in new.items()}
             seen = new
             if return_key_value and past is not None:
-                # What these queries attended to: the past and themselves.
+                # The keys that these queries attended to: the past and themselves.
                 cache, seen, key_positions = policy.write_and_read(
                     cache, new, index, positions, padding_mask
                 )

@@ -41,8 +41,8 @@ class GroupedQueryAttention(DotProductAttention):
         causal: bool. Whether a token attends to no later one. A layer that is
             not causal has no cache, as each new token would change all earlier
             outputs.
-        scale: float or `None`. What the logits are multiplied with; `None`
-            means `1 / sqrt(key_dim)`.
+        scale: float or `None`. The factor of the logits; `None` means
+            `1 / sqrt(key_dim)`.
         window: int or `None`. How many positions a query sees, itself included:
             a sliding window, whose cache has as many slots and never grows.
             Without causality so many to either side. `None` means all positions.
@@ -53,15 +53,15 @@ class GroupedQueryAttention(DotProductAttention):
             before positions are encoded.
         logit_soft_cap: float or `None`. Logits `x` become `cap * tanh(x / cap)`.
         attention_sinks: bool. Whether each head has a trainable logit that takes
-            part in the softmax and stands for no value.
+            part in the softmax and has no value.
         output_gate: bool. Whether a sigmoid of a projection of the query's input
-            multiplies what the heads found, before the output projection.
+            multiplies the outputs of heads, before the output projection.
         cache_dtype: `None` or `"int8"`: keys and values are cached in 8 bits, with
             a scale for each head of each token. `None` means the compute dtype.
-        cache_policy: `None` or a `CachePolicy`, which says which tokens are kept,
+        cache_policy: `None` or a `CachePolicy`, which decides which tokens are kept,
             and so seen, and in which dtype: `FullCache()`, `RingCache(window,
-            keep)`, `QuantizedCache(policy)` or your own. `None` means what
-            `window` and `cache_dtype` say.
+            keep)`, `QuantizedCache(policy)` or your own. `None` means that of
+            `window` and `cache_dtype`.
         **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
 
     Call arguments:
@@ -85,9 +85,9 @@ class GroupedQueryAttention(DotProductAttention):
         training: bool. Whether to apply dropout.
         prefix_length: `None`, int, or integer tensor of shape `()` or `(batch,)`:
             tokens before this position see each other in both directions
-            (PrefixLM). With a cache, the whole prefix belongs in one call:
-            another one that begins within it is an error, or gives NaN where that
-            is not known before a graph runs.
+            (PrefixLM). With a cache, the whole prefix must be in one call: another
+            call that begins within it is an error, or gives NaN in a compiled
+            function.
         segment_ids: `None` or integer tensor of shape `(batch, length)`: tokens
             see only those of their own document. Not with a cache.
 
@@ -95,16 +95,16 @@ class GroupedQueryAttention(DotProductAttention):
         A tensor of shape `(batch, length, width)` in the compute dtype. With
         `return_attention_scores`, `(outputs, scores)`, where `scores` are
         `float32` of shape `(batch, num_heads, length, key_length)`; with a
-        cache `key_length` is the cache's, zero for what is not filled, and with a
+        cache `key_length` is that of the cache, zero for empty slots, and with a
         window's cache that of its slots and the new tokens. With
         `return_key_value`, `(outputs, key_value)`, where `key_value` is a dict
-        of all that these queries may attend to: `"key"`, `(batch,
-        num_key_value_heads, key_length, key_dim)`, `"value"` likewise, and
-        `"positions"`, `int32` of shape `(batch, key_length)`, a number beyond
-        any other for padding; with a cache, keys and values are the cache's own
-        tensors, except at index 0, where they are those of the new tokens. With
-        both, `(outputs, scores, key_value)`. With a cache, `(what is said
-        above, cache)`.
+        of all that these queries may attend to: `"key"` of shape `(batch,
+        num_key_value_heads, key_length, key_dim)`, `"value"` of shape `(batch,
+        num_key_value_heads, key_length, value_dim)`, and `"positions"`, `int32` of
+        shape `(batch, key_length)`, larger than all others for padding; with a cache,
+        keys and values are the cache's own tensors, except at index 0, where they are
+        those of the new tokens. With both, `(outputs, scores, key_value)`. With a
+        cache, a tuple of these and of the cache.
 
     Raises:
         TypeError: if an argument has the wrong type.

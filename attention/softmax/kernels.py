@@ -29,10 +29,10 @@ class TokensFirst:
 
 
 def _products(query: Tensor, key: Tensor) -> Tensor:
-    """The products of `(batch, heads, queries, key_dim)` with keys in either layout."""
+    """Returns products of `(batch, heads, queries, key_dim)` and keys in any layout."""
     if not isinstance(key, TokensFirst):
         return ops.matmul(query, key)
-    # The keys on the left, as they lie: on the right they would be transposed.
+    # (batch, heads, keys, queries). On the right the keys would be transposed.
     products = ops.matmul(key.keys, ops.swapaxes(query, 2, 3))
     return ops.swapaxes(products, 2, 3)
 
@@ -62,7 +62,7 @@ def grouped_attention(
             query_length, key_length)`; returns weights of the same shape.
         bias: `None` or float tensor `([batch,] num_heads, query_length,
             key_length)`, with a heads axis of 1 or `num_heads`.
-        scale: float. What the products are multiplied with.
+        scale: float. The factor of the products.
         soft_cap: `None` or float. Scaled products are kept between it and its
             negative.
         dropout: `None` or a callable applied to the weights.
@@ -76,10 +76,11 @@ def grouped_attention(
     per_group = heads // groups
     query = ops.reshape(query, (-1, length, groups, per_group, dim))
     query = ops.transpose(query, (0, 2, 3, 1, 4))
-    # What shares keys is one matrix: (batch, groups, per_group * length, dim).
+    # (batch, groups, per_group * length, dim): heads that share keys are one matrix.
     query = ops.reshape(query, (-1, groups, per_group * length, dim))
     logits = _concatenate([_products(query, key) for key, _ in parts])
     key_length = ops.shape(logits)[-1]
+    # (batch, num_heads, length, key_length)
     logits = ops.reshape(logits, (-1, heads, length, key_length))
     logits = ops.cast(logits, "float32") * scale
     if soft_cap is not None:
@@ -98,6 +99,7 @@ def grouped_attention(
     value_dim = parts[0][1].shape[3]
     outputs = ops.reshape(outputs, (-1, groups, per_group, length, value_dim))
     outputs = ops.transpose(outputs, (0, 3, 1, 2, 4))
+    # (batch, length, num_heads, value_dim)
     return ops.reshape(outputs, (-1, length, heads, value_dim)), weights
 
 
@@ -119,7 +121,7 @@ def masked_softmax(logits: Tensor, mask: Mask, sinks: Tensor = None) -> Tensor:
         sinks = ops.reshape(ops.cast(sinks, "float32"), (1, -1, 1, 1))
         sinks = ops.broadcast_to(sinks, (*ops.shape(logits)[:-1], 1))
         logits = ops.concatenate([logits, sinks], axis=-1)
-    # Keras warns of a softmax over a single key, which is all right here.
+    # Keras warns of a softmax over a single key, which is fine here.
     one_key = static_size(logits, 3) == 1
     weights = ops.ones_like(logits) if one_key else ops.softmax(logits, axis=-1)
     return weights if sinks is None else weights[..., :-1]
@@ -133,7 +135,7 @@ def scale_query(query: Tensor, scale: float) -> tuple[Any, float]:
     """Scales the queries where the products could overflow without it.
 
     Returns:
-        The queries, and what remains to multiply the logits with.
+        The queries, and the scale that remains for the logits.
     """
     if keras.backend.standardize_dtype(query.dtype) != "float16":
         return query, scale
@@ -143,7 +145,7 @@ def scale_query(query: Tensor, scale: float) -> tuple[Any, float]:
 def fused_attention_applies(
     num_heads: int, num_key_value_heads: int, key_dim: int, value_dim: int, dtype: str
 ) -> bool:
-    """Whether `keras.ops.dot_product_attention` computes these heads as they are.
+    """Returns whether `keras.ops.dot_product_attention` takes these heads as they are.
 
     Outside of JAX it repeats keys and values for grouped heads. On JAX it takes
     no values of another size than the keys, and CPUs can't compile its float16.
@@ -159,7 +161,7 @@ def fused_attention_applies(
 def fused_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Mask, bias: Tensor, scale: float
 ) -> Tensor:
-    """Attention by the backend's fused kernel, where it has one.
+    """Computes attention by the backend's fused kernel, where it has one.
 
     Args:
         query: tensor of shape `(batch, query_length, num_heads, key_dim)`.
@@ -168,7 +170,7 @@ def fused_attention(
             value_dim)`.
         mask: as for `grouped_attention`.
         bias: as for `grouped_attention`.
-        scale: float. What the logits are multiplied with.
+        scale: float. The factor of the logits.
 
     Returns:
         Outputs of shape `(batch, query_length, num_heads, value_dim)`.
@@ -188,6 +190,6 @@ def fused_attention(
 
 
 def _lowest(dtype: DType) -> float:
-    """The lowest bias that stays finite in `dtype` when logits are added."""
+    """Returns the lowest bias that stays finite in `dtype` when logits are added."""
     dtype = keras.backend.standardize_dtype(dtype)
     return float(np.finfo("float16").min) / 2 if dtype == "float16" else _MASKED

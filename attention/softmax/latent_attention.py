@@ -7,7 +7,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from attention.contract.arguments import check_positive_int, refuse_arguments
+from attention.contract.arguments import check_optional_positive_int, refuse_arguments
 from attention.contract.initializers import clone_initializer
 from attention.contract.types import Tensor
 from attention.positions.position_scheme import PositionScheme
@@ -27,11 +27,11 @@ class LatentAttention(DotProductAttention):
     x ─► [query_down ─► query_norm] ─► query_dense ─► queries, the last rotary_dim of them encoded
     ```
 
-    A cache of `latent_dim + rotary_dim` numbers for each token stands for the keys
-    and values of all heads. Without a past, keys and values are computed from it, as
-    in multi-head attention; with one, the projections that would do that are
-    absorbed: queries are projected to latents, and what is found is projected to
-    values, so that the cache is attended to as it is.
+    The cache holds `latent_dim + rotary_dim` numbers for each token in place of the
+    keys and values of all heads. Without a past, keys and values are computed from
+    them, as in multi-head attention. With a past, these projections are absorbed:
+    queries are projected to latents, attend to the cache as it is, and the outputs are
+    projected to values.
 
     Args:
         num_heads: int. The number of heads.
@@ -43,8 +43,8 @@ class LatentAttention(DotProductAttention):
             means `4 * key_dim`, as in DeepSeek's models.
         rotary_dim: even int or `None`. The size of the part of each head that is
             rotated; `None` means half of `key_dim`, made even.
-        query_latent_dim: int or `None`. Queries are projected through so many
-            numbers; `None` means directly.
+        query_latent_dim: int or `None`. The rank of a low-rank projection of queries;
+            `None` means a full projection.
         position: a position scheme that encodes the rotary parts, or `None`, which
             means `RotaryPosition()`.
         epsilon: float. Of the norms of latents.
@@ -116,23 +116,19 @@ class LatentAttention(DotProductAttention):
             position=position,
             **kwargs,
         )
-        sizes = {
-            "latent_dim": latent_dim,
-            "rotary_dim": rotary_dim,
-            "query_latent_dim": query_latent_dim,
-        }
-        for name, size in sizes.items():
-            if size is not None:
-                check_positive_int(name, size)
+        self.latent_dim = check_optional_positive_int("latent_dim", latent_dim)
+        self.rotary_dim = check_optional_positive_int("rotary_dim", rotary_dim)
+        self.query_latent_dim = check_optional_positive_int(
+            "query_latent_dim", query_latent_dim
+        )
         if rotary_dim is not None and rotary_dim % 2:
             raise ValueError(
                 f"`rotary_dim` must be even. Received: rotary_dim={rotary_dim}"
             )
-        self.latent_dim, self.rotary_dim = latent_dim, rotary_dim
-        self.query_latent_dim, self.epsilon = query_latent_dim, epsilon
+        self.epsilon = epsilon
 
     def _sizes(self) -> tuple[int, int, int, int]:
-        """The sizes of the latent, the rotary part, and a key and a value head."""
+        """Returns the sizes of the latent, the rotary part, a key and a value head."""
         key_dim = self.key_dim or self._width // self.num_heads
         rotary_dim = self.rotary_dim or 2 * max(key_dim // 4, 1)
         latent_dim = self.latent_dim or 4 * key_dim
@@ -159,8 +155,8 @@ class LatentAttention(DotProductAttention):
         self.latent_norm = self._norm("latent_norm", latent_dim, self.epsilon)
         self.rotary_key_dense = self._dense("rotary_key", rotary_dim)
         self.rotary_key_dense.build(query_shape)
-        # Not layers: absorbed, they are applied from either side. Laid out as
-        # decoding multiplies them, head by head.
+        # Not layers, as they are applied from either side. Their layout is that of
+        # decoding, head by head.
         self.key_up, self.value_up = (
             self.add_weight(
                 name=name,
@@ -223,25 +219,27 @@ class LatentAttention(DotProductAttention):
         )
         options = (visibility, return_scores, training)
         if past is None:
-            # With keys and values of each head, (batch, length, num_heads, dim).
+            # Attends to keys and values of each head.
             shared = latent[:, :, 0, :latent_dim]
+            # (batch, length, latent_dim) -> (batch, length, num_heads, dim)
             key = ops.einsum("blr,hdr->blhd", shared, key_up)
             value = ops.einsum("blr,hrd->blhd", shared, value_up)
             shape = (*ops.shape(query)[:3], rotary_dim)
             rotary_key = ops.broadcast_to(latent[..., latent_dim:], shape)
             key = ops.concatenate([key, rotary_key], axis=-1)
             return self.attend_key_values(query, (key, value), None, *options)
-        # To latents as they are, one key/value head for all queries: `key_up` is
-        # absorbed into the queries, and `value_up` into what is found.
+        # The latents are one key/value head for all queries: `key_up` is absorbed into
+        # the queries, and `value_up` into the outputs.
         plain, rotary = ops.split(query, [key_dim], axis=-1)
+        # (batch, length, num_heads, latent_dim)
         projected = ops.einsum("blhd,hdr->blhr", plain, key_up)
         query = ops.concatenate([projected, rotary], axis=-1)
         stored = past["latent"]  # (batch, 1, slots, latent_dim + rotary_dim)
         found, scores = self.attend_key_values(
             query, (latent, latent), (TokensFirst(stored), stored), *options
         )
-        # The rotary part, which values are without, came along: cutting the past
-        # would copy it.
+        # Drops the rotary part, which is not of the values: to cut it from the past
+        # would copy that.
         found = found[..., :latent_dim]
         # Keras multiplies float64 in float32 on torch.
         value_up = ops.cast(self.value_up, found.dtype)

@@ -44,8 +44,8 @@ class SharedKeyValueAttention(DotProductAttention):
         use_bias: bool. Whether the projections have biases.
         position: `None` or a position scheme, such as `RotaryPosition()`; it
             encodes the queries. The keys come encoded by the producer's scheme.
-        scale: float or `None`. What the logits are multiplied with; `None`
-            means `1 / sqrt(key_dim)`.
+        scale: float or `None`. The factor of the logits; `None` means
+            `1 / sqrt(key_dim)`.
         window: int or `None`. How many positions a query sees, itself included;
             not more than the producer's window. `None` means all of them.
         kernel_initializer: initializer of the projections.
@@ -59,24 +59,24 @@ class SharedKeyValueAttention(DotProductAttention):
     Call arguments:
         query: tensor of shape `(batch, length, width)`.
         key_value: a dict of `"key"`, of shape `(batch, num_key_value_heads,
-            key_length, key_dim)`, `"value"`, likewise, and `"positions"`, an
-            integer tensor of shape `(batch, key_length)`: what
-            `GroupedQueryAttention` returns with `return_key_value=True`, called
-            on the same tokens. A query sees keys up to its own position.
+            key_length, key_dim)`, `"value"`, of shape `(batch, num_key_value_heads,
+            key_length, value_dim)`, and `"positions"`, an integer tensor of shape
+            `(batch, key_length)`: those that `GroupedQueryAttention` returns with
+            `return_key_value=True`, called on the same tokens. A query sees keys up to
+            its own position.
         attention_mask: as for `GroupedQueryAttention`: boolean tensor of shape
             `(batch, length, positions)`.
         padding_mask: boolean tensor of shape `(batch, length)`: the real
             tokens of `query`, padded on the right.
         cache: `()`, the cache made by `create_cache`.
-        cache_update_index: how many positions came before these: an int, an
-            integer scalar tensor or an integer tensor of shape `(batch,)`.
+        cache_update_index: as for every `CachedLayer`.
         return_attention_scores: bool. Whether to return the weights, too.
         training: bool. Whether to apply dropout.
 
     Returns:
         A tensor of shape `(batch, length, width)` in the compute dtype. With
         `return_attention_scores`, `(outputs, scores)`. With a cache,
-        `(what is said above, ())`.
+        a tuple of these and of `()`.
 
     Raises:
         TypeError: if an argument has the wrong type.

@@ -17,12 +17,12 @@ from attention.softmax.banded import Blocks, block_size
 
 @dataclasses.dataclass(frozen=True)
 class Visibility:
-    """All that says which key a query may attend to.
+    """The rules that decide which keys a query may attend to.
 
     Attributes:
-        query_positions: `int32` tensor, `(query_length,)` or `(batch,
+        query_positions: `int32` tensor of shape `(query_length,)` or `(batch,
             query_length)`.
-        key_positions: likewise for the keys.
+        key_positions: `int32` tensor of shape `(key_length,)` or `(batch, key_length)`.
         causal: bool. Whether keys at later positions are hidden.
         policy: `None` or a `CachePolicy`, which hides the keys that it drops.
         key_padding_mask: `None` or boolean tensor `(batch, key_length)`.
@@ -50,12 +50,12 @@ class Visibility:
 
     @property
     def may_be_empty(self) -> bool:
-        """Whether there may be a query that counts and sees no key."""
+        """Returns whether a real query may see no key."""
         masked = not self.causal and self.key_padding_mask is not None
         return masked or self.attention_mask is not None
 
     def mask(self) -> Tensor:
-        """Combines everything.
+        """Combines all rules to a mask.
 
         Returns:
             `None` where every key may be attended, otherwise a boolean tensor that
@@ -90,11 +90,11 @@ class Visibility:
         return visible if kept is None else [*visible, kept]
 
     def in_blocks(self, blocks: Blocks, like: Tensor) -> Visibility:
-        """The same for the blocks that a batch of sequences is cut into.
+        """Returns the rules for the blocks that a batch of sequences is cut into.
 
         Args:
             blocks: how they are cut.
-            like: a tensor with a batch axis in front.
+            like: tensor of shape `(batch, ...)`.
         """
         queries, keys = (
             one_row_each(x, like) for x in (self.query_positions, self.key_positions)
@@ -113,7 +113,7 @@ class Visibility:
         )
 
     def blocks(self, query: Tensor, key: Tensor) -> Blocks | None:
-        """The blocks that tell all that is seen; `None` where none do, or save much."""
+        """Returns blocks outside of which nothing is seen; `None` if they save little."""
         if self.attention_mask is not None or self.prefix_length is not None:
             return None
         length = sequence_length(query)
@@ -132,10 +132,10 @@ def check_attention_mask(attention_mask: Mask, query: Tensor, keys: Tensor) -> N
     """Raises an error if an attention mask does not fit the queries and keys.
 
     Args:
-        attention_mask: what was received.
-        query: the queries, `(batch, query_length, width)`.
-        keys: likewise, or `None` where a cache holds the keys: the mask may
-            then have any number of columns.
+        attention_mask: the argument received.
+        query: tensor of shape `(batch, query_length, width)`.
+        keys: tensor of shape `(batch, key_length, width)`, or `None` where a cache
+            holds the keys: the mask may then have any number of columns.
 
     Raises:
         TypeError: if it is of a floating dtype: such masks are added to logits
@@ -166,7 +166,7 @@ def check_attention_mask(attention_mask: Mask, query: Tensor, keys: Tensor) -> N
 
 
 def _align(attention_mask: Mask, key_positions: Tensor, in_order: bool) -> Tensor:
-    """Picks the columns of `attention_mask` that belong to the keys."""
+    """Returns the columns of `attention_mask` that belong to the keys."""
     attention_mask = ops.cast(attention_mask, "bool")
     length = static_size(attention_mask, len(attention_mask.shape) - 1)
     if length is None or length == 1:
