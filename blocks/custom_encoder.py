@@ -72,7 +72,7 @@ class CustomEncoder(TransformerBlock):
     ) -> Tensor:
         # `mask` is what Keras attached to `x`.
         padding_mask = mask if padding_mask is None else padding_mask
-        # What encodes a source has no slot in the cache of what is decoded.
+        # The layers of an encoder have no slots in the cache of a decoder.
         with change_context(scope=None, padding_mask=padding_mask):
             return self.transform(x, padding_mask=padding_mask, training=training)
 

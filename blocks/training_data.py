@@ -1,4 +1,4 @@
-"""Training data that is in memory: checked before the first step, and shuffled."""
+"""Checks and shuffles training data that is in memory."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from blocks.preprocessor import CausalLMPreprocessor
 
 
 def is_in_memory(x: Any) -> bool:
-    """Returns whether samples are all there, rather than made batch by batch."""
+    """Returns whether samples are in memory, not made batch by batch."""
     return isinstance(x, (str, bytes, list, tuple, dict)) or hasattr(x, "shape")
 
 
 def read_samples(task: Any, x: Any, y: Any = None) -> tuple[Any, Any]:
-    """Checks samples that are in memory, as far as it is known what they must be.
+    """Checks samples that are in memory, as far as their form is known.
 
     Args:
         task: the `CausalLM`.
         x: text where the model has a preprocessor, else a dict of `token_ids` and
-            `padding_mask`. Anything that yields batches is not looked into.
+            `padding_mask`. Data that yields batches is not checked.
         y: the targets, or `None`.
 
     Returns:
-        `(x, y)`: text as a list of strings, tokens with 0 in padded places.
+        `(x, y)`: text as a list of strings, tokens with 0 for padding.
 
     Raises:
-        TypeError: if `x` is no text where it must be.
+        TypeError: if `x` is not text where it must be.
         ValueError: if `x` is empty, a token is outside of the vocabulary, or a row is
             not padded on the right.
     """
@@ -70,17 +70,16 @@ def read_samples(task: Any, x: Any, y: Any = None) -> tuple[Any, Any]:
 def shuffled(
     samples: Any, batch_size: int, validation_split: float | None
 ) -> tuple[tf.data.Dataset, tf.data.Dataset | None]:
-    """Makes datasets of samples in memory.
+    """Returns datasets of samples in memory.
 
     Args:
-        samples: a structure of arrays, or of lists that stand for arrays.
+        samples: a structure of arrays, or of lists in place of arrays.
         batch_size: int. The size of batches.
-        validation_split: float or `None`. The share of the samples, the last ones, that
-            is held out.
+        validation_split: float or `None`. The share of the last samples to hold out.
 
     Returns:
-        A dataset of batches, in another order in each epoch, and one of the samples
-        that are held out, or `None`.
+        A dataset of batches, in a new order in each epoch, and one of the held-out
+        samples, or `None`.
     """
     samples = tree.map_structure(
         lambda x: (

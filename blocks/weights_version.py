@@ -8,11 +8,11 @@ from typing import Any
 
 
 class WeightsVersion:
-    """Counts in `weights_version` how often a model's weights were changed.
+    """Counts in `weights_version` how many times a model's weights were changed.
 
-    What is kept of a model's outputs, such as a session's KV cache, holds as long as
-    this number stays. Training and loading raise it. It does not look at the weights:
-    what assigns to single variables does not raise it.
+    Results kept of a model, such as a session's KV cache, are valid while this number
+    stays the same. Training and loading raise it; assigning to single variables does
+    not, as it does not look at the weights.
     """
 
     weights_version = 0
@@ -44,7 +44,7 @@ class WeightsVersion:
 
     @contextlib.contextmanager
     def _changing_weights(self) -> Iterator[None]:
-        # A callback of `fit` may generate: before and after are other weights.
+        # Raised before and after, as a callback of `fit` may generate in between.
         self.weights_version += 1
         try:
             yield

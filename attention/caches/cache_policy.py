@@ -17,8 +17,8 @@ class CachePolicy:
     """Decides which tokens an attention layer keeps, and in which slots.
 
     A layer takes one as `cache_policy=`. Its cache is a dict of tensors, each with
-    an axis of slots (see `token_axis`). A subclass says how many slots there are
-    and which position each of them holds; the rest follows:
+    an axis of slots (see `token_axis`). A subclass defines the number of slots and the
+    position that each of them holds; the rest follows:
 
     - `slots(max_length)`: how many slots sequences of this length need.
     - `positions(slots, index)`: the position in each slot after `index` tokens.
@@ -36,7 +36,7 @@ class CachePolicy:
 
     Example:
 
-    All of the last `distance` tokens, and every second one of those before.
+    A cache of the last `distance` tokens, and of every second token before them.
 
     >>> import keras, numpy as np
     >>> from keras import ops
@@ -97,7 +97,7 @@ class CachePolicy:
         raise NotImplementedError(f"{type(self).__name__} must implement `positions`.")
 
     def visible(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
-        """Returns which keys a query sees, later ones aside.
+        """Returns which keys a query sees, besides the rule that it sees no later ones.
 
         Args:
             query_positions: `int32` tensor of shape `(..., query_length, 1)`.
@@ -123,10 +123,10 @@ class CachePolicy:
         """Returns an empty cache: a dict of zero tensors.
 
         Args:
-            batch_size: int.
-            max_length: int.
+            batch_size: int. The number of rows.
+            max_length: int. How many positions each row can hold.
             sizes: dict from the name of each tensor to `(heads, dim)`.
-            dtype: of the tensors.
+            dtype: str. The dtype of the tensors.
         """
         batch_size = check_positive_int("batch_size", batch_size)
         slots = self.slots(check_positive_int("max_length", max_length))
@@ -171,16 +171,16 @@ class CachePolicy:
         }
 
     def read(self, cache: Cache, dtype: DType) -> dict[str, Any]:
-        """Returns what the slots hold, zeros where nothing was written.
+        """Returns the contents of the slots, zeros for empty ones.
 
         Args:
             cache: as created.
-            dtype: the dtype of what was written, and of what is returned.
+            dtype: the dtype to return, in which the tokens were written.
         """
         return cache
 
     def stored(self, new: Tensor) -> Tensor:
-        """Returns a tensor, whose last axis is `dim`, as it would be read."""
+        """Returns a tensor `(..., dim)` as it would be read after it was written."""
         return new
 
     def num_slots(self, cache: Cache) -> int:
@@ -204,8 +204,8 @@ class CachePolicy:
             cache: as created.
             new: as for `write`.
             index: as for `write`.
-            positions: `int32` tensor `(new,)` or `(batch, new)`: those of the new
-                tokens.
+            positions: `int32` tensor of shape `(new,)` or `(batch, new)`: the positions
+                of the new tokens.
             padding_mask: as for `write`.
 
         Returns:
@@ -248,7 +248,7 @@ class CachePolicy:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> CachePolicy:
-        """Makes a policy from what `get_config` returned."""
+        """Returns a policy from the dict that `get_config` returned."""
         return cls(**config)
 
 
@@ -256,8 +256,8 @@ def token_axis(name: str) -> int:
     """Returns the axis of the tokens in a tensor of a cache.
 
     Keys are laid out `(batch, heads, dim, length)` and all else `(batch, heads,
-    length, dim)`: a decode step then multiplies a matrix that lies in memory as it is
-    read, for which neither XLA nor a CPU's kernels have to transpose it.
+    length, dim)`, so that neither XLA nor a CPU's kernels have to transpose a matrix in
+    a decode step.
 
     Args:
         name: str. The name of the tensor.
@@ -277,9 +277,9 @@ def check_cache_policy(policy: Any, window: int | None, cache_dtype: Any) -> Non
     """Raises an error if the arguments of a layer do not name one cache policy.
 
     Raises:
-        TypeError: if `policy` is no `CachePolicy`.
-        ValueError: if `cache_dtype` is unknown, or given beside a policy, as is
-            `window`.
+        TypeError: if `policy` is not a `CachePolicy`.
+        ValueError: if `cache_dtype` is unknown, or `cache_dtype` or `window` is given
+            with a policy.
     """
     if cache_dtype not in (None, "int8"):
         raise ValueError(
@@ -296,8 +296,8 @@ def check_cache_policy(policy: Any, window: int | None, cache_dtype: Any) -> Non
         )
     if window is not None or cache_dtype is not None:
         raise ValueError(
-            "`cache_policy` already says what is kept, so `window` and `cache_dtype` "
-            "can't be given beside it: `QuantizedCache(RingCache(window))` is both. "
+            "`cache_policy` decides which tokens are kept, so `window` and `cache_dtype` "
+            "can't be given with it: `QuantizedCache(RingCache(window))` is both. "
             f"Received: cache_policy={describe(policy)}, window={window}, "
             f"cache_dtype={describe(cache_dtype)}"
         )
