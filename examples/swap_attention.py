@@ -4,8 +4,8 @@
     python examples/swap_attention.py --attention t5       # another attention
     python examples/swap_attention.py --quick              # under a minute
 
-A decoder block of our own (`SwappedDecoder`, five lines) goes into a backbone and
-a causal language model, which is trained with `model.fit` on raw strings: the
+A stock backbone with one hook overridden (`SwappedBackbone`) goes into a causal
+language model, which is trained with `model.fit` on raw strings: the
 documentation of Python's syntax, which is part of every Python installation
 (`pydoc_data.topics`), or a text file of yours. The model is saved as a preset,
 loaded in a fresh process, and generates the same text there.
@@ -67,23 +67,13 @@ import keras_hub  # noqa: E402
 import numpy as np  # noqa: E402
 
 import attention  # noqa: E402
-from blocks import CausalLM, CausalLMPreprocessor, CustomBackbone, CustomDecoder  # noqa: E402
-
-
-class SwappedDecoder(CustomDecoder):
-    """A block with the swap: grouped-query attention with rotary positions."""
-
-    def create_attention_layer(self, inputs_shape):
-        return attention.RotaryAttention(
-            num_heads=self.num_heads,
-            num_key_value_heads=self.num_heads // 2,
-            dropout=self.dropout,
-        )
+from blocks import CausalLM, CausalLMPreprocessor, CustomBackbone  # noqa: E402
 
 
 def create_attention(name, heads):
-    """Makes the other variants of `--attention`, each in one line."""
+    """Makes the variants of `--attention`, each in one line."""
     return {
+        "rotary": lambda: attention.RotaryAttention(heads, heads // 2),
         "mha": lambda: attention.MultiHeadAttention(heads),
         "mqa": lambda: attention.MultiQueryAttention(heads),
         "gqa": lambda: attention.GroupedQueryAttention(heads, heads // 2),
@@ -105,17 +95,12 @@ def create_attention(name, heads):
 
 @keras.saving.register_keras_serializable(package="swap_attention")
 class SwappedBackbone(CustomBackbone):
-    """A stock backbone whose blocks have the chosen attention."""
+    """The swap: a stock backbone whose blocks have the chosen attention."""
 
     def __init__(self, attention_name="rotary", **kwargs):
         # Hooks run inside of `super().__init__`.
         self.attention_name = attention_name
         super().__init__(**kwargs)
-
-    def create_decoder(self, layer_index):
-        if self.attention_name != "rotary":
-            return super().create_decoder(layer_index)
-        return SwappedDecoder(self.intermediate_dim, self.num_heads)
 
     def create_attention_layer(self, inputs_shape, layer_index):
         return create_attention(self.attention_name, self.num_heads)

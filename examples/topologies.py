@@ -45,8 +45,7 @@ class ParallelDecoder(CustomDecoder):
 
 @register
 class ParallelBackbone(CustomBackbone):
-    def create_decoder(self, layer_index):
-        return ParallelDecoder(self.intermediate_dim, self.num_heads)
+    decoder_class = ParallelDecoder
 
 
 # === Sandwich norms: one before and one after each part ===
@@ -67,8 +66,7 @@ class SandwichDecoder(CustomDecoder):
 
 @register
 class SandwichBackbone(CustomBackbone):
-    def create_decoder(self, layer_index):
-        return SandwichDecoder(self.intermediate_dim, self.num_heads)
+    decoder_class = SandwichDecoder
 
 
 # === One attention layer applied twice in a block: two caches, one set of weights ===
@@ -84,8 +82,7 @@ class TwiceDecoder(CustomDecoder):
 
 @register
 class TwiceBackbone(CustomBackbone):
-    def create_decoder(self, layer_index):
-        return TwiceDecoder(self.intermediate_dim, self.num_heads)
+    decoder_class = TwiceDecoder
 
 
 # === One block at all depths: a cache for each depth, one set of weights ===
@@ -132,15 +129,10 @@ class ChannelMix(attention.CachedLayer):
         return outputs, attention.last_tokens(history, padding_mask)
 
 
-class TokenShiftDecoder(CustomDecoder):
-    def create_ffn(self, inputs_shape):
-        return ChannelMix()
-
-
 @register
 class TokenShiftBackbone(CustomBackbone):
-    def create_decoder(self, layer_index):
-        return TokenShiftDecoder(self.intermediate_dim, self.num_heads)
+    def create_ffn(self, inputs_shape, layer_index):
+        return ChannelMix()
 
 
 # === Keys and values shared across depth: the first block makes them, all read ===
