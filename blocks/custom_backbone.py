@@ -36,11 +36,10 @@ class CustomBackbone(WeightsVersion, keras_hub.models.Backbone):
 
     - override `create_attention_layer(inputs_shape, layer_index)`,
       `create_ffn(...)` or `create_norm(...)`: the same block with another part;
-    - set the class attribute `decoder_class` to a subclass of
-      `blocks.CustomDecoder`: another block, made with the backbone's sizes. The
-      hooks that it doesn't override are the backbone's, and it may read
-      `self.layer_index` in those it does. It needs neither registering nor
-      `get_config`: files hold the backbone, which makes its blocks anew;
+    - set `decoder_class`: another block, made with the backbone's sizes. Hooks
+      that it doesn't override are the backbone's; those it does may read
+      `self.layer_index`. It needs neither registering nor `get_config`, as files
+      hold the backbone, which makes its blocks anew;
     - override `create_decoder(layer_index)`: blocks of any kind;
     - override `transform(x, padding_mask)`: another way through the blocks.
 
@@ -272,14 +271,9 @@ class CustomBackbone(WeightsVersion, keras_hub.models.Backbone):
         )
 
     def create_ffn(self, inputs_shape: Shape, layer_index: int) -> keras.layers.Layer:
-        """Hook: makes the feed-forward layer of a block.
+        """Hook: makes the feed-forward layer of a block, which keeps the width.
 
-        Args:
-            inputs_shape: tuple. The shape of the block's inputs.
-            layer_index: int. The block's depth, from 0.
-
-        Returns:
-            A layer that keeps the width.
+        Its arguments are those of `create_attention_layer`.
         """
         return FeedForward(
             self.intermediate_dim,
@@ -288,14 +282,9 @@ class CustomBackbone(WeightsVersion, keras_hub.models.Backbone):
         )
 
     def create_norm(self, inputs_shape: Shape, layer_index: int) -> keras.layers.Layer:
-        """Hook: makes a normalization layer of a block.
+        """Hook: makes a normalization layer of a block, which keeps the shape.
 
-        Args:
-            inputs_shape: tuple. The shape of the block's inputs.
-            layer_index: int. The block's depth, from 0.
-
-        Returns:
-            A layer that keeps the shape.
+        Its arguments are those of `create_attention_layer`.
         """
         return keras.layers.LayerNormalization(epsilon=self.layer_norm_epsilon)
 

@@ -10,14 +10,14 @@ from typing import Any
 import keras
 
 from attention import CachedLayer
+from attention.contract import DType, Shape
 
 
 @contextlib.contextmanager
-def dtype_policy_scope(policy: Any) -> Iterator[None]:
+def dtype_policy_scope(policy: DType) -> Iterator[None]:
     """Makes `policy` the global dtype policy while hooks run.
 
-    A layer that a hook creates without `dtype=` then has the policy of the
-    block it is for.
+    A layer that a hook makes without `dtype=` then has the policy of its block.
     """
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(policy)
@@ -71,8 +71,8 @@ def run_hook(
     if cached and not isinstance(layer, CachedLayer):
         raise TypeError(
             f"{where} must return a layer with `create_cache`, that is, a "
-            "subclass of `attention.CachedLayer`, or generation could not "
-            f"cache what it saw. It returned {type(layer).__name__}; "
+            "subclass of `attention.CachedLayer`, as generation keeps a KV cache of "
+            f"it. It returned {type(layer).__name__}; "
             "`attention.MultiHeadAttention`, its siblings and "
             "`attention.PositionEmbedding` can stand in for Keras's layers."
         )
@@ -80,18 +80,18 @@ def run_hook(
 
 
 def name_layer(layer: keras.layers.Layer, name: str) -> keras.layers.Layer:
-    """Gives a new layer the name of its place in a block.
+    """Gives a new layer the name of its place in a block, and returns it.
 
-    Weights are saved, quantized and sharded by path. An automatic name such as
-    `dense_7` depends on what else the process has made. A layer that was built
-    before keeps its name: it is shared with another place.
+    Weights are saved, quantized and sharded by path, and an automatic name such as
+    `dense_7` depends on the layers made before. A layer that is built already keeps
+    its name: it is shared with another place.
     """
     if not layer.built:
         layer.name = name
     return layer
 
 
-def build_layer(layer: keras.layers.Layer, inputs_shape: tuple, dtype: str) -> None:
+def build_layer(layer: keras.layers.Layer, inputs_shape: Shape, dtype: str) -> None:
     """Makes the weights of a layer that a hook returned.
 
     Args:
