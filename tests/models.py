@@ -131,6 +131,25 @@ def byte_preprocessor(**kwargs: Any) -> CausalLMPreprocessor:
     return CausalLMPreprocessor(keras_hub.tokenizers.ByteTokenizer(), **arguments)
 
 
+def bpe_preprocessor(**kwargs: Any) -> CausalLMPreprocessor:
+    """A preprocessor with as many tokens as `make_backbone` has."""
+    letters = [chr(ord("a") + i) for i in range(26)]
+    vocabulary = ["<pad>", "<s>", "</s>", *letters, "Ġ", "th", "he", "Ġt"]
+    vocabulary += [f"<{i}>" for i in range(VOCABULARY_SIZE - len(vocabulary))]
+    tokenizer = keras_hub.tokenizers.BytePairTokenizer(
+        vocabulary={token: i for i, token in enumerate(vocabulary)},
+        merges=["t h", "h e", "Ġ t"],
+        unsplittable_tokens=["<pad>", "<s>", "</s>"],
+    )
+    arguments = {
+        "sequence_length": 16,
+        "start_token": "<s>",
+        "end_token": "</s>",
+        **kwargs,
+    }
+    return CausalLMPreprocessor(tokenizer, **arguments)
+
+
 def prompts(rows: list[list[int]], width: int | None = None) -> dict[str, np.ndarray]:
     """Pads rows of tokens on the right."""
     width = width or max(len(row) for row in rows)

@@ -18,8 +18,8 @@ from tests.helpers import raises
 from tests.models import (
     PACKAGE,
     RAGGED,
-    VOCABULARY_SIZE,
     RotaryBackbone,
+    bpe_preprocessor,
     make_backbone,
     make_lm,
     make_variant,
@@ -27,24 +27,6 @@ from tests.models import (
     rows_of,
     to_numpy,
 )
-
-
-def bpe_preprocessor(**kwargs):
-    letters = [chr(ord("a") + i) for i in range(26)]
-    vocabulary = ["<pad>", "<s>", "</s>", *letters, "Ġ", "th", "he", "Ġt"]
-    vocabulary += [f"<{i}>" for i in range(VOCABULARY_SIZE - len(vocabulary))]
-    tokenizer = keras_hub.tokenizers.BytePairTokenizer(
-        vocabulary={token: i for i, token in enumerate(vocabulary)},
-        merges=["t h", "h e", "Ġ t"],
-        unsplittable_tokens=["<pad>", "<s>", "</s>"],
-    )
-    arguments = {
-        "sequence_length": 16,
-        "start_token": "<s>",
-        "end_token": "</s>",
-        **kwargs,
-    }
-    return CausalLMPreprocessor(tokenizer, **arguments)
 
 
 def check_same_logits(restored, lm, atol=1e-5):

@@ -9,6 +9,7 @@ from blocks.generation.streaming import TextPieces
 from tests.helpers import raises
 from tests.models import (
     RAGGED,
+    bpe_preprocessor,
     byte_preprocessor,
     make_backbone,
     make_small_lm,
@@ -34,6 +35,21 @@ def test_one_prompt(text_lm, strip_prompt):
     assert "".join(pieces) == whole
     assert len(pieces) > 10
     assert (pieces[0] == "räum auf") is not strip_prompt
+
+
+def test_text_of_a_model_with_more_tokens_than_its_tokenizer():
+    backbone = make_backbone(num_layers=1, vocabulary_size=90)
+    lm = make_small_lm(backbone, bpe_preprocessor())
+    options = {"stop_token_ids": None, "max_new_tokens": 20}
+    whole = lm.generate("the cat", **options)
+    assert "".join(lm.stream("the cat", **options)) == whole
+    # None of the new tokens was dropped in making text of them.
+    tokens = [int(x) for x in lm.preprocessor.tokenizer("the cat")]
+    ids = lm.generate([1, *tokens], **options)["token_ids"]
+    assert len(ids) == len(tokens) + 21 and ids.max() < 60
+    special = (lm.preprocessor.start_token_id, lm.preprocessor.end_token_id)
+    kept = [int(x) for x in ids if x not in special]
+    assert lm.preprocessor.tokenizer.detokenize([kept])[0] == whole
 
 
 def test_several_prompts(text_lm):
