@@ -175,7 +175,7 @@ def to_numpy(x: Any) -> np.ndarray:
 
 
 def next_token_logits(lm: Any, rows: list[list[int]], width: int) -> np.ndarray:
-    """The logits behind each row's last token, from the model without a cache."""
+    """Returns the logits after each row's last token, from the model without a cache."""
     outputs = to_numpy(lm(prompts(rows, width))).astype("float32")
     return np.stack([outputs[i, len(row) - 1] for i, row in enumerate(rows)])
 

@@ -155,7 +155,7 @@ def imports_of_rooms():
     found = {}
     for path in SOURCES:
         own = str(path.parent.relative_to(ROOT))
-        # What a package shows at its top is made of its rooms.
+        # The top of a package imports its rooms.
         if path.name == "__init__.py" and own in PACKAGES:
             continue
         for module, _ in imports(parse(path)):
@@ -179,7 +179,7 @@ def test_architecture_shows_these_imports():
 
 
 def test_helpers_of_tests_have_one_name():
-    """Under a second one (`helpers`) their classes would be registered anew."""
+    """Under a second one (`helpers`) their classes would be registered again."""
     paths = list((ROOT / "tests").rglob("*.py"))
     names = {path.stem for path in paths}
     for path in paths:

@@ -53,7 +53,7 @@ def copy_weights(reference, backbone, names):
 
 
 def generate_both(models, x, **kwargs):
-    """What KerasHub's model gives, and what ours gives."""
+    """Returns the outputs of KerasHub's model and of ours."""
     inputs = [{key: value.copy() for key, value in x.items()} for _ in models]
     return [model.generate(i, **kwargs) for model, i in zip(models, inputs)]
 

@@ -107,7 +107,7 @@ def test_tokens_are_checked_against_the_logits():
         make_own().generate(prompts([[1, 60]]), stop_token_ids=None, max_length=4)
 
 
-# === What can't be a backbone ===
+# === Models that can't be a backbone ===
 
 
 class Subclassed(keras.Model):

@@ -39,7 +39,7 @@ def test_samples_are_shifted_and_padding_is_left_out():
     assert tokens == [[97, 98, 99, 1, 0, 0], [97, 98, 99, 100, 101, 102]]
     assert mask == [[1, 1, 1, 1, 0, 0], [1] * 6]
     assert targets == [[98, 99, 1, 0, 0, 0], [98, 99, 100, 101, 102, 1]]
-    # The end token is learned; nothing is learned behind it.
+    # The end token is learned; nothing is learned after it.
     assert weights == [[1, 1, 1, 0, 0, 0], [1] * 6]
 
 

@@ -205,7 +205,7 @@ def test_keras_files(tmp_path, text_lm):
     assert restored.generate(["the cat"]) == lm.generate(["the cat"])
 
 
-# === What can be wrong with a folder ===
+# === Folders with errors ===
 
 
 def copy_of(preset, tmp_path):

@@ -1,4 +1,4 @@
-"""What goes into `fit`: shuffled, and refused before the first step if it is wrong."""
+"""Data of `fit`: shuffled, and refused before the first step if it is wrong."""
 
 import keras
 import numpy as np
@@ -37,7 +37,7 @@ def test_samples_in_memory_are_shuffled_in_each_epoch():
 
 
 def test_what_fit_is_given_counts_once(text_lm, recwarn):
-    """Each of the samples is learned once in an epoch, and nobody warns of it."""
+    """Each of the samples is learned once in an epoch, without a warning."""
 
     class Batches(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):

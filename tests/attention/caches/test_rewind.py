@@ -102,13 +102,13 @@ def test_a_model_can_if_all_of_its_layers_can():
         can_rewind(call_sites(mixed), cache[:1], 9, 4)
 
 
-# === What the kit says ===
+# === The messages of the kit ===
 
 
 class Window(CachedLayer):
     """The sum of the last `width` tokens, which stand in a ring of as many slots.
 
-    Up to `width` tokens, none has lost its slot; behind that one can be taken
+    Up to `width` tokens, none has lost its slot; after that one can be taken
     back, as the token that it replaced is outside of the next window.
     """
 
@@ -193,7 +193,7 @@ def test_answers_that_are_none(answer, parts):
 
 
 def test_models_are_asked_layer_by_layer():
-    # What can't be rewound has nothing to show.
+    # A layer that can't be rewound has nothing to show.
     report = check_cached_model(lambda: models(Leak()), checks="rewind")
     assert report == {"rewind": 0.0}
     fault = "a state that says it gives tokens back"

@@ -145,7 +145,7 @@ def test_long_sequences_are_computed_in_blocks(name, causal):
     again, _ = called(windowed, **scored)(x)
     assert_close(to_numpy(again)[padding], expected[padding], atol=5e-5)
     found = gradients(windowed, x), gradients(full, x, attention_mask=mask)
-    # What is added to all keys alike has no gradient but rounding.
+    # A bias of all keys alike has no gradient but rounding.
     scale = max(np.abs(gradient).max() for gradient in found[1])
     for ours, theirs in zip(*found):
         assert_close(ours / scale, theirs / scale, atol=1e-5)

@@ -44,7 +44,7 @@ def sample_inputs(rows=3, length=LENGTH, seed=0):
 @pytest.mark.slow
 @every_topology
 def test_the_kit(name):
-    # What is shared across depth takes two blocks.
+    # Sharing across depth takes two blocks.
     layers = 2 if name in ("albert", "shared_key_value") else 1
     check_cached_model(lambda: make(name, num_layers=layers), max_length=9)
 
@@ -56,7 +56,7 @@ def test_gradients_reach_all_weights(name):
     paths = [weight.path for weight in backbone.trainable_weights]
     for path, gradient in zip(paths, gradients(backbone, inputs), strict=True):
         assert np.isfinite(gradient).all(), path
-        # What is added to all keys alike changes no attention weight.
+        # A bias of all keys alike changes no attention weight.
         if not path.endswith("self_attention/key/bias"):
             assert np.abs(gradient).max() > 1e-6, path
 
@@ -87,7 +87,7 @@ def test_saved_models_say_the_same(name, tmp_path):
     assert_close(head, lm.backbone(inputs))
 
 
-# === What is stored, and how often ===
+# === Which weights are stored, and how often ===
 
 
 def elements(backbone, length=LENGTH):

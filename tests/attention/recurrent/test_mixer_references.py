@@ -172,7 +172,7 @@ def kerashub_rwkv():
 
 
 def copy_time_mix(theirs, ours):
-    """Their weights, by our names."""
+    """Copies their weights, by our names."""
     names = {"receptance": "r", "decay": "w", "key": "k", "value": "v", "rate": "a"}
     for name, letter in {**names, "gate": "g"}.items():
         ours.mixes[name].assign(getattr(theirs, f"x_{letter}"))
@@ -224,7 +224,7 @@ def test_rwkv_is_kerashubs():
         assert_close(mix(x), block.ffn(ops.convert_to_tensor(x)), 1e-4)
 
 
-def test_what_rwkv_needs_of_the_first_layer():
+def test_first_values_of_rwkv():
     layer = RWKVTimeMix(2, value_residual=True)
     with pytest.raises(ValueError, match="first_value"):
         layer(sample())

@@ -19,7 +19,7 @@ def sample(length, vectors, delta, rows=2, seed=0):
         return rng.normal(size=(*shape, dim)).astype("float32")
 
     inputs = {"query": normal(KEY), "key": normal(KEY), "value": normal(VALUE)}
-    # From nearly nothing to as much as each kind is made for.
+    # From almost no decay to the strongest that each kind is made for.
     if vectors:
         inputs["log_decay"] = -0.6 * rng.random((*shape, KEY)).astype("float32")
     else:
@@ -34,7 +34,7 @@ def sample(length, vectors, delta, rows=2, seed=0):
 
 
 def loop(query, key, value, log_decay, state, remove=None, replace=None):
-    """One token after the other, as the papers have it."""
+    """Computes one token after the other, as in the papers."""
     outputs = np.zeros((*query.shape[:3], value.shape[-1]))
     states = state.astype("float64").copy()
     for row, head in np.ndindex(query.shape[0], query.shape[2]):
@@ -77,7 +77,7 @@ def test_padding_changes_nothing(vectors, delta):
     layer = LinearRecurrence(HEADS, KEY, VALUE)
     real = np.array([9, 4])
     mask = np.arange(9)[None] < real[:, None]
-    # Not even a number that is none.
+    # Not even by NaN.
     spoiled = {
         name: np.where(mask[:, :, None, None], x, np.nan).astype("float32")
         for name, x in inputs.items()

@@ -1,4 +1,4 @@
-"""What attention layers do beyond what `test_conformance.py` checks of every layer:
+"""Attention layers, beyond the checks of `test_conformance.py` for every layer:
 masks, scores, rewinding, and padding that holds NaN."""
 
 import keras

@@ -130,7 +130,7 @@ def test_dropout_and_scores_leave_sinks_out():
     assert np.isfinite(to_numpy(layer(sample(), training=True))).all()
 
 
-# === What is seen ===
+# === Which keys are seen ===
 
 
 def test_a_prefix_is_seen_in_both_directions():

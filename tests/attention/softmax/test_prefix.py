@@ -1,4 +1,4 @@
-"""Prefixes that are seen in both directions: checked, and absorbed whole."""
+"""Prefixes that are seen in both directions: checked, and prefilled whole."""
 
 import keras
 import numpy as np
@@ -44,7 +44,7 @@ class PrefixBackbone(CustomBackbone):
         return PrefixDecoder(self.intermediate_dim, self.num_heads)
 
 
-def test_a_model_with_a_prefix_absorbs_its_prompt_at_once():
+def test_a_model_with_a_prefix_prefills_its_prompt_at_once():
     backbone = PrefixBackbone(60, 2, 4, 16, 32, learned_positions=False)
     assert call_sites(backbone).whole_prompt
     causal = CustomBackbone(60, 1, 4, 16, 32)
@@ -61,7 +61,7 @@ def test_a_model_with_a_prefix_absorbs_its_prompt_at_once():
     logits, _ = lm.decode_step(tokens, state)
     longer = [[*row, int(token)] for row, token in zip(rows, to_numpy(tokens))]
     assert_close(logits, next_token_logits(lm, longer, 20), atol=1e-4)
-    # A turn that begins behind the prefix, and is longer than the cache was.
+    # A turn that begins after the prefix, and is longer than the cache was.
     session = lm.start(prompts(rows[:1]))
     more = prompts([[5, 6, 7, 8]])
     session.generate(more, max_new_tokens=6, stop_token_ids=None)

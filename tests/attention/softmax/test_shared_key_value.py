@@ -122,7 +122,7 @@ def test_hidden_positions_are_those_of_padding():
     np.testing.assert_array_equal(positions[1], np.arange(LENGTH))
 
 
-# === What is handed over ===
+# === The keys and values handed over ===
 
 
 def test_a_cache_is_handed_over_as_it_is():

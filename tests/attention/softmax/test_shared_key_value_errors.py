@@ -1,4 +1,4 @@
-"""What `SharedKeyValueAttention` says about keys it can't attend to."""
+"""Errors of `SharedKeyValueAttention` for keys it can't attend to."""
 
 import numpy as np
 import pytest

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 LENGTH, WINDOW, HEADS, GROUPS, DIM = 20, 6, 4, 2, 8
-# What all of their configurations are told.
+# Settings of all of their configurations.
 COMMON = {
     "hidden_size": WIDTH,
     "num_hidden_layers": 2,

@@ -148,7 +148,7 @@ EQUALITIES += ["masked_rows", "padding", "capacity", "rewind"]
 
 
 @settings(
-    # Each shape is compiled anew on JAX, operation by operation.
+    # JAX compiles for each shape, operation by operation.
     max_examples=2 if keras.config.backend() == "jax" else 3,
     deadline=None,
     derandomize=True,

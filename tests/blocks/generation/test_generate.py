@@ -98,7 +98,7 @@ def test_a_prompt_without_room_is_returned_as_it_is(lm, expected):
         other = make_small_lm(lm.backbone, sampler=sampler)
         outputs = other.generate(full, stop_token_ids=None, max_length=7)
         np.testing.assert_array_equal(outputs["token_ids"], full["token_ids"])
-    # Where nobody said how far to go, it is not what was meant.
+    # Without a length, that is not what was meant.
     for inputs in (full, full["token_ids"], RAGGED, RAGGED[0]):
         with raises(ValueError, "pass `max_new_tokens`, or `max_length`"):
             lm.generate(inputs, stop_token_ids=None)
@@ -143,7 +143,7 @@ def test_auto_is_the_end_token_of_the_preprocessor(text_lm, monkeypatch):
         assert rows_of(text_lm.generate(x, max_length=16)) == free
 
 
-# === What goes in, and what comes out ===
+# === Forms of inputs and outputs ===
 
 
 def decode(tokens):

@@ -80,7 +80,7 @@ def test_a_loop_of_the_users_own(kind, how):
     np.testing.assert_allclose(to_numpy(state.logits), expected, atol=1e-4)
 
 
-def test_a_state_is_a_pytree_that_nobody_changes():
+def test_a_state_is_a_pytree_that_does_not_change():
     lm = shared_lm("mha")
     first = lm.prefill(prompts(RAGGED), max_length=12)
     assert isinstance(first, GenerationState)
@@ -125,14 +125,14 @@ def test_errors_of_steps():
     with raises(ValueError, "8 tokens", "8 positions", "`max_length`"):
         lm.decode_step(np.array([1, 2, 3]), state)
     if BACKEND != "torch":
-        # Where nobody can see that a row is full, it says so itself.
+        # In a compiled function the logits of a full row are NaN.
         step = compiled(lambda tokens, state: lm.decode_step(tokens, state))
         logits, _ = step(ops.convert_to_tensor(np.array([1, 2, 3], "int32")), state)
         full = np.isnan(to_numpy(logits)).all(axis=-1)
         assert full.tolist() == [False, True, False]
 
 
-# === What is processed at once, and how large caches are ===
+# === Sizes of chunks and caches ===
 
 
 def test_capacities_and_chunks():
@@ -187,7 +187,7 @@ def test_short_prompts_do_not_wait_for_long_ones(monkeypatch):
     assert rows_of(out) == brute_force_greedy(lm, rows, limits, width=40)
 
 
-# === What is compiled ===
+# === Compiled steps ===
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="torch compiles nothing")
@@ -287,13 +287,13 @@ def test_a_decode_step_moves_no_cache_and_no_kernel(kind, rows_differ, batch_siz
             continue
         name, dims, operation = made.groups()
         shape = tuple(int(x) for x in dims.split(","))
-        # What comes in, and the same memory by another name, cost nothing.
+        # Inputs, and the same memory by another name, cost nothing.
         if operation in ("get-tuple-element", "parameter", "bitcast"):
             continue
         in_place = "dynamic-update-slice" in name and shape in shapes
         written += in_place
         # Nothing else is as large: no copy of a cache, no grouped head expanded.
         assert in_place or np.prod(shape) < largest, line
-        # And no kernel is laid out anew in every step.
+        # And no kernel is transposed in every step.
         assert int(np.prod(shape)) not in kernels, line
     assert written >= len(shapes)

@@ -29,7 +29,7 @@ def sample(lm, sampler, rows=RAGGED, stop_token_ids=None, **kwargs):
 
 @pytest.fixture(scope="module")
 def sampling_lm():
-    """A model that tests may compile anew."""
+    """A model that tests may compile again."""
     return make_small_lm(make_backbone(num_layers=1))
 
 
@@ -185,7 +185,7 @@ def test_what_counts_of_a_sampler_is_its_config_and_its_variables(sampling_lm):
     for sampler, rows in ((make(), expected), (Delegating(make()), found)):
         sampling_lm.compile(sampler=sampler)
         rows += [rows_of(sampling_lm.generate(x, **options)) for _ in range(2)]
-    # Each call draws anew, as does each step.
+    # Each call draws new numbers, as does each step.
     assert found == expected
     assert found[0] != found[1]
     # The longest row gets 12 tokens in each of two calls.

@@ -34,7 +34,7 @@ def generate(lm, rows=RAGGED, **kwargs):
         ("TopPSampler", [{"p": 1e-6}, {"p": 0.999, "temperature": 30.0}]),
     ],
 )
-def test_settings_count_without_compiling_anew(name, settings):
+def test_settings_count_without_compiling_again(name, settings):
     lm = make_small_lm(make_backbone(num_layers=1))
     greedy = rows_of(generate(lm))
     sampler = getattr(keras_hub.samplers, name)(seed=1)
@@ -45,7 +45,7 @@ def test_settings_count_without_compiling_anew(name, settings):
             setattr(sampler, key, value)
         before = lm.compilations
         found.append([rows_of(generate(lm)) for _ in range(3)])
-        # What the user set is still there.
+        # The user's settings are still there.
         assert all(getattr(sampler, k) == v for k, v in values.items())
     assert found[0] == [greedy] * 3
     assert found[1][0] != found[1][1] and greedy not in found[1]
@@ -53,7 +53,7 @@ def test_settings_count_without_compiling_anew(name, settings):
 
 
 @pytest.mark.skipif(keras.config.backend() == "torch", reason="torch compiles nothing")
-def test_what_needs_compiling_anew_gets_it():
+def test_other_changes_are_compiled_again():
     lm = make_small_lm(make_backbone(num_layers=1))
     sampler = keras_hub.samplers.TopKSampler(k=1, seed=1)
     lm.compile(sampler=sampler)
@@ -184,7 +184,7 @@ def test_what_was_compiled_and_why(caplog):
     assert [step for step, _ in found] == list(steps)
 
 
-# === What can't be chosen ===
+# === Tokens that can't be chosen ===
 
 
 @pytest.mark.parametrize("sampler", ["greedy", "top_k", "top_p", "beam", "contrastive"])

@@ -1,4 +1,4 @@
-"""Sessions: a turn absorbs only what is new, and equals starting over."""
+"""Sessions: a turn processes only new tokens, and equals starting over."""
 
 import functools
 
@@ -59,7 +59,7 @@ def test_turns_equal_starting_over(kind):
     expected = brute_force_greedy(lm, [prompt], [13])[0]
     assert expected == [*prompt, *first]
     second = turn(session, tokens_of([5, 3, 5]), 6)
-    # The last of the new tokens had not been absorbed yet.
+    # The last of the new tokens had not been processed yet.
     assert session.num_prefilled == 8 + 1 + 3
     expected = brute_force_greedy(lm, [[*expected, 5, 3, 5]], [22])[0]
     assert session.tokens[0].tolist() == expected
@@ -126,15 +126,15 @@ def test_a_stream_that_is_not_finished(lm):
     assert session.tokens[0].tolist() == brute_force_greedy(lm, [[1, 2, 3]], [11])[0]
 
 
-def test_a_stream_that_was_left_behind_gives_no_more(lm):
+def test_a_stream_of_an_earlier_turn_gives_no_more(lm):
     options = {"max_new_tokens": 9, "stop_token_ids": None}
     session = lm.start(tokens_of([1, 2, 3]))
     not_begun, stream = session.stream(**options), session.stream(**options)
     next(stream)
     turn(session, None, 2)
-    for left_behind in (not_begun, stream):
+    for earlier in (not_begun, stream):
         with raises(ValueError, "was continued or trimmed", "`fork`"):
-            next(left_behind)
+            next(earlier)
     stream = session.stream(**options)
     next(stream)
     session.trim(2)
@@ -214,7 +214,7 @@ def test_what_can_not_be_trimmed():
     turn(session, None, 4)
     with raises(ValueError, "Leak", "can't go back", "from position 8 to 6", "fork"):
         session.trim(2)
-    # The last token was not absorbed yet, but the one before it was.
+    # The last token was not processed yet, but the one before it was.
     turn(session, None, 2)
     assert (
         session.tokens[0].tolist() == brute_force_greedy(lm, [[3, 1, 4, 1, 5]], [11])[0]

@@ -147,7 +147,7 @@ def test_the_distribution_stays_the_same():
         a, b = (np.bincount(x[:, place], minlength=60) / len(x) for x in (plain, fast))
         # Two samples of 1200: the share of a token differs by less than this.
         assert np.abs(a - b).max() < 0.065
-    # Pairs, too: tokens behind an accepted guess are sampled given that guess.
+    # Pairs, too: tokens after an accepted guess are sampled given that guess.
     a, b = (
         np.mean((x[:, 1] == favourite) & (x[:, 2] == favourite)) for x in (plain, fast)
     )
