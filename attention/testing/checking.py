@@ -203,12 +203,8 @@ def check_cached_model(
             model, and for integers of unknown range; otherwise read off the
             model. An input with "mask" in its name is a padding mask.
         hidden_dim: int. The width of the inputs, for a cached layer.
-        batch_size: int. The number of rows, at least 2.
-        max_length: int. The length of the sequences, at least 8.
-        dtype: the dtype policy under which models are made.
-        seed: int. Of weights, inputs and random chunk sizes.
-        checks: names of the checks to run; `None` means all.
-        tolerance: as for `check_cached_layer`.
+        batch_size, max_length, dtype, seed, checks, tolerance: as for
+            `check_cached_layer`.
 
     Returns:
         A dict from each check to the largest difference that was found.

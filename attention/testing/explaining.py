@@ -51,9 +51,6 @@ def _guess(probe: Probe, position: int, caches: list[Cache]) -> list[str]:
     actual, _ = probe.step(token, cache, index)
     expected = part(probe.expected, position, 1)
 
-    def step(shift: int) -> Outputs:
-        return probe.step(token, cache, index + shift)[0]
-
     guesses: list[tuple[str, Callable[[], Outputs], Any]] = [
         (
             "The output is that of the token alone: the past in the cache plays no "
@@ -67,23 +64,14 @@ def _guess(probe: Probe, position: int, caches: list[Cache]) -> list[str]:
             lambda: probe.full(join(past, token, token)),
             actual,
         ),
-        (
-            "The output is that of a sequence without its first token: the oldest "
-            "token is lost one step too early.",
-            lambda: probe.full(join(part(past, 1, position), token)),
-            actual,
-        ),
-        (
-            "With `cache_update_index` one larger the output would be right: a "
-            "position is counted one too low.",
-            lambda: step(1),
-            expected,
-        ),
-        (
-            "With `cache_update_index` one smaller the output would be right: a "
-            "position is counted one too high.",
-            lambda: step(-1),
-            expected,
+        *(
+            (
+                f"With `cache_update_index` one {what} the output would be right: a "
+                "position is miscounted by one.",
+                lambda shift=shift: probe.step(token, cache, index + shift)[0],
+                expected,
+            )
+            for shift, what in ((1, "larger"), (-1, "smaller"))
         ),
     ]
     for text, outputs, wanted in guesses:

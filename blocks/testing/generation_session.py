@@ -36,14 +36,7 @@ _MAX_ROWS = 64
 class Choice:
     """A token that was chosen, and the one that the model without a cache wants.
 
-    Attributes:
-        row: int. The prompt.
-        step: int. How many new tokens came before it.
-        prefix: the tokens before it.
-        chosen: int. The token.
-        expected: int. The token that should have been chosen.
-        gap: float. By how much their logits differ, without a cache.
-        allowed: float. The gap that counts as a tie.
+    `gap` is by how much their logits differ, and `allowed` what counts as a tie.
     """
 
     row: int

@@ -229,15 +229,6 @@ def test_wrong_arguments(call, parts):
         call(layer, sample())
 
 
-def test_a_layer_without_further_arguments_names_its_own():
-    class Plain(CompositeCachedLayer):
-        def transform(self, x):
-            return x
-
-    with raises(TypeError, "['other']", "['x', 'padding_mask']"):
-        Plain()(sample(), other=sample())
-
-
 def test_a_call_of_ones_own_stays():
     class Doubling(CompositeCachedLayer):
         def call(self, x, padding_mask=None, cache=None, cache_update_index=None):
@@ -249,15 +240,3 @@ def test_a_call_of_ones_own_stays():
 
     assert_close(Identity()(sample()), 2 * sample())
     assert issubclass(Doubling, CachedLayer)
-
-
-def test_a_subclass_that_changes_transform_again():
-    class Child(Mixer):
-        def transform(self, x, padding_mask=None):
-            return super().transform(x, {"first": x})[0]
-
-    layer, x = make(Child), sample()
-    assert len(layer.create_cache(1, 4)) == 2
-    assert_close(layer(x), make()(x, {"first": x})[0])
-    with raises(TypeError, "['other']"):
-        layer(x, other=x)

@@ -151,22 +151,17 @@ def test_what_can_not_have_a_cache_is_refused_at_once(name):
         call_sites(model)
 
 
-class Composite(CompositeCachedLayer):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def build(self, inputs_shape):
-        self.attend = RotaryAttention(4, 2)
-        self.attend.build(inputs_shape)
-
-    def transform(self, x):
-        return self.function(self.attend, x)
-
-
 @pytest.mark.parametrize("name", ["time_distributed", "vectorized_map"])
 def test_composite_layers_refuse_it_too(name):
-    layer, x = Composite(REFUSED[name][0]), sample()
+    class Composite(CompositeCachedLayer):
+        def build(self, inputs_shape):
+            self.attend = RotaryAttention(4, 2)
+            self.attend.build(inputs_shape)
+
+        def transform(self, x):
+            return REFUSED[name][0](self.attend, x)
+
+    layer, x = Composite(), sample()
     assert tuple(layer(x).shape) == x.shape
     with raises(ValueError, "'rotary_attention"):
         layer.create_cache(BATCH, LENGTH)

@@ -53,12 +53,9 @@ def cache(layer):
     [
         (lambda: GroupedQueryAttention(4, 3), ValueError, ["num_heads=4", "divisible"]),
         (lambda: GroupedQueryAttention(2, 4), ValueError, ["num_key_value_heads=4"]),
-        (lambda: RotaryAttention(4, 3), ValueError, ["num_key_value_heads=3"]),
         (lambda: RotaryAttention(4, 0), ValueError, ["num_key_value_heads=0"]),
         (lambda: MultiHeadAttention(0), ValueError, ["num_heads=0", "positive"]),
-        (lambda: MultiHeadAttention(-2), ValueError, ["num_heads=-2", "positive"]),
         (lambda: MultiQueryAttention(2.0), TypeError, ["num_heads=2.0", "integer"]),
-        (lambda: T5Attention("4"), TypeError, ["num_heads='4'", "integer"]),
         (lambda: MultiHeadAttention(True), TypeError, ["num_heads=True"]),
         (lambda: MultiHeadAttention(2, key_dim=0), ValueError, ["key_dim=0"]),
         (lambda: MultiHeadAttention(2, value_dim=-1), ValueError, ["value_dim=-1"]),
@@ -76,9 +73,7 @@ def cache(layer):
             ["`position` must be", "RotaryPosition"],
         ),
         (lambda: PositionEmbedding(0), ValueError, ["sequence_length=0"]),
-        (lambda: PositionEmbedding("8"), TypeError, ["sequence_length='8'"]),
         (lambda: RotaryPosition(0), ValueError, ["max_wavelength=0", "positive"]),
-        (lambda: RotaryPosition("1e4"), ValueError, ["max_wavelength='1e4'"]),
         (lambda: RotaryPosition(float("nan")), ValueError, ["max_wavelength=nan"]),
         (lambda: RotaryPosition(scaling="linear"), TypeError, ["scaling='linear'"]),
         (lambda: RotaryPosition(scaling={}), ValueError, ["rope_type", "linear"]),
@@ -123,7 +118,6 @@ def cache(layer):
             ["num_buckets=2", "bidirectional=True"],
         ),
         (lambda: T5Attention(2, None, 32, 16), ValueError, ["max_distance=16"]),
-        (lambda: RelativePositionBias("8"), TypeError, ["num_buckets='8'"]),
     ],
 )
 def test_arguments_of_constructors(create, kind, parts):
@@ -138,6 +132,8 @@ def test_width_that_heads_do_not_divide():
     MultiHeadAttention(4, value_dim=1, use_bias=False)(sample())
     with raises(ValueError, "num_heads=3", str(WIDTH), "Pass `key_dim`"):
         MultiHeadAttention(3)(sample())
+    with raises(ValueError, "must be even", "key_dim=5"):
+        RotaryAttention(2, key_dim=5)(sample())
 
 
 def test_inputs_of_another_rank():
@@ -178,11 +174,6 @@ def test_mixers_of_inputs_of_another_rank(layer):
 def test_arguments_that_mean_nothing_to_a_layer(create, parts):
     with raises(TypeError, "takes no", *parts):
         create()
-
-
-def test_odd_heads_can_not_be_rotated():
-    with raises(ValueError, "must be even", "key_dim=5"):
-        RotaryAttention(2, key_dim=5)(sample())
 
 
 @pytest.mark.parametrize(
@@ -259,7 +250,6 @@ def test_arguments_that_do_not_go_together(layer, cache, call, kind, parts):
     "other",
     [
         lambda: make("multi_query").create_cache(BATCH, LENGTH),
-        lambda: make("value_dim").create_cache(BATCH, LENGTH),
         lambda: make("composite").create_cache(BATCH, LENGTH),
         lambda: (),
         lambda: secret(BATCH, 2, LENGTH, 4),
@@ -267,7 +257,6 @@ def test_arguments_that_do_not_go_together(layer, cache, call, kind, parts):
         lambda: {
             k: secret(BATCH, 2, LENGTH, 4, dtype="float16") for k in ("key", "value")
         },
-        lambda: {k: secret(BATCH, 2, LENGTH) for k in ("key", "value")},
         lambda: {"key": 1.0, "value": 2.0},
         lambda: {"key": np.array(["a"]), "value": np.array(["a"])},
     ],
