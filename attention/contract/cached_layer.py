@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,28 +10,18 @@ import keras
 from keras import ops, tree
 
 from attention.contract.arguments import describe
+from attention.contract.calls import in_context, parameters, rematerialized_as_one
 from attention.contract.checks import (
     check_cache,
     check_padding_mask,
     check_rewind_indices,
     check_updated_cache,
+    mask_fits,
     standardize_index,
 )
 from attention.contract.context import change_context, context
-from attention.contract.scopes import check_not_bypassed
-from attention.contract.signatures import parameters, with_implicit_masks
 from attention.contract.sizes import static_size
-
-
-def _guarded(function: Callable) -> Callable:
-    """A layer's `call` that can't be run past its `__call__` in a scope."""
-
-    @functools.wraps(function)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        check_not_bypassed(self)
-        return function(self, *args, **kwargs)
-
-    return call
+from attention.contract.types import Cache, Index, Tensor
 
 
 class CachedLayer(keras.layers.Layer):
@@ -128,11 +118,16 @@ class CachedLayer(keras.layers.Layer):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "call" in vars(cls):
-            cls.call = with_implicit_masks(_guarded(cls.call))  # type: ignore
+            cls.call = in_context(cls.call)  # type: ignore
+        if "build" in vars(cls):
+            cls.build = rematerialized_as_one(cls.build)  # type: ignore
 
-    def __init__(self, **kwargs: Any) -> None:
-        # Keras would cast the cache, too, at every call: `__call__` casts the
-        # inputs instead.
+    def __init__(self, *, autocast: bool = False, **kwargs: Any) -> None:
+        if autocast:
+            raise ValueError(
+                "`autocast` of a cached layer must be False: Keras would cast the "
+                "cache, too, at every call. Floating point inputs are cast without it."
+            )
         super().__init__(autocast=False, **kwargs)
         self.supports_masking = True
 
@@ -212,16 +207,11 @@ class CachedLayer(keras.layers.Layer):
     def __call__(
         self,
         *args: Any,
-        cache: Any = None,
-        cache_update_index: Any = None,
+        cache: Cache | None = None,
+        cache_update_index: Index | None = None,
         **kwargs: Any,
     ) -> Any:
-        def call(slot: Any, index: Any) -> Any:
-            return self._call_with(args, kwargs, slot, index)
-
-        if cache is not None:
-            return call(cache, cache_update_index)
-        if cache_update_index is not None:
+        if cache is None and cache_update_index is not None:
             raise ValueError(
                 f"Layer '{self.name}' was called with `cache_update_index` but "
                 "without `cache`. Pass a cache made by `create_cache`, or "
@@ -229,12 +219,18 @@ class CachedLayer(keras.layers.Layer):
                 f"{describe(cache_update_index)}"
             )
         scope = context().scope
-        if scope is None:
-            return call(None, None)
+        if cache is not None or scope is None:
+            return self._call_with(args, kwargs, cache, cache_update_index)
+
+        def call(slot: Cache | None, index: Index | None) -> Any:
+            return self._call_with(args, kwargs, slot, index)
+
         return scope.run(self, call, (args, kwargs))
 
-    def _call_with(self, args: tuple, kwargs: dict, cache: Any, index: Any) -> Any:
-        args, kwargs = tree.map_structure(self._cast_input, (args, kwargs))
+    def _call_with(
+        self, args: tuple, kwargs: dict, cache: Cache | None, index: Index | None
+    ) -> Any:
+        args, kwargs = tree.map_structure(self._prepare_input, (args, kwargs))
         names = parameters(type(self).call)
         given = {**dict(zip(names, args)), **kwargs}
         if given.get("cache") is not None:
@@ -242,51 +238,77 @@ class CachedLayer(keras.layers.Layer):
                 f"Layer '{self.name}' takes `cache` and `cache_update_index` by "
                 "keyword only: `layer(x, cache=cache, cache_update_index=index)`."
             )
-        # What is sized by the batch is measured by the first argument.
-        inputs = next(filter(_is_tensor, tree.flatten(given.get(names[0]))), None)
-        dry_run, mask = context().dry_run, context().padding_mask
+        dry_run = context().dry_run
         if dry_run and any(
             given.get(x) is not None for x in self.whole_prompt_arguments
         ):
             dry_run.whole_prompt = True
-        if given.get("padding_mask") is not None:
-            mask = given["padding_mask"]
-            check_padding_mask(self.name, mask, inputs)
-        elif "padding_mask" in names[len(args) :]:
-            mask = self._inherit_padding_mask(inputs, mask)
-            if mask is not None:
-                kwargs["padding_mask"] = mask
-        elif cache is not None and mask is not None:
+        # What is sized by the batch is measured by the first argument.
+        inputs = next(filter(_is_tensor, tree.flatten(given.get(names[0]))), None)
+        mask = self._choose_padding_mask(given.get("padding_mask"), inputs)
+        if "padding_mask" in names[len(args) :]:
+            kwargs["padding_mask"] = mask
+        elif cache is not None and mask is not None and "padding_mask" not in names:
             raise TypeError(
                 f"`call` of layer '{self.name}' ({type(self).__name__}) has no "
                 "argument `padding_mask`, so padded tokens would enter its cache. "
                 "Add `padding_mask=None` to it, and leave out the tokens for "
                 "which the mask is false."
             )
-        if self._has_position_limit:
-            self._check_length(inputs, kwargs, cache, index)
-        # What a layer knows to be padding holds for the layers it calls, too.
-        # Composite layers see to it themselves, and in symbolic calls, in which
-        # this mask is not yet the one that `call` gets, nobody else needs it.
-        mask = None if isinstance(mask, keras.KerasTensor) else mask
-        changes = {"scope": None, "padding_mask": mask}
+        self._check_length(inputs, mask, cache, index)
+        changes: dict[str, Any] = {"scope": None, "running": None}
         if isinstance(inputs, keras.KerasTensor) and keras.config.backend() == "torch":
             changes["made_up_sizes"] = True
         with change_context(**changes):
-            return self._call_checked(args, kwargs, cache, index, inputs)
+            if cache is None:
+                return super().__call__(*args, **kwargs)
+            batch_size = static_size(inputs, 0)
+            check_cache(self.name, cache, *self._cache_examples(), batch_size)
+            if index is not None:
+                kwargs["cache_update_index"] = standardize_index(index, batch_size)
+            outputs = super().__call__(*args, cache=cache, **kwargs)
+            check_updated_cache(self.name, cache, outputs)
+            return outputs
 
-    def _call_checked(
-        self, args: tuple, kwargs: dict, cache: Any, index: Any, inputs: Any
-    ) -> Any:
-        if cache is None:
-            return super().__call__(*args, **kwargs)
-        batch_size = static_size(inputs, 0)
-        check_cache(self.name, cache, *self._cache_examples(), batch_size)
-        if index is not None:
-            kwargs["cache_update_index"] = standardize_index(index, batch_size)
-        outputs = super().__call__(*args, cache=cache, **kwargs)
-        check_updated_cache(self.name, cache, outputs)
-        return outputs
+    def _choose_padding_mask(
+        self, given: Tensor | None, inputs: Tensor
+    ) -> Tensor | None:
+        """Returns the mask that was given, or that of what encloses the call."""
+        if given is not None:
+            check_padding_mask(self.name, given, inputs)
+            return given
+        mask = context().padding_mask
+        if mask is None or mask_fits(mask, inputs):
+            return mask
+        if context().scope is not None:
+            raise ValueError(
+                f"The scope's padding_mask={describe(mask)} does not fit the inputs "
+                f"of layer '{self.name}': {describe(inputs)}. It must mark the real "
+                "tokens of the model's inputs; give a layer that is called on other "
+                "tokens a `padding_mask` of its own."
+            )
+        return None
+
+    def rematerialized_call(
+        self, layer_call: Callable, *args: Any, **kwargs: Any
+    ) -> Callable:
+        # Backends take all arguments of what they compute again for tensors, and
+        # TensorFlow takes none by keyword: they get the tensors only.
+        if kwargs.get("cache") is not None:
+            return layer_call
+        flat = tree.flatten((args, kwargs))
+        places = [i for i, x in enumerate(flat) if _is_tensor(x)]
+
+        def call(*tensors: Tensor) -> Any:
+            filled = list(flat)
+            for place, tensor in zip(places, tensors):
+                filled[place] = tensor
+            args_again, kwargs_again = tree.pack_sequence_as((args, kwargs), filled)
+            return layer_call(*args_again, **kwargs_again)
+
+        tensors = [flat[i] for i in places]
+        again = super().rematerialized_call(call, *tensors)
+        return lambda *_, **__: again(*tensors)
 
     def compute_output_spec(self, *args: Any, **kwargs: Any) -> Any:
         # Traced, as without `compute_output_shape`: a shape describes no cache.
@@ -305,75 +327,58 @@ class CachedLayer(keras.layers.Layer):
             outputs = self.compute_output_spec(x)
         return tree.map_structure(lambda x: tuple(x.shape), outputs)
 
-    @property
-    def _has_position_limit(self) -> bool:
-        # Not asked of composite layers: the inner layer speaks for itself.
-        return "max_sequence_length" in self.__dict__
-
-    def _check_length(self, inputs: Any, kwargs: dict, cache: Any, index: Any) -> None:
-        """Says so when tokens reach beyond the positions of this layer."""
-        length = static_size(inputs, 1)
+    def _check_length(
+        self,
+        inputs: Tensor,
+        padding_mask: Tensor | None,
+        cache: Cache | None,
+        index: Index | None,
+    ) -> None:
+        """Raises an error if tokens reach beyond the positions of this layer."""
+        length, limit = static_size(inputs, 1), self.max_sequence_length
         known = index is None or isinstance(index, int)
         # With a cache, padded tokens may reach beyond the end.
-        padded = cache is not None and kwargs.get("padding_mask") is not None
-        if self.max_sequence_length is None or not known or padded or not length:
+        padded = cache is not None and padding_mask is not None
+        if limit is None or not known or padded or not length:
             return
-        end = (index or 0) + length
-        if end > self.max_sequence_length:
+        if (index or 0) + length > limit:
             raise ValueError(
-                f"Layer '{self.name}' knows {self.max_sequence_length} positions, "
-                f"but the tokens reach position {end}. Shorten the sequences (the "
+                f"Layer '{self.name}' knows {limit} positions, but the tokens reach "
+                f"position {(index or 0) + length}. Shorten the sequences (the "
                 "preprocessor's `sequence_length`), or make the layer for more "
                 f"positions. Received: {describe(inputs)} at "
                 f"cache_update_index={index or 0}"
             )
 
-    def _cast_input(self, x: Any) -> Any:
+    def _prepare_input(self, x: Any) -> Any:
         if not _is_tensor(x):
             return x
+        if isinstance(x, keras.KerasTensor) and x.sparse:
+            # Keras takes a symbolic tensor times a number for sparse.
+            x = ops.convert_to_tensor(x, sparse=False)
         dtype = keras.backend.standardize_dtype(x.dtype)
         if "float" not in dtype or dtype == self.compute_dtype:
             return x
         return ops.cast(x, self.compute_dtype)
 
-    def _inherit_padding_mask(self, inputs: Any, mask: Any) -> Any:
-        """Returns the mask of the scope or layer this runs in, if it fits."""
-        if mask is None:
-            return None
-        pairs = [(static_size(mask, i), static_size(inputs, i)) for i in (0, 1)]
-        if all(None in pair or pair[0] == pair[1] for pair in pairs):
-            return mask
-        if context().scope is not None:
-            raise ValueError(
-                f"The scope's padding_mask={describe(mask)} does not fit the inputs "
-                f"of layer '{self.name}': {describe(inputs)}. It must mark the real "
-                "tokens of the model's inputs; give a layer that is called on other "
-                "tokens a `padding_mask` of its own."
-            )
-        # A layer that runs on other rows or numbers of tokens has another mask.
-        return None
-
     def _cache_examples(self) -> tuple[Any, Any]:
         """Two caches, from which `check_cache` reads what all share."""
         examples = self.__dict__.get("_cache_example_memo")
         if examples is None or examples.key != self.compute_dtype:
-            examples = Untracked()
-            examples.key = self.compute_dtype
             # Far enough apart for a layer that rounds its capacity up.
             longer = min(513, self.max_sequence_length or 513)
-            examples.value = (
-                tree.map_structure(_spec, self.create_cache(1, 1)),
-                tree.map_structure(_spec, self.create_cache(2, longer)),
-            )
+            caches = self.create_cache(1, 1), self.create_cache(2, longer)
+            examples = Untracked(self.compute_dtype, tree.map_structure(_spec, caches))
             self._cache_example_memo = examples
         return examples.value
 
 
+@dataclasses.dataclass
 class Untracked:
-    """Holds values on a layer without Keras taking them for its sublayers."""
+    """Holds a value on a layer without Keras taking what is in it for sublayers."""
 
-    key: Any = None
-    value: Any = None
+    key: Any
+    value: Any
 
 
 def _is_tensor(x: Any) -> bool:

@@ -10,7 +10,7 @@ from keras import ops, tree
 
 from attention.contract.arguments import describe, dtype_name
 from attention.contract.sizes import static_size
-from attention.contract.types import Shape
+from attention.contract.types import Shape, Tensor
 
 
 def standardize_index(cache_update_index: Any, batch_size: int | None) -> Any:
@@ -106,10 +106,7 @@ def check_padding_mask(
 
     A mask of other sizes might broadcast, to something nobody meant.
     """
-    shape = getattr(padding_mask, "shape", None)
-    pairs = [(static_size(padding_mask, i), static_size(inputs, i)) for i in (0, 1)]
-    fits = shape is not None and len(shape) == 2
-    if fits and all(None in pair or pair[0] == pair[1] for pair in pairs):
+    if len(getattr(padding_mask, "shape", ())) == 2 and mask_fits(padding_mask, inputs):
         return
     raise ValueError(
         f"`{what}` of layer '{layer_name}' must be a boolean tensor of "
@@ -117,6 +114,12 @@ def check_padding_mask(
         f"of no others. Received: {what}={describe(padding_mask)}, inputs="
         f"{describe(inputs)}"
     )
+
+
+def mask_fits(padding_mask: Tensor, inputs: Tensor) -> bool:
+    """Returns whether a mask can be of these rows and tokens, as far as is known."""
+    pairs = [(static_size(padding_mask, i), static_size(inputs, i)) for i in (0, 1)]
+    return all(None in pair or pair[0] == pair[1] for pair in pairs)
 
 
 def check_cache(

@@ -12,22 +12,62 @@ from keras import ops
 from attention.contract.arguments import describe
 from attention.contract.cached_layer import CachedLayer, Untracked
 from attention.contract.cached_model import (
+    CallSites,
     can_rewind,
     find_call_sites,
     grow_cache,
     max_positions,
 )
+from attention.contract.calls import parameters, positional_parameters, takes_cache
 from attention.contract.context import change_context, context
 from attention.contract.recording_scope import RecordingScope
 from attention.contract.scopes import CacheScope
-from attention.contract.signatures import (
-    parameters,
-    positional_parameters,
-    with_implicit_masks,
-)
+from attention.contract.types import Cache, Index, Tensor
 
 # What `call` adds to, or takes from, the arguments of `transform`.
 _CACHE_ARGUMENTS = ("cache", "cache_update_index", "training")
+
+
+@functools.cache
+def _further_arguments(transform: Callable) -> dict[str, inspect.Parameter]:
+    """Returns the parameters of `transform` that not every composite layer has."""
+    known = ("padding_mask", *_CACHE_ARGUMENTS)
+    after_x = list(inspect.signature(transform).parameters.values())[2:]
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return {p.name: p for p in after_x if p.kind in kinds and p.name not in known}
+
+
+def _needed(parameters: dict[str, inspect.Parameter]) -> list[str]:
+    """Returns the names of those parameters that have no default."""
+    return [name for name, p in parameters.items() if p.default is p.empty]
+
+
+def _call_with_arguments_of(transform: Callable) -> Callable:
+    """Returns a layer's `call` with the arguments that `transform` names."""
+    further = _further_arguments(transform)
+    # Positional ones in the order in which `transform` has them.
+    order = ["x", *list(inspect.signature(transform).parameters)[2:], "padding_mask"]
+    takes = {"x", "padding_mask", *further}
+    names = [name for name in dict.fromkeys(order) if name in takes]
+    names += _CACHE_ARGUMENTS
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kwargs.update(zip(names, args))
+        return self._call(**kwargs)
+
+    def parameter(name: str) -> inspect.Parameter:
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        if name in ("self", "x"):
+            return inspect.Parameter(name, kind)
+        default = further[name].default if name in further else None
+        # Whether one that is needed is there, the layer has checked.
+        default = None if default is inspect.Parameter.empty else default
+        return inspect.Parameter(name, kind, default=default)
+
+    signature = inspect.Signature([parameter(name) for name in ("self", *names)])
+    call.__signature__ = signature  # type: ignore[attr-defined]
+    call.transform = transform  # type: ignore[attr-defined]
+    return call
 
 
 class CompositeCachedLayer(CachedLayer):
@@ -82,31 +122,47 @@ class CompositeCachedLayer(CachedLayer):
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
+        if not takes_cache(cls.call):
+            raise TypeError(
+                f"`{cls.__name__}.call` takes no `cache` and no `cache_update_index`. "
+                "Override `transform` instead, which needs neither: `call` runs it, "
+                "without a cache and with one."
+            )
+        if getattr(cls.call, "transform", cls.transform) is not cls.transform:
+            cls.call = _call_with_arguments_of(cls.transform)  # type: ignore
         super().__init_subclass__(**kwargs)
-        # Keras takes the arguments of a layer from the signature of `call`.
-        owner = next(base for base in cls.__mro__ if "call" in vars(base))
-        ours = owner is CompositeCachedLayer or hasattr(cls.call, "transform")
-        if ours and "transform" in vars(cls):
-            call = _call_with_arguments_of(cls.transform)
-            cls.call = with_implicit_masks(call)  # type: ignore
 
-    def transform(self, x: Any, padding_mask: Any = None, training: Any = None) -> Any:
-        """The computation, written once, without a word about caches."""
+    def transform(
+        self, x: Tensor, padding_mask: Tensor | None = None, training: Any = None
+    ) -> Any:
+        """Computes the outputs, written once, without a word about caches.
+
+        Args:
+            x: tensor of shape `(batch, length, width)`.
+            padding_mask: boolean tensor of shape `(batch, length)` or `None`.
+            training: bool or `None`.
+
+        Returns:
+            A tensor, or any structure of tensors.
+        """
         raise NotImplementedError(
             f"{type(self).__name__} must implement `transform(x, "
             "padding_mask=None, training=None)`."
         )
 
+    # Keras takes the arguments of a layer from the signature of its `call`.
+    call = _call_with_arguments_of(transform)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         self._check_arguments(args, kwargs)
         return super().__call__(*args, **kwargs)
 
-    def call(
+    def _call(
         self,
-        x: Any,
-        padding_mask: Any = None,
-        cache: Any = None,
-        cache_update_index: Any = None,
+        x: Tensor,
+        padding_mask: Tensor | None = None,
+        cache: Cache | None = None,
+        cache_update_index: Index | None = None,
         training: Any = None,
         **inputs: Any,
     ) -> Any:
@@ -119,42 +175,52 @@ class CompositeCachedLayer(CachedLayer):
     def create_cache(
         self, batch_size: int, max_length: int, source_length: int | None = None
     ) -> tuple:
-        """Makes the caches of the layers that `transform` calls.
+        """Creates empty caches of the layers that `transform` calls.
 
         Args:
             batch_size: int. The number of rows.
             max_length: int. How many positions each row can hold.
             source_length: int or `None`. How many positions another sequence may
                 have, for layers that attend to one (`CrossAttention`).
+
+        Returns:
+            A tuple with a cache for each call of a cached layer.
         """
 
-        def takes_source(layer: CachedLayer) -> bool:
-            return "source_length" in parameters(type(layer).create_cache)
-
-        source = {} if source_length is None else {"source_length": source_length}
-        return tuple(
-            layer.create_cache(
-                batch_size,
-                max_length,
-                **(source if takes_source(layer) else {}),
+        def create(layer: CachedLayer) -> Cache:
+            names = parameters(type(layer).create_cache)
+            if source_length is None or "source_length" not in names:
+                return layer.create_cache(batch_size, max_length)
+            return layer.create_cache(  # type: ignore[call-arg]
+                batch_size, max_length, source_length=source_length
             )
-            for layer in self._call_sites()
-        )
 
-    def grow_cache(self, cache: Any, max_length: int) -> tuple:
-        return grow_cache(self._call_sites(), cache, max_length)
+        return tuple(create(layer) for layer in self.inner_layers())
 
-    def can_rewind(self, cache: Any, from_index: int, to_index: int) -> bool:
-        return can_rewind(self._call_sites(), cache, from_index, to_index)
+    def grow_cache(self, cache: Cache, max_length: int) -> tuple:
+        return grow_cache(self.inner_layers(), cache, max_length)
 
-    def inner_layers(self) -> tuple[CachedLayer, ...]:
-        return self._call_sites()
+    def can_rewind(self, cache: Cache, from_index: int, to_index: int) -> bool:
+        return can_rewind(self.inner_layers(), cache, from_index, to_index)
 
     @property
     def max_sequence_length(self) -> int | None:  # type: ignore[override]
-        return max_positions(self._call_sites())
+        return max_positions(self.inner_layers())
 
-    def _transform(self, x: Any, padding_mask: Any, training: Any, inputs: dict) -> Any:
+    def inner_layers(self) -> tuple[CachedLayer, ...]:
+        """Returns the cached layers that `transform` calls, in call order."""
+        if "_call_site_memo" not in self.__dict__:
+            # With further arguments, a call with all of them tells better.
+            certain = not self._further_arguments()
+            self._note_call_sites(self._record_call_sites(), certain, None)
+        layers, problem = self._call_site_memo.value
+        if problem:
+            raise ValueError(problem)
+        return layers
+
+    def _transform(
+        self, x: Tensor, padding_mask: Tensor | None, training: Any, inputs: dict
+    ) -> Any:
         arguments = {"padding_mask": padding_mask, "training": training}
         accepted = parameters(type(self).transform)
         arguments = {k: v for k, v in arguments.items() if k in accepted}
@@ -165,6 +231,7 @@ class CompositeCachedLayer(CachedLayer):
         return _further_arguments(type(self).transform)
 
     def _check_arguments(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Raises an error if these are not the arguments that `transform` names."""
         if not hasattr(type(self).call, "transform"):
             # A subclass with a `call` of its own says itself what it takes.
             return
@@ -185,8 +252,16 @@ class CompositeCachedLayer(CachedLayer):
             f"{list(_CACHE_ARGUMENTS)}. Received: {describe(args)}, {describe(kwargs)}"
         )
 
+    def _check_length(self, *args: Any) -> None:
+        # The inner layers speak for themselves, unless a subclass does for them.
+        if (
+            type(self).max_sequence_length
+            is not CompositeCachedLayer.max_sequence_length
+        ):
+            super()._check_length(*args)
+
     def _transform_noting_sites(
-        self, x: Any, padding_mask: Any, training: Any, inputs: dict
+        self, x: Tensor, padding_mask: Tensor | None, training: Any, inputs: dict
     ) -> Any:
         """Runs `transform` without a cache, and notes the call sites if need be."""
         memo = self.__dict__.get("_call_site_memo")
@@ -205,22 +280,10 @@ class CompositeCachedLayer(CachedLayer):
     def _note_call_sites(
         self, layers: tuple[CachedLayer, ...], certain: bool, problem: str | None
     ) -> None:
-        memo = Untracked()
-        memo.key, memo.value = certain, (layers, problem)
-        self._call_site_memo = memo
+        self._call_site_memo = Untracked(certain, (layers, problem))
 
-    def _call_sites(self) -> tuple[CachedLayer, ...]:
-        """The cached layers that `transform` calls, in call order."""
-        if "_call_site_memo" not in self.__dict__:
-            # With further arguments, a call with all of them tells better.
-            certain = not self._further_arguments()
-            self._note_call_sites(self._record_call_sites(), certain, None)
-        layers, problem = self._call_site_memo.value
-        if problem:
-            raise ValueError(problem)
-        return layers
-
-    def _record_call_sites(self) -> tuple[CachedLayer, ...]:
+    def _record_call_sites(self) -> CallSites:
+        """Returns the call sites that a dry run of `transform` on zeros finds."""
         if not self.built:
             raise ValueError(
                 f"Layer '{self.name}' has no weights yet, so its caches can't "
@@ -244,45 +307,3 @@ class CompositeCachedLayer(CachedLayer):
             return self._transform(zeros, None, False, {})
 
         return find_call_sites(run, self.name)
-
-
-@functools.cache
-def _further_arguments(transform: Callable) -> dict[str, inspect.Parameter]:
-    """The parameters of `transform` that not every composite layer has."""
-    known = ("padding_mask", *_CACHE_ARGUMENTS)
-    after_x = list(inspect.signature(transform).parameters.values())[2:]
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return {p.name: p for p in after_x if p.kind in kinds and p.name not in known}
-
-
-def _needed(parameters: dict[str, inspect.Parameter]) -> list[str]:
-    return [name for name, p in parameters.items() if p.default is p.empty]
-
-
-def _call_with_arguments_of(transform: Callable) -> Callable:
-    """`CompositeCachedLayer.call` with the arguments that `transform` names."""
-    further = _further_arguments(transform)
-    # Positional ones in the order in which `transform` has them.
-    order = ["x", *list(inspect.signature(transform).parameters)[2:], "padding_mask"]
-    takes = {"x", "padding_mask", *further}
-    names = [name for name in dict.fromkeys(order) if name in takes]
-    names += _CACHE_ARGUMENTS
-
-    @functools.wraps(CompositeCachedLayer.call)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        kwargs.update(zip(names, args))
-        return CompositeCachedLayer.call(self, **kwargs)
-
-    def parameter(name: str) -> inspect.Parameter:
-        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        if name in ("self", "x"):
-            return inspect.Parameter(name, kind)
-        default = further[name].default if name in further else None
-        # Whether one that is needed is there, the layer has checked.
-        default = None if default is inspect.Parameter.empty else default
-        return inspect.Parameter(name, kind, default=default)
-
-    signature = inspect.Signature([parameter(name) for name in ("self", *names)])
-    call.__signature__ = signature  # type: ignore[attr-defined]
-    call.transform = transform  # type: ignore[attr-defined]
-    return call

@@ -3,6 +3,21 @@
 There is one context, a frozen value in one context variable (as Keras's own
 `StatelessScope` is one). Scopes and the calls of cached layers change it for what
 runs inside of them.
+
+The padding mask that a cached layer's `call` gets is the first of these that there is:
+
+1. The argument `padding_mask` of the call.
+2. The mask of what encloses the call: of the cached layer within whose `call` or
+   `transform` it is made, or else of the scope. A forgotten mask would let padded
+   tokens into a cache. It counts only if it fits the inputs, as a layer that runs on
+   other rows or on another number of tokens has another mask; where the layer gets its
+   cache from the scope, a mask that does not fit is an error.
+3. The mask that Keras attached to the inputs, as `Embedding(mask_zero=True)` does.
+
+`CachedLayer.__call__` sees to the first two (so that they are arguments also for what
+runs a layer's `call` again, such as `keras.RematScope`), and `calls.in_context` to the
+third, of which Keras tells `call` only. What `call` got in the end is the mask of what
+it encloses.
 """
 
 from __future__ import annotations
@@ -12,6 +27,8 @@ import contextvars
 import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
+
+from attention.contract.types import Tensor
 
 if TYPE_CHECKING:
     from attention.contract.recording_scope import RecordingScope
@@ -27,14 +44,16 @@ class Context:
         padding_mask: the mask of what encloses them, or `None`.
         donated: bool. Whether a cache policy may overwrite the cache it is given.
         dry_run: the outermost `RecordingScope` around them, or `None`.
+        running: the cached layer whose `call` makes these calls, or `None`.
         made_up_sizes: bool. Whether the sizes of tensors are stand-ins for unknown
             ones.
     """
 
     scope: Scope | None = None
-    padding_mask: Any = None
+    padding_mask: Tensor | None = None
     donated: bool = False
     dry_run: RecordingScope | None = None
+    running: Any = None
     made_up_sizes: bool = False
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from keras import ops, tree
 
 from attention.contract.arguments import describe
-from attention.contract.context import change_context, context
+from attention.contract.context import change_context
 from attention.contract.sizes import static_size
 
 
@@ -235,18 +235,6 @@ OR_NO_CACHE = (
     "; or, if the calls are not to see each other's tokens, take a layer that has "
     "no cache, such as `keras.layers.MultiHeadAttention`."
 )
-
-
-def check_not_bypassed(layer: Any) -> None:
-    """Says so when a layer's `call` is run without its `__call__` in a scope."""
-    scope = context().scope
-    if scope is not None:
-        scope.refuse(
-            f"`call` of layer '{layer.name}' ({type(layer).__name__}) is run past "
-            "its `__call__`, as `keras.layers.TimeDistributed` does. It would get "
-            "no cache, and forget what it saw. Call the layer itself, "
-            "`layer(x)`, on the whole sequence" + OR_NO_CACHE
-        )
 
 
 def first_size(structure: Any) -> int | None:

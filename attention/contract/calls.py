@@ -1,0 +1,134 @@
+"""A cached layer's `call`, wrapped once, and what the calls of layers take."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+from attention.contract.context import change_context, context
+from attention.contract.scopes import OR_NO_CACHE
+
+_BY_PLACE_OR_NAME = inspect.Parameter.POSITIONAL_OR_KEYWORD
+
+
+@functools.cache
+def parameters(function: Callable) -> tuple[str, ...]:
+    """Returns the names of a method's parameters, without `self`."""
+    return tuple(inspect.signature(function).parameters)[1:]
+
+
+@functools.cache
+def positional_parameters(function: Callable) -> tuple[str, ...]:
+    """Returns those of them that may be passed by position."""
+    found = list(inspect.signature(function).parameters.values())[1:]
+    return tuple(p.name for p in found if p.kind is _BY_PLACE_OR_NAME)
+
+
+def takes_cache(call: Callable) -> bool:
+    """Returns whether a method may be passed a cache and its index."""
+    found = inspect.signature(call).parameters
+    anything = any(p.kind is p.VAR_KEYWORD for p in found.values())
+    return anything or {"cache", "cache_update_index"} <= found.keys()
+
+
+def in_context(call: Callable) -> Callable:
+    """Wraps a layer's `call`, so that it runs in the context it should.
+
+    In a scope it can't be run past the layer's `__call__`. The layers that it calls
+    without a padding mask get its own. Where it is given none, and none encloses it, it
+    gets the mask that Keras attached to its inputs (`attention.contract.context` has
+    the order): Keras hands the mask of a layer's only tensor to an argument named
+    `mask`, and of several tensors those to `NAME_mask`, which are added here. They
+    stand for `padding_mask` of the first tensor, `value_padding_mask` of `value`, ...
+
+    Args:
+        call: a method.
+
+    Returns:
+        A method.
+    """
+    signature = inspect.signature(call)
+    names = list(signature.parameters)
+    attached = {x: to for x, to in _attached_masks(names).items() if x not in names}
+    place = names.index("padding_mask") - 1 if "padding_mask" in names else None
+
+    @functools.wraps(call)
+    def call_in_context(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if context().running is self:
+            # `super().call(...)`, with the arguments that a subclass chose.
+            return call(self, *args, **kwargs)
+        _check_not_bypassed(self)
+        for name, to in attached.items():
+            mask = kwargs.pop(name, None)
+            if kwargs.get(to) is None and names.index(to) > len(args):
+                kwargs[to] = mask
+        changes = {"running": self}
+        if place is not None:
+            given = args[place] if place < len(args) else kwargs.get("padding_mask")
+            changes["padding_mask"] = given
+        with change_context(**changes):
+            return call(self, *args, **kwargs)
+
+    own = list(signature.parameters.values())
+    # Nothing may come after `**kwargs`.
+    end = len(own) - any(p.kind is p.VAR_KEYWORD for p in own)
+    kind = inspect.Parameter.KEYWORD_ONLY
+    added = [inspect.Parameter(name, kind, default=None) for name in attached]
+    call_in_context.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[*own[:end], *added, *own[end:]]
+    )
+    return call_in_context
+
+
+def rematerialized_as_one(build: Callable) -> Callable:
+    """Wraps a layer's `build`, so that layers made in it are not computed again twice.
+
+    Within `keras.RematScope(mode="full")` the whole layer is computed again for its
+    gradient. Keras would have its inner layers computed again within that, which its
+    `Dropout` does not allow.
+
+    Args:
+        build: a method.
+
+    Returns:
+        A method.
+    """
+
+    @functools.wraps(build)
+    def build_as_one(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # In no other mode Keras would wrap a function without inputs.
+        full = keras.Operation().rematerialized_call(build) is not build
+        with keras.RematScope(mode=None) if full else contextlib.nullcontext():
+            return build(self, *args, **kwargs)
+
+    return build_as_one
+
+
+def _attached_masks(names: list[str]) -> dict[str, str]:
+    """Returns the masks that Keras may hand over, and the arguments they stand for."""
+    if "padding_mask" not in names:
+        return {}
+    found = {"mask": "padding_mask", f"{names[1]}_mask": "padding_mask"}
+    for name in names:
+        owner = name.removesuffix("_padding_mask")
+        for tensor in names if owner != name else ():
+            if tensor == owner or tensor == f"{owner}_sequence":
+                found[f"{tensor}_mask"] = name
+    return found
+
+
+def _check_not_bypassed(layer: Any) -> None:
+    """Raises an error if a layer's `call` is run past its `__call__` in a scope."""
+    scope = context().scope
+    if scope is not None:
+        scope.refuse(
+            f"`call` of layer '{layer.name}' ({type(layer).__name__}) is run past "
+            "its `__call__`, as `keras.layers.TimeDistributed` does. It would get "
+            "no cache, and forget what it saw. Call the layer itself, "
+            "`layer(x)`, on the whole sequence" + OR_NO_CACHE
+        )
