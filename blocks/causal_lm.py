@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -126,6 +127,12 @@ class CausalLM(GenerationMixin, WeightsVersion, keras_hub.models.CausalLM):
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
+
+    def rematerialized_call(
+        self, layer_call: Callable, *args: Any, **kwargs: Any
+    ) -> Callable:
+        # Within `keras.RematScope` its blocks are computed again, each by itself.
+        return layer_call
 
     def compute_logits(self, hidden_states: Any) -> Any:
         """Computes the logits of the next token.

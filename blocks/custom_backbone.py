@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -16,6 +17,7 @@ from attention.contract import (
     check_fraction,
     check_positive_int,
     describe,
+    hide_full_remat,
 )
 from blocks.custom_decoder import CustomDecoder
 from blocks.hooks import dtype_policy_scope, name_layer, run_hook
@@ -148,15 +150,16 @@ class CustomBackbone(WeightsVersion, keras_hub.models.Backbone):
 
         with dtype_policy_scope(keras.dtype_policies.get(dtype)):
             # === Layers ===
-            self.token_embedding = name_layer(
-                run_hook(self, "create_embedding"), "token_embedding"
-            )
-            self.position_embedding = run_hook(
-                self, "create_position_embedding", cached=True, optional=True
-            )
-            self.embeddings_dropout = keras.layers.Dropout(
-                self.dropout, name="embeddings_dropout"
-            )
+            with hide_full_remat():
+                self.token_embedding = name_layer(
+                    run_hook(self, "create_embedding"), "token_embedding"
+                )
+                self.position_embedding = run_hook(
+                    self, "create_position_embedding", cached=True, optional=True
+                )
+                self.embeddings_dropout = keras.layers.Dropout(
+                    self.dropout, name="embeddings_dropout"
+                )
             self.transformer_layers: list[CachedLayer] = []
             for i in range(self.num_layers):
                 decoder = run_hook(self, "create_decoder", i, cached=True)
@@ -190,6 +193,12 @@ class CustomBackbone(WeightsVersion, keras_hub.models.Backbone):
             dtype=dtype,
             **kwargs,
         )
+
+    def rematerialized_call(
+        self, layer_call: Callable, *args: Any, **kwargs: Any
+    ) -> Callable:
+        # Within `keras.RematScope` its blocks are computed again, each by itself.
+        return layer_call
 
     def create_embedding(self) -> keras.layers.Layer:
         """Hook: makes the token embedding.

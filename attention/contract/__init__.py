@@ -24,6 +24,7 @@ from attention.contract.context import change_context
 from attention.contract.initializers import clone_initializer
 from attention.contract.inner_layers import all_layers
 from attention.contract.padding import last_tokens
+from attention.contract.remat import hide_full_remat
 from attention.contract.scopes import (
     CacheScope,
     NewCacheScope,
@@ -66,6 +67,7 @@ __all__ = [
     "describe",
     "find_not_rewindable",
     "grow_cache",
+    "hide_full_remat",
     "is_concrete",
     "last_tokens",
     "max_positions",

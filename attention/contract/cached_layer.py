@@ -10,7 +10,7 @@ import keras
 from keras import ops, tree
 
 from attention.contract.arguments import describe
-from attention.contract.calls import in_context, parameters, rematerialized_as_one
+from attention.contract.calls import in_context, parameters
 from attention.contract.checks import (
     check_cache,
     check_padding_mask,
@@ -20,6 +20,7 @@ from attention.contract.checks import (
     standardize_index,
 )
 from attention.contract.context import change_context, context
+from attention.contract.remat import build_as_one
 from attention.contract.sizes import static_size
 from attention.contract.types import Cache, Index, Tensor
 
@@ -120,7 +121,7 @@ class CachedLayer(keras.layers.Layer):
         if "call" in vars(cls):
             cls.call = in_context(cls.call)  # type: ignore
         if "build" in vars(cls):
-            cls.build = rematerialized_as_one(cls.build)  # type: ignore
+            cls.build = build_as_one(cls.build)  # type: ignore
 
     def __init__(self, *, autocast: bool = False, **kwargs: Any) -> None:
         if autocast:

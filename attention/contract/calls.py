@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
-
-import keras
 
 from attention.contract.context import change_context, context
 from attention.contract.scopes import OR_NO_CACHE
@@ -83,30 +80,6 @@ def in_context(call: Callable) -> Callable:
         parameters=[*own[:end], *added, *own[end:]]
     )
     return call_in_context
-
-
-def rematerialized_as_one(build: Callable) -> Callable:
-    """Wraps a layer's `build`, so that layers made in it are not computed again twice.
-
-    Within `keras.RematScope(mode="full")` the whole layer is computed again for its
-    gradient. Keras would have its inner layers computed again within that, which its
-    `Dropout` does not allow.
-
-    Args:
-        build: a method.
-
-    Returns:
-        A method.
-    """
-
-    @functools.wraps(build)
-    def build_as_one(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # In no other mode Keras would wrap a function without inputs.
-        full = keras.Operation().rematerialized_call(build) is not build
-        with keras.RematScope(mode=None) if full else contextlib.nullcontext():
-            return build(self, *args, **kwargs)
-
-    return build_as_one
 
 
 def _attached_masks(names: list[str]) -> dict[str, str]:
