@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import keras
 import keras_hub
 
-from attention.contract import describe
+from attention.contract import describe, rematerialize_inner_layers
 from blocks.generation.backbone_inputs import (
     backbone_inputs,
     check_backbone,
@@ -128,11 +127,7 @@ class CausalLM(GenerationMixin, WeightsVersion, keras_hub.models.CausalLM):
         else:
             super().__setattr__(name, value)
 
-    def rematerialized_call(
-        self, layer_call: Callable, *args: Any, **kwargs: Any
-    ) -> Callable:
-        # Within `keras.RematScope` its blocks are computed again, each by itself.
-        return layer_call
+    rematerialized_call = rematerialize_inner_layers
 
     def compute_logits(self, hidden_states: Any) -> Any:
         """Computes the logits of the next token.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -18,6 +17,7 @@ from attention.contract import (
     check_positive_int,
     describe,
     hide_full_remat,
+    rematerialize_inner_layers,
 )
 from blocks.custom_decoder import CustomDecoder
 from blocks.hooks import dtype_policy_scope, name_layer, run_hook
@@ -151,9 +151,8 @@ class CustomBackbone(WeightsVersion, keras_hub.models.Backbone):
         with dtype_policy_scope(keras.dtype_policies.get(dtype)):
             # === Layers ===
             with hide_full_remat():
-                self.token_embedding = name_layer(
-                    run_hook(self, "create_embedding"), "token_embedding"
-                )
+                embedding = run_hook(self, "create_embedding")
+                self.token_embedding = name_layer(embedding, "token_embedding")
                 self.position_embedding = run_hook(
                     self, "create_position_embedding", cached=True, optional=True
                 )
@@ -169,9 +168,8 @@ class CustomBackbone(WeightsVersion, keras_hub.models.Backbone):
                     if getattr(decoder, "layer_index", 0) is None:
                         decoder.layer_index = i
                 self.transformer_layers.append(decoder)
-            self.layer_norm = name_layer(
-                run_hook(self, "create_final_norm"), "layer_norm"
-            )
+            norm = run_hook(self, "create_final_norm")
+            self.layer_norm = name_layer(norm, "layer_norm")
 
             # === Functional model ===
             token_ids = keras.Input(shape=(None,), dtype="int32", name="token_ids")
@@ -194,11 +192,7 @@ class CustomBackbone(WeightsVersion, keras_hub.models.Backbone):
             **kwargs,
         )
 
-    def rematerialized_call(
-        self, layer_call: Callable, *args: Any, **kwargs: Any
-    ) -> Callable:
-        # Within `keras.RematScope` its blocks are computed again, each by itself.
-        return layer_call
+    rematerialized_call = rematerialize_inner_layers
 
     def create_embedding(self) -> keras.layers.Layer:
         """Hook: makes the token embedding.

@@ -24,7 +24,7 @@ from attention.contract.context import change_context
 from attention.contract.initializers import clone_initializer
 from attention.contract.inner_layers import all_layers
 from attention.contract.padding import last_tokens
-from attention.contract.remat import hide_full_remat
+from attention.contract.remat import hide_full_remat, rematerialize_inner_layers
 from attention.contract.scopes import (
     CacheScope,
     NewCacheScope,
@@ -71,4 +71,5 @@ __all__ = [
     "is_concrete",
     "last_tokens",
     "max_positions",
+    "rematerialize_inner_layers",
 ]
