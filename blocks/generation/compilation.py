@@ -86,15 +86,15 @@ class CompiledFunctions:
         self._policies: list[str] = []
         self._how: tuple | None = None
         self._contract: Any = None
-        # The variables of the sampler that `_sampling` was made with.
-        self._sampler_variables: list[keras.Variable] = []
+        # The sampler that `_sampling` was made with.
+        self._sampler: Any = None
         self.steps: list[CompiledStep] = []
         self.layers: list[keras.layers.Layer] = []
 
     def run(
         self,
         key: StepKey,
-        make: Callable[[], Callable],
+        make: Callable[[Any], Callable],
         args: tuple,
         donate: tuple[int, ...] = (),
         sampler: Any = None,
@@ -103,9 +103,9 @@ class CompiledFunctions:
 
         Args:
             key: the sizes and options that the step is compiled for.
-            make: returns the function to compile. It takes and returns pytrees of
-                tensors; it may read the variables of the task, and read and assign those
-                of the sampler.
+            make: takes a sampler, or `None`, and returns the function to compile. That
+                takes and returns pytrees of tensors; it may read the variables of the
+                task, and read and assign those of the sampler.
             args: its arguments.
             donate: the positions of arguments whose memory may be reused, as they are
                 not used after the call.
@@ -121,15 +121,15 @@ class CompiledFunctions:
             return step(*args)
         with _DRAWING:
             # The step holds an equal sampler, whose seeds may be others.
-            _assign(self._sampler_variables, variables)
+            _assign(self._sampler.variables, variables)
             outputs = step(*args)
-            _assign(variables, self._sampler_variables)
+            _assign(variables, self._sampler.variables)
         return outputs
 
     def get(
         self,
         key: StepKey,
-        make: Callable[[], Callable],
+        make: Callable[[Any], Callable],
         donate: tuple[int, ...] = (),
         sampler: Any = None,
     ) -> Callable:
@@ -139,7 +139,8 @@ class CompiledFunctions:
             self._drop_another_sampler(sampler)
         steps = self._plain if sampler is None else self._sampling
         if key not in steps:
-            steps[key] = self._compile(key, make(), donate, sampler)
+            sampler = sampler and self._sampler
+            steps[key] = self._compile(key, make(sampler), donate, sampler)
         return steps[key]
 
     def _compile(
@@ -163,7 +164,7 @@ class CompiledFunctions:
             return compile_step(traced, self._task.xla_generation)
         from blocks.generation.backends.jax_steps import JaxStep
 
-        variables = [] if sampler is None else self._sampler_variables
+        variables = [] if sampler is None else sampler.variables
         return JaxStep(traced, self._task, variables, donate)
 
     def _note(self, key: StepKey) -> None:
@@ -199,7 +200,7 @@ class CompiledFunctions:
         if contract is not self._contract and contract != self._contract:
             self._drop(self._sampling, "another sampler")
             self._contract = contract
-            self._sampler_variables = sampler.variables
+            self._sampler = sampler
 
     def _drop(self, steps: dict[StepKey, Callable], reason: str) -> None:
         self._dropped.update(dict.fromkeys(steps, reason))

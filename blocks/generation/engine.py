@@ -113,12 +113,12 @@ class Engine:
         if cache is None:
             return self.functions.run(
                 StepKey("prefill", rows, capacity, chunk),
-                lambda: self._make_prefill(capacity, chunk),
+                lambda _: self._make_prefill(capacity, chunk),
                 (padded, lengths),
             )
         return self.functions.run(
             StepKey("process", rows, capacity, chunk),
-            lambda: self._make_process(chunk),
+            lambda _: self._make_process(chunk),
             (cache, padded, index, lengths),
             donate=(0,),
         )
@@ -155,7 +155,7 @@ class Engine:
         settings, known = number_settings(self.sampler), self.known_tokens
         return self.functions.run(
             StepKey("decode", token.shape[0], capacity, variant=known),
-            lambda: self.make_decode(known),
+            lambda sampler: self.make_decode(sampler, known),
             (cache, token, index, room, finished, steps, stops, settings),
             donate=(0,),
             sampler=self.sampler,
@@ -163,16 +163,16 @@ class Engine:
 
     def sample(self, logits: Tensor) -> Tensor:
         """Samples a token for each row of logits; -1 where they are NaN or infinite."""
-        sampler, known = self.sampler, self.known_tokens
+        known = self.known_tokens
 
-        def make() -> Callable:
+        def make(sampler: Any) -> Callable:
             return lambda logits, settings: sample_token(
                 sampler, logits, settings, known
             )
 
         key = StepKey("sample", logits.shape[0], variant=known)
-        args = (logits, number_settings(sampler))
-        return self.functions.run(key, make, args, sampler=sampler)
+        args = (logits, number_settings(self.sampler))
+        return self.functions.run(key, make, args, sampler=self.sampler)
 
     def step(
         self,
@@ -185,7 +185,7 @@ class Engine:
     ) -> tuple[Tensor, Cache]:
         """Processes one token of each row; returns the logits and the cache."""
 
-        def make() -> Callable:
+        def make(_: Any) -> Callable:
             def step(
                 cache: Cache, token: Tensor, index: Index, max_length: Tensor
             ) -> tuple[Tensor, Cache]:
@@ -263,9 +263,9 @@ class Engine:
 
         return process
 
-    def make_decode(self, known: int | None) -> Callable:
+    def make_decode(self, sampler: Any, known: int | None) -> Callable:
         """Returns the function that `decode` compiles."""
-        task, sampler = self.task, self.sampler
+        task = self.task
         block_steps = self.sizes.block_steps
         kernels = LoopKernels(self.functions.layers)
 

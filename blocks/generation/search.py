@@ -55,7 +55,7 @@ def search(
         buffer[:, :length] = token_ids[rows, :length]
         tokens, broken = engine.functions.run(
             StepKey("search", len(rows), int(limit), variant=(stop_token_ids, known)),
-            lambda: _make_search(engine, sampler, stop_token_ids, known),
+            lambda sampler: _make_search(engine, sampler, stop_token_ids, known),
             (buffer, np.int32(length)),
             sampler=sampler,
         )

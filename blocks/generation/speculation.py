@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -301,7 +302,7 @@ def speculate(
         with batch.forgetting_if_it_fails():
             batch.cache, sampled, valid = engine.functions.run(
                 key,
-                lambda key=key: _make_verify(engine, *key.variant),  # type: ignore[misc]
+                functools.partial(_make_verify, engine, *key.variant),
                 (
                     batch.cache,
                     tokens,
@@ -326,9 +327,9 @@ def speculate(
         yield sampled, valid
 
 
-def _make_verify(engine: Engine, rewinds: bool, known: int | None) -> Callable:
-    sampler = engine.sampler
-
+def _make_verify(
+    engine: Engine, rewinds: bool, known: int | None, sampler: Any
+) -> Callable:
     def verify(
         cache: Cache,
         tokens: Tensor,

@@ -248,7 +248,7 @@ def test_a_decode_step_moves_no_cache_and_no_kernel(kind, rows_differ, batch_siz
     steps = lm._engine()
     decode = steps.functions.get(
         StepKey("decode", batch_size, capacity),
-        lambda: steps.make_decode(None),
+        lambda sampler: steps.make_decode(sampler, None),
         donate=(0,),
         sampler=lm.sampler,
     )

@@ -165,6 +165,9 @@ def test_what_was_compiled_and_why(caplog):
     lm.compile(sampler=keras_hub.samplers.TopKSampler(temperature=5.0, seed=2))
     assert compiled(lambda: None) == []
     assert rows_of(generate(lm)) == drawn
+    # The seed moves on, also in a step that is compiled for this sampler.
+    drawn = [rows_of(generate(lm, max_new_tokens=30)) for _ in range(2)]
+    assert drawn[0] != drawn[1]
     for change, reason in (
         (lambda: lm.backbone.enable_lora(2), "weights replaced"),
         (
