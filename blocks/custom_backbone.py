@@ -22,7 +22,7 @@ from attention.contract import (
 from blocks.custom_decoder import CustomDecoder
 from blocks.hooks import dtype_policy_scope, name_layer, run_hook
 from blocks.layers.feed_forward import FeedForward, gelu_approximate
-from blocks.presets import check_registered
+from blocks.presets import check_registered, make_from_config
 from blocks.weights_version import WeightsVersion
 
 
@@ -363,6 +363,10 @@ class CustomBackbone(WeightsVersion, keras_hub.models.Backbone):
         """
         check_registered(self)
         super().save_to_preset(preset_dir, max_shard_size=max_shard_size)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> CustomBackbone:
+        return make_from_config(super().from_config, config)
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()

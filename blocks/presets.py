@@ -5,7 +5,8 @@ from __future__ import annotations
 import glob
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import h5py
@@ -36,6 +37,30 @@ def check_registered(*objects: Any) -> None:
                 'register_keras_serializable(package="my_package")` above the '
                 "class. Nothing was written."
             )
+
+
+def make_from_config(make: Callable, config: dict[str, Any]) -> Any:
+    """Makes an object from its config, whatever a subclass has fixed of it.
+
+    A subclass that calls `super().__init__(dropout=0.1, **kwargs)` has
+    `dropout` in its config, and can't be passed it.
+
+    Args:
+        make: makes the object from a config.
+        config: what `get_config` returned.
+
+    Returns:
+        The object.
+    """
+    config = dict(config)
+    while True:
+        try:
+            return make(config)
+        except TypeError as error:
+            twice = re.search(r"multiple values for .*argument '(\w+)'", str(error))
+            if twice is None or twice[1] not in config:
+                raise
+            del config[twice[1]]
 
 
 def load_task(cls: type, preset: str, load_weights: bool, **kwargs: Any) -> Any:

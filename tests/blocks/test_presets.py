@@ -121,14 +121,23 @@ class SoftCappedLM(CausalLM):
         return {**super().get_config(), "cap": self.cap}
 
 
+@keras.saving.register_keras_serializable(package=PACKAGE)
+class FixedBackbone(CustomBackbone):
+    """A user's backbone that fixes an argument of its base, and saves no config."""
+
+    def __init__(self, **kwargs):
+        super().__init__(layer_norm_epsilon=1e-6, **kwargs)
+
+
 def test_a_users_model_comes_back(tmp_path):
-    lm = SoftCappedLM(make_backbone(num_layers=1), cap=2.0)
+    lm = SoftCappedLM(make_backbone(FixedBackbone, num_layers=1), cap=2.0)
     lm.compile(sampler="greedy")
     lm.save_to_preset(str(tmp_path))
     for cls in (CausalLM, SoftCappedLM):
         restored = cls.from_preset(str(tmp_path))
         assert type(restored) is SoftCappedLM
         assert restored.cap == 2.0
+        assert restored.backbone.get_config() == lm.backbone.get_config()
         check_same_logits(restored, lm)
     assert np.abs(to_numpy(restored(prompts(RAGGED)))).max() <= 2.0
     assert SoftCappedLM.from_preset(str(tmp_path), cap=3.0).cap == 3.0
