@@ -110,7 +110,7 @@ def check_cached_layer(
 
     - `cache`: caches are zeros, batch axis first; a call returns the structure,
       shapes and dtypes it got.
-    - `state`: calls leave nothing behind on the layer or in the cache given.
+    - `state`: calls change neither the layer nor the cache given.
     - `rows`: rows don't affect each other; a reordered cache reorders outputs.
     - `causality`: a changed token moves no earlier output.
     - `prefill_and_steps`, `chunks`, `positions`: a prefill and single tokens,

@@ -101,7 +101,7 @@ def _cache_at(probe: Probe, starts: np.ndarray) -> Any:
 
 
 def check_capacity(probe: Probe) -> None:
-    """What a cache could hold beyond the sequence plays no role."""
+    """The unused room of a cache plays no role."""
     subject, length, size = probe.subject, probe.length, probe.size
     larger = min(2 * length, subject.limit(probe.made) or 2 * length)
     head, token = part(probe.inputs, 0, size), part(probe.inputs, size, 1)

@@ -56,7 +56,7 @@ def _choose(
 ) -> list[tuple[int, int]]:
     """Returns pairs `(end, start)` that can be rewound by `can_rewind`.
 
-    A window gives tokens back until it drops some. Where that is nobody knows
+    A window gives tokens back until it drops some. Where that is can't be seen
     from outside, so besides an ordinary case the furthest way back and the
     latest one are tried. Not all the way to 0, where no past is needed.
     """

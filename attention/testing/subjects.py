@@ -1,4 +1,4 @@
-"""What is checked: a cached layer, or any Keras model made of cached layers."""
+"""Objects under test: cached layers, and Keras models made of cached layers."""
 
 from __future__ import annotations
 

@@ -144,14 +144,6 @@ def test_the_parallel_block_is_what_it_says():
 # === norm_names ===
 
 
-def test_default_norms_are_as_they_were():
-    block = CustomDecoder(32, 4, name="block")
-    block.build((None, None, 16))
-    assert block.norm_names == ("attention_norm", "ffn_norm")
-    layers = dict.fromkeys(weight.path.split("/")[1] for weight in block.weights)
-    assert list(layers) == ["self_attention", "attention_norm", "ffn", "ffn_norm"]
-
-
 @pytest.mark.parametrize(
     "names, kind, parts",
     [

@@ -1,7 +1,5 @@
 """Mixers against their papers' formulas in NumPy, and against KerasHub's RWKV-7."""
 
-import itertools
-
 import keras_hub
 import numpy as np
 import pytest
@@ -231,21 +229,3 @@ def test_first_values_of_rwkv():
     plain = RWKVTimeMix(2)
     with pytest.raises(ValueError, match="first_value"):
         plain(sample(), first_value=sample())
-
-
-def test_no_state_grows_with_the_length():
-    layers = [Retention(2), RWKVTimeMix(2), RWKVChannelMix(8)]
-    for layer, rows in itertools.product(layers, (1, 3)):
-        if not layer.built:
-            layer.build((None, None, WIDTH))
-        short, long = (
-            [tuple(x.shape) for x in flat(layer.create_cache(rows, n))]
-            for n in (8, 100_000)
-        )
-        assert short == long and all(shape[0] == rows for shape in short)
-
-
-def flat(cache):
-    if isinstance(cache, (tuple, list)):
-        return [leaf for part in cache for leaf in flat(part)]
-    return [cache]

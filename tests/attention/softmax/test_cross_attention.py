@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from attention import CompositeCachedLayer, CrossAttention, RotaryAttention
+from attention import CrossAttention
 from tests.helpers import (
     WIDTH,
     assert_close,
@@ -117,39 +117,6 @@ def test_the_source_neither_grows_nor_is_taken_back():
     _, cache = layer(sample(length=4), source, cache=cache, cache_update_index=0)
     assert layer.grow_cache(cache, 100) is cache
     assert layer.can_rewind(cache, 4, 0)
-
-
-@keras.saving.register_keras_serializable(package="tests")
-class DecodeFromSource(CompositeCachedLayer):
-    """Self-attention, then attention to a source."""
-
-    def build(self, x_shape, source_shape=None):
-        self.own = RotaryAttention(4, 2)
-        self.own.build(x_shape)
-        self.other = CrossAttention(4)
-        self.other.build(x_shape, source_shape)
-
-    def transform(self, x, source=None, source_mask=None, padding_mask=None):
-        x = x + self.own(x)
-        return x + self.other(x, source, value_padding_mask=source_mask)
-
-
-def test_in_a_composite_the_cache_is_written_by_the_first_call():
-    layer, x = DecodeFromSource(), sample()
-    source = sample(length=SOURCE, width=6, seed=1)
-    mask = np.arange(SOURCE)[None] < np.array([SOURCE, 3, 1])[:, None]
-    expected = to_numpy(layer(x, source, mask))
-    cache = layer.create_cache(3, x.shape[1], source_length=SOURCE)
-    head, cache = layer(x[:, :5], source, mask, cache=cache, cache_update_index=0)
-    parts = [to_numpy(head)]
-    for start, size in ((5, 1), (6, 4), (10, 2)):
-        outputs, cache = layer(
-            x[:, start : start + size],
-            cache=cache,
-            cache_update_index=np.full(3, start, "int32"),
-        )
-        parts.append(to_numpy(outputs))
-    assert_close(np.concatenate(parts, axis=1), expected)
 
 
 def test_training_and_saving(tmp_path):
