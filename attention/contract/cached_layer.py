@@ -32,8 +32,8 @@ class CachedLayer(keras.layers.Layer):
     one:
 
     - `create_cache(batch_size, max_length)` returns a pytree of zeros of fixed
-      shapes, batch axis first. `()` is a cache, too: of a layer that has no
-      state, but needs the position.
+      shapes, batch axis first. A layer that has no state but needs the position has
+      the cache `()`.
     - `call(x, ..., padding_mask=None, cache=None, cache_update_index=None)`
       returns the outputs where `cache` is `None`, otherwise `(outputs, cache)`
       with the updated cache in the same structure, shapes and dtypes.
@@ -41,10 +41,10 @@ class CachedLayer(keras.layers.Layer):
     The meaning of the arguments:
 
     - `cache_update_index`: how many positions of the sequence the cache has
-      absorbed; the inputs hold the next ones. An int, an integer scalar tensor
-      or an integer tensor of shape `(batch_size,)`: rows may stand at
-      different positions. A zero cache at index 0 means no past. Each token is
-      absorbed once. Without a cache, the inputs start at position 0.
+      processed; the inputs hold the next ones. An int, an integer scalar tensor
+      or an integer tensor of shape `(batch_size,)`: rows may be at different
+      positions. A zero cache at index 0 means no past. Each token is processed
+      once. Without a cache, the inputs start at position 0.
     - `padding_mask`: `(batch_size, length)`, true for the real tokens of the
       inputs, which are padded on the right. A padded token is a no-op: it
       enters no state, is attended by no token and moves no position.
@@ -53,7 +53,7 @@ class CachedLayer(keras.layers.Layer):
     - A smaller index than before takes the last positions back, if the layer
       says that it can: `can_rewind(cache, from_index, to_index)`.
 
-    A cache belongs to the layer that made it; nobody else looks into it. It is
+    Only the layer that made a cache reads and writes its contents. A cache is
     created outside of the forward pass and never kept on the layer. A call
     without `cache=` inside a `CacheScope` takes its cache from the scope.
 
@@ -132,7 +132,7 @@ class CachedLayer(keras.layers.Layer):
         super().__init__(autocast=False, **kwargs)
         self.supports_masking = True
 
-    def create_cache(self, batch_size: int, max_length: int) -> Any:
+    def create_cache(self, batch_size: int, max_length: int) -> Cache:
         """Creates an empty cache.
 
         Args:
@@ -147,7 +147,7 @@ class CachedLayer(keras.layers.Layer):
             "max_length)`: a pytree of zeros of fixed shapes, batch axis first."
         )
 
-    def grow_cache(self, cache: Any, max_length: int) -> Any:
+    def grow_cache(self, cache: Cache, max_length: int) -> Cache:
         """Copies a cache into a larger one.
 
         The default copies each tensor to the origin of its larger counterpart.
@@ -161,19 +161,19 @@ class CachedLayer(keras.layers.Layer):
             A cache with the same contents.
 
         Raises:
-            ValueError: if `max_length` is smaller than what `cache` holds.
+            ValueError: if `cache` is larger than one for `max_length`.
         """
         leaves = tree.flatten(cache)
         if not leaves:
             return cache
         larger = self.create_cache(int(leaves[0].shape[0]), max_length)
 
-        def copy(old: Any, new: Any) -> Any:
+        def copy(old: Tensor, new: Tensor) -> Tensor:
             if any(a > b for a, b in zip(old.shape, new.shape)):
                 raise ValueError(
-                    f"`max_length={max_length}` is smaller than what the cache "
-                    f"of layer '{self.name}' holds: a {describe(old)} does not "
-                    f"fit into shape {tuple(new.shape)}."
+                    f"The cache of layer '{self.name}' is larger than one for "
+                    f"`max_length={max_length}`: a {describe(old)} does not fit into "
+                    f"shape {tuple(new.shape)}."
                 )
             if tuple(old.shape) == tuple(new.shape):
                 return old
@@ -181,19 +181,20 @@ class CachedLayer(keras.layers.Layer):
 
         return tree.map_structure(copy, cache, larger)
 
-    def can_rewind(self, cache: Any, from_index: int, to_index: int) -> bool:
-        """Whether the last positions can be taken back from a cache.
+    def can_rewind(self, cache: Cache, from_index: int, to_index: int) -> bool:
+        """Returns whether the last positions can be taken back from a cache.
 
-        If so, a caller may go on at `cache_update_index=to_index`, or at any
-        index from there to `from_index`, each row at its own. The default is
-        safe: only what has no state can. A layer whose queries see nothing at
-        or behind the index but what was written since overrides it.
+        If so, a caller may continue at `cache_update_index=to_index`, or at any
+        index from there to `from_index`, each row at an index of its own. By default
+        only a layer without a state can. A layer overrides it if its queries see, at
+        or after the index, only tokens that were written since.
 
         Args:
             cache: a cache of this layer.
-            from_index: int. How many positions it has absorbed: the largest
-                number, where rows differ.
-            to_index: int. How many of them are kept: the smallest number.
+            from_index: int. How many positions it has processed; the largest number
+                where rows differ.
+            to_index: int. How many of them are kept; the smallest number where rows
+                differ.
 
         Raises:
             ValueError: if not `from_index >= to_index >= 0`, both integers.
@@ -202,7 +203,7 @@ class CachedLayer(keras.layers.Layer):
         return bool(from_index == to_index) or not tree.flatten(cache)
 
     def inner_layers(self) -> tuple[CachedLayer, ...]:
-        """The cached layers whose slots this layer's cache is a tuple of."""
+        """Returns the cached layers whose slots make up this layer's cache."""
         return ()
 
     def __call__(
@@ -244,7 +245,7 @@ class CachedLayer(keras.layers.Layer):
             given.get(x) is not None for x in self.whole_prompt_arguments
         ):
             dry_run.whole_prompt = True
-        # What is sized by the batch is measured by the first argument.
+        # The first argument has the sizes of the batch.
         inputs = next(filter(_is_tensor, tree.flatten(given.get(names[0]))), None)
         mask = self._choose_padding_mask(given.get("padding_mask"), inputs)
         if "padding_mask" in names[len(args) :]:
@@ -274,7 +275,7 @@ class CachedLayer(keras.layers.Layer):
     def _choose_padding_mask(
         self, given: Tensor | None, inputs: Tensor
     ) -> Tensor | None:
-        """Returns the mask that was given, or that of what encloses the call."""
+        """Returns the mask given, or that of the enclosing call or scope."""
         if given is not None:
             check_padding_mask(self.name, given, inputs)
             return given
@@ -293,8 +294,8 @@ class CachedLayer(keras.layers.Layer):
     def rematerialized_call(
         self, layer_call: Callable, *args: Any, **kwargs: Any
     ) -> Callable:
-        # Backends take all arguments of what they compute again for tensors, and
-        # TensorFlow takes none by keyword: they get the tensors only.
+        # Backends take all arguments of a rematerialized function for tensors, and
+        # TensorFlow takes none by keyword, so it gets the tensors only.
         if kwargs.get("cache") is not None:
             return layer_call
         flat = tree.flatten((args, kwargs))
@@ -316,9 +317,9 @@ class CachedLayer(keras.layers.Layer):
         return keras.Operation.compute_output_spec(self, *args, **kwargs)
 
     def compute_output_shape(self, input_shape: tuple) -> Any:
-        """The shape of what the layer returns without a cache.
+        """Returns the shape of the outputs without a cache.
 
-        Wrappers such as `keras.layers.SpectralNormalization` ask for it.
+        Wrappers such as `keras.layers.SpectralNormalization` need it.
 
         Args:
             input_shape: tuple. The shape of the first argument.
@@ -363,10 +364,10 @@ class CachedLayer(keras.layers.Layer):
         return ops.cast(x, self.compute_dtype)
 
     def _cache_examples(self) -> tuple[Any, Any]:
-        """Two caches, from which `check_cache` reads what all share."""
+        """Returns two caches, from which `check_cache` infers the form of all."""
         examples = self.__dict__.get("_cache_example_memo")
         if examples is None or examples.key != self.compute_dtype:
-            # Far enough apart for a layer that rounds its capacity up.
+            # Lengths that differ also for a layer that rounds its capacity up.
             longer = min(513, self.max_sequence_length or 513)
             caches = self.create_cache(1, 1), self.create_cache(2, longer)
             examples = Untracked(self.compute_dtype, tree.map_structure(_spec, caches))
@@ -376,7 +377,7 @@ class CachedLayer(keras.layers.Layer):
 
 @dataclasses.dataclass
 class Untracked:
-    """Holds a value on a layer without Keras taking what is in it for sublayers."""
+    """Holds a value on a layer, hidden from Keras's tracking of sublayers."""
 
     key: Any
     value: Any

@@ -1,4 +1,4 @@
-"""A cached layer's `call`, wrapped once, and what the calls of layers take."""
+"""Wraps the `call` of cached layers, and inspects the arguments of calls."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def parameters(function: Callable) -> tuple[str, ...]:
 
 @functools.cache
 def positional_parameters(function: Callable) -> tuple[str, ...]:
-    """Returns those of them that may be passed by position."""
+    """Returns the names of parameters that may be passed by position."""
     found = list(inspect.signature(function).parameters.values())[1:]
     return tuple(p.name for p in found if p.kind is _BY_PLACE_OR_NAME)
 
@@ -34,14 +34,15 @@ def takes_cache(call: Callable) -> bool:
 
 
 def in_context(call: Callable) -> Callable:
-    """Wraps a layer's `call`, so that it runs in the context it should.
+    """Wraps a layer's `call`, so that it runs in a context of its own.
 
     In a scope it can't be run past the layer's `__call__`. The layers that it calls
-    without a padding mask get its own. Where it is given none, and none encloses it, it
-    gets the mask that Keras attached to its inputs (`attention.contract.context` has
-    the order): Keras hands the mask of a layer's only tensor to an argument named
-    `mask`, and of several tensors those to `NAME_mask`, which are added here. They
-    stand for `padding_mask` of the first tensor, `value_padding_mask` of `value`, ...
+    without a padding mask get its own. Without a mask of its own or around it, it gets
+    the mask that Keras attached to its inputs (`attention.contract.context` has the
+    order). Keras passes the mask of a layer's only tensor to an argument named `mask`,
+    and those of several tensors to `NAME_mask`; these arguments are added here, and
+    their masks become `padding_mask` (of the first tensor), `value_padding_mask` (of
+    `value`) and so on.
 
     Args:
         call: a method.
@@ -83,7 +84,7 @@ def in_context(call: Callable) -> Callable:
 
 
 def _attached_masks(names: list[str]) -> dict[str, str]:
-    """Returns the masks that Keras may hand over, and the arguments they stand for."""
+    """Returns the masks that Keras may pass, and the arguments that they become."""
     if "padding_mask" not in names:
         return {}
     found = {"mask": "padding_mask", f"{names[1]}_mask": "padding_mask"}

@@ -1,4 +1,4 @@
-"""Checks of what layers are called with, and of what they return."""
+"""Checks of the arguments and the results of calls."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from keras import ops, tree
 
 from attention.contract.arguments import describe, dtype_name
 from attention.contract.sizes import static_size
-from attention.contract.types import Shape, Tensor
+from attention.contract.types import Cache, Index, Mask, Shape, Tensor
 
 
-def standardize_index(cache_update_index: Any, batch_size: int | None) -> Any:
-    """Checks a `cache_update_index` and makes Python ints of NumPy ones.
+def standardize_index(cache_update_index: Index, batch_size: int | None) -> Index:
+    """Checks a `cache_update_index`, and turns NumPy integers into ints.
 
     Args:
         cache_update_index: int, integer scalar tensor or integer tensor of
@@ -22,12 +22,12 @@ def standardize_index(cache_update_index: Any, batch_size: int | None) -> Any:
         batch_size: int or `None`. The number of rows, where it is known.
 
     Returns:
-        An `int` where the value is known without looking into a tensor,
-        otherwise an `int32` tensor of rank 0 or 1.
+        An int where it is known without reading a tensor, otherwise an `int32` tensor
+        of rank 0 or 1.
 
     Raises:
-        TypeError: for anything that is no integer.
-        ValueError: for a negative index or one of another shape.
+        TypeError: if it is not an integer.
+        ValueError: if it is negative or of another shape.
     """
     index = cache_update_index
     if isinstance(index, (bool, float)):
@@ -42,7 +42,7 @@ def standardize_index(cache_update_index: Any, batch_size: int | None) -> Any:
         if index < 0:
             raise ValueError(
                 "`cache_update_index` is the number of positions the cache has "
-                f"absorbed; it can't be negative. Received: {index}"
+                f"processed; it can't be negative. Received: {index}"
             )
         return int(index)
     if isinstance(index, (list, tuple)):
@@ -50,7 +50,7 @@ def standardize_index(cache_update_index: Any, batch_size: int | None) -> Any:
     if isinstance(index, np.ndarray) and index.dtype.kind == "i" and (index < 0).any():
         raise ValueError(
             "`cache_update_index` holds the numbers of positions the rows have "
-            "absorbed; they can't be negative. Received: cache_update_index="
+            "processed; they can't be negative. Received: cache_update_index="
             f"{describe(index)} with a negative entry"
         )
     if not hasattr(index, "shape") or not hasattr(index, "dtype"):
@@ -100,11 +100,11 @@ def check_sequence_shape(layer_name: str, shape: Shape, what: str = "inputs") ->
 
 
 def check_padding_mask(
-    layer_name: str, padding_mask: Any, inputs: Any, what: str = "padding_mask"
+    layer_name: str, padding_mask: Mask, inputs: Any, what: str = "padding_mask"
 ) -> None:
-    """Says so when a padding mask is not one of these inputs.
+    """Raises a `ValueError` if a padding mask does not fit the inputs.
 
-    A mask of other sizes might broadcast, to something nobody meant.
+    A mask of other sizes might broadcast to a wrong one.
     """
     if len(getattr(padding_mask, "shape", ())) == 2 and mask_fits(padding_mask, inputs):
         return
@@ -123,20 +123,19 @@ def mask_fits(padding_mask: Tensor, inputs: Tensor) -> bool:
 
 
 def check_cache(
-    layer_name: str, cache: Any, expected: Any, larger: Any, batch_size: int | None
+    layer_name: str, cache: Cache, expected: Any, larger: Any, batch_size: int | None
 ) -> None:
-    """Says so when a cache was made by another layer or for another batch size.
+    """Checks that a cache was made by this layer for this batch size.
 
-    What one layer's caches have in common is read off two of them: `expected`
-    (one row, one position) and `larger` (two rows, more positions). The
-    structure, ranks and dtypes are the same in all, and so are those
-    dimensions that are the same in these two.
+    The form of a layer's caches is inferred from two of them: `expected` (one row,
+    one position) and `larger` (two rows, more positions). Structure, ranks and dtypes
+    are the same in all, and so are those sizes that are the same in these two.
 
     Args:
-        layer_name: str. The layer that was called, for the message.
-        cache: the pytree that was received.
-        expected: what the layer creates for one row and one position.
-        larger: what the layer creates for two rows and more positions.
+        layer_name: str. The name of the layer, for the message.
+        cache: the cache received.
+        expected: the layer's cache for one row and one position.
+        larger: the layer's cache for two rows and more positions.
         batch_size: int or `None`. The rows of the inputs, where known.
 
     Raises:
@@ -178,11 +177,11 @@ def check_cache(
 
 
 class UpdatedCacheError(ValueError):
-    """A layer returned another kind of cache than it got."""
+    """Raised when a layer returns another kind of cache than it received."""
 
 
-def check_updated_cache(layer_name: str, cache: Any, outputs: Any) -> None:
-    """Says so when a layer's `call` returned no cache like the one it got."""
+def check_updated_cache(layer_name: str, cache: Cache, outputs: Any) -> None:
+    """Raises an error if a layer's `call` returned no cache like the one received."""
     if not isinstance(outputs, tuple) or len(outputs) != 2:
         raise TypeError(
             f"Layer '{layer_name}' was called with a cache; its `call` must "
@@ -213,21 +212,21 @@ def _same_structure(first: Any, second: Any) -> bool:
 
 
 def _same_shape(first: tuple, second: tuple) -> bool:
-    """Whether two shapes agree; `None` is a size that is not known."""
+    """Returns whether two shapes agree; `None` is a size that is not known."""
     return len(first) == len(second) and all(
         a is None or b is None or a == b for a, b in zip(first, second)
     )
 
 
-def check_rewind_indices(from_index: Any, to_index: Any) -> None:
-    """Says so when a cache can't be asked to go from one index back to another.
+def check_rewind_indices(from_index: Index, to_index: Index) -> None:
+    """Checks the indices of `can_rewind`.
 
     Args:
-        from_index: how many positions the cache has absorbed.
+        from_index: how many positions the cache has processed.
         to_index: how many of them are to be kept.
 
     Raises:
-        ValueError: if one is no integer, or not `from_index >= to_index >= 0`.
+        ValueError: if one is not an integer, or not `from_index >= to_index >= 0`.
     """
     known = all(
         isinstance(x, (int, np.integer)) and not isinstance(x, bool)
@@ -235,7 +234,7 @@ def check_rewind_indices(from_index: Any, to_index: Any) -> None:
     )
     if not known or not from_index >= to_index >= 0:
         raise ValueError(
-            "`from_index`, how many positions the cache has absorbed, and `to_index`, "
+            "`from_index`, how many positions the cache has processed, and `to_index`, "
             "how many of them are kept, must be integers with from_index >= to_index "
             f">= 0. Received: from_index={describe(from_index)}, "
             f"to_index={describe(to_index)}. Where rows differ, ask with the largest "

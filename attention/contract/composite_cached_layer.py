@@ -22,9 +22,9 @@ from attention.contract.calls import parameters, positional_parameters, takes_ca
 from attention.contract.context import change_context, context
 from attention.contract.recording_scope import RecordingScope
 from attention.contract.scopes import CacheScope
-from attention.contract.types import Cache, Index, Tensor
+from attention.contract.types import Cache, Index, Mask, Tensor
 
-# What `call` adds to, or takes from, the arguments of `transform`.
+# Arguments of `call` that are not passed on to `transform`, or only if it names them.
 _CACHE_ARGUMENTS = ("cache", "cache_update_index", "training")
 
 
@@ -60,7 +60,7 @@ def _call_with_arguments_of(transform: Callable) -> Callable:
         if name in ("self", "x"):
             return inspect.Parameter(name, kind)
         default = further[name].default if name in further else None
-        # Whether one that is needed is there, the layer has checked.
+        # The layer has checked that all needed ones are there.
         default = None if default is inspect.Parameter.empty else default
         return inspect.Parameter(name, kind, default=default)
 
@@ -83,7 +83,7 @@ class CompositeCachedLayer(CachedLayer):
     from other layers: `transform(x, key_value, padding_mask=None)`. The layer
     then takes them, too, as `layer(x, key_value)` or by keyword, with a cache
     and without. It may return any structure of tensors, such as `(x,
-    key_value)`. As nobody can make up such arguments, the call sites are noted
+    key_value)`. As such arguments can't be made up, the call sites are recorded
     when the layer is first called without a cache, in the symbolic call that
     makes a functional model or in any other.
 
@@ -133,9 +133,9 @@ class CompositeCachedLayer(CachedLayer):
         super().__init_subclass__(**kwargs)
 
     def transform(
-        self, x: Tensor, padding_mask: Tensor | None = None, training: Any = None
-    ) -> Any:
-        """Computes the outputs, written once, without a word about caches.
+        self, x: Tensor, padding_mask: Mask | None = None, training: bool | None = None
+    ) -> Tensor:
+        """Computes the outputs. It is written once, and knows nothing of caches.
 
         Args:
             x: tensor of shape `(batch, length, width)`.
@@ -160,10 +160,10 @@ class CompositeCachedLayer(CachedLayer):
     def _call(
         self,
         x: Tensor,
-        padding_mask: Tensor | None = None,
+        padding_mask: Mask | None = None,
         cache: Cache | None = None,
         cache_update_index: Index | None = None,
-        training: Any = None,
+        training: bool | None = None,
         **inputs: Any,
     ) -> Any:
         if cache is None:
@@ -210,7 +210,7 @@ class CompositeCachedLayer(CachedLayer):
     def inner_layers(self) -> tuple[CachedLayer, ...]:
         """Returns the cached layers that `transform` calls, in call order."""
         if "_call_site_memo" not in self.__dict__:
-            # With further arguments, a call with all of them tells better.
+            # With further arguments, only a call with all of them is certain.
             certain = not self._further_arguments()
             self._note_call_sites(self._record_call_sites(), certain, None)
         layers, problem = self._call_site_memo.value
@@ -219,7 +219,7 @@ class CompositeCachedLayer(CachedLayer):
         return layers
 
     def _transform(
-        self, x: Tensor, padding_mask: Tensor | None, training: Any, inputs: dict
+        self, x: Tensor, padding_mask: Mask | None, training: bool | None, inputs: dict
     ) -> Any:
         arguments = {"padding_mask": padding_mask, "training": training}
         accepted = parameters(type(self).transform)
@@ -233,7 +233,7 @@ class CompositeCachedLayer(CachedLayer):
     def _check_arguments(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """Raises an error if these are not the arguments that `transform` names."""
         if not hasattr(type(self).call, "transform"):
-            # A subclass with a `call` of its own says itself what it takes.
+            # A subclass with a `call` of its own checks its own arguments.
             return
         names = parameters(type(self).call)
         further = self._further_arguments()
@@ -253,7 +253,7 @@ class CompositeCachedLayer(CachedLayer):
         )
 
     def _check_length(self, *args: Any) -> None:
-        # The inner layers speak for themselves, unless a subclass does for them.
+        # Inner layers check their own limits, unless a subclass sets one for all.
         if (
             type(self).max_sequence_length
             is not CompositeCachedLayer.max_sequence_length
@@ -261,18 +261,18 @@ class CompositeCachedLayer(CachedLayer):
             super()._check_length(*args)
 
     def _transform_noting_sites(
-        self, x: Tensor, padding_mask: Tensor | None, training: Any, inputs: dict
+        self, x: Tensor, padding_mask: Mask | None, training: bool | None, inputs: dict
     ) -> Any:
-        """Runs `transform` without a cache, and notes the call sites if need be."""
+        """Runs `transform` without a cache, and records the call sites if needed."""
         memo = self.__dict__.get("_call_site_memo")
         if not self._further_arguments() or (memo is not None and memo.key):
             return self._transform(x, padding_mask, training, inputs)
         weights = len(self.weights)
-        # Nobody wants a cache of these calls, so far.
+        # Not strict, as these calls need no cache so far.
         with RecordingScope(strict=False) as scope:
             outputs = self._transform(x, padding_mask, training, inputs)
-        # Building inner layers may call others, and training may leave some
-        # out or add some: a later call tells better.
+        # Building inner layers may call others, and training may leave some out or
+        # add some: then a later call decides.
         certain = self.built and not training and len(self.weights) == weights
         self._note_call_sites(tuple(scope.layers), certain, scope.problem)
         return outputs

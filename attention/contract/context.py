@@ -1,23 +1,22 @@
-"""What a cached layer knows of the call that it is part of.
+"""The context of a cached layer's call: its scope, padding mask and more.
 
-There is one context, a frozen value in one context variable (as Keras's own
-`StatelessScope` is one). Scopes and the calls of cached layers change it for what
-runs inside of them.
+There is one context, a frozen value in one context variable, as with Keras's
+`StatelessScope`. Scopes and calls of cached layers change it for the code that runs
+inside of them.
 
-The padding mask that a cached layer's `call` gets is the first of these that there is:
+The padding mask that a cached layer's `call` gets is the first of these:
 
 1. The argument `padding_mask` of the call.
-2. The mask of what encloses the call: of the cached layer within whose `call` or
-   `transform` it is made, or else of the scope. A forgotten mask would let padded
-   tokens into a cache. It counts only if it fits the inputs, as a layer that runs on
-   other rows or on another number of tokens has another mask; where the layer gets its
-   cache from the scope, a mask that does not fit is an error.
+2. The mask of the cached layer within whose `call` or `transform` the call is made, or
+   else of the scope, as a forgotten mask would let padded tokens into a cache. It counts
+   only if it fits the inputs: a layer that runs on other rows or on another number of
+   tokens has another mask. Where the layer gets its cache from the scope, a mask that
+   does not fit is an error.
 3. The mask that Keras attached to the inputs, as `Embedding(mask_zero=True)` does.
 
-`CachedLayer.__call__` sees to the first two (so that they are arguments also for what
-runs a layer's `call` again, such as `keras.RematScope`), and `calls.in_context` to the
-third, of which Keras tells `call` only. What `call` got in the end is the mask of what
-it encloses.
+`CachedLayer.__call__` handles the first two (so that they are arguments also when
+`keras.RematScope` runs a layer's `call` again), and `calls.in_context` the third, which
+Keras passes to `call` only. The mask that `call` gets is that of the calls within it.
 """
 
 from __future__ import annotations
@@ -37,16 +36,16 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What holds for the cached layers that are called now.
+    """The state around the cached layers that are called now.
 
     Attributes:
         scope: the `Scope` that gives them their caches, or `None`.
-        padding_mask: the mask of what encloses them, or `None`.
-        donated: bool. Whether a cache policy may overwrite the cache it is given.
+        padding_mask: the mask of the enclosing call or scope, or `None`.
+        donated: bool. Whether a cache policy may overwrite the cache it receives.
         dry_run: the outermost `RecordingScope` around them, or `None`.
         running: the cached layer whose `call` makes these calls, or `None`.
-        made_up_sizes: bool. Whether the sizes of tensors are stand-ins for unknown
-            ones.
+        made_up_sizes: bool. Whether the sizes of tensors are made up, as the true ones
+            are not known.
     """
 
     scope: Scope | None = None
@@ -64,13 +63,13 @@ _CONTEXT: contextvars.ContextVar[Context] = contextvars.ContextVar(
 
 
 def context() -> Context:
-    """Returns the context of what runs now."""
+    """Returns the current context."""
     return _CONTEXT.get()
 
 
 @contextlib.contextmanager
 def change_context(**changes: Any) -> Iterator[None]:
-    """Changes fields of the context for what runs inside.
+    """Changes fields of the context for the code inside.
 
     Args:
         **changes: fields of `Context`.

@@ -1,4 +1,4 @@
-"""Layers within `keras.RematScope`, which are computed again for their gradient."""
+"""Layers in a `keras.RematScope`, which computes them again for their gradient."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ import keras
 def hide_full_remat() -> Iterator[None]:
     """Hides a `keras.RematScope(mode="full")` from the layers made inside.
 
-    A cached layer is computed again as a whole, so what it is made of need not be,
-    once more, within that. Some of Keras's layers can't be: `Dropout` gets `training`,
-    and `ReversibleEmbedding` gets `reverse`, which backends then take for tensors.
+    A cached layer is computed again as a whole, so its inner layers need not be. Some
+    of Keras's layers can't be: the arguments `training` of `Dropout` and `reverse` of
+    `ReversibleEmbedding` are then taken for tensors.
     """
-    # In no other mode would Keras wrap the `call` of something unnamed.
+    # In other modes Keras does not wrap the `call` of an operation without a name.
     full = keras.Operation().rematerialized_call(print) is not print
     with keras.RematScope(mode=None) if full else contextlib.nullcontext():
         yield
 
 
 def build_as_one(build: Callable) -> Callable:
-    """Wraps a layer's `build`, so that what it makes is not computed again twice."""
+    """Wraps a layer's `build`, so that its inner layers are not computed again twice."""
 
     @functools.wraps(build)
     def build_within(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -38,8 +38,8 @@ def build_as_one(build: Callable) -> Callable:
 def rematerialize_inner_layers(
     self: Any, layer_call: Callable, *args: Any, **kwargs: Any
 ) -> Callable:
-    """Returns a model's `call` as it is: its layers are computed again, each by itself.
+    """Returns a model's `call` as it is, as each of its layers is computed again.
 
-    It stands in for a model's `rematerialized_call`.
+    It is used as a model's `rematerialized_call`.
     """
     return layer_call

@@ -10,20 +10,21 @@ from keras import ops, tree
 from attention.contract.arguments import describe
 from attention.contract.context import change_context
 from attention.contract.sizes import static_size
+from attention.contract.types import Cache, Index, Mask
 
 
 class Scope:
-    """What all scopes share: being active between `__enter__` and `__exit__`.
+    """The base of scopes, which are active between `__enter__` and `__exit__`.
 
-    Every call of a `CachedLayer` that passes no `cache=` is handed to
-    `run(layer, call, inputs)`; `call` is the layer's own `__call__`, and runs
-    outside of this scope so that the layer's inner layers don't see it.
+    Every call of a `CachedLayer` without `cache=` is passed to `run(layer, call,
+    inputs)`; `call` is the layer's own `__call__`, and runs outside of this scope so
+    that inner layers don't use it.
 
-    A scope speaks for all layers in it: the padding mask of a scope around it
-    belongs to other tokens, and is not theirs.
+    The padding mask of a scope around this one belongs to other tokens, so the layers
+    in this scope don't use it.
     """
 
-    def __init__(self, padding_mask: Any = None, **changes: Any) -> None:
+    def __init__(self, padding_mask: Mask | None = None, **changes: Any) -> None:
         self._context = change_context(scope=self, padding_mask=padding_mask, **changes)
 
     def __enter__(self) -> Any:
@@ -37,7 +38,7 @@ class Scope:
         raise NotImplementedError
 
     def refuse(self, message: str) -> None:
-        """Is told of a call that could have no cache."""
+        """Refuses a call that can have no cache."""
         raise ValueError(message)
 
 
@@ -66,21 +67,20 @@ class CacheScope(Scope):
             the `cache` attribute of an earlier scope.
         cache_update_index: int, integer scalar tensor, or integer tensor of
             shape `(batch_size,)`. How many positions of the sequence the cache
-            has absorbed.
+            has processed.
         padding_mask: `None` or tensor of shape `(batch_size, length)`, true for
-            the real tokens of the inputs, which are padded on the right: for
-            the cached layers that the model calls without one.
-        donate: bool. Whether the given cache is not used any more, so that its
-            memory may be: torch then overwrites it instead of copying it. In
-            compiled functions of the other backends it plays no role, as they
-            see for themselves what is used.
+            the real tokens of the inputs, which are padded on the right. Cached
+            layers that the model calls without a mask use it.
+        donate: bool. Whether the memory of the cache may be reused, as it is not used
+            after the call: torch then overwrites it instead of copying it. In compiled
+            functions of the other backends it makes no difference.
 
     Attributes:
         cache: after the scope is left, the updated cache: the same structure,
             shapes and dtypes as the one given.
 
     Raises:
-        TypeError: if `cache` is no tuple or list of slots.
+        TypeError: if `cache` is not a tuple or list of slots.
         ValueError: if the layers called inside do not match the slots or the
             padding mask, or when `cache` is read before the scope was left.
 
@@ -104,9 +104,9 @@ class CacheScope(Scope):
 
     def __init__(
         self,
-        cache: Any,
-        cache_update_index: Any,
-        padding_mask: Any = None,
+        cache: Cache,
+        cache_update_index: Index,
+        padding_mask: Mask | None = None,
         donate: bool = False,
     ) -> None:
         if not isinstance(cache, (tuple, list)):
@@ -117,7 +117,7 @@ class CacheScope(Scope):
         if cache_update_index is None:
             raise ValueError(
                 "`CacheScope` needs `cache_update_index`: how many positions "
-                "the cache has absorbed (0 for a new cache). Received: "
+                "the cache has processed (0 for a new cache). Received: "
                 "cache_update_index=None"
             )
         super().__init__(_check_mask(padding_mask, cache), donated=bool(donate))
@@ -192,8 +192,8 @@ class NewCacheScope(CacheScope):
         padding_mask: as for `CacheScope`.
 
     Attributes:
-        layers: after the scope is left, the cached layers in call order; what
-            `grow_cache` needs.
+        layers: after the scope is left, the cached layers in call order, as
+            `grow_cache` takes them.
 
     Example:
 
@@ -207,10 +207,10 @@ class NewCacheScope(CacheScope):
     """
 
     def __init__(
-        self, batch_size: int, max_length: int, padding_mask: Any = None
+        self, batch_size: int, max_length: int, padding_mask: Mask | None = None
     ) -> None:
         mask = _check_mask(padding_mask, (), batch_size)
-        # Nobody else has a cache that is made here.
+        # A cache that is made here is not used elsewhere.
         super().__init__((), 0, mask, donate=True)
         self._batch_size = batch_size
         self._max_length = max_length
@@ -228,7 +228,7 @@ class NewCacheScope(CacheScope):
         return layer.create_cache(self._batch_size, self._max_length)
 
     def _check_complete(self) -> None:
-        """Every slot was made by the call that used it."""
+        """Checks nothing: every slot was made by the call that used it."""
 
 
 OR_NO_CACHE = (
@@ -238,13 +238,13 @@ OR_NO_CACHE = (
 
 
 def first_size(structure: Any) -> int | None:
-    """The size of the first axis of the first tensor, where it is known."""
+    """Returns the size of the first axis of the first tensor, where it is known."""
     leaves = (x for x in tree.flatten(structure) if getattr(x, "shape", ()))
     return next((static_size(x, 0) for x in leaves), None)
 
 
-def _check_mask(padding_mask: Any, cache: Any, batch_size: Any = None) -> Any:
-    """Returns a scope's padding mask as booleans, or says what is wrong with it."""
+def _check_mask(padding_mask: Mask, cache: Cache, batch_size: Any = None) -> Any:
+    """Returns a scope's padding mask as booleans, and checks it."""
     if padding_mask is None:
         return None
     if isinstance(padding_mask, (list, tuple)):
@@ -261,7 +261,7 @@ def _check_mask(padding_mask: Any, cache: Any, batch_size: Any = None) -> Any:
         real = padding_mask.astype(bool)
         if (real[:, 1:] & ~real[:, :-1]).any():
             raise ValueError(
-                "`padding_mask` marks real tokens behind padded ones. Rows must be "
+                "`padding_mask` marks real tokens after padded ones. Rows must be "
                 "padded on the right: 1, ..., 1, 0, ..., 0."
             )
     return ops.cast(padding_mask, "bool")

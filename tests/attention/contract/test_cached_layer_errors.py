@@ -93,7 +93,7 @@ def test_scopes_used_wrongly():
     cache = create_cache(model, BATCH, LENGTH)
     with raises(TypeError, "`cache` must be the tuple", "'key'"):
         CacheScope(cache[0], 0)
-    with raises(ValueError, "cache_update_index=None", "absorbed"):
+    with raises(ValueError, "cache_update_index=None", "processed"):
         CacheScope(cache, None)
     scope = CacheScope(cache, 0)
     with raises(ValueError, "`scope.cache`", "has ended"):
