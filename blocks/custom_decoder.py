@@ -38,7 +38,7 @@ class CustomDecoder(TransformerBlock, CompositeCachedLayer):
     As the `decoder_class` of a `blocks.CustomBackbone`, a block is made by the
     backbone. The hooks that it doesn't override (and those of `super()` in the
     ones it does) are then the backbone's. It needs neither registering with Keras nor
-    `get_config`, as files hold the backbone, which makes its blocks anew.
+    `get_config`, as files hold the backbone, which makes its blocks again.
 
     Attributes:
         norm_names: tuple of str. The norms, by the names that `transform` uses.

@@ -228,7 +228,7 @@ def _load(folder: str, what: str, load: Any, model: Any = None) -> Any:
         model: a function that returns the model whose weights are loaded, or `None`.
 
     Returns:
-        What `load` returns.
+        The result of `load`.
 
     Raises:
         ValueError: if a file is missing or damaged, or weights have other shapes than

@@ -49,7 +49,7 @@ def difference(
 
     Args:
         actual: arrays of shape `(batch, length, ...)`.
-        expected: likewise.
+        expected: arrays of the same shapes.
         relative: the difference that is allowed, for values of size 1.
         where: boolean `(batch, length)`: the outputs that count.
         positions: the position in the sequence of the first output: one for

@@ -149,7 +149,7 @@ class Probe:
             start += size
         return join(*chunks), caches
 
-    # === What is known of it ===
+    # === Inputs and outputs, computed once ===
 
     @functools.cached_property
     def inputs(self) -> Any:
@@ -195,7 +195,7 @@ class Probe:
         """Notes the difference that a comparison found, and fails if it is too large.
 
         Args:
-            claim: str. What must be the case.
+            claim: str. The claim that is checked.
             found: the comparison.
             advice: str, or a function that returns one: what the author of the
                 layer should look at. It is called only if the check failed.

@@ -91,7 +91,7 @@ def _check_alike(probe: Probe, cache: Cache, end: int, start: int) -> None:
                 )
         return _WAYS_OUT
 
-    # What a chunk writes is seen by the tokens after it, too.
+    # Tokens after a chunk see what it has written, too.
     chunk = [count] + [1] * min(2, probe.length - end)
     single = [1] * min(4, probe.length - start)
     for sizes, kind, how in (

@@ -13,7 +13,7 @@ class ConformanceError(AssertionError):
 
     Args:
         check: str. The name of the check that failed.
-        message: str. What was compared, what was found and where.
+        message: str. The comparison, and the difference with its place.
         difference: float or `None`. The largest difference found.
 
     Attributes:
@@ -42,7 +42,7 @@ class Checked:
     Attributes:
         made: the layer or model.
         check: str. The check that runs.
-        doing: str. What is being done to the object, for the message of an error.
+        doing: str. The current use of the object, for the message of an error.
         largest: float. The largest difference that the check has found.
     """
 

@@ -31,7 +31,7 @@ def check_config(probe: Probe) -> None:
         again = keras.saving.deserialize_keras_object(json.loads(saved))
     subject.build(again)
     # A functional model names the operations between its layers, and orders the
-    # layers, anew; its weights are compared after loading, by the next check.
+    # layers, again; its weights are compared after loading, by the next check.
     is_model = isinstance(made, keras.Model)
     shapes = [[tuple(v.shape) for v in x.weights] for x in (made, again)]
     wrong = ""

@@ -42,12 +42,12 @@ class Subject(Checked):
         batch_size: int. The number of rows.
         length: int. The length of the sequences, and of the caches.
         dtype: the dtype policy under which layers are made.
-        seed: int. What all random numbers are drawn from.
+        seed: int. The seed of all random numbers.
         hidden_dim: int. The width of the inputs.
     """
 
     argument, kind = "make_layer", CachedLayer
-    # What is allowed beyond rounding.
+    # The difference allowed beyond rounding.
     tolerance = 0.0
 
     def __init__(

@@ -10,7 +10,7 @@ import numpy as np
 from blocks.generation.running_batch import Block
 from blocks.generation.token_rows import NO_TOKENS, pad_token_id, to_arrays
 
-# What a decoder writes for bytes that are no character, or not yet one.
+# The replacement for bytes that are no character, or not yet one.
 _REPLACEMENT = "\ufffd"
 
 

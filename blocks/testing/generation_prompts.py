@@ -32,7 +32,7 @@ def max_length(lm: Any) -> int | None:
     """Returns how many positions a model knows, or `None` if that is not known."""
     backbone = getattr(lm, "backbone", lm)
     limits = [getattr(backbone, "max_sequence_length", None)]
-    # What generates need not be made of our cached layers.
+    # The model need not be made of our cached layers.
     with contextlib.suppress(TypeError, ValueError):
         limits.append(max_positions(call_sites(backbone)))
     return min((x for x in limits if x), default=None)

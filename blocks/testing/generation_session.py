@@ -257,7 +257,7 @@ class Session(Checked):
 
         Args:
             choices: what was chosen, by row and step.
-            claim: str. What must be the case.
+            claim: str. The claim that is checked.
             advice: str, or a function that takes the wrong choices and returns one:
                 what to look at.
         """
