@@ -30,8 +30,8 @@ def check_config(probe: Probe) -> None:
         subject.doing = "made from its own configuration"
         again = keras.saving.deserialize_keras_object(json.loads(saved))
     subject.build(again)
-    # A functional model names the operations between its layers, and orders the
-    # layers, again; its weights are compared after loading, by the next check.
+    # A functional model made again has other names of operations and another order of
+    # layers; its weights are compared after loading, by the next check.
     is_model = isinstance(made, keras.Model)
     shapes = [[tuple(v.shape) for v in x.weights] for x in (made, again)]
     wrong = ""
