@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import keras_hub
 
-from attention.contract import describe, rematerialize_inner_layers
+from attention.contract import describe
 from blocks.generation.backbone_inputs import (
     backbone_inputs,
     check_backbone,
@@ -18,12 +18,13 @@ from blocks.generation.mixin import GenerationMixin
 from blocks.generation.sizes import GenerationSizes
 from blocks.generation.token_rows import tokenizer_size, vocabulary_size
 from blocks.presets import check_registered, load_task
+from blocks.token_model import TokenModel
 from blocks.training_data import is_in_memory, read_samples, shuffled
 from blocks.weights_version import WeightsVersion
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
-class CausalLM(GenerationMixin, WeightsVersion, keras_hub.models.CausalLM):
+class CausalLM(TokenModel, GenerationMixin, WeightsVersion, keras_hub.models.CausalLM):
     """A causal language model on any backbone made of cached layers.
 
     It trains with `fit` and generates with `generate`, as every KerasHub
@@ -126,8 +127,6 @@ class CausalLM(GenerationMixin, WeightsVersion, keras_hub.models.CausalLM):
             object.__setattr__(self, name, value)
         else:
             super().__setattr__(name, value)
-
-    rematerialized_call = rematerialize_inner_layers
 
     def compute_logits(self, hidden_states: Any) -> Any:
         """Computes the logits of the next token.

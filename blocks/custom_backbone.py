@@ -17,17 +17,17 @@ from attention.contract import (
     check_positive_int,
     describe,
     hide_full_remat,
-    rematerialize_inner_layers,
 )
 from blocks.custom_decoder import CustomDecoder
 from blocks.hooks import dtype_policy_scope, name_layer, run_hook
 from blocks.layers.feed_forward import FeedForward, gelu_approximate
 from blocks.presets import check_registered, make_from_config
+from blocks.token_model import TokenModel
 from blocks.weights_version import WeightsVersion
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
-class CustomBackbone(WeightsVersion, keras_hub.models.Backbone):
+class CustomBackbone(WeightsVersion, TokenModel, keras_hub.models.Backbone):
     """A decoder-only backbone with a hook for each of its parts.
 
     By default it is GPT-2's architecture. It is an ordinary functional KerasHub
@@ -191,8 +191,6 @@ class CustomBackbone(WeightsVersion, keras_hub.models.Backbone):
             dtype=dtype,
             **kwargs,
         )
-
-    rematerialized_call = rematerialize_inner_layers
 
     def create_embedding(self) -> keras.layers.Layer:
         """Hook: makes the token embedding.

@@ -23,8 +23,8 @@ from attention.contract.composite_cached_layer import CompositeCachedLayer
 from attention.contract.context import change_context
 from attention.contract.initializers import clone_initializer
 from attention.contract.inner_layers import all_layers
-from attention.contract.padding import last_tokens
-from attention.contract.remat import hide_full_remat, rematerialize_inner_layers
+from attention.contract.padding import check_right_padded, last_tokens
+from attention.contract.remat import hide_full_remat
 from attention.contract.scopes import (
     CacheScope,
     NewCacheScope,
@@ -62,6 +62,7 @@ __all__ = [
     "check_fraction",
     "check_optional_positive_int",
     "check_positive_int",
+    "check_right_padded",
     "clone_initializer",
     "create_cache",
     "describe",
@@ -71,5 +72,4 @@ __all__ = [
     "is_concrete",
     "last_tokens",
     "max_positions",
-    "rematerialize_inner_layers",
 ]

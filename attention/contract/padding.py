@@ -5,8 +5,32 @@ from __future__ import annotations
 from keras import ops
 
 from attention.contract.arguments import check_positive_int, describe
-from attention.contract.sizes import static_size
+from attention.contract.context import context
+from attention.contract.sizes import is_concrete, static_size
 from attention.contract.types import Index, Mask, Tensor
+
+
+def check_right_padded(padding_mask: Tensor) -> None:
+    """Raises an error if real tokens come after padded ones, where that is known.
+
+    It is known of arrays and of tensors that are not part of what is traced. Within a
+    scope, which has the mask of the tokens that its cache gets, nothing is checked.
+
+    Args:
+        padding_mask: tensor of shape `(batch, length)`, true for real tokens.
+
+    Raises:
+        ValueError: if so.
+    """
+    if context().scope is not None or not is_concrete(padding_mask):
+        return
+    real = ops.convert_to_numpy(padding_mask).astype(bool)
+    if (real[:, 1:] & ~real[:, :-1]).any():
+        raise ValueError(
+            "`padding_mask` marks real tokens after padded ones. Rows must be padded "
+            "on the right, 1, ..., 1, 0, ..., 0: the first token is at position 0. "
+            f"Received: padding_mask={describe(padding_mask)}"
+        )
 
 
 def zero_padding(x: Tensor, padding_mask: Mask) -> Tensor:

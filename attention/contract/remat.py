@@ -33,13 +33,3 @@ def build_as_one(build: Callable) -> Callable:
             return build(self, *args, **kwargs)
 
     return build_within
-
-
-def rematerialize_inner_layers(
-    self: Any, layer_call: Callable, *args: Any, **kwargs: Any
-) -> Callable:
-    """Returns a model's `call` as it is, as each of its layers is computed again.
-
-    It is used as a model's `rematerialized_call`.
-    """
-    return layer_call

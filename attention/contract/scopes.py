@@ -9,6 +9,7 @@ from keras import ops, tree
 
 from attention.contract.arguments import describe
 from attention.contract.context import change_context
+from attention.contract.padding import check_right_padded
 from attention.contract.sizes import static_size
 from attention.contract.types import Cache, Index, Mask
 
@@ -258,10 +259,5 @@ def _check_mask(padding_mask: Mask, cache: Cache, batch_size: Any = None) -> Any
             f"{describe(padding_mask)}" + (f", for {rows} rows" if rows else "")
         )
     if isinstance(padding_mask, np.ndarray):
-        real = padding_mask.astype(bool)
-        if (real[:, 1:] & ~real[:, :-1]).any():
-            raise ValueError(
-                "`padding_mask` marks real tokens after padded ones. Rows must be "
-                "padded on the right: 1, ..., 1, 0, ..., 0."
-            )
+        check_right_padded(padding_mask)
     return ops.cast(padding_mask, "bool")

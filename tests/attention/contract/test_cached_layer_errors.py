@@ -18,7 +18,15 @@ from attention import (
     call_with_cache,
     create_cache,
 )
-from tests.helpers import BATCH, LENGTH, WIDTH, raises, sample, secret
+from tests.helpers import (
+    BATCH,
+    LENGTH,
+    WIDTH,
+    assert_close,
+    raises,
+    sample,
+    secret,
+)
 
 
 class Misbehaving(CachedLayer):
@@ -70,6 +78,36 @@ def test_methods_that_a_subclass_must_write():
 
 def model_of(*layers):
     return keras.Sequential([keras.Input((None, WIDTH)), *layers])
+
+
+def test_a_composite_layer_with_a_call_that_takes_no_cache():
+    def call(self, x, padding_mask=None):
+        return x
+
+    with raises(TypeError, "`Bad.call`", "`cache`", "Override `transform`"):
+        type("Bad", (CompositeCachedLayer,), {"call": call})
+
+    class Passes(CompositeCachedLayer):
+        def transform(self, x):
+            return 2 * x
+
+        def call(self, *args, **kwargs):
+            return super().call(*args, **kwargs)
+
+    x = sample()
+    assert_close(Passes()(x), 2 * x)
+
+
+def test_arguments_of_a_subclass():
+    class Short(MultiHeadAttention):
+        max_sequence_length = 3
+
+    layer = Short(4, autocast=False)
+    layer(secret(BATCH, 3, WIDTH))
+    with raises(ValueError, f"'{layer.name}'", "3 positions", "position 4"):
+        layer(secret(BATCH, 4, WIDTH))
+    with raises(ValueError, "`autocast`", "inputs are cast"):
+        CachedLayer(autocast=True)
 
 
 def test_scopes_and_models_that_do_not_match():

@@ -1,0 +1,58 @@
+"""What a backbone and a language model share as models of padded tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+from keras import tree
+
+from attention.contract import check_right_padded
+
+
+class TokenModel:
+    """A model of `token_ids` and `padding_mask`, both of shape `(batch, length)`."""
+
+    def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(inputs, dict) and inputs.get("padding_mask") is not None:
+            check_right_padded(inputs["padding_mask"])
+        return super().__call__(inputs, *args, **kwargs)  # type: ignore[misc]
+
+    def rematerialized_call(
+        self, layer_call: Callable, *args: Any, **kwargs: Any
+    ) -> Callable:
+        # Within `keras.RematScope` its blocks are computed again, each by itself.
+        return layer_call
+
+    def export(
+        self, filepath: str, format: str = "tf_saved_model", **kwargs: Any
+    ) -> None:
+        """Exports the model for inference, as `keras.Model.export`.
+
+        Args:
+            filepath: str. Where to.
+            format: str. As for `keras.Model.export`.
+            **kwargs: as for `keras.Model.export`.
+
+        Raises:
+            ValueError: if a SavedModel is asked for on torch, from which Keras
+                exports models of one input only.
+        """
+        backend = keras.config.backend()
+        if format == "tf_saved_model" and backend == "torch":
+            raise ValueError(
+                f"`{type(self).__name__}.export` can't write a SavedModel on torch, "
+                "where Keras exports models of one input only. Save the model, load it "
+                "with KERAS_BACKEND=tensorflow (or jax), and export it there."
+            )
+        if format == "tf_saved_model" and backend == "jax":
+            # Keras would give each input a length of its own.
+            inputs = self.input  # type: ignore[attr-defined]
+            shapes = tree.map_structure(lambda _: "(batch, length)", inputs)
+            options = {
+                "polymorphic_shapes": [shapes],
+                **kwargs.get("jax2tf_kwargs", {}),
+            }
+            kwargs["jax2tf_kwargs"] = options
+        super().export(filepath, format=format, **kwargs)  # type: ignore[misc]
