@@ -6,7 +6,6 @@ import pytest
 from keras import ops
 
 from attention import (
-    CacheScope,
     PositionEmbedding,
     RotaryAttention,
 )
@@ -189,17 +188,3 @@ def test_what_only_kerashub_backbones_can_do(tmp_path):
     with raises(TypeError, '`save("model.keras")`', "Nothing was written"):
         lm.save_to_preset(str(tmp_path / "preset"))
     assert not (tmp_path / "preset").exists()
-
-
-def test_the_scope_tells_what_is_padding():
-    """The model has no way to pass a mask on, and would be wrong without it."""
-    lm = make_own()
-
-    class Forgetful(CacheScope):
-        def __init__(self, cache, index, padding_mask=None, donate=False):
-            super().__init__(cache, index, donate=donate)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("blocks.generation.engine.CacheScope", Forgetful)
-        wrong = lm.generate(prompts(RAGGED), stop_token_ids=None, max_length=13)
-    assert rows_of(wrong) != brute_force_greedy(lm, RAGGED, [13] * 3)

@@ -177,13 +177,10 @@ def test_dtype_on_loading(text_lm, preset):
     assert keras.config.dtype_policy().name == "float32"
 
 
-def test_without_weights(text_lm, preset):
+def test_parts_that_are_not_loaded(text_lm, preset):
     restored = CausalLM.from_preset(preset, load_weights=False)
     x = prompts(RAGGED)
     assert np.abs(to_numpy(restored(x)) - to_numpy(text_lm(x))).max() > 0.1
-
-
-def test_another_preprocessor_on_loading(preset):
     assert CausalLM.from_preset(preset, preprocessor=None).preprocessor is None
     other = bpe_preprocessor(sequence_length=5)
     assert CausalLM.from_preset(preset, preprocessor=other).preprocessor is other

@@ -13,12 +13,11 @@ from attention import LatentAttention, RotaryAttention
 from blocks import CausalLM, CustomBackbone, GenerationSizes, GenerationState
 from blocks.generation import engine
 from blocks.generation.compilation import StepKey
-from tests.helpers import raises
+from tests.helpers import compiled, raises
 from tests.hybrid import HybridBackbone
 from tests.models import (
     RAGGED,
     SMALL_SIZES,
-    GroupedBackbone,
     brute_force_greedy,
     make_backbone,
     make_lm,
@@ -51,18 +50,6 @@ def step_greedily(lm, rows, steps, step, max_length=20):
     return rows, state
 
 
-def compiled(function):
-    if BACKEND == "tensorflow":
-        import tensorflow as tf
-
-        return tf.function(function, jit_compile=True)
-    if BACKEND == "jax":
-        import jax
-
-        return jax.jit(function)
-    return function
-
-
 @pytest.mark.parametrize("kind", ["mha", "gqa", "rotary", "hybrid"])
 @pytest.mark.parametrize("how", ["eager", "compiled", "donated"])
 def test_a_loop_of_the_users_own(kind, how):
@@ -93,15 +80,6 @@ def test_a_state_is_a_pytree_that_does_not_change():
     np.testing.assert_array_equal(to_numpy(a), to_numpy(b))
     for old, leaf in zip(before, tree.flatten(first)):
         np.testing.assert_array_equal(old, to_numpy(leaf))
-
-
-@pytest.mark.xla
-def test_the_size_of_a_grouped_cache():
-    lm = make_lm(make_backbone(GroupedBackbone, num_layers=3))
-    state = lm.prefill(prompts(RAGGED), max_length=20)
-    elements = sum(int(np.prod(x.shape)) for x in tree.flatten(state.cache))
-    # Two tensors in each of 3 layers, with 2 of 4 heads of 4, 20 places, 3 rows.
-    assert elements == 2 * 3 * 2 * 20 * 4 * 3
 
 
 def test_errors_of_steps():
