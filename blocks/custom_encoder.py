@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
 
-from attention.contract import Tensor, change_context
+from attention.contract import Shape, Tensor, change_context, hide_full_remat
 from blocks.transformer_block import TransformerBlock
 
 
@@ -62,6 +63,28 @@ class CustomEncoder(TransformerBlock):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.supports_masking = True
+
+    def build(self, inputs_shape: Shape) -> None:
+        with hide_full_remat():
+            super().build(inputs_shape)
+
+    def rematerialized_call(
+        self,
+        layer_call: Callable,
+        x: Tensor,
+        padding_mask: Tensor | None = None,
+        training: bool | None = None,
+        mask: Tensor | None = None,
+    ) -> Callable:
+        # As in `CachedLayer`: backends take all arguments for tensors.
+        mask = mask if padding_mask is None else padding_mask
+        tensors = (x,) if mask is None else (x, mask)
+
+        def call(*tensors: Tensor) -> Tensor:
+            return layer_call(*tensors, training=training)
+
+        again = super().rematerialized_call(call, *tensors)
+        return lambda *_, **__: again(*tensors)
 
     def call(
         self,

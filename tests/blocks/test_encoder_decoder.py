@@ -11,6 +11,7 @@ from tests.helpers import (
     WIDTH,
     assert_close,
     compiled,
+    gradients,
     raises,
     randomize,
     sample,
@@ -53,6 +54,21 @@ def test_an_encoder_has_the_hooks():
     assert "scale" in encoder.ffn_norm.weights[0].path
     config = CustomEncoder.from_config(CustomEncoder(**SIZES).get_config())
     assert config.intermediate_dim == 24
+
+
+def test_an_encoder_in_a_remat_scope():
+    with keras.RematScope(mode="full"):
+        again = CustomEncoder(**SIZES)
+        again.build((None, None, WIDTH))
+    encoder = CustomEncoder(**SIZES)
+    encoder.build((None, None, WIDTH))
+    randomize(encoder)
+    again.set_weights(encoder.get_weights())
+    x, mask = (ops.convert_to_tensor(x) for x in (sample(length=SOURCE), MASK))
+    assert_close(again(x, padding_mask=mask), encoder(x, padding_mask=mask))
+    pairs = zip(*(gradients(y, x, padding_mask=mask) for y in (again, encoder)))
+    for found, expected in pairs:
+        assert_close(found, expected, atol=1e-3)
 
 
 def decoder_and_inputs(cls=CustomDecoder, **kwargs):
