@@ -82,7 +82,7 @@ class CompiledFunctions:
         self._sampling: dict[StepKey, Callable] = {}
         # Why a step that was compiled before was dropped.
         self._dropped: dict[StepKey, str] = {}
-        self._variables: list[keras.Variable] = []
+        self._weights: list[keras.Variable] = []
         self._policies: list[str] = []
         self._how: tuple | None = None
         self._contract: Any = None
@@ -175,11 +175,11 @@ class CompiledFunctions:
 
     def _drop_what_is_stale(self) -> None:
         task = self._task
-        metrics = {id(v) for v in task.metrics_variables}
-        variables = [v for v in task.variables if id(v) not in metrics]
+        # Not all variables: a model gets others, of its metrics, when it is trained.
+        weights = task.weights
         policies = [layer.dtype_policy.name for layer in self.layers]
         how = (task.run_eagerly, task.xla_generation)
-        if not _same_objects(variables, self._variables):
+        if not _same_objects(weights, self._weights):
             reason = "weights replaced"
         elif policies != self._policies:
             reason = "dtype policy changed"
@@ -189,7 +189,7 @@ class CompiledFunctions:
             return
         self._drop(self._plain, reason)
         self._drop(self._sampling, reason)
-        self._variables, self._how = variables, how
+        self._weights, self._how = weights, how
         self.layers = all_layers(task)
         self._policies = [layer.dtype_policy.name for layer in self.layers]
 
