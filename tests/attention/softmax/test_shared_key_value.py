@@ -105,7 +105,15 @@ class ProducerAndReader(CompositeCachedLayer):
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [*((name, {}) for name in SETTINGS), ("grouped", {"window": 4})],
+    [
+        ("t5", {}),
+        ("rotary", {"window": 4}),
+        *(
+            pytest.param(name, {}, marks=pytest.mark.slow)
+            for name in SETTINGS
+            if name != "t5"
+        ),
+    ],
 )
 def test_a_reader_with_a_cache_equals_one_without(name, options):
     checks = ["chunks", "positions", "padding", "capacity"]
