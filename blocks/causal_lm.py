@@ -147,8 +147,8 @@ class CausalLM(TokenModel, GenerationMixin, WeightsVersion, keras_hub.models.Cau
         Args:
             *args: see `keras_hub.models.CausalLM.compile`.
             sampler: a name, such as `"greedy"`, or a `keras_hub.samplers`
-                object, also of your own. What of it counts is its `get_config()`,
-                and its `variables`, so that each call draws anew: a sampler that
+                object, also of your own. Only its `get_config()` and its
+                `variables` count, so that each call draws new numbers: a sampler that
                 holds variables or other samplers returns their variables, too.
                 Other changes of it take effect when you compile again.
             **kwargs: see `keras_hub.models.CausalLM.compile`. On TensorFlow

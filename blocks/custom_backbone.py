@@ -41,7 +41,7 @@ class CustomBackbone(WeightsVersion, TokenModel, keras_hub.models.Backbone):
     - set `decoder_class`: another block, made with the backbone's sizes. Hooks
       that it doesn't override are the backbone's; those it does may read
       `self.layer_index`. It needs neither registering nor `get_config`, as files
-      hold the backbone, which makes its blocks anew;
+      hold the backbone, which makes its blocks again;
     - override `create_decoder(layer_index)`: blocks of any kind;
     - override `transform(x, padding_mask)`: another way through the blocks.
 

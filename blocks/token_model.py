@@ -1,4 +1,4 @@
-"""What a backbone and a language model share as models of padded tokens."""
+"""The base of backbones and language models, as models of padded tokens."""
 
 from __future__ import annotations
 
