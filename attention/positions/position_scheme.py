@@ -43,6 +43,12 @@ class PositionScheme(keras.layers.Layer):
     def build(self, num_heads: int) -> None:
         """Creates weights, if any, for this number of query heads."""
 
+    def build_for_layer(self, num_heads: int) -> None:
+        """Builds the scheme for one of the layers that hold it."""
+        if not self.built:
+            self.build(num_heads)
+        self.num_layers += 1
+
     def encode(
         self, query: Tensor, key: Tensor, query_positions: Tensor, key_positions: Tensor
     ) -> tuple[Tensor, Tensor]:

@@ -79,12 +79,10 @@ class LinearRecurrence(CachedLayer):
         self.key_dim = check_positive_int("key_dim", key_dim)
         self.value_dim = check_optional_positive_int("value_dim", value_dim)
         self.position = check_position(position)
-        if self.position is not None:
-            self.position.num_layers += 1
 
     def build(self, query_shape: Shape, **other_shapes: Shape) -> None:
-        if self.position is not None and not self.position.built:
-            self.position.build(self.num_heads)
+        if self.position is not None:
+            self.position.build_for_layer(self.num_heads)
 
     def create_cache(self, batch_size: int, max_length: int) -> Cache:
         batch_size = check_positive_int("batch_size", batch_size)

@@ -174,9 +174,7 @@ class AttentionParts(CachedLayer):
             self.dropout, dtype=self.dtype_policy, name="attention_dropout"
         )
         if self.position is not None:
-            if not self.position.built:
-                self.position.build(heads)
-            self.position.num_layers += 1
+            self.position.build_for_layer(heads)
         if self.output_gate:
             gates = (self.num_heads, value_dim)
             self.gate_dense = self.make_projection("output_gate", gates, query_shape)
