@@ -199,6 +199,11 @@ class AttentionParts(CachedLayer):
         norm.build((None, None, size))
         return norm
 
+    def project_query(self, query: Tensor) -> Tensor:
+        """Returns heads of queries, `(batch, length, num_heads, key_dim)`."""
+        query = self.query_dense(query)
+        return query if self.query_norm is None else self.query_norm(query)
+
     def _initializers(self) -> dict[str, Any]:
         # A shared random initializer with a seed would give all kernels equal values.
         return {

@@ -12,14 +12,14 @@ from attention.contract.arguments import check_positive_int, describe
 from attention.contract.checks import check_padding_mask, check_sequence_shape
 from attention.contract.padding import zero_padding
 from attention.contract.sizes import static_size
-from attention.contract.types import Cache, Index, Mask, Tensor
+from attention.contract.types import Cache, Index, Mask, Shape, Tensor
 from attention.positions.arithmetic import token_positions
-from attention.softmax.dot_product_attention import DotProductAttention
+from attention.softmax.grouped_query_attention import GroupedQueryAttention
 from attention.softmax.visibility import Visibility, check_attention_mask
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
-class CrossAttention(DotProductAttention):
+class CrossAttention(GroupedQueryAttention):
     """Attention of a decoder to the outputs of an encoder.
 
     ```
@@ -79,8 +79,6 @@ class CrossAttention(DotProductAttention):
     - [Vaswani et al., 2017](https://arxiv.org/abs/1706.03762)
     """
 
-    num_key_value_heads: int
-
     def __init__(
         self, num_heads: int, num_key_value_heads: int | None = None, **kwargs: Any
     ) -> None:
@@ -94,26 +92,16 @@ class CrossAttention(DotProductAttention):
             num_key_value_heads = num_heads
         super().__init__(num_heads, num_key_value_heads, **{**kwargs, "causal": False})
 
-    def build(self, query_shape: tuple, value_shape: tuple | None = None) -> None:
+    def build(  # type: ignore[override]
+        self, query_shape: Shape, value_shape: Shape | None = None
+    ) -> None:
         if value_shape is None:
             raise ValueError(
                 f"Layer '{self.name}' does not know the width of `value` yet. Call it "
                 "once with one, or call `build` with the shapes of both."
             )
-        self._check_width(query_shape)
         check_sequence_shape(self.name, value_shape, "`value`")
-        make, sizes = self.make_projection, self.cache_sizes()
-        self.query_dense = make("query", self.query_heads(), query_shape)
-        self.key_dense = make("key", sizes["key"], value_shape)
-        self.value_dense = make("value", sizes["value"], value_shape)
-        self.query_norm = self.make_norm("query_norm")
-        self.key_norm = self.make_norm("key_norm")
-        self.build_output(query_shape)
-
-    def cache_sizes(self) -> dict[str, tuple[int, int]]:
-        key_dim, value_dim = self.head_dims()
-        heads = self.num_key_value_heads
-        return {"key": (heads, key_dim), "value": (heads, value_dim)}
+        super().build(query_shape, value_shape)
 
     def create_cache(
         self, batch_size: int, max_length: int, source_length: int | None = None
@@ -162,22 +150,22 @@ class CrossAttention(DotProductAttention):
                 "`cache` to which an earlier call has written it. Received neither."
             )
         query = zero_padding(query, padding_mask)
-        q = self.query_dense(query)  # (batch, length, num_heads, key_dim)
-        if self.query_norm is not None:
-            q = self.query_norm(q)
-        new, past, mask = None, None, None
+        q = self.project_query(query)  # (batch, length, num_heads, key_dim)
+        new, past, mask = None, None, value_padding_mask
         if value is not None:
-            self._check_source(query, value, value_padding_mask)
-            k, v, mask = self._source(value, value_padding_mask)
-            new = k, v
+            self._check_source(query, value, mask)
+            mask = None if mask is None else ops.cast(mask, "bool")
+            source = zero_padding(value, mask)
+            # (batch, source_length, num_key_value_heads, dim)
+            new = self.project_key_value(source, source)
         if cache is not None:
-            if new is not None:
-                cache = self._write(cache, *new, mask)
-            new, mask = None, cache["padding_mask"]
             stored = {name: x for name, x in cache.items() if name != "padding_mask"}
-            stored = self.cache_policy.read(stored, q.dtype)
-            past = stored["key"], stored["value"]
-        length = ops.shape(past[1])[2] if past is not None else ops.shape(value)[1]
+            stored_mask = cache["padding_mask"]
+            if new is not None:
+                stored, stored_mask = self._write(stored, stored_mask, new, mask)
+            cache, mask = {**stored, "padding_mask": stored_mask}, stored_mask
+            new, past = None, self.cache_policy.read(stored, q.dtype)
+        length = ops.shape(value)[1] if past is None else ops.shape(past["value"])[2]
         if attention_mask is not None:
             check_attention_mask(
                 attention_mask, query, value if cache is None else None
@@ -190,7 +178,7 @@ class CrossAttention(DotProductAttention):
             attention_mask=attention_mask,
             in_order=True,
         )
-        outputs, scores = self.attend_key_values(
+        outputs, scores = self.attend(
             q, new, past, visibility, return_attention_scores, training
         )
         outputs, scores = self.combine_heads(outputs, scores)
@@ -210,19 +198,12 @@ class CrossAttention(DotProductAttention):
         if mask is not None:
             check_padding_mask(self.name, mask, value, "value_padding_mask")
 
-    def _source(self, value: Tensor, mask: Mask) -> tuple[Any, Any, Any]:
-        """Returns keys, values and a mask of the real ones."""
-        if mask is not None:
-            mask = ops.cast(mask, "bool")
-        value = zero_padding(value, mask)
-        key = self.key_dense(value)
-        if self.key_norm is not None:
-            key = self.key_norm(key)
-        return key, self.value_dense(value), mask
-
-    def _write(self, cache: Cache, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
-        """Returns the cache with a source written over all of it."""
-        slots, length = cache["padding_mask"].shape[1], static_size(value, 1)
+    def _write(
+        self, stored: Cache, stored_mask: Mask, new: dict[str, Tensor], mask: Mask
+    ) -> tuple[Cache, Mask]:
+        """Returns the cache and its mask with a source written over all of it."""
+        slots, value = stored_mask.shape[1], new["value"]
+        length = static_size(value, 1)
         if length is not None and length > slots:
             raise ValueError(
                 f"A source of {length} tokens was given to a cache of layer "
@@ -234,8 +215,7 @@ class CrossAttention(DotProductAttention):
         # As many tokens as slots: all of them are written.
         new = {
             name: ops.pad(x, [[0, 0], [0, missing], [0, 0], [0, 0]])
-            for name, x in (("key", key), ("value", value))
+            for name, x in new.items()
         }
-        written = {name: x for name, x in cache.items() if name != "padding_mask"}
-        written = self.cache_policy.write(written, to_cache_layout(new), 0, None)
-        return {**written, "padding_mask": ops.pad(mask, [[0, 0], [0, missing]])}
+        stored = self.cache_policy.write(stored, to_cache_layout(new), 0, None)
+        return stored, ops.pad(mask, [[0, 0], [0, missing]])

@@ -147,7 +147,7 @@ class DotProductAttention(AttentionParts):
     def attend(
         self,
         query: Tensor,
-        new: dict[str, Tensor],
+        new: dict[str, Tensor] | None,
         past: dict[str, Tensor] | None,
         visibility: Visibility,
         return_scores: bool = False,
@@ -157,7 +157,8 @@ class DotProductAttention(AttentionParts):
 
         Args:
             query: tensor of shape `(batch, length, num_heads, key_dim)`.
-            new: a dict of tensors of new tokens, `(batch, key_length, heads, dim)`.
+            new: a dict of tensors of new tokens, `(batch, key_length, heads, dim)`;
+                `None` where the cache has all keys (`CrossAttention`).
             past: `None`, or a dict of tensors as they are in the cache: `(batch,
                 heads, slots, dim)`; keys `(batch, heads, dim, slots)`.
             visibility: which query sees which key, the past ones first.
@@ -170,7 +171,7 @@ class DotProductAttention(AttentionParts):
         """
         return self.attend_key_values(
             query,
-            (new["key"], new["value"]),
+            None if new is None else (new["key"], new["value"]),
             None if past is None else (past["key"], past["value"]),
             visibility,
             return_scores,

@@ -193,9 +193,10 @@ class GroupedQueryAttention(DotProductAttention):
     def project(
         self, query: Tensor, value: Tensor, key: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        q = self.query_dense(query)  # (batch, length, num_heads, key_dim)
-        k = self.key_dense(key)  # (batch, key_length, num_key_value_heads, key_dim)
-        v = self.value_dense(value)  # (batch, key_length, ..., value_dim)
-        if self.query_norm is not None:
-            q, k = self.query_norm(q), self.key_norm(k)
-        return q, {"key": k, "value": v}
+        return self.project_query(query), self.project_key_value(value, key)
+
+    def project_key_value(self, value: Tensor, key: Tensor) -> dict[str, Tensor]:
+        """Returns heads of keys and values, `(batch, key_length, heads, dim)` each."""
+        key = self.key_dense(key)
+        key = key if self.key_norm is None else self.key_norm(key)
+        return {"key": key, "value": self.value_dense(value)}

@@ -206,7 +206,7 @@ class LatentAttention(DotProductAttention):
     def attend(
         self,
         query: Tensor,
-        new: dict[str, Tensor],
+        new: Any,
         past: dict[str, Tensor] | None,
         visibility: Visibility,
         return_scores: bool = False,

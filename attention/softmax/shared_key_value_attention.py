@@ -137,9 +137,7 @@ class SharedKeyValueAttention(DotProductAttention):
         if attention_mask is not None:
             check_attention_mask(attention_mask, query, None)
         query = zero_padding(query, padding_mask)
-        q = self.query_dense(query)  # (batch, length, num_heads, key_dim)
-        if self.query_norm is not None:
-            q = self.query_norm(q)
+        q = self.project_query(query)  # (batch, length, num_heads, key_dim)
         k, v = key_value["key"], key_value["value"]
         key_positions = ops.cast(key_value["positions"], "int32")
         positions = token_positions(cache_update_index, ops.shape(query)[1])
