@@ -120,14 +120,6 @@ class CausalLM(TokenModel, GenerationMixin, WeightsVersion, keras_hub.models.Cau
                 f"the model's vocabulary of {known}: they don't belong together."
             )
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("preprocessor", "_preprocessor"):
-            # It has no weights. As a layer of the model, which it is on torch no more
-            # than here, it would have to be built before `quantize`.
-            object.__setattr__(self, name, value)
-        else:
-            super().__setattr__(name, value)
-
     def compute_logits(self, hidden_states: Any) -> Any:
         """Computes the logits of the next token.
 
@@ -249,6 +241,13 @@ class CausalLM(TokenModel, GenerationMixin, WeightsVersion, keras_hub.models.Cau
                 "`keras_hub.models.Backbone`."
             )
         self.backbone.enable_lora(rank, target_layer_names)
+
+    def quantize(self, *args: Any, **kwargs: Any) -> None:
+        """Quantizes the weights, as `keras.Model.quantize`."""
+        if self.preprocessor is not None:
+            # Keras asks for layers that are built: a tokenizer is by its first text.
+            self.preprocessor.generate_preprocess(["a"])
+        super().quantize(*args, **kwargs)
 
     def get_compile_config(self) -> dict[str, Any] | None:
         config = super().get_compile_config()
