@@ -7,7 +7,12 @@ from typing import Any
 
 import keras
 
-from attention.contract import Shape, Tensor, change_context, hide_full_remat
+from attention.contract import (
+    Tensor,
+    build_as_one,
+    change_context,
+    rematerialize_tensors,
+)
 from blocks.transformer_block import TransformerBlock
 
 
@@ -64,27 +69,14 @@ class CustomEncoder(TransformerBlock):
         super().__init__(*args, **kwargs)
         self.supports_masking = True
 
-    def build(self, inputs_shape: Shape) -> None:
-        with hide_full_remat():
-            super().build(inputs_shape)
+    build = build_as_one(TransformerBlock.build)
 
     def rematerialized_call(
-        self,
-        layer_call: Callable,
-        x: Tensor,
-        padding_mask: Tensor | None = None,
-        training: bool | None = None,
-        mask: Tensor | None = None,
+        self, layer_call: Callable, *args: Any, **kwargs: Any
     ) -> Callable:
-        # As in `CachedLayer`: backends take all arguments for tensors.
-        mask = mask if padding_mask is None else padding_mask
-        tensors = (x,) if mask is None else (x, mask)
-
-        def call(*tensors: Tensor) -> Tensor:
-            return layer_call(*tensors, training=training)
-
-        again = super().rematerialized_call(call, *tensors)
-        return lambda *_, **__: again(*tensors)
+        return rematerialize_tensors(
+            super().rematerialized_call, layer_call, args, kwargs
+        )
 
     def call(
         self,

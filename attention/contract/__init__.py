@@ -24,7 +24,11 @@ from attention.contract.context import change_context
 from attention.contract.initializers import clone_initializer
 from attention.contract.inner_layers import all_layers
 from attention.contract.padding import check_right_padded, last_tokens
-from attention.contract.remat import hide_full_remat
+from attention.contract.remat import (
+    build_as_one,
+    hide_full_remat,
+    rematerialize_tensors,
+)
 from attention.contract.scopes import (
     CacheScope,
     NewCacheScope,
@@ -55,6 +59,7 @@ __all__ = [
     "Shape",
     "Tensor",
     "all_layers",
+    "build_as_one",
     "call_sites",
     "call_with_cache",
     "can_rewind",
@@ -72,4 +77,5 @@ __all__ = [
     "is_concrete",
     "last_tokens",
     "max_positions",
+    "rematerialize_tensors",
 ]

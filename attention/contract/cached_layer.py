@@ -20,8 +20,8 @@ from attention.contract.checks import (
     standardize_index,
 )
 from attention.contract.context import change_context, context
-from attention.contract.remat import build_as_one
-from attention.contract.sizes import static_size
+from attention.contract.remat import build_as_one, rematerialize_tensors
+from attention.contract.sizes import is_tensor, static_size
 from attention.contract.types import Cache, Index, Tensor
 
 
@@ -246,7 +246,7 @@ class CachedLayer(keras.layers.Layer):
         ):
             dry_run.whole_prompt = True
         # The first argument has the sizes of the batch.
-        inputs = next(filter(_is_tensor, tree.flatten(given.get(names[0]))), None)
+        inputs = next(filter(is_tensor, tree.flatten(given.get(names[0]))), None)
         mask = self._choose_padding_mask(given.get("padding_mask"), inputs)
         if "padding_mask" in names[len(args) :]:
             kwargs["padding_mask"] = mask
@@ -294,23 +294,11 @@ class CachedLayer(keras.layers.Layer):
     def rematerialized_call(
         self, layer_call: Callable, *args: Any, **kwargs: Any
     ) -> Callable:
-        # Backends take all arguments of a rematerialized function for tensors, and
-        # TensorFlow takes none by keyword, so it gets the tensors only.
         if kwargs.get("cache") is not None:
             return layer_call
-        flat = tree.flatten((args, kwargs))
-        places = [i for i, x in enumerate(flat) if _is_tensor(x)]
-
-        def call(*tensors: Tensor) -> Any:
-            filled = list(flat)
-            for place, tensor in zip(places, tensors):
-                filled[place] = tensor
-            args_again, kwargs_again = tree.pack_sequence_as((args, kwargs), filled)
-            return layer_call(*args_again, **kwargs_again)
-
-        tensors = [flat[i] for i in places]
-        again = super().rematerialized_call(call, *tensors)
-        return lambda *_, **__: again(*tensors)
+        return rematerialize_tensors(
+            super().rematerialized_call, layer_call, args, kwargs
+        )
 
     def compute_output_spec(self, *args: Any, **kwargs: Any) -> Any:
         # Traced, as without `compute_output_shape`: a shape describes no cache.
@@ -353,7 +341,7 @@ class CachedLayer(keras.layers.Layer):
             )
 
     def _prepare_input(self, x: Any) -> Any:
-        if not _is_tensor(x):
+        if not is_tensor(x):
             return x
         if isinstance(x, keras.KerasTensor) and x.sparse:
             # Keras takes a symbolic tensor times a number for sparse.
@@ -381,10 +369,6 @@ class Untracked:
 
     key: Any
     value: Any
-
-
-def _is_tensor(x: Any) -> bool:
-    return hasattr(x, "shape") and hasattr(x, "dtype")
 
 
 def _spec(x: Any) -> keras.KerasTensor:

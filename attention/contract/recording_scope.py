@@ -65,8 +65,9 @@ class RecordingScope(Scope):
             self.refuse(
                 f"{name} is called inside of a function that is traced on its own: "
                 "mapped (`vectorized_map`), looped (`scan`, `fori_loop`, an RNN) or "
-                "compiled. Its cache can't leave that function, so it can't have one. Call it outside, on all steps at once, or in a "
-                "Python loop" + OR_NO_CACHE
+                "compiled. Its cache can't leave that function, so it can't have one. "
+                "Call it outside, on all steps at once, or in a Python loop"
+                + OR_NO_CACHE
             )
         return outputs
 

@@ -8,6 +8,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
+from keras import tree
+
+from attention.contract.sizes import is_tensor
+from attention.contract.types import Tensor
 
 
 @contextlib.contextmanager
@@ -33,3 +37,32 @@ def build_as_one(build: Callable) -> Callable:
             return build(self, *args, **kwargs)
 
     return build_within
+
+
+def rematerialize_tensors(
+    rematerialized_call: Callable, layer_call: Callable, args: tuple, kwargs: dict
+) -> Callable:
+    """Returns a layer's `call` that is computed again with its tensors as arguments.
+
+    Backends take all arguments of a rematerialized function for tensors, and
+    TensorFlow takes none by keyword, so it gets the tensors only.
+
+    Args:
+        rematerialized_call: `rematerialized_call` of `keras.layers.Layer`.
+        layer_call: the layer's `call`.
+        args: its arguments by position.
+        kwargs: its arguments by name.
+    """
+    flat = tree.flatten((args, kwargs))
+    places = [i for i, x in enumerate(flat) if is_tensor(x)]
+
+    def call(*tensors: Tensor) -> Any:
+        filled = list(flat)
+        for place, tensor in zip(places, tensors):
+            filled[place] = tensor
+        args_again, kwargs_again = tree.pack_sequence_as((args, kwargs), filled)
+        return layer_call(*args_again, **kwargs_again)
+
+    tensors = [flat[i] for i in places]
+    again = rematerialized_call(call, *tensors)
+    return lambda *_, **__: again(*tensors)

@@ -46,3 +46,8 @@ def is_concrete(x: Tensor) -> bool:
     except (NotImplementedError, RuntimeError, TypeError, ValueError):
         return False
     return True
+
+
+def is_tensor(x: Any) -> bool:
+    """Returns whether something is a tensor or an array, of whatever backend."""
+    return hasattr(x, "shape") and hasattr(x, "dtype")

@@ -7,7 +7,7 @@ from typing import Any
 from keras import ops
 
 from attention.contract.arguments import describe, dtype_name
-from attention.contract.sizes import static_size
+from attention.contract.sizes import is_tensor, static_size
 from attention.contract.types import Mask, Tensor
 from attention.positions.arithmetic import hide_padding, one_row_each
 
@@ -64,7 +64,7 @@ def check_key_value(layer_name: str, key_value: Tensor, query: Tensor) -> None:
     ranks = {"key": 4, "value": 4, "positions": 2}
     if set(key_value) != set(ranks):
         raise ValueError(f"Layer '{layer_name}' can't attend to `key_value`. {hint}")
-    if not all(hasattr(x, "shape") and hasattr(x, "dtype") for x in key_value.values()):
+    if not all(map(is_tensor, key_value.values())):
         raise TypeError(f"Layer '{layer_name}' needs tensors in `key_value`. {hint}")
     if "int" not in dtype_name(key_value["positions"]):
         raise TypeError(

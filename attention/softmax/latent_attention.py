@@ -214,15 +214,14 @@ class LatentAttention(DotProductAttention):
     ) -> tuple[Tensor, Tensor]:
         latent_dim, rotary_dim, key_dim, _ = self._sizes()
         latent = new["latent"]  # (batch, length, 1, latent_dim + rotary_dim)
-        key_up, value_up = (
-            ops.cast(w, query.dtype) for w in (self.key_up, self.value_up)
-        )
+        key_up = ops.cast(self.key_up, query.dtype)
         options = (visibility, return_scores, training)
         if past is None:
             # Attends to keys and values of each head.
             shared = latent[:, :, 0, :latent_dim]
             # (batch, length, latent_dim) -> (batch, length, num_heads, dim)
             key = ops.einsum("blr,hdr->blhd", shared, key_up)
+            value_up = ops.cast(self.value_up, query.dtype)
             value = ops.einsum("blr,hrd->blhd", shared, value_up)
             shape = (*ops.shape(query)[:3], rotary_dim)
             rotary_key = ops.broadcast_to(latent[..., latent_dim:], shape)

@@ -179,7 +179,7 @@ class CompiledFunctions:
         weights = task.weights
         policies = [layer.dtype_policy.name for layer in self.layers]
         how = (task.run_eagerly, task.xla_generation)
-        if not _same_objects(weights, self._weights):
+        if not same_objects(weights, self._weights):
             reason = "weights replaced"
         elif policies != self._policies:
             reason = "dtype policy changed"
@@ -213,5 +213,6 @@ def _assign(targets: list[keras.Variable], sources: list[keras.Variable]) -> Non
             target.assign(source.value)
 
 
-def _same_objects(a: list, b: list) -> bool:
+def same_objects(a: list, b: list) -> bool:
+    """Returns whether two lists hold the same objects in the same order."""
     return len(a) == len(b) and all(x is y for x, y in zip(a, b))

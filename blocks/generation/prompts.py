@@ -13,6 +13,7 @@ import numpy as np
 from attention.contract import check_positive_int, describe
 from blocks.generation.token_rows import (
     check_tokens,
+    cut_rows,
     read_tokens,
     vocabulary_size,
 )
@@ -38,7 +39,7 @@ class Prompts:
 
     def rows(self) -> list[np.ndarray]:
         """Returns the tokens of each prompt."""
-        return [row[:n] for row, n in zip(self.token_ids, self.lengths)]
+        return cut_rows(self.token_ids, self.lengths)
 
     def repeat(self, times: int) -> Prompts:
         """Returns the same prompts with `times` rows for each."""
@@ -67,10 +68,6 @@ class Batch:
     token_ids: Any = None
     lengths: Any = None
     has_mask: bool = False
-
-    def rows(self) -> list[np.ndarray]:
-        """Returns the tokens of each row."""
-        return [row[:n] for row, n in zip(self.token_ids, self.lengths)]
 
 
 def read_batches(inputs: Any) -> tuple[list[Batch], bool]:

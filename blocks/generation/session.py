@@ -13,6 +13,7 @@ from attention.contract import (
     describe,
     find_not_rewindable,
 )
+from blocks.generation.compilation import same_objects
 from blocks.generation.prompts import read_batches, resolve_stops
 from blocks.generation.running_batch import Block, RunningBatch
 from blocks.generation.samplers import check_sampler
@@ -21,6 +22,7 @@ from blocks.generation.streaming import stream_pieces
 from blocks.generation.token_rows import (
     NO_TOKENS,
     check_tokens,
+    cut_rows,
     pad_rows,
     vocabulary_size,
 )
@@ -261,7 +263,7 @@ class Session:
             tokenizer = self._task.preprocessor.tokenizer
             rows = [np.array(tokenizer(x), "int32").reshape(-1) for x in batch.texts]
         else:
-            rows = batch.rows()
+            rows = cut_rows(batch.token_ids, batch.lengths)
         if len(rows) != len(self.tokens):
             raise ValueError(
                 f"The session has {len(self.tokens)} rows, so `inputs` must have as "
@@ -329,16 +331,14 @@ class _ModelVersion:
 
     def is_current(self) -> bool:
         """Returns whether the model is still the same."""
-        version, variables = self._read()
-        same = [a is b for a, b in zip(variables, self._variables)]
-        return version == self._numbers and all(same)
+        numbers, variables = self._read()
+        return numbers == self._numbers and same_objects(variables, self._variables)
 
     def _read(self) -> tuple[Any, list[Any]]:
         owners = (self._task, self._task.backbone)
         versions = [getattr(owner, "weights_version", 0) for owner in owners]
         policies = [layer.dtype_policy.name for layer in all_layers(self._task)]
-        variables = list(self._task.weights)
-        return (versions, policies, len(variables)), variables
+        return (versions, policies), list(self._task.weights)
 
 
 def _join(pieces: list[list], join: Any) -> list:

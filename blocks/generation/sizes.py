@@ -13,7 +13,7 @@ class GenerationSizes:
 
     Each size of a batch, a KV cache or a chunk is compiled, so there are few. They
     affect the speed of generation and the number of compilations, never the outputs.
-    The defaults were measured; see `benchmarks/README.md`.
+    The figures in `benchmarks/README.md` are those of the defaults.
 
     Example:
 

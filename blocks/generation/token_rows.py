@@ -130,6 +130,11 @@ def pad_rows(
     return padded, lengths
 
 
+def cut_rows(tokens: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    """Returns the rows of an array that `pad_rows` has made."""
+    return [row[:n] for row, n in zip(tokens, lengths)]
+
+
 def to_arrays(
     rows: list[np.ndarray], pad_token_id: int, width: int | None = None
 ) -> dict[str, np.ndarray]:
