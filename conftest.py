@@ -2,6 +2,7 @@
 
 import atexit
 import gc
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -25,6 +26,12 @@ if (
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+# Doctests import each module; these import a backend that need not be there.
+collect_ignore = [
+    f"blocks/generation/backends/{name}_steps.py"
+    for name in ("jax", "torch")
+    if importlib.util.find_spec(name) is None
+]
 # Tracing makes many objects that live on: looking for garbage so seldom takes a
 # twentieth off the time.
 gc.set_threshold(100_000, 20, 20)
