@@ -38,15 +38,10 @@ def compile_call(function: Callable) -> Callable:
 
 
 def gradients(function: Callable, variables: list, inputs: list) -> list:
-    """Returns the gradients of a scalar function for variables and inputs.
+    """Returns the gradients of a scalar function of tensors, as arrays.
 
-    Args:
-        function: takes the list of input tensors, returns a scalar.
-        variables: list of trainable `keras.Variable`.
-        inputs: list of floating point arrays.
-
-    Returns:
-        A list of arrays, `None` where the function doesn't depend on one.
+    They are those for trainable variables, and after them those for the inputs; `None`
+    where the function doesn't depend on one.
     """
     backend = keras.config.backend()
     tensors = [ops.convert_to_tensor(x) for x in inputs]

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 from keras import tree
 
-from attention.contract.arguments import check_positive_int, describe
+from attention.contract.arguments import describe
 from attention.contract.cached_layer import CachedLayer
 from attention.contract.types import DType
 from attention.testing.backends import full_precision, has_compiler
@@ -141,8 +141,7 @@ def check_cached_layer(
         seed: int. Of weights, inputs and random chunk sizes.
         checks: names of the checks to run; `None` means all.
         tolerance: float or `None`. The difference that is allowed for outputs of
-            size 1, for a layer that rounds more with a cache than without one, such
-            as to 8 bits.
+            size 1, for a layer that rounds more with a cache, such as to 8 bits.
 
     Returns:
         A dict from each check to the largest difference that was found. On torch,
@@ -165,14 +164,7 @@ def check_cached_layer(
     >>> sorted(report), max(report.values()) < 1e-4
     (['causality', 'prefill_and_steps'], True)
     """
-    subject = Subject(
-        make_layer,
-        check_positive_int("batch_size", batch_size),
-        check_positive_int("max_length", max_length),
-        dtype,
-        seed,
-        check_positive_int("hidden_dim", hidden_dim),
-    )
+    subject = Subject(make_layer, batch_size, max_length, dtype, seed, hidden_dim)
     return run_checks(subject, checks, tolerance)
 
 
@@ -234,16 +226,9 @@ def check_cached_model(
                 f"(batch, length, ...). Received: inputs={describe(inputs)}"
             )
     if callable(make_model) and isinstance(make_model(), CachedLayer):
-        sizes = {"hidden_dim": hidden_dim, "batch_size": batch_size}
-        sizes["max_length"] = max_length
-        options = {"dtype": dtype, "seed": seed, "tolerance": tolerance}
-        return check_cached_layer(make_model, **sizes, **options, checks=checks)
-    subject = ModelSubject(
-        make_model,
-        check_positive_int("batch_size", batch_size),
-        check_positive_int("max_length", max_length),
-        dtype,
-        seed,
-        example=inputs,
-    )
+        own: dict[str, Any] = {"hidden_dim": hidden_dim}
+        kind: type[Subject] = Subject
+    else:
+        own, kind = {"example": inputs}, ModelSubject
+    subject = kind(make_model, batch_size, max_length, dtype, seed, **own)
     return run_checks(subject, checks, tolerance)

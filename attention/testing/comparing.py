@@ -45,15 +45,11 @@ def difference(
     where: np.ndarray | None = None,
     positions: Any = 0,
 ) -> Difference:
-    """Compares outputs position by position.
+    """Compares outputs, arrays `(batch, length, ...)`, position by position.
 
-    Args:
-        actual: arrays of shape `(batch, length, ...)`.
-        expected: arrays of the same shapes.
-        relative: the difference that is allowed, for values of size 1.
-        where: boolean `(batch, length)`: the outputs that count.
-        positions: the position in the sequence of the first output: one for
-            all rows, or one for each.
+    `relative` is the difference that is allowed, for values of size 1; `where`,
+    `(batch, length)`, marks the outputs that count; and `positions` is the position in
+    the sequence of the first output, one for all rows or one for each.
     """
     found = []
     for number, (a, b) in enumerate(zip(actual, expected, strict=True)):

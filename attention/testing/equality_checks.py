@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from keras import ops, tree
 
 from attention.contract.types import Cache
+from attention.testing.backends import to_numpy
 from attention.testing.comparing import Difference, ranges
-from attention.testing.explaining import explain_steps
-from attention.testing.probe import INT, ROWS, SCALAR, Probe, gather, part
+from attention.testing.contract_checks import leaf_name
+from attention.testing.probe import (
+    INT,
+    ROWS,
+    SCALAR,
+    Outputs,
+    Probe,
+    join,
+    part,
+)
 
 _SAME = (
     "With a cache, the outputs must be those of one call over the whole sequence "
@@ -27,7 +38,7 @@ def check_prefill_and_steps(probe: Probe) -> None:
         outputs, caches = probe.run(probe.inputs, steps, kinds)
 
         def advice(found: Difference, caches: list = caches) -> str:
-            return explain_steps(probe, found, caches)
+            return _explain_steps(probe, found, caches)
 
         later = " at first, then a scalar tensor" if kinds[0] == INT else ""
         claim = (
@@ -35,6 +46,64 @@ def check_prefill_and_steps(probe: Probe) -> None:
             f"(`cache_update_index` is {kinds[0]}{later})."
         )
         probe.require(claim, probe.compare(outputs, probe.expected), advice)
+
+
+def _explain_steps(probe: Probe, found: Difference, caches: list[Cache]) -> str:
+    """Returns what a wrong prefill or wrong single tokens have in common.
+
+    `caches` are those after the prefill and after each token.
+    """
+    size, wrong = probe.size, found.positions
+    lines = [f"Wrong positions: {ranges(wrong)} of 0-{len(wrong) - 1}."]
+    for path, new in tree.flatten_with_path(caches[-1]):
+        if not to_numpy(new).any():
+            lines.append(f"{leaf_name(path)} was never written: it is all zeros.")
+    if wrong[:size].any():
+        lines.append(
+            f"The prefill of {size} tokens is wrong already: with a cache and index "
+            "0 a call must do what it does without one, whatever the capacity of "
+            "the cache; slots that are not filled yet must not be attended."
+        )
+    else:
+        lines.append(
+            f"The prefill (0-{size - 1}) is right, so what a later call takes from "
+            "the cache or computes from `cache_update_index` is wrong."
+        )
+        lines.extend(_guess(probe, int(np.argmax(wrong)), caches))
+    return "\n  ".join(lines)
+
+
+def _guess(probe: Probe, position: int, caches: list[Cache]) -> list[str]:
+    """Tries what usually goes wrong on the first token that is wrong."""
+    token, past = part(probe.inputs, position, 1), part(probe.inputs, 0, position)
+    cache, index = caches[position - probe.size], np.asarray(position)
+    actual, _ = probe.step(token, cache, index)
+    expected = part(probe.expected, position, 1)
+
+    def shifted(shift: int) -> Outputs:
+        return probe.step(token, cache, index + shift)[0]
+
+    off_by_one = (
+        "With `cache_update_index` one {} the output would be right: a position is "
+        "miscounted by one."
+    )
+    guesses: dict[str, tuple[Callable[[], Outputs], Any]] = {
+        "The output is that of the token alone: the past in the cache plays no role.": (
+            lambda: probe.full(token),
+            actual,
+        ),
+        "The output is that of a sequence in which this token comes twice: it is "
+        "processed twice.": (lambda: probe.full(join(past, token, token)), actual),
+        off_by_one.format("larger"): (lambda: shifted(1), expected),
+        off_by_one.format("smaller"): (lambda: shifted(-1), expected),
+    }
+    for text, (outputs, wanted) in guesses.items():
+        # A guess that can't be tried explains nothing.
+        with contextlib.suppress(Exception):
+            last = [x[:, -1:] for x in outputs()]
+            if not probe.compare(last, wanted, slack=10.0):
+                return [text]
+    return []
 
 
 def check_chunks(probe: Probe) -> None:
@@ -74,10 +143,7 @@ def check_positions(probe: Probe) -> None:
     for size in (1, 1, 3):
         if index.max() + size > probe.length:
             break
-        positions = index[:, None] + np.arange(size)
-        outputs, cache = probe.step(gather(probe.inputs, positions), cache, index)
-        expected = gather(probe.expected, positions)
-        found = probe.compare(outputs, expected, positions=index)
+        found, cache = probe.compare_rows(cache, index, size)
         probe.require(
             f"{_SAME}when the rows stand at different positions: {size} more tokens "
             f"with `cache_update_index={index.tolist()}`, one entry per row.",
@@ -104,21 +170,20 @@ def check_capacity(probe: Probe) -> None:
     """The unused room of a cache plays no role."""
     subject, length, size = probe.subject, probe.length, probe.size
     larger = min(2 * length, subject.limit(probe.made) or 2 * length)
-    head, token = part(probe.inputs, 0, size), part(probe.inputs, size, 1)
 
     def check_next(cache: Cache, claim: str, advice: str) -> None:
-        outputs, _ = probe.step(token, cache, np.asarray(size))
-        found = probe.compare(outputs, part(probe.expected, size, 1), positions=size)
-        probe.require(claim, found, advice)
+        outputs, _ = probe.step(probe.token, cache, np.asarray(size))
+        expected = part(probe.expected, size, 1)
+        probe.require(claim, probe.compare(outputs, expected, None, size), advice)
 
     check_next(
-        probe.step(head, probe.create_cache(larger), 0)[1],
+        probe.step(probe.head, probe.create_cache(larger), 0)[1],
         f"{_SAME}with a cache for {larger} positions, for a sequence of {length}.",
         "Slots that were not written yet must not be attended, and nothing may be "
         "computed from the size of the cache: compare the slots' positions with the "
         "queries'.",
     )
-    _, cache = probe.step(head, probe.create_cache(size), 0)
+    _, cache = probe.step(probe.head, probe.create_cache(size), 0)
     subject.doing = f"asked for `grow_cache(cache, {length})`"
     check_next(
         subject.grow_cache(probe.made, cache, length),
@@ -139,9 +204,7 @@ def _check_past_the_end(probe: Probe) -> None:
     # Three tokens; then the rows that are not full yet go on, and the full ones rest.
     for width, real in ((3, new), (1, (index + new < length).astype(int))):
         mask = np.arange(width) < real[:, None]
-        inside = np.minimum(index[:, None] + np.arange(width), length - 1)
-        outputs, cache = probe.step(gather(probe.inputs, inside), cache, index, mask)
-        found = probe.compare(outputs, gather(probe.expected, inside), mask, index)
+        found, cache = probe.compare_rows(cache, index, width, mask)
         probe.require(
             f"{_SAME}when {width} tokens reach past the end of a cache of {length} "
             f"positions: {real.tolist()} of them are real in the rows, which stand "

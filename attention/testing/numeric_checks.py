@@ -32,7 +32,6 @@ def check_compiled(probe: Probe) -> None:
     eager = Probe(probe.subject, probe.made, compiled=False)
     # On JAX all checks run compiled calls; what is compiled already is used.
     both = eager, probe if probe.compiled else Probe(probe.subject, probe.made, True)
-    head, token = part(probe.inputs, 0, size), part(probe.inputs, size, 1)
     mask = ragged_mask(rows, size) if probe.subject.takes("padding_mask") else None
 
     def compare(outputs: list, what: str, where: Any = None, start: Index = 0) -> None:
@@ -44,14 +43,15 @@ def check_compiled(probe: Probe) -> None:
             "was computed for another index may be kept.",
         )
 
-    compare([x.full(head) for x in both], "a call without a cache")
+    compare([x.full(probe.head) for x in both], "a call without a cache")
     for kind, given in ((ROWS, mask), (SCALAR, None)):
-        found = [x.step(head, eager.create_cache(), 0, given) for x in both]
+        found = [x.prefill(probe.head, given) for x in both]
         compare([outputs for outputs, _ in found], "a prefill", given)
         index = as_index(kind, size, rows) if given is None else given.sum(axis=1)
         # Twice, at different positions: one compiled function serves both.
         for now in (index, index + 1):
-            found = [x.step(token, cache, now) for x, (_, cache) in zip(both, found)]
+            pairs = zip(both, found)
+            found = [x.step(probe.token, cache, now) for x, (_, cache) in pairs]
             what = f"a token after a prefill, where the index is {kind}"
             compare([outputs for outputs, _ in found], what, start=now)
 
@@ -80,9 +80,8 @@ def check_low_precision(probe: Probe) -> None:
                 f"infinite, in a call with a row of padding alone.\n  {advice}",
                 np.inf,
             )
-        head, cache = low.step(part(low.inputs, 0, size), low.create_cache(), 0)
-        index = as_index(ROWS, size, rows)
-        tail, _ = low.step(part(low.inputs, size, 1), cache, index)
+        head, cache = low.prefill(low.head)
+        tail, _ = low.step(low.token, cache, as_index(ROWS, size, rows))
         for found, what, where in (
             (outputs, "a call with padding", mask),
             (join(head, tail), "a prefill and a token with a cache", None),
@@ -150,16 +149,14 @@ def check_gradients(probe: Probe) -> None:
         tail, _ = subject.call_with_cache(made, rest, cache, tensors(index), None)
         return loss(outputs, 0) + loss(tail, size)
 
-    expected = differentiate(
-        lambda inputs: loss(subject.call(made, inputs, None), 0),
-        probe.inputs,
-        "without a cache",
-    )
+    def uncached(inputs: Any, mask: Any = None) -> Any:
+        return loss(subject.call(made, inputs, tensors(mask)), 0, mask)
+
+    expected = differentiate(uncached, probe.inputs, "without a cache")
     how = "through a prefill and a chunk with a cache"
     for name, *both in zip(names, differentiate(cached, probe.inputs, how), expected):
-        a, b = np.broadcast_arrays(
-            *(np.zeros((1, 1, 1)) if x is None else x.reshape(1, 1, -1) for x in both)
-        )
+        flat = [np.zeros((1, 1, 1)) if x is None else x.reshape(1, 1, -1) for x in both]
+        a, b = np.broadcast_arrays(*flat)
         # Sums over the whole batch: their errors add up.
         found = probe.compare([a], [b], slack=10.0)
         found.place = f"in element {int(np.abs(a - b).argmax())} of the gradient"
@@ -173,8 +170,5 @@ def check_gradients(probe: Probe) -> None:
     if subject.takes("padding_mask"):
         mask = ragged_mask(rows, length)
         mask[-1] = False
-        differentiate(
-            lambda inputs: loss(subject.call(made, inputs, tensors(mask)), 0, mask),
-            loud(probe.inputs, probe.other_inputs, mask),
-            "with padding",
-        )
+        inputs = loud(probe.inputs, probe.other_inputs, mask)
+        differentiate(lambda x: uncached(x, mask), inputs, "with padding")

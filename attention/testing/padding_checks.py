@@ -18,10 +18,7 @@ _LOUD = 100.0
 
 def loud(inputs: Any, other: Any, mask: np.ndarray) -> Any:
     """Puts something else, and large, into the padded tokens."""
-    large = tree.map_structure(
-        lambda x: x * _LOUD if x.dtype.kind == "f" else x,
-        other,
-    )
+    large = tree.map_structure(lambda x: x * _LOUD if x.dtype.kind == "f" else x, other)
     return replace(inputs, large, ~mask)
 
 
@@ -33,14 +30,13 @@ def ragged_mask(rows: int, length: int) -> np.ndarray:
 
 def check_masked_rows(probe: Probe) -> None:
     """Queries that may attend to nothing give finite outputs."""
-    rows, length, size = probe.rows, probe.length, probe.size
+    rows, length = probe.rows, probe.length
     _require_padding_mask(probe)
     mask = np.ones((rows, length), bool)
     mask[-1] = False
-    call = "a call without a cache"
-    _require_finite(probe, probe.full(probe.inputs, mask), call)
-    head = part(probe.inputs, 0, size)
-    outputs, cache = probe.step(head, probe.create_cache(), 0, mask[:, :size])
+    outputs = probe.full(probe.inputs, mask)
+    _require_finite(probe, outputs, "a call without a cache")
+    outputs, cache = probe.prefill(probe.head, mask[:, : probe.size])
     _require_finite(probe, outputs, "a prefill")
     for path, leaf in tree.flatten_with_path(cache):
         _require_finite(probe, [to_numpy(leaf)], "a prefill", leaf_name(path))
@@ -99,7 +95,7 @@ def check_padding(probe: Probe) -> None:
 def _check_padded_prefill(probe: Probe, kind: str) -> None:
     rows, length, size = probe.rows, probe.length, probe.size
     mask = ragged_mask(rows, size)
-    head, other = part(probe.inputs, 0, size), part(probe.other_inputs, 0, size)
+    head, other = probe.head, part(probe.other_inputs, 0, size)
     start = mask.sum(axis=1)
 
     def gather_at(inputs: Any, index: np.ndarray, width: int) -> Any:
@@ -108,8 +104,7 @@ def _check_padded_prefill(probe: Probe, kind: str) -> None:
 
     def continued(head: Any) -> list[tuple]:
         """Returns outputs of a padded prefill, a padded chunk and a token."""
-        index = as_index(kind, 0, rows)
-        outputs, cache = probe.step(head, probe.create_cache(), index, mask)
+        outputs, cache = probe.prefill(head, mask, as_index(kind, 0, rows))
         calls = [(outputs, np.zeros(rows, int), mask)]
         index = start
         # In the chunk some rows are padding alone: they rest.

@@ -30,12 +30,9 @@ Outputs = list[np.ndarray]
 class Probe:
     """Calls an object on parts of a sequence, and compares what it gives.
 
-    Args:
-        subject: what made the object.
-        made: the object.
-        compiled: bool or `None`. Whether calls are compiled: by XLA, or jit on
-            JAX. `None` means on JAX only, where compiling a call takes a
-            fraction of the time that compiling its operations takes.
+    If it is `compiled`, calls are compiled: by XLA, or jit on JAX. By default on JAX
+    only, where compiling a call takes a fraction of the time that compiling its
+    operations takes.
     """
 
     def __init__(
@@ -50,10 +47,9 @@ class Probe:
         self._functions: dict[Any, Any] = {}
         self._under: dict[str, Probe] = {}
         dtype = getattr(made, "compute_dtype", "float32")
-        if dtype == "float64" and keras.config.floatx() != "float64":
+        if dtype not in _TOLERANCES or keras.config.floatx() != "float64" == dtype:
             dtype = "float32"
-        tolerance = _TOLERANCES.get(dtype, _TOLERANCES["float32"])
-        self.tolerance = max(tolerance, subject.tolerance)
+        self.tolerance = max(_TOLERANCES[dtype], subject.tolerance)
 
     # === Calls ===
 
@@ -80,18 +76,22 @@ class Probe:
         """Returns the outputs of a call with a cache, and the updated cache."""
         length = _length(inputs)
         masked = "" if mask is None else " and `padding_mask`"
-        kind = INT if isinstance(index, int) else ROWS if np.ndim(index) else SCALAR
+        static = index if isinstance(index, int) else None
+        kind = ROWS if np.ndim(index) else SCALAR if static is None else INT
         self.subject.doing = (
             f"called on {length} tokens{masked} with a cache and {kind} as "
             "`cache_update_index`"
         )
-        static = index if isinstance(index, int) else None
-        if static is None:
-            index = ops.convert_to_tensor(np.asarray(index, "int32"))
+        dynamic = tensors(np.asarray(index, "int32")) if static is None else None
         call = self._function("call_with_cache", static)
-        dynamic = index if static is None else None
         outputs, cache = call(tensors(inputs), cache, tensors(mask), dynamic, {})
         return positional(outputs, length), cache
+
+    def prefill(
+        self, inputs: Any, mask: Mask | None = None, index: Index = 0
+    ) -> tuple[Outputs, Cache]:
+        """Returns the outputs of a call with a new cache, and the updated cache."""
+        return self.step(inputs, self.create_cache(), index, mask)
 
     def _function(self, name: str, static: int | None) -> Any:
         """Returns a function of tensors alone, which can be compiled."""
@@ -129,15 +129,10 @@ class Probe:
     def run(
         self, inputs: Any, sizes: Sequence[int], kinds: tuple[str, ...]
     ) -> tuple[Outputs, list[Cache]]:
-        """Runs a sequence in chunks from its start.
+        """Runs a sequence in chunks of some sizes, each at an index of its kind.
 
-        Args:
-            inputs: of the whole sequence.
-            sizes: the lengths of the chunks.
-            kinds: what their indices are; the last one for all that follow.
-
-        Returns:
-            The joined outputs, and the cache after each chunk.
+        The last kind is that of all chunks that follow. Returns the joined outputs, and
+        the cache after each chunk.
         """
         cache, start = self.create_cache(), 0
         chunks, caches = [], []
@@ -161,6 +156,16 @@ class Probe:
         return self.subject.sample(seed=2)
 
     @functools.cached_property
+    def head(self) -> Any:
+        """The inputs of a prefill."""
+        return part(self.inputs, 0, self.size)
+
+    @functools.cached_property
+    def token(self) -> Any:
+        """The input after them."""
+        return part(self.inputs, self.size, 1)
+
+    @functools.cached_property
     def expected(self) -> Outputs:
         """The outputs of the whole sequence without a cache."""
         return self.full(self.inputs)
@@ -181,33 +186,36 @@ class Probe:
     # === Comparisons ===
 
     def compare(
-        self,
-        actual: Outputs,
-        expected: Outputs,
-        where: Any = None,
-        positions: Any = 0,
-        slack: float = 1.0,
+        self, actual: Outputs, expected: Outputs, *where: Any, slack: float = 1.0
     ) -> Difference:
-        relative = self.tolerance * slack
-        return difference(actual, expected, relative, where, positions)
+        """Compares as `difference` does, given `where` and `positions`, too."""
+        return difference(actual, expected, self.tolerance * slack, *where)
+
+    def compare_rows(
+        self, cache: Cache, index: np.ndarray, size: int, mask: Mask | None = None
+    ) -> tuple[Difference, Cache]:
+        """Runs the next tokens of rows that are at positions of their own.
+
+        Returns the comparison with the outputs without a cache, and the updated cache.
+        """
+        positions = np.minimum(index[:, None] + np.arange(size), self.length - 1)
+        outputs, cache = self.step(gather(self.inputs, positions), cache, index, mask)
+        return self.compare(
+            outputs, gather(self.expected, positions), mask, index
+        ), cache
 
     def require(self, claim: str, found: Difference, advice: Any) -> None:
         """Notes the difference that a comparison found, and fails if it is too large.
 
-        Args:
-            claim: str. The claim that is checked.
-            found: the comparison.
-            advice: str, or a function that returns one: what the author of the
-                layer should look at. It is called only if the check failed.
+        `advice` says what the author of the layer should look at: a text, or a function
+        of the comparison that returns one, which is called only if the check failed.
         """
         if found:
             advice = advice(found) if callable(advice) else advice
             self.subject.fail(
-                f"{claim}\n"
-                f"  Object: {self.subject}\n"
+                f"{claim}\n  Object: {self.subject}\n"
                 f"  Largest difference: {found.largest:.3g} (allowed: "
-                f"{found.allowed:.2g}), {found.place}.\n"
-                f"  {advice}",
+                f"{found.allowed:.2g}), {found.place}.\n  {advice}",
                 found.largest,
             )
         self.subject.largest = max(self.subject.largest, found.largest)

@@ -10,17 +10,7 @@ import numpy as np
 from attention.contract.arguments import describe
 from attention.contract.types import Cache
 from attention.testing.comparing import Difference
-from attention.testing.probe import (
-    INT,
-    ROWS,
-    SCALAR,
-    Probe,
-    as_index,
-    gather,
-    join,
-    part,
-    replace,
-)
+from attention.testing.probe import INT, SCALAR, Probe, as_index, join, part, replace
 
 
 def check_rewind(probe: Probe) -> None:
@@ -110,7 +100,7 @@ def _check_alike(probe: Probe, cache: Cache, end: int, start: int) -> None:
         probe.require(
             f"{_claim(end, start)} All rows go on at `cache_update_index={start}`, "
             f"given as {kind}, {how}.",
-            probe.compare(outputs, expected, positions=start),
+            probe.compare(outputs, expected, None, start),
             advice,
         )
 
@@ -127,11 +117,7 @@ def _check_row_by_row(probe: Probe, cache: Cache, end: int, start: int) -> None:
     for size in (1, 3):
         if index.max() + size > length:
             break
-        positions = index[:, None] + np.arange(size)
-        at = as_index(ROWS, index, probe.rows)
-        outputs, cache = probe.step(gather(probe.inputs, positions), cache, at)
-        expected = gather(probe.expected, positions)
-        found = probe.compare(outputs, expected, None, index)
+        found, cache = probe.compare_rows(cache, index, size)
         probe.require(
             f"{_claim(end, start)} Each row takes back its wrong tokens only and goes "
             f"on, {size} at a time, at `cache_update_index={index.tolist()}`, one "

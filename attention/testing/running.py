@@ -73,19 +73,11 @@ def select(checks: Any, known: Iterable[str]) -> list[str]:
 def run_in_order(
     names: list[str], run: Callable[[str], None], checked: Checked
 ) -> dict[str, float]:
-    """Runs checks until one fails.
+    """Runs checks until one fails, and returns the largest difference each found.
 
-    Args:
-        names: the checks.
-        run: runs a check, which keeps `checked.largest` up to date.
-        checked: the object under test.
-
-    Returns:
-        A dict from each check to the largest difference it found.
-
-    Raises:
-        ConformanceError: the first failure, also where the object under test
-            raised an error; its message says which checks held before.
+    `run` keeps `checked.largest` up to date. The first failure is raised as a
+    `ConformanceError`, also where the object under test raised an error; its message
+    says which checks held before.
     """
     report: dict[str, float] = {}
     for name in names:
@@ -95,14 +87,11 @@ def run_in_order(
         except Exception as error:
             failure, cause = error, error.__cause__
             if not isinstance(failure, ConformanceError):
-                message = (
-                    f"{checked} raised {type(error).__name__} when it was "
-                    f"{checked.doing}.\n  {error}"
-                )
+                raised = f"{checked} raised {type(error).__name__} when it was"
+                message = f"{raised} {checked.doing}.\n  {error}"
                 failure, cause = ConformanceError(name, message), error
-            held = ", ".join(report) or "none"
-            message = failure.args[0].rstrip()
-            failure.args = (f"{message}\n  Checks that held before it: {held}.",)
+            held = f"Checks that held before it: {', '.join(report) or 'none'}."
+            failure.args = (f"{failure.args[0].rstrip()}\n  {held}",)
             raise failure from cause
         report[name] = float(checked.largest)
     return report

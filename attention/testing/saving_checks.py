@@ -113,9 +113,8 @@ def _custom_objects(made: keras.layers.Layer) -> Any:
     Whether a class is registered is the business of whoever saves a model with
     it, not of what it computes.
     """
-    registered = keras.saving.get_registered_object
+    saving = keras.saving
     classes = {type(layer) for layer in all_layers(made)}
-    names = {cls: keras.saving.get_registered_name(cls) for cls in classes}
-    return keras.saving.custom_object_scope(
-        {cls.__name__: cls for cls in classes if registered(names[cls]) is None}
-    )
+    names = {cls: saving.get_registered_name(cls) for cls in classes}
+    unknown = [x for x in classes if saving.get_registered_object(names[x]) is None]
+    return saving.custom_object_scope({cls.__name__: cls for cls in unknown})

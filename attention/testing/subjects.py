@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import numpy as np
 from keras import ops, tree
 from keras.layers import Layer
 
-from attention.contract.arguments import describe
+from attention.contract.arguments import check_positive_int, describe
 from attention.contract.cached_layer import CachedLayer
 from attention.contract.cached_model import (
     call_sites,
@@ -21,10 +22,11 @@ from attention.contract.cached_model import (
     create_cache,
     grow_cache,
     max_positions,
+    symbolic_inputs,
 )
+from attention.contract.inner_layers import all_layers
 from attention.contract.types import Cache, DType, Index, Mask
-from attention.testing.backends import dtype_policy
-from attention.testing.inputs import input_specs
+from attention.testing.backends import dtype_policy, to_numpy
 from attention.testing.running import Checked
 
 # Noise that is added to all trainable weights, so that what starts at zero (a
@@ -33,17 +35,10 @@ _NOISE = 0.1
 
 
 class Subject(Checked):
-    """Makes layers to check, and calls them all in the same way.
+    """Makes layers to check, under a dtype policy, and calls them all in the same way.
 
-    `ModelSubject` does the same for models.
-
-    Args:
-        make: a function that makes a new layer.
-        batch_size: int. The number of rows.
-        length: int. The length of the sequences, and of the caches.
-        dtype: the dtype policy under which layers are made.
-        seed: int. The seed of all random numbers.
-        hidden_dim: int. The width of the inputs.
+    `length` is that of the sequences and of the caches. `ModelSubject` does the same
+    for models.
     """
 
     argument, kind = "make_layer", CachedLayer
@@ -66,16 +61,16 @@ class Subject(Checked):
                 f"{self.argument}={describe(make)}"
             )
         self.make, self.dtype, self.seed = make, dtype, seed
-        self.batch_size, self.length, self.hidden_dim = batch_size, length, hidden_dim
+        self.batch_size = check_positive_int("batch_size", batch_size)
+        self.length = check_positive_int("max_length", length)
+        self.hidden_dim = check_positive_int("hidden_dim", hidden_dim)
         # A third of the sequence is the prefill, the rest follows in other ways.
         self.prefill_size = max(1, length // 3)
 
     def new(self, dtype: DType = None, like: Layer | None = None) -> Any:
-        """Makes a built object, always with the same weights.
+        """Makes a built object, always with the same weights, or with those of another.
 
-        Args:
-            dtype: the dtype policy; `None` means the one of the check.
-            like: an object whose weights are copied.
+        `dtype=None` means the dtype policy of the check.
         """
         with dtype_policy(dtype or self.dtype):
             keras.utils.set_random_seed(self.seed)
@@ -150,11 +145,7 @@ class Subject(Checked):
 
 
 class ModelSubject(Subject):
-    """Makes Keras models of cached layers, with whatever inputs they have.
-
-    Args:
-        example: a pytree of arrays `(batch, length, ...)`, or `None`.
-    """
+    """Makes Keras models of cached layers, whose inputs are like an example, if any."""
 
     argument, kind = "make_model", keras.Model
 
@@ -163,7 +154,7 @@ class ModelSubject(Subject):
         self._example = example
 
     def build(self, made: Layer) -> None:
-        self._inputs = input_specs(made, self._example)
+        self._inputs = _input_specs(made, self._example)
         if not made.built:
             made(self.draw(np.random.default_rng(0), 1, 2))
 
@@ -172,14 +163,12 @@ class ModelSubject(Subject):
             lambda spec: spec.draw(rng, batch_size, length), self._inputs
         )
 
-    def _one_token(self) -> Any:
-        return self.draw(np.random.default_rng(0), 1, 1)
-
     def _sites(self, made: Layer) -> tuple[CachedLayer, ...]:
-        return call_sites(made, self._one_token())
+        return call_sites(made, self.draw(np.random.default_rng(0), 1, 1))
 
     def create_cache(self, made: Layer, batch_size: int, length: int) -> Cache:
-        return create_cache(made, batch_size, length, self._one_token())
+        example = self.draw(np.random.default_rng(0), 1, 1)
+        return create_cache(made, batch_size, length, example)
 
     def grow_cache(self, made: Layer, cache: Cache, length: int) -> Cache:
         return grow_cache(self._sites(made), cache, length)
@@ -211,11 +200,68 @@ class ModelSubject(Subject):
         """Returns the inputs, with the mask in the place they have for it."""
         if mask is None:
             return inputs
-        return tree.map_structure(
-            lambda spec, x: ops.cast(mask, x.dtype) if spec.is_mask else x,
-            self._inputs,
-            inputs,
+
+        def put(spec: _InputSpec, x: Any) -> Any:
+            return ops.cast(mask, x.dtype) if spec.is_mask else x
+
+        return tree.map_structure(put, self._inputs, inputs)
+
+
+@dataclasses.dataclass
+class _InputSpec:
+    """The shape after the length, the dtype and the range of values of an input."""
+
+    shape: tuple
+    dtype: str
+    low: int
+    high: int
+    is_mask: bool
+
+    def draw(self, rng: np.random.Generator, batch_size: int, length: int) -> Any:
+        shape = (batch_size, length, *self.shape)
+        if self.is_mask:
+            return np.ones(shape, self.dtype)
+        if "float" in self.dtype:
+            return rng.normal(size=shape).astype("float32")
+        return rng.integers(self.low, self.high, size=shape).astype(self.dtype)
+
+
+def _input_specs(model: keras.Model, example: Any) -> Any:
+    """Returns what the inputs of a model look like: a pytree of `_InputSpec`s."""
+    structure = symbolic_inputs(model) if example is None else example
+    specs = []
+    for path, x in tree.flatten_with_path(structure):
+        name = x.name if example is None else ""
+        is_mask = "mask" in name or any("mask" in str(key) for key in path)
+        dtype = keras.backend.standardize_dtype(x.dtype)
+        low, high = 1, 2  # 0 is what pads, in many models
+        if example is not None:
+            low, high = int(to_numpy(x).min()), int(to_numpy(x).max()) + 1
+        elif len(x.shape) < 2 or x.shape[0] is not None or x.shape[1] is not None:
+            raise ValueError(
+                f"The inputs of '{model.name}' must be of shape (batch, length, "
+                "...) with a free batch size and length, so that it can be called "
+                f"on parts of a sequence. Received: {describe(x)} for input "
+                f"'{name}'. Make it with `keras.Input((None, ...))`."
+            )
+        elif "int" in dtype and not is_mask:
+            high = _vocabulary_size(model, name)
+        specs.append(_InputSpec(tuple(x.shape)[2:], dtype, low, high, is_mask))
+    return tree.pack_sequence_as(structure, specs)
+
+
+def _vocabulary_size(model: keras.Model, name: str) -> int:
+    size = getattr(model, "vocabulary_size", None)
+    if size is None:
+        layers, kind = all_layers(model), keras.layers.Embedding
+        size = min((x.input_dim for x in layers if isinstance(x, kind)), default=None)
+    if size is None:
+        raise ValueError(
+            f"It is not known which integers the input '{name}' of "
+            f"'{model.name}' takes: it has no `vocabulary_size` and no "
+            "`keras.layers.Embedding`. Pass `inputs`, an example of the inputs."
         )
+    return int(size)
 
 
 def copy_weights(source: Any, target: Any) -> None:
