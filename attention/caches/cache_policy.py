@@ -10,7 +10,11 @@ from keras import ops
 from attention.contract.arguments import check_positive_int, describe
 from attention.contract.sizes import static_size
 from attention.contract.types import Cache, DType, Mask, Tensor
-from attention.positions.arithmetic import HIDDEN_POSITION, join_positions
+from attention.positions.arithmetic import (
+    HIDDEN_POSITION,
+    hide_padding,
+    join_positions,
+)
 
 
 class CachePolicy:
@@ -86,26 +90,17 @@ class CachePolicy:
     def positions(self, slots: int, index: Tensor) -> Tensor:
         """Returns the position that each slot holds after `index` tokens.
 
-        Args:
-            slots: int. The number of slots.
-            index: `int32` tensor of shape `()` or `(batch,)`.
-
-        Returns:
-            An `int32` tensor of shape `(slots,)` or `(batch, slots)`, `nowhere` for
-            a slot that holds none.
+        `index` is an `int32` tensor of shape `()` or `(batch,)`; the positions are
+        one of shape `(slots,)` or `(batch, slots)`, `nowhere` for a slot without one.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement `positions`.")
 
     def visible(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         """Returns which keys a query sees, besides the rule that it sees no later ones.
 
-        Args:
-            query_positions: `int32` tensor of shape `(..., query_length, 1)`.
-            key_positions: `int32` tensor of shape `(..., 1, key_length)`.
-
-        Returns:
-            `None` where all are seen, otherwise a boolean tensor of shape `(...,
-            query_length, key_length)`.
+        From `int32` tensors of shape `(..., query_length, 1)` and `(..., 1,
+        key_length)` it computes a boolean one of shape `(..., query_length,
+        key_length)`, or `None` where all are seen.
         """
         return None
 
@@ -120,13 +115,9 @@ class CachePolicy:
         sizes: dict[str, tuple[int, int]],
         dtype: str,
     ) -> dict[str, Any]:
-        """Returns an empty cache: a dict of zero tensors.
+        """Returns an empty cache: a dict of zero tensors of a dtype.
 
-        Args:
-            batch_size: int. The number of rows.
-            max_length: int. How many positions each row can hold.
-            sizes: dict from the name of each tensor to `(heads, dim)`.
-            dtype: str. The dtype of the tensors.
+        `sizes` is a dict from the name of each tensor to `(heads, dim)`.
         """
         batch_size = check_positive_int("batch_size", batch_size)
         slots = self.slots(check_positive_int("max_length", max_length))
@@ -148,9 +139,6 @@ class CachePolicy:
             padding_mask: `None` or boolean tensor of shape `(batch, new)`. Padded
                 tokens are not written over a slot that is in use.
 
-        Returns:
-            The updated cache.
-
         Raises:
             ValueError: if the new tokens can't fit, where that is known without
                 looking into a tensor.
@@ -171,11 +159,9 @@ class CachePolicy:
         }
 
     def read(self, cache: Cache, dtype: DType) -> dict[str, Any]:
-        """Returns the contents of the slots, zeros for empty ones.
+        """Returns the contents of the slots in the dtype that was written.
 
-        Args:
-            cache: as created.
-            dtype: the dtype to return, in which the tokens were written.
+        Empty slots are zeros.
         """
         return cache
 
@@ -196,24 +182,16 @@ class CachePolicy:
         positions: Tensor,
         padding_mask: Mask,
     ) -> tuple[Any, Any, Any]:
-        """Writes new tokens, and returns all that they may attend to.
+        """Writes new tokens as `write` does, and returns all that they may attend to.
 
-        The first of several new tokens sees what the last has overwritten.
-
-        Args:
-            cache: as created.
-            new: as for `write`.
-            index: as for `write`.
-            positions: `int32` tensor of shape `(new,)` or `(batch, new)`: the positions
-                of the new tokens.
-            padding_mask: as for `write`.
+        These are the slots as they were and the new tokens after them, as the first
+        new token sees what the last has overwritten. `positions` are those of the new
+        tokens, `(new,)` or `(batch, new)`.
 
         Returns:
-            The updated cache; a dict of the slots as they were and the new tokens
-            after them; and the positions of these.
+            The updated cache; a dict of what is seen; and the positions of that.
         """
-        if padding_mask is not None:
-            positions = ops.where(padding_mask, positions, HIDDEN_POSITION)
+        positions = hide_padding(positions, padding_mask)
         # Copied before it is written, which on torch may be in place.
         seen = {
             name: ops.concatenate([cache[name], x], axis=token_axis(name))
@@ -228,15 +206,8 @@ class CachePolicy:
     ) -> Tensor:
         """Returns attention weights of the slots as they were and of new tokens.
 
-        Args:
-            cache: as created.
-            past: `None`, or tensor `(batch, heads, queries, slots)`.
-            new: tensor `(batch, heads, queries, new)`.
-            index: as for `write`.
-            padding_mask: as for `write`.
-
-        Returns:
-            A tensor of shape `(batch, heads, queries, key_length)`.
+        Both are of shape `(batch, heads, queries, tokens)`; `past` may be `None`. The
+        rest is as for `write`.
         """
         if past is None:
             past = ops.zeros((*ops.shape(new)[:3], self.num_slots(cache)), new.dtype)
@@ -253,14 +224,11 @@ class CachePolicy:
 
 
 def token_axis(name: str) -> int:
-    """Returns the axis of the tokens in a tensor of a cache.
+    """Returns the axis of the tokens in a tensor of a cache, by its name.
 
-    Keys are laid out `(batch, heads, dim, length)` and all else `(batch, heads,
-    length, dim)`, so that neither XLA nor a CPU's kernels have to transpose a matrix in
-    a decode step.
-
-    Args:
-        name: str. The name of the tensor.
+    Keys are laid out `(batch, heads, dim, length)` and all else `(batch, heads, length,
+    dim)`, so that neither XLA nor a CPU's kernels have to transpose a matrix in a
+    decode step.
     """
     return 3 if name.startswith("key") else 2
 
@@ -274,13 +242,7 @@ def to_cache_layout(new: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def check_cache_policy(policy: Any, window: int | None, cache_dtype: Any) -> None:
-    """Raises an error if the arguments of a layer do not name one cache policy.
-
-    Raises:
-        TypeError: if `policy` is not a `CachePolicy`.
-        ValueError: if `cache_dtype` is unknown, or `cache_dtype` or `window` is given
-            with a policy.
-    """
+    """Raises an error if the arguments of a layer do not name one cache policy."""
     if cache_dtype not in (None, "int8"):
         raise ValueError(
             "`cache_dtype` must be None, which means the compute dtype, or 'int8'. "
@@ -313,17 +275,9 @@ def deserialize_policy(policy: Any) -> Any:
 def _take_tokens(
     cache: Cache, new: Tensor, source: Tensor, is_new: Tensor, axis: int
 ) -> Tensor:
-    """Lets each slot take one of the new tokens, or keep what it holds.
+    """Lets each slot take the new token `source` where `is_new`, or keep what it holds.
 
-    Args:
-        cache: tensor of a cache.
-        new: tensor of the same layout.
-        source: `int32` tensor `(slots,)` or `(batch, slots)`: which token.
-        is_new: boolean tensor of the same shape: whether it takes one.
-        axis: int, 2 or 3. The axis of the tokens.
-
-    Returns:
-        The updated tensor.
+    Both are of shape `(slots,)` or `(batch, slots)`; `axis` is that of the tokens.
     """
     source = ops.clip(source, 0, ops.shape(new)[axis] - 1)
     if len(source.shape) == 1:

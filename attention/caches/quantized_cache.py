@@ -123,25 +123,7 @@ def _encode(new: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def quantize(x: Tensor, axis: int) -> tuple[Tensor, Tensor]:
-    """Rounds to 8 bits, with one scale along an axis.
-
-    Args:
-        x: a floating point tensor.
-        axis: int. The axis whose numbers share a scale.
-
-    Returns:
-        An `int8` tensor of the same shape and `float32` scales, of size 1 there.
-
-    Example:
-
-    >>> import numpy as np
-    >>> from attention.caches.quantized_cache import dequantize, quantize
-    >>> numbers, scale = quantize(np.array([[0.5, -1.0, 0.0]], "float32"), axis=-1)
-    >>> np.array(numbers).tolist()
-    [[64, -127, 0]]
-    >>> np.array(dequantize(numbers, scale, "float32")).round(2).tolist()
-    [[0.5, -1.0, 0.0]]
-    """
+    """Returns `x` rounded to `int8`, and `float32` scales that share an axis."""
     x = ops.cast(x, "float32")
     scale = ops.max(ops.abs(x), axis=axis, keepdims=True) / _LARGEST
     # Zeros stay zeros, whatever they are divided by.

@@ -91,7 +91,8 @@ class RingCache(CachePolicy):
             return super().write(cache, new, index, padding_mask)
         # One token: no other slot is touched.
         if isinstance(index, int) and padding_mask is None:
-            slot: Any = self._slot(index)
+            slot: Any = self.keep + (index - self.keep) % self.window
+            slot = index if index < self.keep else slot
         else:
             # Here the slot after the index is in use, so padding must not be written
             # there: only at an index in a tensor does `write_tokens` heed that.
@@ -102,11 +103,6 @@ class RingCache(CachePolicy):
             name: write_tokens(cache[name], x, slot, padding_mask, token_axis(name))
             for name, x in new.items()
         }
-
-    def _slot(self, position: int) -> int:
-        if position < self.keep:
-            return position
-        return self.keep + (position - self.keep) % self.window
 
     def can_rewind(self, cache: Cache, from_index: int, to_index: int) -> bool:
         # Until a position is dropped that is seen again from `to_index` on.

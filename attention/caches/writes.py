@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from typing import Any
 
 import keras
 from keras import ops
 
-from attention.caches import tensorflow_gradients
 from attention.contract.arguments import dtype_name
 from attention.contract.context import context
 from attention.contract.sizes import static_size
 from attention.contract.types import Cache, Index, Mask, Tensor
 from attention.positions.arithmetic import token_positions
-
-tensorflow_gradients.register()
 
 # Up to this many rows are written one by one.
 _MAX_SLICES = 32
@@ -63,7 +62,10 @@ def write_tokens(
         # Slots after `index` are not in use: what a padded token leaves there is
         # overwritten before any token attends to it.
         if on_torch:
-            return _write_in_place(cache, update, index, axis)
+            cache = _own(cache)
+            update = ops.convert_to_tensor(update, dtype=dtype_name(cache))
+            cache.narrow(axis, index, new).copy_(update)
+            return cache
         return ops.slice_update(cache, _corner(0, index, axis), update)
     positions = token_positions(index, ops.shape(update)[axis])
     live = positions < capacity
@@ -145,14 +147,6 @@ def _scatter(
     return ops.scatter_update(cache, indices, ops.reshape(update, (-1, *shape[axes:])))
 
 
-def _write_in_place(cache: Cache, update: Tensor, index: int, axis: int) -> Tensor:
-    """Writes on torch, all rows at one known position."""
-    cache = _own(cache)
-    update = ops.convert_to_tensor(update, dtype=dtype_name(cache))
-    cache.narrow(axis, index, update.shape[axis]).copy_(update)
-    return cache
-
-
 def _write_indexed(
     cache: Cache, update: Tensor, positions: Tensor, live: Mask, axis: int
 ) -> Tensor:
@@ -187,18 +181,11 @@ def _own(cache: Cache) -> Tensor:
 
 
 def computed_after(update: Tensor, outputs: Tensor) -> Tensor:
-    """Makes `update` depend on `outputs`, so that XLA computes them first.
+    """Returns `update`, made to depend on `outputs`: XLA then computes them first.
 
     Outputs that read a cache must be computed before it is overwritten in place. XLA
     does not find this order by itself, it copies the cache, but it follows an order
     that values prescribe: this compares the outputs to a number that none exceeds.
-
-    Args:
-        update: a floating point tensor.
-        outputs: a floating point tensor.
-
-    Returns:
-        `update`.
     """
     if keras.config.backend() == "torch":
         return update
@@ -211,3 +198,30 @@ def _launches_kernels() -> bool:
     """Returns whether each operation costs a launch, as on GPUs."""
     devices = " ".join(keras.distribution.list_devices())
     return "gpu" in devices or "cuda" in devices
+
+
+def _register_gradient() -> None:
+    """Registers the gradient of `slice_update`, so that it flows through caches.
+
+    JAX and torch have it. TensorFlow has the operation without a gradient, so that
+    training on tokens after a cached prefix would fail.
+    """
+    if keras.config.backend() != "tensorflow":
+        return
+    import tensorflow as tf
+
+    def gradient(op: Any, upstream: Tensor) -> tuple[Any, Any, None]:
+        _, update, start = op.inputs
+        size = tf.shape(update)
+        # As in the operation, a slice that does not fit is moved back.
+        start = tf.clip_by_value(start, 0, tf.shape(upstream) - size)
+        zeros = tf.zeros_like(update)
+        kept = keras.ops.slice_update(upstream, start, zeros)
+        return kept, tf.slice(upstream, start, size), None
+
+    # It may be registered already, perhaps by a newer TensorFlow.
+    with contextlib.suppress(KeyError):
+        tf.RegisterGradient("XlaDynamicUpdateSlice")(gradient)
+
+
+_register_gradient()

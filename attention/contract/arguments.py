@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import numbers
 from typing import Any
 
@@ -10,13 +11,7 @@ import numpy as np
 
 
 def describe(value: Any) -> str:
-    """Describes a value for an error message: types and shapes, no contents.
-
-    Args:
-        value: anything.
-
-    Returns:
-        A short string.
+    """Describes any value for an error message: types and shapes, no contents.
 
     Example:
 
@@ -48,24 +43,11 @@ def dtype_name(x: Any) -> str:
 
 
 def check_positive_int(name: str, value: Any) -> int:
-    """Returns an argument as an int, and checks that it is positive.
-
-    Args:
-        name: str. The name of the argument, for the message.
-        value: what was received.
-
-    Returns:
-        An int.
+    """Returns the argument called `name` as an int, and checks that it is positive.
 
     Raises:
         TypeError: if it is not an integer.
         ValueError: if it is not positive.
-
-    Example:
-
-    >>> from attention.contract import check_positive_int
-    >>> check_positive_int("num_heads", 8)
-    8
     """
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(
@@ -84,23 +66,10 @@ def check_optional_positive_int(name: str, value: Any) -> int | None:
 
 
 def check_fraction(name: str, value: Any) -> float:
-    """Returns an argument as a float, and checks that it is in `[0, 1)`.
-
-    Args:
-        name: str. The name of the argument, for the message.
-        value: what was received.
-
-    Returns:
-        A float.
+    """Returns the argument called `name` as a float, and checks that it is in `[0, 1)`.
 
     Raises:
         ValueError: if it is not a number of at least 0 and below 1.
-
-    Example:
-
-    >>> from attention.contract import check_fraction
-    >>> check_fraction("dropout", 0.1)
-    0.1
     """
     if not isinstance(value, (int, float, np.number)) or not 0 <= value < 1:
         raise ValueError(
@@ -111,15 +80,9 @@ def check_fraction(name: str, value: Any) -> float:
 
 
 def refuse_arguments(layer: Any, given: dict[str, Any], **reasons: str) -> None:
-    """Refuses arguments that a layer inherits but can't use.
+    """Raises a `TypeError` if a layer is `given` an inherited argument it can't use.
 
-    Args:
-        layer: the layer.
-        given: the arguments that it received for its base class.
-        **reasons: why it can't use them, by their names.
-
-    Raises:
-        TypeError: if one of them is given.
+    The reasons are given by the names of the arguments.
     """
     for name, reason in reasons.items():
         if name in given:
@@ -144,3 +107,14 @@ def check_soft_cap(value: Any) -> float | None:
             f"negative. Received: logit_soft_cap={value}"
         )
     return float(value)
+
+
+def arguments_of(cls: type, layer: Any) -> dict[str, Any]:
+    """Returns the arguments that the constructor of a class names, from a layer.
+
+    They are its attributes of these names, serialized for `get_config`.
+    """
+    found = inspect.signature(cls).parameters.values()
+    names = [p.name for p in found if p.kind is p.POSITIONAL_OR_KEYWORD]
+    serialize = keras.saving.serialize_keras_object
+    return {name: serialize(getattr(layer, name)) for name in names}

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 from keras import ops, tree
 
-from attention.contract.arguments import describe
+from attention.contract.arguments import describe, dtype_name
 from attention.contract.calls import in_context, parameters
 from attention.contract.checks import (
     check_cache,
@@ -135,12 +135,8 @@ class CachedLayer(keras.layers.Layer):
     def create_cache(self, batch_size: int, max_length: int) -> Cache:
         """Creates an empty cache.
 
-        Args:
-            batch_size: int. The number of rows.
-            max_length: int. How many positions each row can hold.
-
-        Returns:
-            A pytree of zero tensors whose first axis is the batch.
+        Returns a pytree of zero tensors whose first axis is the batch, with room for
+        `max_length` positions of each row.
         """
         raise NotImplementedError(
             f"{type(self).__name__} must implement `create_cache(batch_size, "
@@ -151,17 +147,8 @@ class CachedLayer(keras.layers.Layer):
         """Copies a cache into a larger one.
 
         The default copies each tensor to the origin of its larger counterpart.
-        A layer whose slots would move overrides it.
-
-        Args:
-            cache: a cache of this layer.
-            max_length: int. How many positions each row can hold from now on.
-
-        Returns:
-            A cache with the same contents.
-
-        Raises:
-            ValueError: if `cache` is larger than one for `max_length`.
+        A layer whose slots would move overrides it. Raises a `ValueError` if `cache`
+        is larger than one for `max_length` positions of each row.
         """
         leaves = tree.flatten(cache)
         if not leaves:
@@ -191,10 +178,8 @@ class CachedLayer(keras.layers.Layer):
 
         Args:
             cache: a cache of this layer.
-            from_index: int. How many positions it has processed; the largest number
-                where rows differ.
-            to_index: int. How many of them are kept; the smallest number where rows
-                differ.
+            from_index: int. How many positions it has processed, at most.
+            to_index: int. How many of them are kept, at least.
 
         Raises:
             ValueError: if not `from_index >= to_index >= 0`, both integers.
@@ -240,10 +225,9 @@ class CachedLayer(keras.layers.Layer):
                 f"Layer '{self.name}' takes `cache` and `cache_update_index` by "
                 "keyword only: `layer(x, cache=cache, cache_update_index=index)`."
             )
+        whole = [given.get(name) for name in self.whole_prompt_arguments]
         dry_run = context().dry_run
-        if dry_run and any(
-            given.get(x) is not None for x in self.whole_prompt_arguments
-        ):
+        if dry_run and any(x is not None for x in whole):
             dry_run.whole_prompt = True
         # The first argument has the sizes of the batch.
         inputs = next(filter(is_tensor, tree.flatten(given.get(names[0]))), None)
@@ -305,12 +289,9 @@ class CachedLayer(keras.layers.Layer):
         return keras.Operation.compute_output_spec(self, *args, **kwargs)
 
     def compute_output_shape(self, input_shape: tuple) -> Any:
-        """Returns the shape of the outputs without a cache.
+        """Returns the shape of the outputs without a cache, for an `input_shape`.
 
         Wrappers such as `keras.layers.SpectralNormalization` need it.
-
-        Args:
-            input_shape: tuple. The shape of the first argument.
         """
         x = keras.KerasTensor(input_shape, dtype=self.compute_dtype)
         with change_context(scope=None, made_up_sizes=True):
@@ -357,8 +338,11 @@ class CachedLayer(keras.layers.Layer):
         if examples is None or examples.key != self.compute_dtype:
             # Lengths that differ also for a layer that rounds its capacity up.
             longer = min(513, self.max_sequence_length or 513)
-            caches = self.create_cache(1, 1), self.create_cache(2, longer)
-            examples = Untracked(self.compute_dtype, tree.map_structure(_spec, caches))
+            specs = tree.map_structure(
+                lambda x: keras.KerasTensor(tuple(x.shape), dtype_name(x)),
+                (self.create_cache(1, 1), self.create_cache(2, longer)),
+            )
+            examples = Untracked(self.compute_dtype, specs)
             self._cache_example_memo = examples
         return examples.value
 
@@ -369,9 +353,3 @@ class Untracked:
 
     key: Any
     value: Any
-
-
-def _spec(x: Any) -> keras.KerasTensor:
-    return keras.KerasTensor(
-        tuple(x.shape), dtype=keras.backend.standardize_dtype(x.dtype)
-    )

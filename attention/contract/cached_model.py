@@ -24,42 +24,31 @@ _ROWS, _LENGTH = 3, 2
 class CallSites(tuple[CachedLayer, ...]):
     """The cached layers that a model calls, in call order.
 
-    Attributes:
-        whole_prompt: bool. Whether some call needs a whole prompt at once (see
-            `CachedLayer.whole_prompt_arguments`), so that a prefill can't be split
-            into chunks.
+    `whole_prompt` says whether some call needs a whole prompt at once (see
+    `CachedLayer.whole_prompt_arguments`), so that a prefill can't be split.
     """
 
     whole_prompt = False
 
-    @classmethod
-    def of(cls, scope: RecordingScope) -> CallSites:
-        """Returns the call sites that a dry run has noted."""
-        sites = cls(scope.layers)
-        sites.whole_prompt = scope.whole_prompt
-        return sites
+
+def _record(rows: int | None, run: Callable[[], Any]) -> CallSites:
+    with RecordingScope(rows) as scope:
+        run()
+    sites = CallSites(scope.layers)
+    sites.whole_prompt = scope.whole_prompt
+    return sites
 
 
 def find_call_sites(run: Callable[[int, int], Any], name: str) -> CallSites:
-    """Finds the calls of cached layers in a function, in call order.
+    """Returns the cached layers that a function calls, in call order.
 
-    Args:
-        run: runs the model without a cache on zeros of a batch size and a length,
-            which are its arguments.
-        name: str. The name of the model, for messages.
-
-    Returns:
-        A tuple of layers. A layer that is called twice is in it twice.
-
-    Raises:
-        ValueError: if a layer is called where it can have no cache, or if the
-            calls depend on the length.
+    `run(batch_size, length)` runs the model of this name on zeros, without a cache.
+    Raises a `ValueError` if a layer is called where it can have no cache, or if the
+    calls depend on the length.
     """
 
     def record(length: int) -> CallSites:
-        with RecordingScope(_ROWS) as scope:
-            run(_ROWS, length)
-        return CallSites.of(scope)
+        return _record(_ROWS, lambda: run(_ROWS, length))
 
     layers = record(_LENGTH)
     # A loop over the sequence calls the same layer once for each token.
@@ -130,9 +119,7 @@ def call_sites(model: keras.Model, inputs: Any = None) -> CallSites:
 
         return find_call_sites(run, model.name)
     rows = {static_size(x, 0) for x in tree.flatten(inputs)}
-    with RecordingScope(rows.pop() if len(rows) == 1 else None) as scope:
-        model(inputs)
-    return CallSites.of(scope)
+    return _record(rows.pop() if len(rows) == 1 else None, lambda: model(inputs))
 
 
 def symbolic_inputs(model: keras.Model) -> Any:
@@ -246,20 +233,8 @@ def can_rewind(
 ) -> bool:
     """Returns whether the last positions can be taken back from a model's cache.
 
-    If so, a caller may continue at `cache_update_index=to_index`, or at any index
-    from there to `from_index`, each row at an index of its own.
-
-    Args:
-        sites: the model's cached layers in call order, from `call_sites` or
-            the `layers` of a `NewCacheScope`.
-        cache: the model's cache.
-        from_index: int. How many positions it has processed; the largest number
-            where rows differ.
-        to_index: int. How many of them are kept; the smallest number where rows
-            differ.
-
-    Returns:
-        A bool: whether all of the layers can. A recurrent layer can't.
+    It is true if it is of all layers; a recurrent layer can't. `sites` and `cache` are
+    as for `grow_cache`, and the indices as for `CachedLayer.can_rewind`.
 
     Raises:
         ValueError: if `cache` has another number of slots than there are
@@ -285,16 +260,9 @@ def can_rewind(
 def find_not_rewindable(
     sites: tuple[CachedLayer, ...], cache: tuple, from_index: int, to_index: int
 ) -> CachedLayer | None:
-    """Returns the innermost first layer that can't take positions back.
+    """Returns the innermost first layer that can't take positions back, or `None`.
 
-    Args:
-        sites: as for `can_rewind`.
-        cache: as for `can_rewind`.
-        from_index: as for `can_rewind`.
-        to_index: as for `can_rewind`.
-
-    Returns:
-        A layer, or `None` where `can_rewind` is true.
+    The arguments are those of `can_rewind`.
     """
     for layer, slot in zip(sites, cache):
         if not layer.can_rewind(slot, from_index, to_index):
@@ -325,11 +293,7 @@ def call_with_cache(
         model: the `keras.Model` the cache was created for.
         inputs: the model's inputs for the next positions.
         cache: the tuple from `create_cache`, or from the last call.
-        cache_update_index: int, integer scalar tensor, or integer tensor of
-            shape `(batch_size,)`. How many positions the cache has processed.
-        padding_mask: `None` or tensor of shape `(batch_size, length)`, true for the
-            real tokens of the inputs, which are padded on the right. Cached layers
-            that the model calls without a mask use it.
+        cache_update_index: as for `CacheScope`, and so is `padding_mask`.
 
     Returns:
         `(outputs, cache)`: the outputs of the model for these positions, and the

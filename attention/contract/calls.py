@@ -26,15 +26,8 @@ def positional_parameters(function: Callable) -> tuple[str, ...]:
     return tuple(p.name for p in found if p.kind is _BY_PLACE_OR_NAME)
 
 
-def takes_cache(call: Callable) -> bool:
-    """Returns whether a method may be passed a cache and its index."""
-    found = inspect.signature(call).parameters
-    anything = any(p.kind is p.VAR_KEYWORD for p in found.values())
-    return anything or {"cache", "cache_update_index"} <= found.keys()
-
-
 def in_context(call: Callable) -> Callable:
-    """Wraps a layer's `call`, so that it runs in a context of its own.
+    """Wraps the method `call` of a layer, so that it runs in a context of its own.
 
     In a scope it can't be run past the layer's `__call__`. The layers that it calls
     without a padding mask get its own. Without a mask of its own or around it, it gets
@@ -43,12 +36,6 @@ def in_context(call: Callable) -> Callable:
     and those of several tensors to `NAME_mask`; these arguments are added here, and
     their masks become `padding_mask` (of the first tensor), `value_padding_mask` (of
     `value`) and so on.
-
-    Args:
-        call: a method.
-
-    Returns:
-        A method.
     """
     signature = inspect.signature(call)
     names = list(signature.parameters)
@@ -60,7 +47,14 @@ def in_context(call: Callable) -> Callable:
         if context().running is self:
             # `super().call(...)`, with the arguments that a subclass chose.
             return call(self, *args, **kwargs)
-        _check_not_bypassed(self)
+        scope = context().scope
+        if scope is not None:
+            scope.refuse(
+                f"`call` of layer '{self.name}' ({type(self).__name__}) is run past "
+                "its `__call__`, as `keras.layers.TimeDistributed` does. It would get "
+                "no cache, and forget what it saw. Call the layer itself, "
+                "`layer(x)`, on the whole sequence" + OR_NO_CACHE
+            )
         for name, to in attached.items():
             mask = kwargs.pop(name, None)
             if kwargs.get(to) is None and names.index(to) > len(args):
@@ -94,15 +88,3 @@ def _attached_masks(names: list[str]) -> dict[str, str]:
             if tensor == owner or tensor == f"{owner}_sequence":
                 found[f"{tensor}_mask"] = name
     return found
-
-
-def _check_not_bypassed(layer: Any) -> None:
-    """Raises an error if a layer's `call` is run past its `__call__` in a scope."""
-    scope = context().scope
-    if scope is not None:
-        scope.refuse(
-            f"`call` of layer '{layer.name}' ({type(layer).__name__}) is run past "
-            "its `__call__`, as `keras.layers.TimeDistributed` does. It would get "
-            "no cache, and forget what it saw. Call the layer itself, "
-            "`layer(x)`, on the whole sequence" + OR_NO_CACHE
-        )

@@ -9,88 +9,50 @@ import numpy as np
 from keras import ops, tree
 
 from attention.contract.arguments import describe, dtype_name
-from attention.contract.sizes import static_size
+from attention.contract.sizes import is_tensor, static_size
 from attention.contract.types import Cache, Index, Mask, Shape, Tensor
 
 
 def standardize_index(cache_update_index: Index, batch_size: int | None) -> Index:
-    """Checks a `cache_update_index`, and turns NumPy integers into ints.
+    """Returns a `cache_update_index` as an int or an `int32` tensor, and checks it.
 
-    Args:
-        cache_update_index: int, integer scalar tensor or integer tensor of
-            shape `(batch_size,)`.
-        batch_size: int or `None`. The number of rows, where it is known.
-
-    Returns:
-        An int where it is known without reading a tensor, otherwise an `int32` tensor
-        of rank 0 or 1.
-
-    Raises:
-        TypeError: if it is not an integer.
-        ValueError: if it is negative or of another shape.
+    It is an int where it is known without reading a tensor; a tensor is of shape `()`
+    or `(batch_size,)`. Raises a `TypeError` if it is not an integer, and a `ValueError`
+    if it is negative or of another shape.
     """
-    index = cache_update_index
-    if isinstance(index, (bool, float)):
-        raise TypeError(
-            "`cache_update_index` must be an integer, an integer scalar tensor "
-            "or an integer tensor of shape (batch_size,). Received: "
-            f"cache_update_index={describe(index)}"
-        )
-    if isinstance(index, np.ndarray) and index.ndim == 0:
-        index = index[()]
-    if isinstance(index, (int, np.integer)):
-        if index < 0:
-            raise ValueError(
-                "`cache_update_index` is the number of positions the cache has "
-                f"processed; it can't be negative. Received: {index}"
-            )
-        return int(index)
+    index: Any = cache_update_index
     if isinstance(index, (list, tuple)):
         index = np.asarray(index)
-    if isinstance(index, np.ndarray) and index.dtype.kind == "i" and (index < 0).any():
-        raise ValueError(
-            "`cache_update_index` holds the numbers of positions the rows have "
-            "processed; they can't be negative. Received: cache_update_index="
-            f"{describe(index)} with a negative entry"
-        )
-    if not hasattr(index, "shape") or not hasattr(index, "dtype"):
+    if isinstance(index, np.ndarray) and index.ndim == 0:
+        index = index[()]
+    received = f"Received: cache_update_index={describe(index)}"
+    is_number = isinstance(index, (int, np.integer)) and not isinstance(index, bool)
+    if not is_number and not is_tensor(index):
         raise TypeError(
             "`cache_update_index` must be an integer, an integer scalar tensor "
-            "or an integer tensor of shape (batch_size,). Received: "
-            f"cache_update_index={describe(index)}"
+            f"or an integer tensor of shape (batch_size,). {received}"
         )
-    if "int" not in str(index.dtype):
-        raise TypeError(
-            "`cache_update_index` must have an integer dtype. Received: "
-            f"cache_update_index={describe(index)}"
+    if not is_number and "int" not in str(index.dtype):
+        raise TypeError(f"`cache_update_index` must have an integer dtype. {received}")
+    if (is_number or isinstance(index, np.ndarray)) and np.any(index < 0):
+        raise ValueError(
+            "`cache_update_index` is the number of positions that the cache, or each "
+            f"row of it, has processed; it can't be negative. {received}"
         )
+    if is_number:
+        return int(index)
     shape = tuple(index.shape)
     known = None not in shape and batch_size is not None
     if len(shape) > 1 or (len(shape) == 1 and known and shape[0] != batch_size):
         raise ValueError(
             "`cache_update_index` must be one index for all rows or one for "
-            f"each of the {batch_size} rows. Received: "
-            f"cache_update_index={describe(index)}"
+            f"each of the {batch_size} rows. {received}"
         )
-    if isinstance(index, keras.KerasTensor):
-        return index
-    return ops.cast(index, "int32")
+    return index if isinstance(index, keras.KerasTensor) else ops.cast(index, "int32")
 
 
 def check_sequence_shape(layer_name: str, shape: Shape, what: str = "inputs") -> int:
-    """Checks that a layer is built for `(batch, length, width)`.
-
-    Args:
-        layer_name: str. The name of the layer.
-        shape: tuple. The shape of its inputs.
-        what: str. What these inputs are called.
-
-    Returns:
-        The width.
-
-    Raises:
-        ValueError: if there is another number of axes, or no width.
-    """
+    """Returns the width of `(batch, length, width)`, or raises a `ValueError`."""
     if len(shape) != 3 or shape[-1] is None:
         raise ValueError(
             f"Layer '{layer_name}' needs {what} of shape (batch, length, width) with "
@@ -125,21 +87,11 @@ def mask_fits(padding_mask: Tensor, inputs: Tensor) -> bool:
 def check_cache(
     layer_name: str, cache: Cache, expected: Any, larger: Any, batch_size: int | None
 ) -> None:
-    """Checks that a cache was made by this layer for this batch size.
+    """Raises a `ValueError` if a cache is not of this layer, or not for these rows.
 
-    The form of a layer's caches is inferred from two of them: `expected` (one row,
-    one position) and `larger` (two rows, more positions). Structure, ranks and dtypes
-    are the same in all, and so are those sizes that are the same in these two.
-
-    Args:
-        layer_name: str. The name of the layer, for the message.
-        cache: the cache received.
-        expected: the layer's cache for one row and one position.
-        larger: the layer's cache for two rows and more positions.
-        batch_size: int or `None`. The rows of the inputs, where known.
-
-    Raises:
-        ValueError: if it was made by another layer or for other rows.
+    The form of a layer's caches is inferred from two of them: `expected` (one row, one
+    position) and `larger` (two rows, more positions). Structure, ranks and dtypes are
+    the same in all, and so are those sizes that are the same in these two.
     """
     if not _same_structure(cache, expected):
         raise ValueError(
@@ -150,24 +102,16 @@ def check_cache(
         )
     leaves = zip(tree.flatten(cache), tree.flatten(expected), tree.flatten(larger))
     for leaf, one, two in leaves:
-        shape = tuple(getattr(leaf, "shape", ()))
-        fixed = [
-            a if a == b else None for a, b in zip(tuple(one.shape), tuple(two.shape))
-        ]
-        matches = (
-            hasattr(leaf, "dtype")
-            and dtype_name(leaf) == dtype_name(one)
-            and _same_shape(shape, tuple(fixed))
-        )
-        if not matches:
+        shape = tuple(a if a == b else None for a, b in zip(one.shape, two.shape))
+        if not _is_like(leaf, shape, one):
             raise ValueError(
                 f"`cache` was not made by layer '{layer_name}': one of its "
                 f"tensors is a {describe(leaf)}, where this layer's have dtype "
-                f"{dtype_name(one)} and shape {tuple(fixed)} (None: any size). "
+                f"{dtype_name(one)} and shape {shape} (None: any size). "
                 "Create it with `create_cache` of the layer you are calling, "
                 "and again after its dtype policy has changed."
             )
-        rows = shape[0] if shape else None
+        rows = static_size(leaf, 0)
         if None not in (rows, batch_size) and rows != batch_size:
             raise ValueError(
                 f"Layer '{layer_name}' was called with {batch_size} rows and a "
@@ -189,10 +133,7 @@ def check_updated_cache(layer_name: str, cache: Cache, outputs: Any) -> None:
         )
     updated = outputs[1]
     same = _same_structure(cache, updated) and all(
-        hasattr(b, "shape")
-        and hasattr(b, "dtype")
-        and _same_shape(tuple(a.shape), tuple(b.shape))
-        and dtype_name(a) == dtype_name(b)
+        _is_like(b, tuple(a.shape), a)
         for a, b in zip(tree.flatten(cache), tree.flatten(updated))
     )
     if not same:
@@ -211,23 +152,18 @@ def _same_structure(first: Any, second: Any) -> bool:
     return True
 
 
-def _same_shape(first: tuple, second: tuple) -> bool:
-    """Returns whether two shapes agree; `None` is a size that is not known."""
-    return len(first) == len(second) and all(
-        a is None or b is None or a == b for a, b in zip(first, second)
+def _is_like(x: Any, shape: tuple, like: Any) -> bool:
+    """Returns whether `x` is a tensor of a shape, `None` any size, and of a dtype."""
+    return (
+        is_tensor(x)
+        and dtype_name(x) == dtype_name(like)
+        and len(x.shape) == len(shape)
+        and all(None in pair or pair[0] == pair[1] for pair in zip(x.shape, shape))
     )
 
 
 def check_rewind_indices(from_index: Index, to_index: Index) -> None:
-    """Checks the indices of `can_rewind`.
-
-    Args:
-        from_index: how many positions the cache has processed.
-        to_index: how many of them are to be kept.
-
-    Raises:
-        ValueError: if one is not an integer, or not `from_index >= to_index >= 0`.
-    """
+    """Raises a `ValueError` unless both are integers, `from_index >= to_index >= 0`."""
     known = all(
         isinstance(x, (int, np.integer)) and not isinstance(x, bool)
         for x in (from_index, to_index)

@@ -18,7 +18,7 @@ from attention.contract.cached_model import (
     grow_cache,
     max_positions,
 )
-from attention.contract.calls import parameters, positional_parameters, takes_cache
+from attention.contract.calls import parameters, positional_parameters
 from attention.contract.context import change_context, context
 from attention.contract.recording_scope import RecordingScope
 from attention.contract.scopes import CacheScope
@@ -46,25 +46,22 @@ def _call_with_arguments_of(transform: Callable) -> Callable:
     """Returns a layer's `call` with the arguments that `transform` names."""
     further = _further_arguments(transform)
     # Positional ones in the order in which `transform` has them.
-    order = ["x", *list(inspect.signature(transform).parameters)[2:], "padding_mask"]
-    takes = {"x", "padding_mask", *further}
-    names = [name for name in dict.fromkeys(order) if name in takes]
-    names += _CACHE_ARGUMENTS
+    order = [*list(inspect.signature(transform).parameters)[2:], "padding_mask"]
+    names = [x for x in dict.fromkeys(order) if x in further or x == "padding_mask"]
+    names = ["x", *names, *_CACHE_ARGUMENTS]
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         kwargs.update(zip(names, args))
         return self._call(**kwargs)
 
-    def parameter(name: str) -> inspect.Parameter:
-        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        if name in ("self", "x"):
-            return inspect.Parameter(name, kind)
-        default = further[name].default if name in further else None
-        # The layer has checked that all needed ones are there.
-        default = None if default is inspect.Parameter.empty else default
-        return inspect.Parameter(name, kind, default=default)
-
-    signature = inspect.Signature([parameter(name) for name in ("self", *names)])
+    # The layer has checked that all needed ones are there.
+    optional = further.keys() - set(_needed(further))
+    defaults = {name: further[name].default for name in optional}
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    signature = inspect.Signature(
+        [inspect.Parameter(name, kind) for name in ("self", "x")]
+        + [inspect.Parameter(x, kind, default=defaults.get(x)) for x in names[1:]]
+    )
     call.__signature__ = signature  # type: ignore[attr-defined]
     call.transform = transform  # type: ignore[attr-defined]
     return call
@@ -122,7 +119,9 @@ class CompositeCachedLayer(CachedLayer):
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        if not takes_cache(cls.call):
+        found = inspect.signature(cls.call).parameters
+        anything = any(p.kind is p.VAR_KEYWORD for p in found.values())
+        if not anything and not {"cache", "cache_update_index"} <= found.keys():
             raise TypeError(
                 f"`{cls.__name__}.call` takes no `cache` and no `cache_update_index`. "
                 "Override `transform` instead, which needs neither: `call` runs it, "
@@ -135,15 +134,10 @@ class CompositeCachedLayer(CachedLayer):
     def transform(
         self, x: Tensor, padding_mask: Mask | None = None, training: bool | None = None
     ) -> Tensor:
-        """Computes the outputs. It is written once, and knows nothing of caches.
+        """Computes the outputs, a tensor or any structure of tensors.
 
-        Args:
-            x: tensor of shape `(batch, length, width)`.
-            padding_mask: boolean tensor of shape `(batch, length)` or `None`.
-            training: bool or `None`.
-
-        Returns:
-            A tensor, or any structure of tensors.
+        It is written once, and knows nothing of caches. `x` is of shape `(batch,
+        length, width)`, and `padding_mask` `None` or boolean, `(batch, length)`.
         """
         raise NotImplementedError(
             f"{type(self).__name__} must implement `transform(x, "
@@ -175,27 +169,17 @@ class CompositeCachedLayer(CachedLayer):
     def create_cache(
         self, batch_size: int, max_length: int, source_length: int | None = None
     ) -> tuple:
-        """Creates empty caches of the layers that `transform` calls.
+        """Creates a tuple with a cache for each call of a cached layer.
 
-        Args:
-            batch_size: int. The number of rows.
-            max_length: int. How many positions each row can hold.
-            source_length: int or `None`. How many positions another sequence may
-                have, for layers that attend to one (`CrossAttention`).
-
-        Returns:
-            A tuple with a cache for each call of a cached layer.
+        `source_length` is how many positions another sequence may have, for layers
+        that attend to one (`CrossAttention`).
         """
-
-        def create(layer: CachedLayer) -> Cache:
-            names = parameters(type(layer).create_cache)
-            if source_length is None or "source_length" not in names:
-                return layer.create_cache(batch_size, max_length)
-            return layer.create_cache(  # type: ignore[call-arg]
-                batch_size, max_length, source_length=source_length
-            )
-
-        return tuple(create(layer) for layer in self.inner_layers())
+        caches = []
+        for layer in self.inner_layers():
+            takes_source = "source_length" in parameters(type(layer).create_cache)
+            options = {"source_length": source_length} if takes_source else {}
+            caches.append(layer.create_cache(batch_size, max_length, **options))
+        return tuple(caches)
 
     def grow_cache(self, cache: Cache, max_length: int) -> tuple:
         return grow_cache(self.inner_layers(), cache, max_length)
@@ -211,8 +195,9 @@ class CompositeCachedLayer(CachedLayer):
         """Returns the cached layers that `transform` calls, in call order."""
         if "_call_site_memo" not in self.__dict__:
             # With further arguments, only a call with all of them is certain.
-            certain = not self._further_arguments()
-            self._note_call_sites(self._record_call_sites(), certain, None)
+            certain = not _further_arguments(type(self).transform)
+            sites = self._record_call_sites()
+            self._call_site_memo = Untracked(certain, (sites, None))
         layers, problem = self._call_site_memo.value
         if problem:
             raise ValueError(problem)
@@ -221,14 +206,12 @@ class CompositeCachedLayer(CachedLayer):
     def _transform(
         self, x: Tensor, padding_mask: Mask | None, training: bool | None, inputs: dict
     ) -> Any:
-        arguments = {"padding_mask": padding_mask, "training": training}
         accepted = parameters(type(self).transform)
-        arguments = {k: v for k, v in arguments.items() if k in accepted}
+        for name, value in (("padding_mask", padding_mask), ("training", training)):
+            if name in accepted:
+                inputs = {**inputs, name: value}
         with change_context(padding_mask=padding_mask):
-            return self.transform(x, **arguments, **inputs)
-
-    def _further_arguments(self) -> dict[str, inspect.Parameter]:
-        return _further_arguments(type(self).transform)
+            return self.transform(x, **inputs)
 
     def _check_arguments(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """Raises an error if these are not the arguments that `transform` names."""
@@ -236,28 +219,26 @@ class CompositeCachedLayer(CachedLayer):
             # A subclass with a `call` of its own checks its own arguments.
             return
         names = parameters(type(self).call)
-        further = self._further_arguments()
+        further = _further_arguments(type(self).transform)
         given = {*names[: len(args)], *kwargs}
         unknown = sorted(given.difference(names))
         missing = sorted({"x", *_needed(further)} - given)
         positional = positional_parameters(type(self).call)
         if len(args) <= len(positional) and not unknown and not missing:
             return
-        what = f"the arguments {unknown}" if unknown else "too many arguments"
+        what = f"with the arguments {unknown}" if unknown else "with too many arguments"
+        what = f"without {missing}" if missing else what
         raise TypeError(
-            f"Layer '{self.name}' was called "
-            + (f"without {missing}" if missing else f"with {what}")
-            + f". Its arguments are those of `{type(self).__name__}.transform`: "
-            f"{['x', *further, 'padding_mask']}; and, by keyword, "
-            f"{list(_CACHE_ARGUMENTS)}. Received: {describe(args)}, {describe(kwargs)}"
+            f"Layer '{self.name}' was called {what}. Its arguments are those of "
+            f"`{type(self).__name__}.transform`: {['x', *further, 'padding_mask']}; and, "
+            f"by keyword, {list(_CACHE_ARGUMENTS)}. Received: {describe(args)}, "
+            f"{describe(kwargs)}"
         )
 
     def _check_length(self, *args: Any) -> None:
         # Inner layers check their own limits, unless a subclass sets one for all.
-        if (
-            type(self).max_sequence_length
-            is not CompositeCachedLayer.max_sequence_length
-        ):
+        own = type(self).max_sequence_length
+        if own is not CompositeCachedLayer.max_sequence_length:
             super()._check_length(*args)
 
     def _transform_noting_sites(
@@ -265,7 +246,8 @@ class CompositeCachedLayer(CachedLayer):
     ) -> Any:
         """Runs `transform` without a cache, and records the call sites if needed."""
         memo = self.__dict__.get("_call_site_memo")
-        if not self._further_arguments() or (memo is not None and memo.key):
+        needless = not _further_arguments(type(self).transform)
+        if needless or (memo is not None and memo.key):
             return self._transform(x, padding_mask, training, inputs)
         weights = len(self.weights)
         # Not strict, as these calls need no cache so far.
@@ -274,13 +256,9 @@ class CompositeCachedLayer(CachedLayer):
         # Building inner layers may call others, and training may leave some out or
         # add some: then a later call decides.
         certain = self.built and not training and len(self.weights) == weights
-        self._note_call_sites(tuple(scope.layers), certain, scope.problem)
+        sites = tuple(scope.layers)
+        self._call_site_memo = Untracked(certain, (sites, scope.problem))
         return outputs
-
-    def _note_call_sites(
-        self, layers: tuple[CachedLayer, ...], certain: bool, problem: str | None
-    ) -> None:
-        self._call_site_memo = Untracked(certain, (layers, problem))
 
     def _record_call_sites(self) -> CallSites:
         """Returns the call sites that a dry run of `transform` on zeros finds."""
@@ -290,7 +268,7 @@ class CompositeCachedLayer(CachedLayer):
                 "be sized. Call it once, or call its `build` with the shape of "
                 "its inputs, before `create_cache`."
             )
-        needed = _needed(self._further_arguments())
+        needed = _needed(_further_arguments(type(self).transform))
         if needed:
             raise ValueError(
                 f"`{type(self).__name__}.transform` needs {needed}, so layer "

@@ -4,19 +4,11 @@ There is one context, a frozen value in one context variable, as with Keras's
 `StatelessScope`. Scopes and calls of cached layers change it for the code that runs
 inside of them.
 
-The padding mask that a cached layer's `call` gets is the first of these:
-
-1. The argument `padding_mask` of the call.
-2. The mask of the cached layer within whose `call` or `transform` the call is made, or
-   else of the scope, as a forgotten mask would let padded tokens into a cache. It counts
-   only if it fits the inputs: a layer that runs on other rows or on another number of
-   tokens has another mask. Where the layer gets its cache from the scope, a mask that
-   does not fit is an error.
-3. The mask that Keras attached to the inputs, as `Embedding(mask_zero=True)` does.
-
-`CachedLayer.__call__` handles the first two (so that they are arguments also when
-`keras.RematScope` runs a layer's `call` again), and `calls.in_context` the third, which
-Keras passes to `call` only. The mask that `call` gets is that of the calls within it.
+Which padding mask the `call` of a cached layer gets is in ARCHITECTURE.md. It is then
+the mask of the calls within it. `CachedLayer.__call__` handles the mask that is given
+and that of the context (so that they are arguments also when `keras.RematScope` runs a
+layer's `call` again), and `calls.in_context` the one that Keras attached to the inputs,
+which it passes to `call` only.
 """
 
 from __future__ import annotations
@@ -44,8 +36,7 @@ class Context:
         donated: bool. Whether a cache policy may overwrite the cache it receives.
         dry_run: the outermost `RecordingScope` around them, or `None`.
         running: the cached layer whose `call` makes these calls, or `None`.
-        made_up_sizes: bool. Whether the sizes of tensors are made up, as the true ones
-            are not known.
+        made_up_sizes: bool. Whether the sizes of tensors are not the true ones.
     """
 
     scope: Scope | None = None
@@ -69,11 +60,7 @@ def context() -> Context:
 
 @contextlib.contextmanager
 def change_context(**changes: Any) -> Iterator[None]:
-    """Changes fields of the context for the code inside.
-
-    Args:
-        **changes: fields of `Context`.
-    """
+    """Changes fields of the context for the code inside."""
     token = _CONTEXT.set(dataclasses.replace(_CONTEXT.get(), **changes))
     try:
         yield

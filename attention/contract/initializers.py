@@ -18,17 +18,6 @@ def clone_initializer(initializer: Initializer, number: int = 0) -> Initializer:
             which is returned as it is.
         number: int. Added to the seed if that is an int, so that copies with other
             numbers draw other values.
-
-    Returns:
-        An initializer.
-
-    Example:
-
-    >>> import keras
-    >>> from attention.contract import clone_initializer
-    >>> initializer = keras.initializers.RandomNormal(stddev=0.02)
-    >>> clone_initializer(initializer).stddev
-    0.02
     """
     if not isinstance(initializer, keras.initializers.Initializer):
         return initializer

@@ -1,10 +1,12 @@
-"""The layers within a layer."""
+"""The layers within a layer: finding them, and making those that many have."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import keras
+
+from attention.contract.initializers import clone_initializer
 
 
 def all_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
@@ -26,3 +28,31 @@ def all_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
         elif isinstance(value, (list, tuple, set)):
             waiting.extend(value)
     return list(found.values())
+
+
+def make_dense(
+    layer: Any, name: str, size: int, input_size: int, use_bias: bool = False
+) -> keras.layers.Layer:
+    """Returns a built projection with the initializers and dtype policy of `layer`."""
+    bias_initializer = getattr(layer, "bias_initializer", "zeros")
+    dense = keras.layers.Dense(
+        size,
+        use_bias=use_bias,
+        kernel_initializer=clone_initializer(layer.kernel_initializer),
+        bias_initializer=clone_initializer(bias_initializer),
+        dtype=layer.dtype_policy,
+        name=name,
+    )
+    dense.build((None, None, input_size))
+    return dense
+
+
+def make_rms_norm(
+    layer: Any, name: str, size: int, epsilon: float = 1e-6
+) -> keras.layers.Layer:
+    """Returns a built RMS norm along the last axis, with the dtype policy of `layer`."""
+    norm = keras.layers.RMSNormalization(
+        epsilon=epsilon, dtype=layer.dtype_policy, name=name
+    )
+    norm.build((None, None, size))
+    return norm

@@ -11,16 +11,10 @@ from attention.contract.types import Index, Mask, Tensor
 
 
 def check_right_padded(padding_mask: Tensor) -> None:
-    """Raises an error if real tokens come after padded ones, where that is known.
+    """Raises a `ValueError` if real tokens come after padded ones.
 
-    It is known of arrays and of tensors that are not part of what is traced. Within a
+    That is known of arrays and of tensors that are not part of what is traced. Within a
     scope, which has the mask of the tokens that its cache gets, nothing is checked.
-
-    Args:
-        padding_mask: tensor of shape `(batch, length)`, true for real tokens.
-
-    Raises:
-        ValueError: if so.
     """
     if context().scope is not None or not is_concrete(padding_mask):
         return
@@ -34,12 +28,7 @@ def check_right_padded(padding_mask: Tensor) -> None:
 
 
 def zero_padding(x: Tensor, padding_mask: Mask) -> Tensor:
-    """Returns `x` with zeros for padded tokens.
-
-    Args:
-        x: tensor of shape `(batch, length, width)`.
-        padding_mask: `None` or tensor of shape `(batch, length)`, true for real tokens.
-    """
+    """Returns `(batch, length, width)` with zeros for the padded tokens."""
     if padding_mask is None:
         return x
     return ops.where(ops.cast(padding_mask, "bool")[..., None], x, 0)
@@ -81,8 +70,7 @@ def last_tokens(
     [[3, 4], [6, 7]]
     """
     count = check_positive_int("count", count)
-    rank = len(getattr(history, "shape", ()))
-    size = static_size(history, 1)
+    rank, size = len(getattr(history, "shape", ())), static_size(history, 1)
     if rank < 2 or (size is not None and size < count):
         raise ValueError(
             "`history` must be of shape (batch, past + length, ...) and hold at "
@@ -118,14 +106,10 @@ def _check_mask(padding_mask: Mask, history: Tensor, count: int) -> None:
 
 
 def cut(x: Tensor, count: Index, size: Index, fill: int = 0) -> Tensor:
-    """Cuts `(batch, length, ...)` into `(batch, count, size, ...)`.
+    """Cuts `(batch, length, ...)` into `(batch, count, size, ...)`, the last filled up.
 
-    Args:
-        x: tensor of shape `(batch, length, ...)`.
-        count: int, or a tensor where the length is known only when the graph runs. The
-            number of pieces. If it is 1, the piece is the whole sequence.
-        size: the length of each piece.
-        fill: the value that fills up the last piece.
+    `count` is a tensor where the length is known only when the graph runs. If it is 1,
+    the piece is the whole sequence.
     """
     # Static sizes are lost when padding by a tensor.
     rest = x.shape[2:]

@@ -14,23 +14,15 @@ from attention.contract.sizes import is_concrete
 class RecordingScope(Scope):
     """Records the cached layers that are called, and runs them without a cache.
 
-    It is the dry run for the other scopes, and refuses calls that can have no cache:
-    in a mapped function, which no cache can leave, on other rows than the model's, or
-    past the layer's `__call__`.
-
-    Args:
-        batch_size: int or `None`. The number of rows, where it is known.
-        strict: bool. Whether to raise an error at such a call. If not, `problem` is
-            set.
+    It is the dry run for the other scopes, and refuses calls that can have no cache: in
+    a mapped function, which no cache can leave, on other rows than the model's, or past
+    the layer's `__call__`. If it is `strict`, such a call raises a `ValueError`.
 
     Attributes:
         layers: the cached layers in call order.
         problem: `None`, or why the calls can have no cache.
         whole_prompt: bool. Whether some call, at whatever depth, needs a whole
             prompt at once (see `CachedLayer.whole_prompt_arguments`).
-
-    Raises:
-        ValueError: if `strict`, at a call that can have no cache.
     """
 
     def __init__(self, batch_size: int | None = None, strict: bool = True) -> None:

@@ -44,14 +44,9 @@ def rematerialize_tensors(
 ) -> Callable:
     """Returns a layer's `call` that is computed again with its tensors as arguments.
 
-    Backends take all arguments of a rematerialized function for tensors, and
-    TensorFlow takes none by keyword, so it gets the tensors only.
-
-    Args:
-        rematerialized_call: `rematerialized_call` of `keras.layers.Layer`.
-        layer_call: the layer's `call`.
-        args: its arguments by position.
-        kwargs: its arguments by name.
+    Backends take all arguments of a rematerialized function for tensors, and TensorFlow
+    takes none by keyword, so `rematerialized_call`, which is Keras's, gets the tensors
+    only.
     """
     flat = tree.flatten((args, kwargs))
     places = [i for i, x in enumerate(flat) if is_tensor(x)]

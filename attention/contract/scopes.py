@@ -19,10 +19,8 @@ class Scope:
 
     Every call of a `CachedLayer` without `cache=` is passed to `run(layer, call,
     inputs)`; `call` is the layer's own `__call__`, and runs outside of this scope so
-    that inner layers don't use it.
-
-    The padding mask of a scope around this one belongs to other tokens, so the layers
-    in this scope don't use it.
+    that inner layers don't use it. Nor do they use the padding mask of a scope around
+    this one, which belongs to other tokens.
     """
 
     def __init__(self, padding_mask: Mask | None = None, **changes: Any) -> None:
@@ -52,26 +50,23 @@ _LOOP = (
 class CacheScope(Scope):
     """Gives every cached layer called inside of it its slot of a cache.
 
-    A `CachedLayer` that is called without `cache=` while a scope is active
-    takes its cache from the scope and leaves the updated one there. Slots
-    belong to call sites, in call order: a layer called twice has two slots. So
-    any functional, Sequential or subclassed model made of cached layers is run
-    with a cache without a line of caching code in it.
+    A `CachedLayer` that is called without `cache=` while a scope is active takes its
+    cache from the scope and leaves the updated one there. Slots belong to call sites,
+    in call order: a layer called twice has two slots. So any model made of cached
+    layers is run with a cache without a line of caching code in it. A composite cached
+    layer takes one slot and opens a scope of its own for its inner layers.
 
-    The scope is a context variable, like `keras.StatelessScope`; it lives
-    within one function that is traced (`tf.function`, `jax.jit`) or run
-    eagerly. A composite cached layer takes one slot and opens a scope of its
-    own for its inner layers.
+    The scope lives within one function that is traced (`tf.function`, `jax.jit`) or run
+    eagerly.
 
     Args:
         cache: a tuple of slots, as returned by `attention.create_cache` or by
             the `cache` attribute of an earlier scope.
-        cache_update_index: int, integer scalar tensor, or integer tensor of
-            shape `(batch_size,)`. How many positions of the sequence the cache
-            has processed.
-        padding_mask: `None` or tensor of shape `(batch_size, length)`, true for
-            the real tokens of the inputs, which are padded on the right. Cached
-            layers that the model calls without a mask use it.
+        cache_update_index: int, integer scalar tensor, or integer tensor of shape
+            `(batch_size,)`. How many positions the cache has processed.
+        padding_mask: `None` or tensor of shape `(batch_size, length)`, true for the
+            real tokens of the inputs, which are padded on the right. Cached layers that
+            the model calls without a mask use it.
         donate: bool. Whether the memory of the cache may be reused, as it is not used
             after the call: torch then overwrites it instead of copying it. In compiled
             functions of the other backends it makes no difference.
@@ -183,9 +178,8 @@ class CacheScope(Scope):
 class NewCacheScope(CacheScope):
     """A `CacheScope` whose slots are created, empty, at their first use.
 
-    The first part of a sequence needs no cache made beforehand: within this
-    scope each cached layer starts from a new cache at index 0. It saves the
-    extra pass over the model that `create_cache` makes to find its call sites.
+    Each cached layer starts from a new cache at index 0, which saves the extra pass
+    over the model that `create_cache` makes to find its call sites.
 
     Args:
         batch_size: int. The number of rows.

@@ -28,11 +28,10 @@ def static_size(x: Tensor, axis: int) -> int | None:
 
 
 def sequence_length(x: Tensor) -> Any:
-    """Returns the size of axis 1 of a batch of sequences.
+    """Returns the size of axis 1: an int where it is known.
 
-    Returns:
-        An int; a tensor in a TensorFlow graph for any length; `None` where only
-        shapes are computed.
+    In a TensorFlow graph for any length it is a tensor, and `None` where only shapes
+    are computed.
     """
     length = static_size(x, 1)
     unknown = length is None and x.shape[1] is None

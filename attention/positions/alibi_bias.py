@@ -34,18 +34,14 @@ class AlibiBias(PositionScheme):
     """
 
     def build(self, num_heads: int) -> None:
-        self.slopes = _alibi_slopes(num_heads)
+        # A geometric sequence; heads beyond a power of two fall in between.
+        power = 2 ** int(math.log2(num_heads))
+        slopes = [2.0 ** (-8 * (i + 1) / power) for i in range(power)]
+        slopes += [2.0 ** (-4 * (i + 1) / power) for i in range(0, 2 * power, 2)]
+        self.slopes = np.array(slopes[:num_heads], dtype="float32")
 
     def bias(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
         # (..., query_length, key_length), and with heads before these two
         relative = key_positions[..., None, :] - query_positions[..., :, None]
         distance = ops.expand_dims(ops.cast(ops.abs(relative), "float32"), -3)
         return -distance * ops.convert_to_tensor(self.slopes[:, None, None])
-
-
-def _alibi_slopes(num_heads: int) -> np.ndarray:
-    """Returns a geometric sequence; heads beyond a power of two fall in between."""
-    power = 2 ** int(math.log2(num_heads))
-    slopes = [2.0 ** (-8 * (i + 1) / power) for i in range(power)]
-    between = [2.0 ** (-4 * (i + 1) / power) for i in range(0, 2 * power, 2)]
-    return np.array((slopes + between)[:num_heads], dtype="float32")

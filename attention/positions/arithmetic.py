@@ -12,12 +12,7 @@ HIDDEN_POSITION = 2**30
 
 
 def one_row_each(positions: Tensor, like: Tensor) -> Tensor:
-    """Returns positions of shape `(batch, length)`, also if all rows share them.
-
-    Args:
-        positions: `int32` tensor of shape `(length,)` or `(batch, length)`.
-        like: tensor of shape `(batch, ...)`.
-    """
+    """Returns positions as `(batch, length)`, with the batch of `like`."""
     if len(positions.shape) == 2:
         return positions
     shape = (ops.shape(like)[0], ops.shape(positions)[0])
@@ -37,11 +32,6 @@ def join_positions(past: Tensor, new: Tensor) -> Tensor:
     if like is not None:
         past, new = one_row_each(past, like), one_row_each(new, like)
     return ops.concatenate([past, new], axis=-1)
-
-
-def is_zero(index: Index | None) -> bool:
-    """Returns whether a cache is known to hold no tokens yet."""
-    return isinstance(index, int) and index == 0
 
 
 def token_positions(cache_update_index: Index | None, length: int | Tensor) -> Tensor:

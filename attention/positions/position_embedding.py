@@ -7,7 +7,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from attention.contract.arguments import check_positive_int
+from attention.contract.arguments import arguments_of, check_positive_int
 from attention.contract.cached_layer import CachedLayer
 from attention.contract.checks import check_sequence_shape
 from attention.contract.types import Index, Initializer, Mask, Shape, Tensor
@@ -103,9 +103,4 @@ class PositionEmbedding(CachedLayer):
         return outputs if cache is None else (outputs, ())
 
     def get_config(self) -> dict[str, Any]:
-        config = super().get_config()
-        config.update(
-            sequence_length=self.sequence_length,
-            initializer=keras.initializers.serialize(self.initializer),
-        )
-        return config
+        return {**arguments_of(PositionEmbedding, self), **super().get_config()}

@@ -72,10 +72,8 @@ class PositionScheme(keras.layers.Layer):
         """Returns a bias, which is added to the attention logits.
 
         Args:
-            query_positions: `int32` tensor of shape `(query_length,)` or `(batch,
-                query_length)`.
-            key_positions: `int32` tensor of shape `(key_length,)` or `(batch,
-                key_length)`, of all keys, also those in the cache.
+            query_positions: as for `encode`.
+            key_positions: those of all keys, also of those in the cache.
 
         Returns:
             `None`, or a `float32` tensor of shape `(num_heads or 1, query_length,

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from attention.contract.arguments import check_positive_int
+from attention.contract.arguments import arguments_of, check_positive_int
 from attention.contract.types import Initializer, Tensor
 from attention.positions.position_scheme import PositionScheme
 
@@ -88,14 +88,7 @@ class RelativePositionBias(PositionScheme):
         return ops.moveaxis(ops.take(embeddings, buckets, axis=0), -1, -3)
 
     def bucket(self, relative_positions: Tensor) -> Tensor:
-        """Returns the bucket of each `key position - query position`.
-
-        Args:
-            relative_positions: integer tensor of any shape.
-
-        Returns:
-            An `int32` tensor of the same shape, in `[0, num_buckets)`.
-        """
+        """Returns the `int32` bucket of each `key position - query position`."""
         buckets, offset = self.num_buckets, 0
         if self.bidirectional:
             buckets //= 2
@@ -109,16 +102,7 @@ class RelativePositionBias(PositionScheme):
         return ops.take(ops.convert_to_tensor(table), distance, axis=0) + offset
 
     def get_config(self) -> dict[str, Any]:
-        config = super().get_config()
-        config.update(
-            num_buckets=self.num_buckets,
-            max_distance=self.max_distance,
-            bidirectional=self.bidirectional,
-            embeddings_initializer=keras.initializers.serialize(
-                self.embeddings_initializer
-            ),
-        )
-        return config
+        return {**arguments_of(RelativePositionBias, self), **super().get_config()}
 
 
 def _distance_buckets(num_buckets: int, max_distance: int) -> np.ndarray:

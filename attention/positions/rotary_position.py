@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from attention.contract.arguments import check_optional_positive_int
+from attention.contract.arguments import arguments_of, check_optional_positive_int
 from attention.contract.types import Tensor
 from attention.positions.position_scheme import PositionScheme
 from attention.positions.rotary_scaling import rotary_frequencies
@@ -96,13 +96,7 @@ class RotaryPosition(PositionScheme):
         return rotated, _rotate(key, key_positions, frequencies, magnitude)
 
     def get_config(self) -> dict[str, Any]:
-        config = super().get_config()
-        config.update(
-            max_wavelength=self.max_wavelength,
-            scaling=self.scaling,
-            rotary_dim=self.rotary_dim,
-        )
-        return config
+        return {**arguments_of(RotaryPosition, self), **super().get_config()}
 
 
 def _rotate(

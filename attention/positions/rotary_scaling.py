@@ -14,27 +14,14 @@ from attention.contract.arguments import describe
 def rotary_frequencies(
     dim: int, max_wavelength: float, scaling: dict[str, Any] | None = None
 ) -> tuple[np.ndarray, float]:
-    """Returns the angle per position of each rotated pair.
+    """Returns the angle per position of each rotated pair, of shape `(dim // 2,)`.
 
-    Args:
-        dim: int. The number of dimensions that are rotated; even.
-        max_wavelength: number. The base, also called `rope_theta`.
-        scaling: `None` or a dict; see `attention.RotaryPosition`.
-
-    Returns:
-        A `float32` array of shape `(dim // 2,)`, and the factor of sines and cosines,
-        which is 1 except for YaRN.
+    The second result is the factor of sines and cosines, which is 1 except for YaRN.
+    `scaling` is described at `attention.RotaryPosition`.
 
     Raises:
         ValueError: if an argument is out of range or `scaling` lacks a key.
         TypeError: if `scaling` is no dict.
-
-    Example:
-
-    >>> from attention.positions.rotary_scaling import rotary_frequencies
-    >>> frequencies, magnitude = rotary_frequencies(4, 10_000)
-    >>> [round(float(f), 4) for f in frequencies], magnitude
-    ([1.0, 0.01], 1.0)
     """
     if dim % 2:
         raise ValueError(
@@ -47,30 +34,34 @@ def rotary_frequencies(
             f"max_wavelength={describe(max_wavelength)}"
         )
     frequencies = float(max_wavelength) ** (-np.arange(0, dim, 2) / dim)
+    if scaling is None:
+        return frequencies.astype("float32"), 1.0
+    received = f"Received: scaling={describe(scaling)}"
+    if not isinstance(scaling, dict):
+        raise TypeError(
+            "`scaling` must be None or a dict such as "
+            f'{{"rope_type": "linear", "factor": 2.0}}. {received}'
+        )
+    kind = scaling.get("rope_type", scaling.get("type"))
+    if kind not in _NEEDED:
+        raise ValueError(
+            f'`scaling["rope_type"]` must be one of {sorted(_NEEDED)}. {received}'
+        )
+    given = [k for k in _OPTIONAL if scaling.get(k) is not None]
+    wrong = [k for k in (*_NEEDED[kind], *given) if not _is_positive(scaling.get(k))]
+    if wrong:
+        raise ValueError(
+            f"`scaling` of type {kind!r} needs positive numbers for {wrong}. {received}"
+        )
     magnitude = 1.0
-    if scaling is not None:
-        if not isinstance(scaling, dict):
-            raise TypeError(
-                "`scaling` must be None or a dict such as "
-                '{"rope_type": "linear", "factor": 2.0}. Received: '
-                f"scaling={describe(scaling)}"
-            )
-        kind = scaling.get("rope_type", scaling.get("type"))
-        if kind not in _SCALINGS:
-            raise ValueError(
-                f'`scaling["rope_type"]` must be one of {sorted(_SCALINGS)}. '
-                f"Received: scaling={describe(scaling)}"
-            )
-        required = _SCALINGS[kind][1]
-        given = [k for k in _OPTIONAL_NUMBERS if scaling.get(k) is not None]
-        wrong = [k for k in (*required, *given) if not _is_positive(scaling.get(k))]
-        if wrong:
-            raise ValueError(
-                f"`scaling` of type {kind!r} needs positive numbers for {wrong}. "
-                f"Received: scaling={describe(scaling)}"
-            )
-        scale = _SCALINGS[kind][0]
-        frequencies, magnitude = scale(frequencies, max_wavelength, scaling)
+    if kind == "linear":
+        keep: Any = 0.0
+    elif kind == "llama3":
+        keep = _kept_by_llama3(frequencies, scaling)
+    else:
+        keep = _kept_by_yarn(dim, max_wavelength, scaling)
+        magnitude = _yarn_magnitude(scaling)
+    frequencies = frequencies * (keep + (1 - keep) / scaling["factor"])
     return frequencies.astype("float32"), magnitude
 
 
@@ -78,15 +69,7 @@ def _is_positive(x: Any) -> bool:
     return isinstance(x, numbers.Real) and 0 < float(x) < math.inf
 
 
-def _linear(
-    frequencies: np.ndarray, max_wavelength: float, scaling: dict[str, Any]
-) -> tuple[np.ndarray, float]:
-    return frequencies / scaling["factor"], 1.0
-
-
-def _llama3(
-    frequencies: np.ndarray, max_wavelength: float, scaling: dict[str, Any]
-) -> tuple[np.ndarray, float]:
+def _kept_by_llama3(frequencies: np.ndarray, scaling: dict[str, Any]) -> np.ndarray:
     """Stretches long wavelengths, keeps short ones, blends those in between."""
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     if high <= low:
@@ -94,23 +77,18 @@ def _llama3(
             '`scaling["high_freq_factor"]` must be larger than '
             f'`scaling["low_freq_factor"]`. Received: scaling={describe(scaling)}'
         )
-    wavelengths = 2 * math.pi / frequencies
-    rotations = scaling["original_max_position_embeddings"] / wavelengths
-    keep = np.clip((rotations - low) / (high - low), 0.0, 1.0)
-    return frequencies * (keep + (1 - keep) / scaling["factor"]), 1.0
+    rotations = scaling[_CONTEXT] * frequencies / (2 * math.pi)
+    return np.clip((rotations - low) / (high - low), 0.0, 1.0)
 
 
-def _yarn(
-    frequencies: np.ndarray, max_wavelength: float, scaling: dict[str, Any]
-) -> tuple[np.ndarray, float]:
-    """Blends by the number of rotations, and sharpens the attention weights."""
-    factor = scaling["factor"]
-    original = scaling["original_max_position_embeddings"]
-    dim = 2 * len(frequencies)
+def _kept_by_yarn(
+    dim: int, max_wavelength: float, scaling: dict[str, Any]
+) -> np.ndarray:
+    """Blends by the number of rotations."""
 
     def pair_of(rotations: float) -> float:
         """Returns the (fractional) pair that turns this often within the context."""
-        wavelength = original / (rotations * 2 * math.pi)
+        wavelength = scaling[_CONTEXT] / (rotations * 2 * math.pi)
         return dim * math.log(wavelength) / (2 * math.log(max_wavelength))
 
     low = pair_of(scaling.get("beta_fast") or 32)
@@ -119,34 +97,27 @@ def _yarn(
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     ramp = (np.arange(dim // 2) - low) / max(high - low, 0.001)
-    keep = 1 - np.clip(ramp, 0.0, 1.0)
-    magnitude = scaling.get("attention_factor")
-    if magnitude is None:
-        magnitude = _yarn_magnitude(factor, scaling)
-    return frequencies * (keep + (1 - keep) / factor), float(magnitude)
+    return 1 - np.clip(ramp, 0.0, 1.0)
 
 
-def _yarn_magnitude(factor: float, scaling: dict[str, Any]) -> float:
+def _yarn_magnitude(scaling: dict[str, Any]) -> float:
+    """Returns the factor of sines and cosines, which sharpens attention weights."""
+    given, factor = scaling.get("attention_factor"), scaling["factor"]
+    if given is not None:
+        return float(given)
+
     def magnitude(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
     above, below = scaling.get("mscale"), scaling.get("mscale_all_dim")
-    if above and below:
-        return magnitude(above) / magnitude(below)
-    return magnitude(1.0)
+    return magnitude(above) / magnitude(below) if above and below else magnitude(1.0)
 
 
-_SCALINGS = {
-    "linear": (_linear, ("factor",)),
-    "llama3": (
-        _llama3,
-        (
-            "factor",
-            "low_freq_factor",
-            "high_freq_factor",
-            "original_max_position_embeddings",
-        ),
-    ),
-    "yarn": (_yarn, ("factor", "original_max_position_embeddings")),
+_CONTEXT = "original_max_position_embeddings"
+# The numbers that each type needs, and those that it may be given.
+_NEEDED = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", _CONTEXT),
+    "yarn": ("factor", _CONTEXT),
 }
-_OPTIONAL_NUMBERS = ("beta_fast", "beta_slow", "attention_factor")
+_OPTIONAL = ("beta_fast", "beta_slow", "attention_factor")

@@ -12,7 +12,6 @@ from keras import ops
 from attention.contract.padding import cut
 from attention.contract.sizes import sequence_length, static_size
 from attention.contract.types import Tensor
-from attention.recurrent.tensorflow_scan import scan_states
 
 # Larger chunks mean more products within chunks, smaller ones more between them.
 CHUNK = 64
@@ -31,41 +30,17 @@ def linear_recurrence(
     remove: Tensor | None = None,
     replace: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Computes a gated linear recurrence over a batch of sequences.
+    """Returns the outputs of a gated linear recurrence, and its last state, in float32.
 
     ```
     state = exp(log_decay) * state + replace (remove · state) + key value
     output = query · state
     ```
 
-    Within a chunk by products of matrices, between chunks by an associative scan.
-    Time and memory are linear in the length. One token, a few tokens and a whole
-    sequence are the same computation.
-
-    Args:
-        query: tensor of shape `(batch, length, heads, key_dim)`.
-        key: tensor of shape `(batch, length, heads, key_dim)`.
-        value: tensor of shape `(batch, length, heads, value_dim)`.
-        log_decay: tensor of shape `(batch, length, heads, 1)`, or `(batch, length,
-            heads, key_dim)` where each row of the state has its own decay; not
-            positive.
-        state: tensor of shape `(batch, heads, key_dim, value_dim)`.
-        remove: `None` or tensor of the shape of `key`.
-        replace: `None` or tensor of the shape of `key`.
-
-    Returns:
-        The outputs, of shape `(batch, length, heads, value_dim)`, and the last state,
-        of the shape of `state`, both `float32`.
-
-    Example:
-
-    >>> import numpy as np
-    >>> from attention.recurrent.chunked_scan import linear_recurrence
-    >>> x = np.ones((1, 3, 1, 1), "float32")
-    >>> half = np.log(0.5) * x
-    >>> outputs, state = linear_recurrence(x, x, x, half, np.zeros((1, 1, 1, 1)))
-    >>> np.array(outputs)[0, :, 0, 0].tolist()
-    [1.0, 1.5, 1.75]
+    Within a chunk by products of matrices, between chunks by an associative scan. Time
+    and memory are linear in the length. One token, a few tokens and a whole sequence
+    are the same computation. The arguments are those of `attention.LinearRecurrence`,
+    which has no other computation.
 
     References:
 
@@ -111,12 +86,7 @@ def linear_recurrence(
 
 
 class _Chunks:
-    """Splits sequences into chunks and joins them again.
-
-    Args:
-        like: tensor of shape `(batch, length, ...)`.
-        size: int. The size of a chunk of longer sequences.
-    """
+    """Splits sequences, `(batch, length, ...)`, into chunks and joins them again."""
 
     def __init__(self, like: Tensor, size: int) -> None:
         self.length = length = sequence_length(like)
@@ -145,9 +115,7 @@ class _Chunks:
 class _Pairs:
     """Products of tokens that read with tokens of the same chunk that wrote.
 
-    Args:
-        log_decay: tensor of shape `(b, n, h, c, 1 or k)`.
-        from_start: the cumulative sum of `log_decay`.
+    `log_decay` is `(b, n, h, c, 1 or k)`, and `from_start` its cumulative sum.
     """
 
     def __init__(self, log_decay: Tensor, from_start: Tensor) -> None:
@@ -167,11 +135,9 @@ class _Pairs:
     ) -> Tensor:
         """Returns decayed products, of shape `(b, n, h, c, c)`, zero for later writes.
 
-        Args:
-            reader: tensor of shape `(b, n, h, c, k)`.
-            reader_start: `reader` times the decay from the start of the chunk.
-            written: tensor of shape `(b, n, h, c, k)`.
-            own: bool. Whether a token reads after its own decay and write, or before.
+        `reader` and `written` are `(b, n, h, c, k)`, and `reader_start` is `reader`
+        times the decay from the start of the chunk. If `own`, a token reads after its
+        own decay and write, otherwise before.
         """
         if self.decay is not None:
             decay = self.decay if own else _delay(self.decay)
@@ -208,12 +174,8 @@ def _chunk_states(
 ) -> tuple[Tensor, Tensor]:
     """Returns the state before each chunk, `(b, n, h, k, v)`, and after the last.
 
-    Args:
-        matrices: bool. Whether `transition` holds matrices or decays.
-        transition: tensor of shape `(b, n, h, k, k)` or `(b, n, h, k, 1)`, by which
-            each chunk multiplies the state before it.
-        added: tensor of shape `(b, n, h, k, v)`, which each chunk adds.
-        state: tensor of shape `(b, h, k, v)`.
+    Each chunk multiplies the state before it by `transition`, which holds matrices,
+    `(b, n, h, k, k)`, or decays, `(b, n, h, k, 1)`, and adds `added`.
     """
     times = ops.matmul if matrices else ops.multiply
 
@@ -222,7 +184,7 @@ def _chunk_states(
 
     count = added.shape[1]
     if count is None:
-        states = scan_states(matrices, transition, added, state)
+        states = _scan_states(matrices, transition, added, state)
         return states[:, :-1], states[:, -1]
     transition, added = _associative_scan(join, (transition, added), count)
     after = times(transition, state[:, None]) + added
@@ -256,3 +218,50 @@ def _interleave(even: Tensor, odd: Tensor, count: int) -> Tensor:
     both = ops.stack([even[:, : count // 2], odd], axis=2)
     both = ops.reshape(both, (-1, 2 * (count // 2), *both.shape[3:]))
     return both if count % 2 == 0 else ops.concatenate([both, even[:, -1:]], axis=1)
+
+
+def _scan_states(
+    matrices: bool, transition: Tensor, added: Tensor, state: Tensor
+) -> Tensor:
+    """Returns the state before each chunk and after the last, on TensorFlow.
+
+    For graphs in which the number of chunks is not known before they run; the arguments
+    are those of `_chunk_states`. The loop has a gradient of its own, as XLA can't
+    differentiate a loop of unknown length: backwards, a linear recurrence is one with
+    its transitions transposed.
+    """
+    import tensorflow as tf
+
+    def times(transition: Tensor, state: Tensor, transpose: bool = False) -> Tensor:
+        if matrices:
+            return tf.matmul(transition, state, transpose_a=transpose)
+        return transition * state
+
+    def step(state: Tensor, chunk: tuple[Tensor, Tensor]) -> Tensor:
+        return times(chunk[0], state) + chunk[1]
+
+    def step_back(upstream: Tensor, chunk: tuple[Tensor, Tensor]) -> Tensor:
+        return times(chunk[0], upstream, transpose=True) + chunk[1]
+
+    @tf.custom_gradient
+    def run(transition: Tensor, added: Tensor, state: Tensor) -> tuple:
+        after = tf.scan(step, (transition, added), state)
+        states = tf.concat([state[None], after], axis=0)
+
+        def gradient(upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            last = upstream[-1]
+            steps = (transition, upstream[:-1])
+            before = tf.scan(step_back, steps, last, reverse=True)
+            after = tf.concat([before[1:], last[None]], axis=0)
+            if matrices:
+                of_transition = tf.matmul(after, states[:-1], transpose_b=True)
+            else:
+                products = after * states[:-1]
+                of_transition = tf.reduce_sum(products, axis=-1, keepdims=True)
+            return of_transition, after, before[0]
+
+        return states, gradient
+
+    chunks_first = [1, 0, 2, 3, 4]
+    transition, added = (tf.transpose(x, chunks_first) for x in (transition, added))
+    return tf.transpose(run(transition, added, state), chunks_first)

@@ -7,14 +7,14 @@ from typing import Any
 import keras
 from keras import ops
 
-from attention.contract.arguments import check_optional_positive_int
+from attention.contract.arguments import arguments_of, check_optional_positive_int
 from attention.contract.checks import check_sequence_shape
+from attention.contract.inner_layers import make_dense, make_rms_norm
 from attention.contract.types import DType, Mask, Shape, Tensor
 from attention.recurrent.recurrent_mixer import (
     RecurrentMixer,
     float32,
     join_heads,
-    make_dense,
     repeat_heads,
     split_heads,
     unit_length,
@@ -109,7 +109,7 @@ class GatedDeltaNet(RecurrentMixer):
         self.log_rate = self.add_float32_weight("log_rate", (heads,), _log_of_uniform)
         self.decay_bias = self.add_float32_weight("decay_bias", (heads,), "ones")
         self.recurrence = self.make_recurrence(key_dim, value_dim)
-        self.head_norm = self.make_head_norm(value_dim, self.epsilon)
+        self.head_norm = make_rms_norm(self, "head_norm", value_dim, self.epsilon)
         self.output_dense = make_dense(self, "output", width, values)
         self._scale = key_dim**-0.5
 
@@ -144,11 +144,4 @@ class GatedDeltaNet(RecurrentMixer):
         return self.output_dense(join_heads(heads) * gate)  # (b, l, w)
 
     def get_config(self) -> dict[str, Any]:
-        config = super().get_config()
-        config.update(
-            num_key_heads=self.num_key_heads,
-            value_dim=self.value_dim,
-            kernel_size=self.kernel_size,
-            epsilon=self.epsilon,
-        )
-        return config
+        return {**arguments_of(GatedDeltaNet, self), **super().get_config()}

@@ -7,7 +7,11 @@ from typing import Any
 import keras
 from keras import ops
 
-from attention.contract.arguments import check_optional_positive_int, check_positive_int
+from attention.contract.arguments import (
+    arguments_of,
+    check_optional_positive_int,
+    check_positive_int,
+)
 from attention.contract.cached_layer import CachedLayer
 from attention.contract.types import Cache, DType, Index, Mask, Shape, Tensor
 from attention.positions.arithmetic import token_positions
@@ -48,9 +52,8 @@ class LinearRecurrence(CachedLayer):
             the state is read before it is written to.
         replace: `None` or tensor of the shape of `key`: where what was read along
             `remove` is written to.
-        padding_mask: boolean tensor of shape `(batch, length)`, true for real tokens.
+        padding_mask: as for every `CachedLayer`, and so is `cache_update_index`.
         cache: a cache made by `create_cache`: the state, float32.
-        cache_update_index: as for every `CachedLayer`.
 
     Returns:
         A float32 tensor of the shape of `value`; with a cache, `(outputs, cache)`.
@@ -120,11 +123,5 @@ class LinearRecurrence(CachedLayer):
         return outputs if cache is None else (outputs, state)
 
     def get_config(self) -> dict[str, Any]:
-        config = super().get_config()
-        config.update(
-            num_heads=self.num_heads,
-            key_dim=self.key_dim,
-            value_dim=self.value_dim,
-            position=serialize_position(self.position),
-        )
-        return config
+        config = {**arguments_of(LinearRecurrence, self), **super().get_config()}
+        return {**config, "position": serialize_position(self.position)}

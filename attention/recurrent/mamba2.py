@@ -8,14 +8,18 @@ from typing import Any
 import keras
 from keras import ops
 
-from attention.contract.arguments import check_positive_int, refuse_arguments
+from attention.contract.arguments import (
+    arguments_of,
+    check_positive_int,
+    refuse_arguments,
+)
 from attention.contract.checks import check_sequence_shape
+from attention.contract.inner_layers import make_dense
 from attention.contract.types import DType, Mask, Shape, Tensor
 from attention.recurrent.recurrent_mixer import (
     RecurrentMixer,
     float32,
     join_heads,
-    make_dense,
     repeat_heads,
     split_heads,
 )
@@ -153,15 +157,6 @@ class Mamba2(RecurrentMixer):
         return self.output_dense(outputs)  # (b, l, w)
 
     def get_config(self) -> dict[str, Any]:
-        config = super().get_config()
-        # Its name here is `state_dim`.
-        del config["key_dim"]
-        config.update(
-            state_dim=self.state_dim,
-            expand=self.expand,
-            num_groups=self.num_groups,
-            kernel_size=self.kernel_size,
-            use_bias=self.use_bias,
-            epsilon=self.epsilon,
-        )
+        config = {**arguments_of(Mamba2, self), **super().get_config()}
+        del config["key_dim"]  # its name here is `state_dim`
         return config

@@ -7,9 +7,12 @@ from typing import Any
 import keras
 from keras import ops
 
-from attention.contract.arguments import check_optional_positive_int, check_positive_int
+from attention.contract.arguments import (
+    arguments_of,
+    check_optional_positive_int,
+    check_positive_int,
+)
 from attention.contract.composite_cached_layer import CompositeCachedLayer
-from attention.contract.initializers import clone_initializer
 from attention.contract.types import Initializer, Shape, Tensor
 from attention.positions.position_scheme import PositionScheme
 from attention.recurrent.linear_recurrence import LinearRecurrence
@@ -43,11 +46,7 @@ class RecurrentMixer(CompositeCachedLayer):
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
 
     def head_size(self, size: int, inputs_shape: Shape) -> int:
-        """Returns `size` divided by the number of heads.
-
-        Raises:
-            ValueError: if the number of heads does not divide it.
-        """
+        """Returns `size` divided by the number of heads, or raises a `ValueError`."""
         if size % self.num_heads:
             raise ValueError(
                 f"Layer '{self.name}' divides {size} channels among its heads, so "
@@ -84,14 +83,6 @@ class RecurrentMixer(CompositeCachedLayer):
         layer.build((None, None, width))
         return layer
 
-    def make_head_norm(self, size: int, epsilon: float) -> keras.layers.Layer:
-        """Returns a built RMS norm of each head."""
-        norm = keras.layers.RMSNormalization(
-            epsilon=epsilon, dtype=self.dtype_policy, name="head_norm"
-        )
-        norm.build((None, None, None, size))
-        return norm
-
     def add_float32_weight(
         self, name: str, shape: tuple[int, ...], initializer: Initializer
     ) -> Tensor:
@@ -105,32 +96,7 @@ class RecurrentMixer(CompositeCachedLayer):
         )
 
     def get_config(self) -> dict[str, Any]:
-        config = super().get_config()
-        config.update(
-            num_heads=self.num_heads,
-            key_dim=self.key_dim,
-            kernel_initializer=keras.initializers.serialize(self.kernel_initializer),
-        )
-        return config
-
-
-def make_dense(
-    layer: keras.layers.Layer,
-    name: str,
-    size: int,
-    input_size: int,
-    use_bias: bool = False,
-) -> keras.layers.Layer:
-    """Returns a built projection with the initializer and dtype policy of `layer`."""
-    dense = keras.layers.Dense(
-        size,
-        use_bias=use_bias,
-        kernel_initializer=clone_initializer(layer.kernel_initializer),
-        dtype=layer.dtype_policy,
-        name=name,
-    )
-    dense.build((None, None, input_size))
-    return dense
+        return {**arguments_of(RecurrentMixer, self), **super().get_config()}
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -8,15 +8,15 @@ import keras
 import numpy as np
 from keras import ops
 
-from attention.contract.arguments import check_optional_positive_int
+from attention.contract.arguments import arguments_of, check_optional_positive_int
 from attention.contract.checks import check_sequence_shape
+from attention.contract.inner_layers import make_dense, make_rms_norm
 from attention.contract.types import Mask, Shape, Tensor
 from attention.positions.rotary_position import RotaryPosition
 from attention.recurrent.recurrent_mixer import (
     RecurrentMixer,
     float32,
     join_heads,
-    make_dense,
     split_heads,
 )
 
@@ -92,7 +92,7 @@ class Retention(RecurrentMixer):
         self.gate_dense = make_dense(self, "gate", heads * value_dim, width)
         position = RotaryPosition(name="rotary_position")
         self.recurrence = self.make_recurrence(key_dim, value_dim, position)
-        self.head_norm = self.make_head_norm(value_dim, self.epsilon)
+        self.head_norm = make_rms_norm(self, "head_norm", value_dim, self.epsilon)
         self.output_dense = make_dense(self, "output", width, heads * value_dim)
         self._scale = key_dim**-0.5
         decays = 1 - 2.0 ** (-5 - np.arange(heads))
@@ -113,6 +113,4 @@ class Retention(RecurrentMixer):
         return self.output_dense(join_heads(heads) * gate)  # (b, l, w)
 
     def get_config(self) -> dict[str, Any]:
-        config = super().get_config()
-        config.update(value_dim=self.value_dim, epsilon=self.epsilon)
-        return config
+        return {**arguments_of(Retention, self), **super().get_config()}

@@ -7,11 +7,11 @@ from typing import Any
 import keras
 from keras import ops
 
-from attention.contract.arguments import check_positive_int
+from attention.contract.arguments import arguments_of, check_positive_int
 from attention.contract.checks import check_sequence_shape
 from attention.contract.composite_cached_layer import CompositeCachedLayer
+from attention.contract.inner_layers import make_dense
 from attention.contract.types import Initializer, Mask, Shape, Tensor
-from attention.recurrent.recurrent_mixer import make_dense
 from attention.recurrent.token_shift import TokenShift
 
 
@@ -71,9 +71,4 @@ class RWKVChannelMix(CompositeCachedLayer):
         return self.value_dense(inner)  # (b, l, w)
 
     def get_config(self) -> dict[str, Any]:
-        config = super().get_config()
-        config.update(
-            hidden_dim=self.hidden_dim,
-            kernel_initializer=keras.initializers.serialize(self.kernel_initializer),
-        )
-        return config
+        return {**arguments_of(RWKVChannelMix, self), **super().get_config()}

@@ -9,14 +9,18 @@ from typing import Any
 import keras
 from keras import ops
 
-from attention.contract.arguments import check_optional_positive_int, refuse_arguments
+from attention.contract.arguments import (
+    arguments_of,
+    check_optional_positive_int,
+    refuse_arguments,
+)
 from attention.contract.checks import check_sequence_shape
+from attention.contract.inner_layers import make_dense
 from attention.contract.types import Mask, Shape, Tensor
 from attention.recurrent.recurrent_mixer import (
     RecurrentMixer,
     float32,
     join_heads,
-    make_dense,
     split_heads,
 )
 from attention.recurrent.token_shift import TokenShift
@@ -57,9 +61,7 @@ class RWKVTimeMix(RecurrentMixer):
         first_value: `None`, or the values that the first layer returned, of the shape
             of `x`.
         return_value: bool. Whether to return the values, too, for other layers.
-        padding_mask: boolean tensor of shape `(batch, length)`, true for real tokens.
-        cache: a cache made by `create_cache`; its size depends on no length.
-        cache_update_index: as for every `CachedLayer`.
+        padding_mask: as for `Retention`, and so are `cache` and `cache_update_index`.
 
     Returns:
         A tensor of the shape of `x`, or with `return_value` two, `(outputs, values)`;
@@ -217,15 +219,8 @@ class RWKVTimeMix(RecurrentMixer):
         )
 
     def get_config(self) -> dict[str, Any]:
-        config = super().get_config()
+        config = {**arguments_of(RWKVTimeMix, self), **super().get_config()}
         del config["key_dim"]
-        config.update(
-            decay_dim=self.decay_dim,
-            rate_dim=self.rate_dim,
-            value_dim=self.value_dim,
-            gate_dim=self.gate_dim,
-            value_residual=self.value_residual,
-        )
         return config
 
 

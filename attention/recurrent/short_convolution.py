@@ -7,7 +7,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from attention.contract.arguments import check_positive_int
+from attention.contract.arguments import arguments_of, check_positive_int
 from attention.contract.initializers import clone_initializer
 from attention.contract.types import Activation, Initializer, Shape, Tensor
 from attention.recurrent.token_shift import TokenShift
@@ -81,11 +81,5 @@ class ShortConvolution(TokenShift):
         return self.activation(outputs)
 
     def get_config(self) -> dict[str, Any]:
-        config = super().get_config()
-        config.update(
-            kernel_size=self.kernel_size,
-            use_bias=self.use_bias,
-            activation=keras.activations.serialize(self.activation),
-            kernel_initializer=keras.initializers.serialize(self.kernel_initializer),
-        )
-        return config
+        config = {**arguments_of(ShortConvolution, self), **super().get_config()}
+        return {**config, "activation": keras.activations.serialize(self.activation)}

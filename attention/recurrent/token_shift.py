@@ -18,9 +18,9 @@ class TokenShift(CachedLayer):
 
     Call arguments:
         x: tensor of shape `(batch, length, width)`.
-        padding_mask: boolean tensor of shape `(batch, length)`, true for real tokens.
+        padding_mask: as for every `CachedLayer`.
         cache: a cache made by `create_cache`: the last token of each row.
-        cache_update_index: as for every `CachedLayer`; it makes no difference.
+        cache_update_index: makes no difference.
 
     Returns:
         A tensor of the shape of `x`; with a cache, `(outputs, cache)`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from keras import ops
 
@@ -20,17 +20,34 @@ from attention.softmax.visibility import Visibility
 Pair = tuple[Tensor, Tensor]
 
 
+class Weighting(NamedTuple):
+    """How queries weigh the keys that they see.
+
+    Attributes:
+        compute_weights: called with logits, `(batch, num_heads, length,
+            key_length)`, and a mask; returns weights of the same shape.
+        scale: float. The factor of the products of queries and keys.
+        bias: called with the positions of queries and keys; returns a bias of the
+            logits, or `None`.
+        soft_cap: `None` or float, as `logit_soft_cap` of a layer.
+        dropout: `None`, or a callable applied to the weights.
+        fused: bool. Whether the backend's fused kernel may compute it.
+    """
+
+    compute_weights: Callable[[Any, Any], Any]
+    scale: float
+    bias: Callable[[Any, Any], Any]
+    soft_cap: float | None
+    dropout: Callable[[Any], Any] | None
+    fused: bool
+
+
 def attend_to(
     query: Tensor,
     new: Pair | None,
     past: Pair | None,
     visibility: Visibility,
-    compute_weights: Callable[[Any, Any], Any],
-    scale: float,
-    bias: Callable[[Any, Any], Any] | None = None,
-    soft_cap: float | None = None,
-    dropout: Callable[[Any], Any] | None = None,
-    fused: bool = False,
+    weighting: Weighting,
     return_scores: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attends to the visible keys, in the way that takes the least time.
@@ -47,14 +64,7 @@ def attend_to(
             num_key_value_heads, key_dim, slots)`, or `TokensFirst`, and `(batch,
             num_key_value_heads, slots, value_dim)`.
         visibility: which query sees which key, the past ones first.
-        compute_weights: called with logits, `(batch, num_heads, length,
-            key_length)`, and a mask; returns weights of the same shape.
-        scale: float. The factor of the products of queries and keys.
-        bias: `None`, or called with the positions of queries and keys; returns a bias
-            of the logits, or `None`.
-        soft_cap: `None` or float, as `logit_soft_cap` of a layer.
-        dropout: `None`, or a callable applied to the weights.
-        fused: bool. Whether the backend's fused kernel may compute it.
+        weighting: how queries weigh keys.
         return_scores: bool. Whether the weights are needed.
 
     Returns:
@@ -70,20 +80,15 @@ def attend_to(
                 (blocks.keys(new[0]), blocks.keys(new[1])),
                 None,
                 visibility.in_blocks(blocks, query),
-                compute_weights,
-                scale,
-                bias,
-                soft_cap,
-                dropout,
-                fused,
+                weighting,
             )
             return blocks.join(outputs), None
     mask = visibility.mask()
-    biases = bias and bias(visibility.query_positions, visibility.key_positions)
-    query, scale = scale_query(query, scale)
+    bias = weighting.bias(visibility.query_positions, visibility.key_positions)
+    query, scale = scale_query(query, weighting.scale)
     scores = None
 
-    def attend(past: Tensor, mask: Mask, biases: Tensor) -> Pair:
+    def attend(past: Tensor, mask: Mask, bias: Tensor) -> Pair:
         parts = [] if past is None else [past]
         if new is not None:
             laid_out = to_cache_layout({"key": new[0], "value": new[1]})
@@ -91,26 +96,22 @@ def attend_to(
         return grouped_attention(
             query,
             parts,
-            lambda logits: compute_weights(logits, mask),
-            biases,
+            lambda logits: weighting.compute_weights(logits, mask),
+            bias,
             scale,
-            soft_cap,
-            dropout,
+            weighting.soft_cap,
+            weighting.dropout,
         )
 
-    plain = not return_scores and dropout is None and new is not None
+    plain = not return_scores and weighting.dropout is None and new is not None
     if plain and past is not None:
         outputs = attend_to_filled(
-            lambda *args: attend(*args)[0],
-            past,
-            mask,
-            biases,
-            visibility.key_positions,
+            lambda *args: attend(*args)[0], past, mask, bias, visibility.key_positions
         )
-    elif plain and new is not None and fused:
-        outputs = fused_attention(query, *new, mask, biases, scale)
+    elif plain and new is not None and weighting.fused:
+        outputs = fused_attention(query, *new, mask, bias, scale)
     else:
-        outputs, scores = attend(past, mask, biases)
+        outputs, scores = attend(past, mask, bias)
     if visibility.may_be_empty:
         # A query that sees no key gets zeros. Softmax has given it the mean of all
         # values, also of later ones.

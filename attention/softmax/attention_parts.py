@@ -16,6 +16,7 @@ from attention.caches.full_cache import FullCache
 from attention.caches.quantized_cache import QuantizedCache
 from attention.caches.ring_cache import RingCache
 from attention.contract.arguments import (
+    arguments_of,
     check_fraction,
     check_optional_positive_int,
     check_positive_int,
@@ -25,6 +26,7 @@ from attention.contract.arguments import (
 from attention.contract.cached_layer import CachedLayer
 from attention.contract.checks import check_sequence_shape
 from attention.contract.initializers import clone_initializer
+from attention.contract.inner_layers import make_rms_norm
 from attention.contract.sizes import static_size
 from attention.contract.types import Cache, Initializer, Tensor
 from attention.positions.position_scheme import (
@@ -61,14 +63,8 @@ class AttentionParts(CachedLayer):
     ) -> None:
         super().__init__(**kwargs)
         self.num_heads = check_positive_int("num_heads", num_heads)
-        sizes = {
-            "num_key_value_heads": num_key_value_heads,
-            "key_dim": key_dim,
-            "value_dim": value_dim,
-            "window": window,
-        }
-        for name, size in sizes.items():
-            setattr(self, name, check_optional_positive_int(name, size))
+        self._set_sizes(num_key_value_heads=num_key_value_heads, window=window)
+        self._set_sizes(key_dim=key_dim, value_dim=value_dim)
         if num_key_value_heads is not None and num_heads % num_key_value_heads:
             raise ValueError(
                 "`num_heads` must be divisible by `num_key_value_heads`, so that "
@@ -103,17 +99,24 @@ class AttentionParts(CachedLayer):
         # Made by `build` if needed.
         self.query_norm = self.key_norm = self.sinks = self.gate_dense = None
 
+    def _set_sizes(self, **sizes: Any) -> None:
+        for name, size in sizes.items():
+            setattr(self, name, check_optional_positive_int(name, size))
+
+    # How many query heads of size `key_dim` each head has.
+    _per_head = 1
+
     def _check_width(self, query_shape: tuple) -> None:
         """Records the width of the inputs, and checks that it fits the heads."""
-        width = check_sequence_shape(self.name, query_shape)
-        if self.key_dim is None and width % self.num_heads:
+        self._width = check_sequence_shape(self.name, query_shape)
+        if self.key_dim is None and self._width % (self._per_head * self.num_heads):
+            divisor = "num_heads" if self._per_head == 1 else "2 * num_heads"
             raise ValueError(
                 f"With `key_dim=None`, the width of the inputs of layer "
-                f"'{self.name}' must be divisible by `num_heads`. Received: "
+                f"'{self.name}' must be divisible by `{divisor}`. Received: "
                 f"num_heads={self.num_heads}, inputs of shape "
                 f"{tuple(query_shape)}. Pass `key_dim`, or another `num_heads`."
             )
-        self._width = width
 
     def head_dims(self) -> tuple[int, int]:
         """Returns the sizes of a key head and of a value head, as they are attended."""
@@ -127,15 +130,10 @@ class AttentionParts(CachedLayer):
     def make_projection(
         self, name: str, heads: tuple[int, int], inputs_shape: tuple
     ) -> keras.layers.Layer:
-        """Makes a projection from the width of inputs to heads, for use in `build`.
+        """Makes a projection of inputs to `heads`, a pair `(heads, dim)`, in `build`.
 
-        Args:
-            name: str. The name of the layer.
-            heads: `(heads, dim)`.
-            inputs_shape: tuple. The shape of its inputs, `(batch, length, width)`.
-
-        Returns:
-            A layer that returns tensors of shape `(batch, length, heads, dim)`.
+        Returns a layer that returns tensors of shape `(batch, length, heads, dim)` for
+        inputs of shape `(batch, length, width)`.
         """
         if self.use_bias and heads[1] == 1 and heads[0] > 1:
             # Keras adds a bias of shape (heads, 1) along the length, on
@@ -181,23 +179,13 @@ class AttentionParts(CachedLayer):
         if self.attention_sinks:
             # They join float32 logits, whatever the layer computes in.
             self.sinks = self.add_weight(
-                name="sinks",
-                shape=(heads,),
-                initializer="zeros",
-                autocast=False,
+                (heads,), "zeros", name="sinks", autocast=False
             )
 
     def make_norm(self, name: str) -> keras.layers.Layer | None:
         """Returns a norm of query or key heads, or `None` if there is none."""
-        return self._norm(name, self.query_heads()[1]) if self.query_key_norm else None
-
-    def _norm(self, name: str, size: int, epsilon: float = 1e-6) -> keras.layers.Layer:
-        """Returns an RMS norm along the last axis."""
-        norm = keras.layers.RMSNormalization(
-            epsilon=epsilon, dtype=self.dtype_policy, name=name
-        )
-        norm.build((None, None, size))
-        return norm
+        size = self.query_heads()[1]
+        return make_rms_norm(self, name, size) if self.query_key_norm else None
 
     def project_query(self, query: Tensor) -> Tensor:
         """Returns heads of queries, `(batch, length, num_heads, key_dim)`."""
@@ -213,7 +201,9 @@ class AttentionParts(CachedLayer):
         }
 
     def _bias(self, query_positions: Tensor, key_positions: Tensor) -> Tensor:
-        assert self.position is not None
+        """Returns the bias of the position scheme, if there is one."""
+        if self.position is None:
+            return None
         bias = self.position.bias(query_positions, key_positions)
         found, heads = None if bias is None else bias.shape[-3], self.query_heads()[0]
         if found not in (None, 1, heads):
@@ -223,15 +213,6 @@ class AttentionParts(CachedLayer):
                 "a position scheme need the same number of heads."
             )
         return bias
-
-    def _require_built(self) -> None:
-        """Raises an error if sizes depend on inputs that were not seen yet."""
-        if not self.built:
-            raise ValueError(
-                f"Layer '{self.name}' has no weights yet and no `key_dim`, so its "
-                "cache can't be sized. Call it once, or call `build` with the shape of "
-                "its inputs, before `create_cache`; or make it with `key_dim`."
-            )
 
     def _check_cached_call(
         self, cache: Cache, index: Tensor, segment_ids: Tensor
@@ -269,26 +250,9 @@ class AttentionParts(CachedLayer):
             )
 
     def get_config(self) -> dict[str, Any]:
-        config = super().get_config()
-        config.update(
-            num_heads=self.num_heads,
-            num_key_value_heads=self.num_key_value_heads,
-            key_dim=self.key_dim,
-            value_dim=self.value_dim,
-            dropout=self.dropout,
-            use_bias=self.use_bias,
-            position=serialize_position(self.position),
-            scale=self.scale,
-            window=self.window,
-            query_key_norm=self.query_key_norm,
-            logit_soft_cap=self.logit_soft_cap,
-            attention_sinks=self.attention_sinks,
-            output_gate=self.output_gate,
-            kernel_initializer=keras.initializers.serialize(self.kernel_initializer),
-            bias_initializer=keras.initializers.serialize(self.bias_initializer),
-            causal=self.causal,
-            cache_dtype=self.cache_dtype,
-        )
+        config = {**arguments_of(AttentionParts, self), **super().get_config()}
+        config["position"] = serialize_position(self.position)
+        del config["cache_policy"]
         if self._given_policy is not None:
             policy = keras.saving.serialize_keras_object(self._given_policy)
             config["cache_policy"] = policy

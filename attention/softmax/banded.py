@@ -16,14 +16,8 @@ MIN_BLOCK = 64
 def block_size(length: Any, window: int | None) -> Any:
     """Returns the size of blocks for sliding-window self-attention.
 
-    Args:
-        length: int, or an integer tensor where it is known only when the graph runs.
-            The length of the sequence.
-        window: how many positions a query sees, or `None` for all.
-
-    Returns:
-        An int, or a tensor where `length` is one: at least the window, so that a block
-        sees only its neighbours. `None` where blocks would save nothing.
+    It is at least the window, so that a block sees only its neighbours, and a tensor
+    where `length` is one. `None` where blocks would save nothing.
     """
     if window is None:
         return None
@@ -34,26 +28,10 @@ def block_size(length: Any, window: int | None) -> Any:
 
 
 class Blocks:
-    """Arranges a batch of sequences as a larger batch of blocks.
+    """Arranges a batch of sequences as a larger batch of blocks of a size.
 
-    Args:
-        size: int or tensor. The size of a block.
-        length: int or tensor. The length of the sequences.
-        causal: bool. Whether a block sees only itself and the block before it, or also
-            the block after it.
-
-    Example:
-
-    >>> import numpy as np
-    >>> from attention.softmax.banded import Blocks
-    >>> blocks = Blocks(size=2, length=5, causal=True)
-    >>> x = np.arange(1, 6)[None]
-    >>> np.array(blocks.queries(x)).tolist()
-    [[1, 2], [3, 4], [5, 0]]
-    >>> np.array(blocks.keys(x)).tolist()
-    [[0, 0, 1, 2], [1, 2, 3, 4], [3, 4, 5, 0]]
-    >>> np.array(blocks.join(blocks.queries(x))).tolist()
-    [[1, 2, 3, 4, 5]]
+    The size and the length may be tensors. A block sees itself and the block before it,
+    and if it is not causal the block after it.
     """
 
     def __init__(self, size: Any, length: Any, causal: bool) -> None:
@@ -65,11 +43,9 @@ class Blocks:
         return self._merge(cut(x, self.count, self.size))
 
     def keys(self, x: Tensor, fill: int = 0) -> Tensor:
-        """Returns each block with its neighbours: `(batch * blocks, 2 or 3 * size, ...)`.
+        """Returns blocks with their neighbours: `(batch * blocks, 2 or 3 * size, ...)`.
 
-        Args:
-            x: tensor of shape `(batch, length, ...)`.
-            fill: the value before and after the sequence.
+        `fill` is the value before and after the sequence.
         """
         x = cut(x, self.count, self.size, fill)
         edge = ops.full_like(x[:, :1], fill)

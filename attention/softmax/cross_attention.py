@@ -48,7 +48,7 @@ class CrossAttention(GroupedQueryAttention):
         attention_mask: `None` or boolean tensor `(batch, length, source_length)`.
         padding_mask: boolean tensor `(batch, length)`: the real tokens of `query`.
         cache: a cache made by `create_cache`.
-        cache_update_index: as for every `CachedLayer`; it makes no difference.
+        cache_update_index: makes no difference.
         return_attention_scores: bool. Whether to return the weights, too.
         training: bool. Whether to apply dropout.
 
@@ -106,22 +106,14 @@ class CrossAttention(GroupedQueryAttention):
     def create_cache(
         self, batch_size: int, max_length: int, source_length: int | None = None
     ) -> Cache:
-        """Makes an empty cache.
+        """Makes an empty cache for sources of up to `source_length` positions.
 
-        Args:
-            batch_size: int. The number of rows.
-            max_length: int. How many positions the queries' sequence may have.
-            source_length: int or `None`. How many positions the source may have;
-                `None` means `max_length`.
+        `None` means `max_length`, how many positions the queries' sequence may have.
         """
-        if self.key_dim is None:
-            self._require_built()
-        batch_size = check_positive_int("batch_size", batch_size)
         slots = check_positive_int("max_length", max_length)
         if source_length is not None:
             slots = check_positive_int("source_length", source_length)
-        sizes, dtype = self.cache_sizes(), self.compute_dtype
-        cache = self.cache_policy.create(batch_size, slots, sizes, dtype)
+        cache = self._empty_cache(batch_size, slots)
         return {**cache, "padding_mask": ops.zeros((batch_size, slots), "bool")}
 
     def grow_cache(self, cache: Cache, max_length: int) -> Tensor:
@@ -149,6 +141,7 @@ class CrossAttention(GroupedQueryAttention):
                 f"Layer '{self.name}' needs `value`, the sequence to attend to, or a "
                 "`cache` to which an earlier call has written it. Received neither."
             )
+        check_attention_mask(attention_mask, query, value if cache is None else None)
         query = zero_padding(query, padding_mask)
         q = self.project_query(query)  # (batch, length, num_heads, key_dim)
         new, past, mask = None, None, value_padding_mask
@@ -158,18 +151,12 @@ class CrossAttention(GroupedQueryAttention):
             source = zero_padding(value, mask)
             # (batch, source_length, num_key_value_heads, dim)
             new = self.project_key_value(source, source)
+            length = ops.shape(value)[1]
         if cache is not None:
-            stored = {name: x for name, x in cache.items() if name != "padding_mask"}
-            stored_mask = cache["padding_mask"]
-            if new is not None:
-                stored, stored_mask = self._write(stored, stored_mask, new, mask)
-            cache, mask = {**stored, "padding_mask": stored_mask}, stored_mask
-            new, past = None, self.cache_policy.read(stored, q.dtype)
-        length = ops.shape(value)[1] if past is None else ops.shape(past["value"])[2]
-        if attention_mask is not None:
-            check_attention_mask(
-                attention_mask, query, value if cache is None else None
-            )
+            cache = dict(cache) if new is None else self._write(cache, new, mask)
+            mask = cache.pop("padding_mask")
+            new, past = None, self.cache_policy.read(cache, q.dtype)
+            cache, length = {**cache, "padding_mask": mask}, mask.shape[1]
         visibility = Visibility(
             token_positions(None, ops.shape(query)[1]),
             token_positions(None, length),
@@ -178,13 +165,9 @@ class CrossAttention(GroupedQueryAttention):
             attention_mask=attention_mask,
             in_order=True,
         )
-        outputs, scores = self.attend(
-            q, new, past, visibility, return_attention_scores, training
-        )
-        outputs, scores = self.combine_heads(outputs, scores)
-        outputs = self.project_output(outputs, query)
-        if return_attention_scores:
-            outputs = (outputs, scores)
+        options = (visibility, return_attention_scores, training)
+        outputs = self._attend_and_project(q, new, past, *options, inputs=query)
+        outputs = outputs if return_attention_scores else outputs[0]
         return outputs if cache is None else (outputs, cache)
 
     def _check_source(self, query: Tensor, value: Tensor, mask: Mask) -> None:
@@ -198,24 +181,19 @@ class CrossAttention(GroupedQueryAttention):
         if mask is not None:
             check_padding_mask(self.name, mask, value, "value_padding_mask")
 
-    def _write(
-        self, stored: Cache, stored_mask: Mask, new: dict[str, Tensor], mask: Mask
-    ) -> tuple[Cache, Mask]:
-        """Returns the cache and its mask with a source written over all of it."""
-        slots, value = stored_mask.shape[1], new["value"]
-        length = static_size(value, 1)
+    def _write(self, cache: Cache, new: dict[str, Tensor], mask: Mask) -> Cache:
+        """Returns the cache with a source written over all of it."""
+        slots, length = cache["padding_mask"].shape[1], static_size(new["value"], 1)
         if length is not None and length > slots:
             raise ValueError(
                 f"A source of {length} tokens was given to a cache of layer "
                 f"'{self.name}' for {slots}. Create it with a larger `source_length`."
             )
         if mask is None:
-            mask = ops.ones_like(value[:, :, 0, 0], dtype="bool")
-        missing = slots - ops.shape(mask)[1]
+            mask = ops.ones_like(new["value"][:, :, 0, 0], dtype="bool")
+        width = [[0, 0], [0, slots - ops.shape(mask)[1]]]
         # As many tokens as slots: all of them are written.
-        new = {
-            name: ops.pad(x, [[0, 0], [0, missing], [0, 0], [0, 0]])
-            for name, x in new.items()
-        }
+        new = {name: ops.pad(x, [*width, [0, 0], [0, 0]]) for name, x in new.items()}
+        stored = {name: x for name, x in cache.items() if name != "padding_mask"}
         stored = self.cache_policy.write(stored, to_cache_layout(new), 0, None)
-        return stored, ops.pad(mask, [[0, 0], [0, missing]])
+        return {**stored, "padding_mask": ops.pad(mask, width)}

@@ -8,7 +8,8 @@ from typing import Any
 import keras
 from keras import ops
 
-from attention.contract.arguments import describe
+from attention.contract.arguments import arguments_of, describe
+from attention.contract.inner_layers import make_rms_norm
 from attention.contract.types import Tensor
 from attention.softmax.grouped_query_attention import GroupedQueryAttention
 
@@ -62,6 +63,7 @@ class DifferentialAttention(GroupedQueryAttention):
     """
 
     lambda_init: float
+    _per_head = 2
 
     def __init__(
         self,
@@ -90,23 +92,13 @@ class DifferentialAttention(GroupedQueryAttention):
         super().build(query_shape, value_shape, key_shape)
         # Float32, as the softmax.
         self.lambdas = self.add_weight(
-            name="lambdas",
-            shape=(2, 2, self.query_heads()[1]),
-            initializer=keras.initializers.RandomNormal(stddev=0.1),
+            (2, 2, self.query_heads()[1]),
+            keras.initializers.RandomNormal(stddev=0.1),
             dtype="float32",
             autocast=False,
+            name="lambdas",
         )
-        self.head_norm = self._norm("head_norm", self.head_dims()[1], 1e-5)
-
-    def _check_width(self, query_shape: tuple) -> None:
-        super()._check_width(query_shape)
-        if self.key_dim is None and query_shape[-1] % (2 * self.num_heads):
-            raise ValueError(
-                f"With `key_dim=None`, the width of the inputs of layer '{self.name}' "
-                f"must be divisible by `2 * num_heads`. Received: num_heads="
-                f"{self.num_heads}, inputs of shape {tuple(query_shape)}. Pass "
-                "`key_dim`, or another `num_heads`."
-            )
+        self.head_norm = make_rms_norm(self, "head_norm", self.head_dims()[1], 1e-5)
 
     def _half_dim(self) -> int:
         return self.key_dim or self._width // (2 * self.num_heads)
@@ -153,6 +145,4 @@ class DifferentialAttention(GroupedQueryAttention):
         return outputs, None if scores is None else difference(scores, 1)
 
     def get_config(self) -> dict[str, Any]:
-        config = super().get_config()
-        config["lambda_init"] = self.lambda_init
-        return config
+        return {**arguments_of(DifferentialAttention, self), **super().get_config()}

@@ -6,19 +6,16 @@ from typing import Any
 
 from keras import ops
 
-from attention.caches.cache_policy import (
-    to_cache_layout,
-)
+from attention.caches.cache_policy import to_cache_layout
 from attention.caches.writes import computed_after
 from attention.contract.padding import zero_padding
 from attention.contract.types import Cache, Index, Mask, Tensor
 from attention.positions.arithmetic import (
     hide_padding,
-    is_zero,
     join_positions,
     token_positions,
 )
-from attention.softmax.attend import attend_to
+from attention.softmax.attend import Weighting, attend_to
 from attention.softmax.attention_parts import AttentionParts
 from attention.softmax.kernels import fused_attention_applies, masked_softmax
 from attention.softmax.key_value import pack_key_value
@@ -96,10 +93,9 @@ class DotProductAttention(AttentionParts):
 
         Args:
             query: tensor of shape `(batch, length, width)`, zero where padded.
-            value: tensor of shape `(batch, key_length, value_width)`; `query` itself in
-                self-attention.
-            key: tensor of shape `(batch, key_length, key_width)`; `query` itself in
-                self-attention.
+            value: tensor of shape `(batch, key_length, value_width)`.
+            key: tensor of shape `(batch, key_length, key_width)`; in self-attention it
+                and `value` are `query` itself.
 
         Returns:
             The queries, of shape `(batch, length, num_heads, key_dim)`, and a dict
@@ -113,15 +109,9 @@ class DotProductAttention(AttentionParts):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Encodes positions into queries and new keys.
 
-        Args:
-            query: as returned by `project`.
-            new: as returned by `project`.
-            query_positions: `int32` tensor of shape `(length,)` or `(batch, length)`.
-            key_positions: `int32` tensor of shape `(key_length,)` or `(batch,
-                key_length)`.
-
-        Returns:
-            `query` and `new` with positions.
+        Returns `query` and `new`, which `project` returned, with positions. These are
+        `int32` tensors of shape `(length,)` or `(batch, length)`, and `(key_length,)`
+        or `(batch, key_length)`.
         """
         if self.position is None:
             return query, new
@@ -135,12 +125,8 @@ class DotProductAttention(AttentionParts):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Arranges projected heads into those that attend and are cached.
 
-        Args:
-            query: tensor of shape `(batch, length, heads, dim)`.
-            new: dict of tensors of shape `(batch, key_length, heads, dim)`.
-
-        Returns:
-            `(query, new)`, arranged.
+        Returns `query`, `(batch, length, heads, dim)`, and the dict `new` of tensors of
+        shape `(batch, key_length, heads, dim)`, arranged.
         """
         return query, new
 
@@ -169,14 +155,24 @@ class DotProductAttention(AttentionParts):
             The outputs, `(batch, length, num_heads, value_dim)`, and the scores,
             `(batch, num_heads, length, all keys)`, or `None`.
         """
-        return self.attend_key_values(
-            query,
-            None if new is None else (new["key"], new["value"]),
-            None if past is None else (past["key"], past["value"]),
-            visibility,
-            return_scores,
-            training,
+        keys, stored = (
+            None if x is None else (x["key"], x["value"]) for x in (new, past)
         )
+        default = type(self).compute_weights is DotProductAttention.compute_weights
+        fused = default and self.sinks is None and self.logit_soft_cap is None
+        if fused and keys is not None:
+            heads = (query.shape[2], keys[0].shape[2])
+            dims = (keys[0].shape[3], keys[1].shape[3])
+            fused = fused_attention_applies(*heads, *dims, self.compute_dtype)
+        weighting = Weighting(
+            self.compute_weights,
+            self._logit_scale,
+            self._bias,
+            self.logit_soft_cap,
+            self.dropout_layer if training and self.dropout else None,
+            fused,
+        )
+        return attend_to(query, keys, stored, visibility, weighting, return_scores)
 
     def compute_weights(self, logits: Tensor, mask: Mask) -> Tensor:
         """Computes the weights of attention from its logits.
@@ -196,26 +192,16 @@ class DotProductAttention(AttentionParts):
     def combine_heads(self, outputs: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Combines heads after they have attended.
 
-        Args:
-            outputs: tensor of shape `(batch, length, num_heads, value_dim)`.
-            scores: `None`, or tensor of shape `(batch, num_heads, length,
-                key_length)`.
-
-        Returns:
-            `(outputs, scores)`, combined.
+        Returns the outputs, `(batch, length, num_heads, value_dim)`, and the scores,
+        `None` or `(batch, num_heads, length, key_length)`, combined.
         """
         return outputs, scores
 
     def project_output(self, outputs: Tensor, inputs: Tensor) -> Tensor:
-        """Projects heads to the width of the inputs.
+        """Projects outputs of heads to the width of the inputs.
 
-        Args:
-            outputs: tensor of shape `(batch, length, num_heads, value_dim)`.
-            inputs: tensor of shape `(batch, length, width)`, the argument `query` of
-                the call.
-
-        Returns:
-            A tensor of shape `(batch, length, width)`.
+        Returns outputs of shape `(batch, length, num_heads, value_dim)` in that of the
+        inputs, the argument `query` of the call: `(batch, length, width)`.
         """
         if self.gate_dense is not None:
             outputs = outputs * ops.sigmoid(self.gate_dense(inputs))
@@ -223,35 +209,13 @@ class DotProductAttention(AttentionParts):
 
     # The call, which runs the steps.
 
-    def attend_key_values(
-        self,
-        query: Tensor,
-        new: tuple[Tensor, Tensor] | None,
-        past: tuple[Tensor, Tensor] | None,
-        visibility: Visibility,
-        return_scores: bool = False,
-        training: bool | None = None,
+    def _attend_and_project(
+        self, query: Tensor, new: Any, past: Any, *options: Any, inputs: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Attends to pairs of keys and values; the rest is as for `attend`."""
-        default = type(self).compute_weights is DotProductAttention.compute_weights
-        fused = default and self.sinks is None and self.logit_soft_cap is None
-        if fused and new is not None:
-            heads = (query.shape[2], new[0].shape[2])
-            dims = (new[0].shape[3], new[1].shape[3])
-            fused = fused_attention_applies(*heads, *dims, self.compute_dtype)
-        return attend_to(
-            query,
-            new,
-            past,
-            visibility,
-            self.compute_weights,
-            self._logit_scale,
-            None if self.position is None else self._bias,
-            self.logit_soft_cap,
-            self.dropout_layer if training and self.dropout else None,
-            fused,
-            return_scores,
-        )
+        """Runs the steps from `attend` on, and returns outputs and scores."""
+        outputs, scores = self.attend(query, new, past, *options)
+        outputs, scores = self.combine_heads(outputs, scores)
+        return self.project_output(outputs, inputs), scores
 
     def __call__(  # type: ignore[override]
         self,
@@ -292,14 +256,11 @@ class DotProductAttention(AttentionParts):
         self._check_cached_call(cache, index, segment_ids)
         value = query if value is None else value
         key = value if key is None else key
-        if attention_mask is not None:
-            check_attention_mask(attention_mask, query, key if cache is None else None)
+        check_attention_mask(attention_mask, query, key if cache is None else None)
         if padding_mask is not None:
             padding_mask = ops.cast(padding_mask, "bool")
-        if prefix_length is not None:
-            prefix_length = check_prefix_length(self.name, prefix_length, query)
-        if segment_ids is not None:
-            segment_ids = (check_segment_ids(self.name, segment_ids, query),) * 2
+        prefix_length = check_prefix_length(self.name, prefix_length, query)
+        segment_ids = check_segment_ids(self.name, segment_ids, query)
         # Project.
         x = zero_padding(query, padding_mask)
         value, key = (x if source is query else source for source in (value, key))
@@ -312,18 +273,17 @@ class DotProductAttention(AttentionParts):
             key_padding_mask = None
         q, new = self.encode_positions(q, new, positions, key_positions)
         q, new = self.arrange_heads(q, new)
-        # Read the cache. At index 0 there is no past.
+        # Read the cache. At an index that is known to be 0 there is no past.
         past = None
         if cache is not None:
             new = {name: policy.stored(x) for name, x in new.items()}
-        if cache is not None and not is_zero(index):
+        if cache is not None and not (isinstance(index, int) and index == 0):
             past = policy.read(cache, q.dtype)
             if prefix_length is not None:
                 key_positions = hide_padding(key_positions, padding_mask)
-            past_positions = policy.positions(
-                policy.num_slots(cache), ops.cast(index, "int32")
-            )
-            key_positions = join_positions(past_positions, key_positions)
+            slots, cached = policy.num_slots(cache), ops.cast(index, "int32")
+            slot_positions = policy.positions(slots, cached)
+            key_positions = join_positions(slot_positions, key_positions)
             # Padding comes after all tokens whose outputs count.
             key_padding_mask = None
         # Attend.
@@ -338,22 +298,15 @@ class DotProductAttention(AttentionParts):
             segment_ids,
             in_order=past is None,
         )
-        outputs, scores = self.attend(
-            q, new, past, visibility, return_attention_scores, training
-        )
-        outputs, scores = self.combine_heads(outputs, scores)
-        outputs = self.project_output(outputs, x)
+        options = (visibility, return_attention_scores, training)
+        outputs, scores = self._attend_and_project(q, new, past, *options, inputs=x)
         if cache is not None and prefix_length is not None:
             outputs = only_whole_prefixes(self.name, outputs, prefix_length, index)
         if cache is not None and return_attention_scores:
             count = ops.shape(scores)[-1] - ops.shape(x)[1]
-            scores = policy.place_scores(
-                cache,
-                None if past is None else scores[..., :count],
-                scores[..., count:],
-                index,
-                padding_mask,
-            )
+            of_past = None if past is None else scores[..., :count]
+            of_new = scores[..., count:]
+            scores = policy.place_scores(cache, of_past, of_new, index, padding_mask)
         # Write.
         if cache is not None or return_key_value:
             new = seen = to_cache_layout(new)
@@ -367,28 +320,33 @@ class DotProductAttention(AttentionParts):
                 )
             else:
                 cache = policy.write(cache, new, index, padding_mask)
-        returned: tuple = (outputs,)
-        if return_attention_scores:
-            returned += (scores,)
+        returned = [outputs, scores] if return_attention_scores else [outputs]
         if return_key_value:
-            returned += (pack_key_value(seen, key_positions, key_padding_mask),)
-        outputs = returned if len(returned) > 1 else outputs
+            returned.append(pack_key_value(seen, key_positions, key_padding_mask))
+        outputs = tuple(returned) if len(returned) > 1 else outputs
         return outputs if cache is None else (outputs, cache)
 
     def create_cache(self, batch_size: int, max_length: int) -> Cache:
-        if self.key_dim is None:
-            self._require_built()
+        cache = self._empty_cache(batch_size, max_length)
         if not self.causal:
             raise ValueError(
                 f"Layer '{self.name}' was made with `causal=False`: each new "
                 "token changes the outputs of all earlier ones, so there is "
                 "nothing to cache. Use it without a cache, or make it causal."
             )
+        return cache
+
+    def _empty_cache(self, batch_size: int, max_length: int) -> dict[str, Any]:
+        if self.key_dim is None and not self.built:
+            raise ValueError(
+                f"Layer '{self.name}' has no weights yet and no `key_dim`, so its "
+                "cache can't be sized. Call it once, or call `build` with the shape of "
+                "its inputs, before `create_cache`; or make it with `key_dim`."
+            )
         return self.cache_policy.create(
             batch_size, max_length, self.cache_sizes(), self.compute_dtype
         )
 
     def can_rewind(self, cache: Cache, from_index: int, to_index: int) -> bool:
-        return super().can_rewind(
-            cache, from_index, to_index
-        ) or self.cache_policy.can_rewind(cache, from_index, to_index)
+        same = super().can_rewind(cache, from_index, to_index)
+        return same or self.cache_policy.can_rewind(cache, from_index, to_index)

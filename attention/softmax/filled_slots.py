@@ -26,7 +26,7 @@ def attend_to_filled(
     bias: Tensor,
     key_positions: Tensor,
 ) -> Any:
-    """Attends to the filled slots of a cache, rounded up to whole parts of it.
+    """Returns `attend(past, mask, bias)` for the filled slots, rounded up to parts.
 
     A prompt is processed in chunks, and the first of them would attend to many empty
     slots. All rows attend to as many parts as the fullest row needs. A few queries, as
@@ -34,16 +34,11 @@ def attend_to_filled(
 
     Args:
         attend: called with keys and values of the past, a mask and a bias.
-        past: keys and values as in a cache, `(batch, heads, key_dim, slots)` or
-            `TokensFirst`, and `(batch, heads, slots, value_dim)`. Slots are filled from
-            the first on.
+        past: keys and values as in a cache, filled from the first slot on.
         mask: boolean tensor of shape `(batch or 1, 1, queries, slots + new)`.
         bias: `None`, or tensor of shape `(..., queries, slots + new)`.
         key_positions: `int32` tensor of shape `(slots + new,)` or `(batch, slots +
             new)`. Empty slots are at `HIDDEN_POSITION`.
-
-    Returns:
-        The result of `attend`.
     """
     slots, queries = static_size(past[1], 2), static_size(mask, 2)
     if slots is None or queries is None or queries < MIN_QUERIES:

@@ -29,8 +29,7 @@ class GroupedQueryAttention(DotProductAttention):
     Args:
         num_heads: int. The number of query heads.
         num_key_value_heads: int. The number of key/value heads; divides
-            `num_heads`. As many as `num_heads` is multi-head attention, one is
-            multi-query attention.
+            `num_heads`. One is multi-query attention.
         key_dim: int or `None`. The size of each query and key head. `None`
             means the width of the inputs divided by `num_heads`.
         value_dim: int or `None`. The size of each value head; `None` means
@@ -38,19 +37,16 @@ class GroupedQueryAttention(DotProductAttention):
         dropout: float. The dropout rate of the attention weights.
         use_bias: bool. Whether the projections have biases.
         position: `None` or a position scheme, such as `RotaryPosition()`.
-        causal: bool. Whether a token attends to no later one. A layer that is
-            not causal has no cache, as each new token would change all earlier
-            outputs.
-        scale: float or `None`. The factor of the logits; `None` means
-            `1 / sqrt(key_dim)`.
+        causal: bool. Whether a token attends to no later one. If not, there is no
+            cache, as each new token would change all earlier outputs.
+        scale: float or `None`. The factor of the logits, `1 / sqrt(key_dim)`.
         window: int or `None`. How many positions a query sees, itself included:
             a sliding window, whose cache has as many slots and never grows.
             Without causality so many to either side. `None` means all positions.
         kernel_initializer: initializer of the projections.
         bias_initializer: initializer of their biases.
-        query_key_norm: bool. Whether each query head and key head is normalized
-            by its root mean square, with a scale for each of its dimensions,
-            before positions are encoded.
+        query_key_norm: bool. Whether query and key heads are normalized by their root
+            mean square, with a scale for each dimension, before positions are encoded.
         logit_soft_cap: float or `None`. Logits `x` become `cap * tanh(x / cap)`.
         attention_sinks: bool. Whether each head has a trainable logit that takes
             part in the softmax and has no value.
@@ -58,18 +54,17 @@ class GroupedQueryAttention(DotProductAttention):
             multiplies the outputs of heads, before the output projection.
         cache_dtype: `None` or `"int8"`: keys and values are cached in 8 bits, with
             a scale for each head of each token. `None` means the compute dtype.
-        cache_policy: `None` or a `CachePolicy`, which decides which tokens are kept,
-            and so seen, and in which dtype: `FullCache()`, `RingCache(window,
-            keep)`, `QuantizedCache(policy)` or your own. `None` means that of
-            `window` and `cache_dtype`.
+        cache_policy: `None`, which means that of `window` and `cache_dtype`, or a
+            `CachePolicy`, which decides which tokens are kept, and so seen, and in
+            which dtype: `FullCache()`, `RingCache(window, keep)`,
+            `QuantizedCache(policy)` or your own.
         **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
 
     Call arguments:
         query: tensor of shape `(batch, length, width)`.
         value: tensor of shape `(batch, key_length, value_width)`; `None` means
             `query`: self-attention.
-        key: tensor of shape `(batch, key_length, key_width)`; `None` means
-            `value`.
+        key: tensor of shape `(batch, key_length, key_width)`; `None` means `value`.
         attention_mask: boolean tensor of shape `(batch, length, key_length)`:
             which keys each query may attend to, in addition to causality. With
             a cache its last axis counts the positions of the sequence from 0;
@@ -77,8 +72,7 @@ class GroupedQueryAttention(DotProductAttention):
         padding_mask: boolean tensor of shape `(batch, length)`: the real
             tokens of `query`, padded on the right.
         cache: a cache made by `create_cache`.
-        cache_update_index: how many positions the cache holds: an int,
-            an integer scalar tensor or an integer tensor of shape `(batch,)`.
+        cache_update_index: as for every `CachedLayer`.
         return_attention_scores: bool. Whether to return the weights, too.
         return_key_value: bool. Whether to return the keys and values, too, for
             layers that attend to them as well (`SharedKeyValueAttention`).

@@ -11,7 +11,7 @@ import numpy as np
 from keras import ops
 
 from attention.contract.sizes import static_size
-from attention.contract.types import DType, Mask, Tensor
+from attention.contract.types import Mask, Tensor
 
 # Finite: a row in which everything is masked must not become NaN.
 _MASKED = -1e30
@@ -19,11 +19,7 @@ _MASKED = -1e30
 
 @dataclasses.dataclass(frozen=True)
 class TokensFirst:
-    """Keys that are laid out as values are.
-
-    Attributes:
-        keys: tensor of shape `(batch, num_key_value_heads, length, key_dim)`.
-    """
+    """Keys that are laid out as values are: `(batch, heads, length, key_dim)`."""
 
     keys: Tensor
 
@@ -48,21 +44,19 @@ def grouped_attention(
 ) -> tuple[Tensor, Tensor]:
     """Computes dot product attention in which query heads share key/value heads.
 
-    The heads that share a key/value head are computed as one matrix; keys and
-    values are never repeated. They may come in parts, of a cache and of new
-    tokens, which are not copied together.
+    The heads that share a key/value head are computed as one matrix; keys and values
+    are never repeated. They may come in parts, of a cache and of new tokens, which are
+    not copied together.
 
     Args:
         query: tensor of shape `(batch, query_length, num_heads, key_dim)`.
-        parts: keys and values, one pair or several whose lengths add up to
-            `key_length`: tensors of shape `(batch, num_key_value_heads, key_dim,
-            length)`, or `TokensFirst`, and `(batch, num_key_value_heads, length,
+        parts: pairs of keys and values whose lengths add up to `key_length`: `(batch,
+            groups, key_dim, length)`, or `TokensFirst`, and `(batch, groups, length,
             value_dim)`.
         compute_weights: called with `float32` logits of shape `(batch, num_heads,
             query_length, key_length)`; returns weights of the same shape.
-        bias: `None` or float tensor `([batch,] num_heads, query_length,
-            key_length)`, with a heads axis of 1 or `num_heads`.
-        scale: float. The factor of the products.
+        bias: `None` or float tensor `([batch,] 1 or num_heads, query_length,
+            key_length)`.
         soft_cap: `None` or float. Scaled products are kept between it and its
             negative.
         dropout: `None` or a callable applied to the weights.
@@ -78,7 +72,8 @@ def grouped_attention(
     query = ops.transpose(query, (0, 2, 3, 1, 4))
     # (batch, groups, per_group * length, dim): heads that share keys are one matrix.
     query = ops.reshape(query, (-1, groups, per_group * length, dim))
-    logits = _concatenate([_products(query, key) for key, _ in parts])
+    logits = [_products(query, key) for key, _ in parts]
+    logits = logits[0] if len(parts) == 1 else ops.concatenate(logits, axis=-1)
     key_length = ops.shape(logits)[-1]
     # (batch, num_heads, length, key_length)
     logits = ops.reshape(logits, (-1, heads, length, key_length))
@@ -104,16 +99,10 @@ def grouped_attention(
 
 
 def masked_softmax(logits: Tensor, mask: Mask, sinks: Tensor = None) -> Tensor:
-    """Computes attention weights from logits.
+    """Returns the weights of `float32` logits, `(batch, heads, queries, keys)`.
 
-    Args:
-        logits: `float32` tensor of shape `(batch, heads, queries, keys)`.
-        mask: `None` or boolean tensor that broadcasts to it: the visible keys.
-        sinks: `None` or tensor `(heads,)`: the logit of a key that every query
-            sees and whose value is zero.
-
-    Returns:
-        A tensor of the shape of `logits`.
+    `mask` is `None` or marks the visible keys; `sinks`, `(heads,)`, are the logits of a
+    key that every query sees and whose value is zero.
     """
     if mask is not None:
         logits = ops.where(mask, logits, _MASKED)
@@ -127,15 +116,10 @@ def masked_softmax(logits: Tensor, mask: Mask, sinks: Tensor = None) -> Tensor:
     return weights if sinks is None else weights[..., :-1]
 
 
-def _concatenate(parts: list[Any]) -> Tensor:
-    return parts[0] if len(parts) == 1 else ops.concatenate(parts, axis=-1)
-
-
 def scale_query(query: Tensor, scale: float) -> tuple[Any, float]:
     """Scales the queries where the products could overflow without it.
 
-    Returns:
-        The queries, and the scale that remains for the logits.
+    The second result is the scale that remains for the logits.
     """
     if keras.backend.standardize_dtype(query.dtype) != "float16":
         return query, scale
@@ -163,17 +147,8 @@ def fused_attention(
 ) -> Tensor:
     """Computes attention by the backend's fused kernel, where it has one.
 
-    Args:
-        query: tensor of shape `(batch, query_length, num_heads, key_dim)`.
-        key: tensor of shape `(batch, key_length, num_key_value_heads, key_dim)`.
-        value: tensor of shape `(batch, key_length, num_key_value_heads,
-            value_dim)`.
-        mask: as for `grouped_attention`.
-        bias: as for `grouped_attention`.
-        scale: float. The factor of the logits.
-
-    Returns:
-        Outputs of shape `(batch, query_length, num_heads, value_dim)`.
+    Queries, keys and values are `(batch, length, heads, dim)`; the rest is as for
+    `grouped_attention`, and so are the outputs.
     """
     if bias is not None:
         # Not every backend takes a mask beside a bias.
@@ -181,15 +156,12 @@ def fused_attention(
         if mask is not None:
             bias = ops.where(mask, bias, _MASKED)
             mask = None
-        bias = ops.cast(ops.maximum(bias, _lowest(query.dtype)), query.dtype)
+        # Lower ones would not stay finite when logits are added.
+        half = keras.backend.standardize_dtype(query.dtype) == "float16"
+        lowest = float(np.finfo("float16").min) / 2 if half else _MASKED
+        bias = ops.cast(ops.maximum(bias, lowest), query.dtype)
         batch, length, heads = ops.shape(query)[:3]
         bias = ops.broadcast_to(bias, (batch, heads, length, ops.shape(key)[1]))
     return ops.dot_product_attention(
         query, key, value, bias=bias, mask=mask, scale=scale
     )
-
-
-def _lowest(dtype: DType) -> float:
-    """Returns the lowest bias that stays finite in `dtype` when logits are added."""
-    dtype = keras.backend.standardize_dtype(dtype)
-    return float(np.finfo("float16").min) / 2 if dtype == "float16" else _MASKED

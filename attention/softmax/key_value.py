@@ -17,23 +17,9 @@ def pack_key_value(
 ) -> dict[str, Any]:
     """Returns keys and values as layers hand them to `SharedKeyValueAttention`.
 
-    Args:
-        seen: dict of `"key"`, a tensor of shape `(batch, heads, key_dim, length)`,
-            and `"value"`, of shape `(batch, heads, length, value_dim)`.
-        positions: `int32` tensor of shape `(length,)` or `(batch, length)`.
-        padding_mask: `None` or boolean tensor of shape `(batch, length)`.
-
-    Returns:
-        A dict of `"key"`, `"value"` and `"positions"`, `(batch, length)`:
-        `HIDDEN_POSITION` for padding, so that the causal mask hides it.
-
-    Example:
-
-    >>> import numpy as np
-    >>> from attention.softmax.key_value import pack_key_value
-    >>> seen = {"key": np.zeros((2, 1, 4, 3)), "value": np.zeros((2, 1, 3, 4))}
-    >>> np.array(pack_key_value(seen, np.arange(3))["positions"]).tolist()
-    [[0, 1, 2], [0, 1, 2]]
+    `seen` is laid out as a cache; the result is a dict of `"key"` and `"value"`, both
+    `(batch, heads, length, dim)`, and `"positions"`, `(batch, length)`:
+    `HIDDEN_POSITION` for padding, so that the causal mask hides it.
     """
     key, value = ops.swapaxes(seen["key"], 2, 3), seen["value"]
     positions = hide_padding(one_row_each(positions, key), padding_mask)
@@ -41,16 +27,10 @@ def pack_key_value(
 
 
 def check_key_value(layer_name: str, key_value: Tensor, query: Tensor) -> None:
-    """Raises an error if `key_value` is not what an attention layer returns for it.
+    """Raises an error if `key_value` is not what an attention layer returns.
 
-    Args:
-        layer_name: str. The layer that was called, for the message.
-        key_value: what was received.
-        query: the queries, `(batch, length, width)`.
-
-    Raises:
-        TypeError: if it is no dict of tensors, or positions are no integers.
-        ValueError: if it has other entries, ranks, lengths or rows.
+    It is a `TypeError` if it is no dict of tensors, or positions are no integers, and a
+    `ValueError` if it has other entries, ranks, lengths or rows.
     """
     hint = (
         "It is what `GroupedQueryAttention` returns, after its outputs, when "

@@ -7,14 +7,14 @@ from typing import Any
 import keras
 from keras import ops
 
-from attention.contract.arguments import check_optional_positive_int, refuse_arguments
+from attention.contract.arguments import arguments_of, refuse_arguments
 from attention.contract.initializers import clone_initializer
+from attention.contract.inner_layers import make_dense, make_rms_norm
 from attention.contract.types import Tensor
 from attention.positions.position_scheme import PositionScheme
 from attention.positions.rotary_position import RotaryPosition
 from attention.softmax.dot_product_attention import DotProductAttention
 from attention.softmax.kernels import TokensFirst
-from attention.softmax.visibility import Visibility
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
@@ -84,7 +84,6 @@ class LatentAttention(DotProductAttention):
     - [DeepSeek-V2, 2024](https://arxiv.org/abs/2405.04434)
     """
 
-    position: PositionScheme
     query_norm: Any
 
     def __init__(
@@ -106,25 +105,13 @@ class LatentAttention(DotProductAttention):
             num_key_value_heads="all heads share one latent",
             query_key_norm="the latent is what is normalized",
         )
-        if position is None:
-            position = RotaryPosition(name="rotary_position")
-        super().__init__(
-            num_heads,
-            key_dim=key_dim,
-            value_dim=value_dim,
-            use_bias=use_bias,
-            position=position,
-            **kwargs,
-        )
-        self.latent_dim = check_optional_positive_int("latent_dim", latent_dim)
-        self.rotary_dim = check_optional_positive_int("rotary_dim", rotary_dim)
-        self.query_latent_dim = check_optional_positive_int(
-            "query_latent_dim", query_latent_dim
-        )
+        kwargs["position"] = position or RotaryPosition(name="rotary_position")
+        kwargs["use_bias"] = use_bias
+        super().__init__(num_heads, None, key_dim, value_dim, **kwargs)
+        self._set_sizes(latent_dim=latent_dim, rotary_dim=rotary_dim)
+        self._set_sizes(query_latent_dim=query_latent_dim)
         if rotary_dim is not None and rotary_dim % 2:
-            raise ValueError(
-                f"`rotary_dim` must be even. Received: rotary_dim={rotary_dim}"
-            )
+            raise ValueError(f"`rotary_dim` must be even. Received: {rotary_dim=}")
         self.epsilon = epsilon
 
     def _sizes(self) -> tuple[int, int, int, int]:
@@ -141,39 +128,25 @@ class LatentAttention(DotProductAttention):
     def build(self, query_shape: tuple) -> None:
         self._check_width(query_shape)
         latent_dim, rotary_dim, key_dim, value_dim = self._sizes()
-        source = query_shape
-        if self.query_latent_dim is not None:
-            self.query_down = self._dense("query_down", self.query_latent_dim)
-            self.query_down.build(source)
-            source = (*source[:-1], self.query_latent_dim)
-            self.query_norm = self._norm(
-                "query_norm", self.query_latent_dim, self.epsilon
-            )
+        width, bias = query_shape[-1], self.use_bias
+        size, epsilon = self.query_latent_dim, self.epsilon
+        if size is not None:
+            self.query_down = make_dense(self, "query_down", size, width, bias)
+            self.query_norm = make_rms_norm(self, "query_norm", size, epsilon)
+        source = (*query_shape[:-1], size or width)
         self.query_dense = self.make_projection("query", self.query_heads(), source)
-        self.latent_dense = self._dense("latent", latent_dim)
-        self.latent_dense.build(query_shape)
-        self.latent_norm = self._norm("latent_norm", latent_dim, self.epsilon)
-        self.rotary_key_dense = self._dense("rotary_key", rotary_dim)
-        self.rotary_key_dense.build(query_shape)
+        self.latent_dense = make_dense(self, "latent", latent_dim, width, bias)
+        self.latent_norm = make_rms_norm(self, "latent_norm", latent_dim, epsilon)
+        self.rotary_key_dense = make_dense(self, "rotary_key", rotary_dim, width, bias)
         # Not layers, as they are applied from either side. Their layout is that of
         # decoding, head by head.
-        self.key_up, self.value_up = (
-            self.add_weight(
-                name=name,
-                shape=(self.num_heads, *shape),
-                initializer=clone_initializer(self.kernel_initializer),
-            )
-            for name, shape in (
-                ("key_up", (key_dim, latent_dim)),
-                ("value_up", (latent_dim, value_dim)),
-            )
-        )
+        self.key_up = self._kernel("key_up", key_dim, latent_dim)
+        self.value_up = self._kernel("value_up", latent_dim, value_dim)
         self.build_output(query_shape)
 
-    def _dense(self, name: str, size: int) -> keras.layers.Layer:
-        return keras.layers.Dense(
-            size, use_bias=self.use_bias, name=name, **self._initializers()
-        )
+    def _kernel(self, name: str, *shape: int) -> Tensor:
+        initializer = clone_initializer(self.kernel_initializer)
+        return self.add_weight((self.num_heads, *shape), initializer, name=name)
 
     def cache_sizes(self) -> dict[str, tuple[int, int]]:
         latent_dim, rotary_dim, *_ = self._sizes()
@@ -182,14 +155,13 @@ class LatentAttention(DotProductAttention):
     def project(
         self, query: Tensor, value: Tensor, key: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        x = query
-        if self.query_latent_dim is not None:
-            x = self.query_norm(self.query_down(query))
         latent = self.latent_norm(self.latent_dense(query))
         latent = ops.concatenate([latent, self.rotary_key_dense(query)], axis=-1)
+        if self.query_latent_dim is not None:
+            query = self.query_norm(self.query_down(query))
         # (batch, length, num_heads, key_dim + rotary_dim) and
         # (batch, length, 1, latent_dim + rotary_dim)
-        return self.query_dense(x), {"latent": latent[:, :, None]}
+        return self.query_dense(query), {"latent": latent[:, :, None]}
 
     def encode_positions(
         self, query: Tensor, new: dict, query_positions: Tensor, key_positions: Tensor
@@ -197,62 +169,50 @@ class LatentAttention(DotProductAttention):
         latent_dim, _, key_dim, _ = self._sizes()
         plain, rotary = ops.split(query, [key_dim], axis=-1)
         latent, rotary_key = ops.split(new["latent"], [latent_dim], axis=-1)
-        rotary, rotary_key = self.position.encode(
-            rotary, rotary_key, query_positions, key_positions
+        rotary, encoded = super().encode_positions(
+            rotary, {"key": rotary_key}, query_positions, key_positions
         )
         query = ops.concatenate([plain, rotary], axis=-1)
-        return query, {"latent": ops.concatenate([latent, rotary_key], axis=-1)}
+        return query, {"latent": ops.concatenate([latent, encoded["key"]], axis=-1)}
 
     def attend(
-        self,
-        query: Tensor,
-        new: Any,
-        past: dict[str, Tensor] | None,
-        visibility: Visibility,
-        return_scores: bool = False,
-        training: bool | None = None,
+        self, query: Tensor, new: Any, past: Any, *options: Any, **more: Any
     ) -> tuple[Tensor, Tensor]:
         latent_dim, rotary_dim, key_dim, _ = self._sizes()
         latent = new["latent"]  # (batch, length, 1, latent_dim + rotary_dim)
-        key_up = ops.cast(self.key_up, query.dtype)
-        options = (visibility, return_scores, training)
         if past is None:
             # Attends to keys and values of each head.
             shared = latent[:, :, 0, :latent_dim]
             # (batch, length, latent_dim) -> (batch, length, num_heads, dim)
-            key = ops.einsum("blr,hdr->blhd", shared, key_up)
-            value_up = ops.cast(self.value_up, query.dtype)
-            value = ops.einsum("blr,hrd->blhd", shared, value_up)
+            key = _multiply("blr,hdr->blhd", shared, self.key_up)
             shape = (*ops.shape(query)[:3], rotary_dim)
             rotary_key = ops.broadcast_to(latent[..., latent_dim:], shape)
             key = ops.concatenate([key, rotary_key], axis=-1)
-            return self.attend_key_values(query, (key, value), None, *options)
+            value = _multiply("blr,hrd->blhd", shared, self.value_up)
+            new = {"key": key, "value": value}
+            return super().attend(query, new, None, *options, **more)
         # The latents are one key/value head for all queries: `key_up` is absorbed into
         # the queries, and `value_up` into the outputs.
         plain, rotary = ops.split(query, [key_dim], axis=-1)
         # (batch, length, num_heads, latent_dim)
-        projected = ops.einsum("blhd,hdr->blhr", plain, key_up)
+        projected = _multiply("blhd,hdr->blhr", plain, self.key_up)
         query = ops.concatenate([projected, rotary], axis=-1)
         stored = past["latent"]  # (batch, 1, slots, latent_dim + rotary_dim)
-        found, scores = self.attend_key_values(
-            query, (latent, latent), (TokensFirst(stored), stored), *options
-        )
+        new = {"key": latent, "value": latent}
+        past = {"key": TokensFirst(stored), "value": stored}
+        found, scores = super().attend(query, new, past, *options, **more)
         # Drops the rotary part, which is not of the values: to cut it from the past
         # would copy that.
-        found = found[..., :latent_dim]
-        # Keras multiplies float64 in float32 on torch.
-        value_up = ops.cast(self.value_up, found.dtype)
-        return ops.einsum("blhr,hrd->blhd", found, value_up), scores
+        found = _multiply("blhr,hrd->blhd", found[..., :latent_dim], self.value_up)
+        return found, scores
 
     def get_config(self) -> dict[str, Any]:
-        config = super().get_config()
+        config = {**arguments_of(LatentAttention, self), **super().get_config()}
         # One key/value head for all, or one for each: this layer has no choice.
-        for name in ("num_key_value_heads", "query_key_norm"):
-            del config[name]
-        config.update(
-            latent_dim=self.latent_dim,
-            rotary_dim=self.rotary_dim,
-            query_latent_dim=self.query_latent_dim,
-            epsilon=self.epsilon,
-        )
+        del config["num_key_value_heads"], config["query_key_norm"]
         return config
+
+
+def _multiply(equation: str, x: Tensor, weight: Tensor) -> Tensor:
+    # In the dtype of `x`: Keras multiplies float64 in float32 on torch.
+    return ops.einsum(equation, x, ops.cast(weight, x.dtype))

@@ -8,22 +8,19 @@ import numpy as np
 from keras import ops
 
 from attention.contract.arguments import describe
+from attention.contract.checks import mask_fits
 from attention.contract.sizes import is_concrete, static_size
 from attention.contract.types import Index, Tensor
 
 
 def check_prefix_length(layer_name: str, prefix_length: Index, inputs: Any) -> Any:
-    """Returns the length of a prefix as an `int32` tensor, and checks it.
+    """Returns the length of a prefix as an `int32` tensor, `()` or `(batch,)`.
 
-    Args:
-        layer_name: str. The layer that was called.
-        prefix_length: int, or integer tensor of shape `()` or `(batch,)`.
-        inputs: tensor of shape `(batch, ...)`.
-
-    Raises:
-        TypeError: if it holds no integers.
-        ValueError: if it is negative or of another shape.
+    Raises a `TypeError` if it holds no integers, and a `ValueError` if it is negative
+    or of another shape.
     """
+    if prefix_length is None:
+        return None
     if isinstance(prefix_length, (list, tuple, int)):
         prefix_length = np.asarray(prefix_length)
     wanted = (
@@ -45,17 +42,13 @@ def check_prefix_length(layer_name: str, prefix_length: Index, inputs: Any) -> A
 
 
 def check_segment_ids(layer_name: str, segment_ids: Tensor, inputs: Any) -> Any:
-    """Returns segment ids as a tensor, and checks them.
+    """Returns segment ids, `(batch, length)`, as those of queries and of keys.
 
-    Args:
-        layer_name: str. The layer that was called.
-        segment_ids: integer tensor of shape `(batch, length)`.
-        inputs: tensor of shape `(batch, length, width)`.
-
-    Raises:
-        TypeError: if they are no integers.
-        ValueError: if they are of another shape.
+    Raises a `TypeError` if they are no integers, and a `ValueError` if they are of
+    another shape than the inputs.
     """
+    if segment_ids is None:
+        return None
     if isinstance(segment_ids, (list, tuple)):
         segment_ids = np.asarray(segment_ids)
     received = (
@@ -64,35 +57,21 @@ def check_segment_ids(layer_name: str, segment_ids: Tensor, inputs: Any) -> Any:
     )
     if not hasattr(segment_ids, "shape") or "int" not in str(segment_ids.dtype):
         raise TypeError(f"`segment_ids` must be an integer tensor. {received}")
-    sizes = [(static_size(x, i) for x in (segment_ids, inputs)) for i in (0, 1)]
-    if len(segment_ids.shape) != 2 or any(
-        None not in pair and pair[0] != pair[1] for pair in map(tuple, sizes)
-    ):
+    if len(segment_ids.shape) != 2 or not mask_fits(segment_ids, inputs):
         raise ValueError(
             "`segment_ids` must be of shape (batch, length), a number for each token. "
             + received
         )
-    return ops.convert_to_tensor(segment_ids)
+    return (ops.convert_to_tensor(segment_ids),) * 2
 
 
 def only_whole_prefixes(
     layer_name: str, outputs: Tensor, prefix_length: Index, cache_update_index: Index
 ) -> Any:
-    """Refuses calls that begin within a prefix.
+    """Returns the outputs, and refuses calls that begin within a prefix.
 
-    The tokens before them would have had to see the new tokens.
-
-    Args:
-        layer_name: str. The layer that was called.
-        outputs: tensor of shape `(batch, length, width)`.
-        prefix_length: `int32` tensor of shape `()` or `(batch,)`.
-        cache_update_index: how many positions the cache has processed.
-
-    Returns:
-        The outputs; in a compiled graph, NaN for rows that begin within a prefix.
-
-    Raises:
-        ValueError: if a row begins within its prefix, where the index is known.
+    The tokens before them would have had to see the new tokens. Where the index is not
+    known, in a compiled graph, the outputs of such rows are NaN.
     """
     index = ops.convert_to_tensor(cache_update_index, dtype="int32")
     within = ops.logical_and(index > 0, index < prefix_length)

@@ -6,6 +6,7 @@ from typing import Any
 
 import keras
 
+from attention.contract.arguments import arguments_of
 from attention.positions.rotary_position import RotaryPosition
 from attention.softmax.grouped_query_attention import GroupedQueryAttention
 
@@ -59,8 +60,5 @@ class RotaryAttention(GroupedQueryAttention):
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
-        position = config.pop("position")["config"]
-        config.update(
-            {key: position[key] for key in ("max_wavelength", "scaling", "rotary_dim")}
-        )
-        return config
+        del config["position"]
+        return {**config, **arguments_of(RotaryPosition, self.position)}

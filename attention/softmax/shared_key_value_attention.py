@@ -40,21 +40,15 @@ class SharedKeyValueAttention(DotProductAttention):
             means the width of the inputs divided by `num_heads`.
         value_dim: int or `None`. The size of each value head; `None` means
             `key_dim`.
-        dropout: float. The dropout rate of the attention weights.
-        use_bias: bool. Whether the projections have biases.
         position: `None` or a position scheme, such as `RotaryPosition()`; it
             encodes the queries. The keys come encoded by the producer's scheme.
-        scale: float or `None`. The factor of the logits; `None` means
-            `1 / sqrt(key_dim)`.
         window: int or `None`. How many positions a query sees, itself included;
             not more than the producer's window. `None` means all of them.
-        kernel_initializer: initializer of the projections.
-        bias_initializer: initializer of their biases.
         query_key_norm: bool. Whether queries are normalized, as the producer's
             keys then are.
-        logit_soft_cap: as for `GroupedQueryAttention`, and so are
-            `attention_sinks` and `output_gate`.
-        **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
+        **kwargs: as for `GroupedQueryAttention`: `dropout`, `use_bias`, `scale`,
+            `logit_soft_cap`, `attention_sinks`, `output_gate`, initializers, `name`,
+            `dtype`.
 
     Call arguments:
         query: tensor of shape `(batch, length, width)`.
@@ -64,14 +58,9 @@ class SharedKeyValueAttention(DotProductAttention):
             `(batch, key_length)`: those that `GroupedQueryAttention` returns with
             `return_key_value=True`, called on the same tokens. A query sees keys up to
             its own position.
-        attention_mask: as for `GroupedQueryAttention`: boolean tensor of shape
-            `(batch, length, positions)`.
-        padding_mask: boolean tensor of shape `(batch, length)`: the real
-            tokens of `query`, padded on the right.
+        attention_mask: as for `GroupedQueryAttention`, and so are `padding_mask`,
+            `cache_update_index`, `return_attention_scores` and `training`.
         cache: `()`, the cache made by `create_cache`.
-        cache_update_index: as for every `CachedLayer`.
-        return_attention_scores: bool. Whether to return the weights, too.
-        training: bool. Whether to apply dropout.
 
     Returns:
         A tensor of shape `(batch, length, width)` in the compute dtype. With
@@ -134,15 +123,14 @@ class SharedKeyValueAttention(DotProductAttention):
     ) -> Any:
         self._check_heads(key_value)
         self._check_cached_call(cache, cache_update_index, None)
-        if attention_mask is not None:
-            check_attention_mask(attention_mask, query, None)
+        check_attention_mask(attention_mask, query, None)
         query = zero_padding(query, padding_mask)
         q = self.project_query(query)  # (batch, length, num_heads, key_dim)
-        k, v = key_value["key"], key_value["value"]
+        key, value = ops.swapaxes(key_value["key"], 1, 2), key_value["value"]
         key_positions = ops.cast(key_value["positions"], "int32")
         positions = token_positions(cache_update_index, ops.shape(query)[1])
         # No new keys: these were encoded by the layer that made them.
-        no_keys = {"key": ops.swapaxes(k[:, :, :0], 1, 2)}
+        no_keys = {"key": key[:, :0]}
         q, _ = self.encode_positions(q, no_keys, positions, key_positions[:, :0])
         visibility = Visibility(
             positions,
@@ -151,21 +139,15 @@ class SharedKeyValueAttention(DotProductAttention):
             attention_mask=attention_mask,
             in_order=True,
         )
-        # A whole sequence is attended as its producer does.
-        whole = (ops.swapaxes(k, 1, 2), ops.swapaxes(v, 1, 2))
-        past = (ops.swapaxes(k, 2, 3), v)
-        outputs, scores = self.attend_key_values(
-            q,
-            whole if cache is None else None,
-            None if cache is None else past,
-            visibility,
-            return_attention_scores,
-            training,
-        )
-        outputs, scores = self.combine_heads(outputs, scores)
-        outputs = self.project_output(outputs, query)
-        if return_attention_scores:
-            outputs = (outputs, scores)
+        new = past = None
+        if cache is None:
+            # A whole sequence is attended as its producer does.
+            new = {"key": key, "value": ops.swapaxes(value, 1, 2)}
+        else:
+            past = {"key": ops.transpose(key, (0, 2, 3, 1)), "value": value}
+        options = (visibility, return_attention_scores, training)
+        outputs = self._attend_and_project(q, new, past, *options, inputs=query)
+        outputs = outputs if return_attention_scores else outputs[0]
         return outputs if cache is None else (outputs, cache)
 
     def _check_heads(self, key_value: Tensor) -> None:

@@ -37,6 +37,8 @@ class T5Attention(GroupedQueryAttention):
     - [Raffel et al., 2019](https://arxiv.org/abs/1910.10683)
     """
 
+    position: RelativePositionBias
+
     def __init__(
         self,
         num_heads: int,
@@ -67,7 +69,7 @@ class T5Attention(GroupedQueryAttention):
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
-        del config["num_key_value_heads"]
-        position = config.pop("position")["config"]
-        config.update({key: position[key] for key in ("num_buckets", "max_distance")})
+        del config["num_key_value_heads"], config["position"]
+        config["num_buckets"] = self.position.num_buckets
+        config["max_distance"] = self.position.max_distance
         return config

@@ -55,11 +55,9 @@ class Visibility:
         return masked or self.attention_mask is not None
 
     def mask(self) -> Tensor:
-        """Combines all rules to a mask.
+        """Returns a mask that broadcasts to `(batch, heads, queries, keys)`.
 
-        Returns:
-            `None` where every key may be attended, otherwise a boolean tensor that
-            broadcasts to `(batch, heads, query_length, key_length)`.
+        It is `None` where every key may be attended.
         """
         masks = [x[None] if len(x.shape) == 2 else x for x in self._by_position()]
         if self.key_padding_mask is not None:
@@ -90,12 +88,7 @@ class Visibility:
         return visible if kept is None else [*visible, kept]
 
     def in_blocks(self, blocks: Blocks, like: Tensor) -> Visibility:
-        """Returns the rules for the blocks that a batch of sequences is cut into.
-
-        Args:
-            blocks: how they are cut.
-            like: tensor of shape `(batch, ...)`.
-        """
+        """Returns the rules for the blocks into which sequences are cut."""
         queries, keys = (
             one_row_each(x, like) for x in (self.query_positions, self.key_positions)
         )
@@ -131,17 +124,12 @@ class Visibility:
 def check_attention_mask(attention_mask: Mask, query: Tensor, keys: Tensor) -> None:
     """Raises an error if an attention mask does not fit the queries and keys.
 
-    Args:
-        attention_mask: the argument received.
-        query: tensor of shape `(batch, query_length, width)`.
-        keys: tensor of shape `(batch, key_length, width)`, or `None` where a cache
-            holds the keys: the mask may then have any number of columns.
-
-    Raises:
-        TypeError: if it is of a floating dtype: such masks are added to logits
-            elsewhere, where zero means that a key is seen.
-        ValueError: if it is of another shape.
+    `keys` is `None` where a cache holds them: the mask may then have any number of
+    columns. Masks of a floating dtype are refused with a `TypeError`: they are added to
+    logits elsewhere, where zero means that a key is seen.
     """
+    if attention_mask is None:
+        return
     dtype = str(getattr(attention_mask, "dtype", "unknown"))
     if "bool" not in dtype and "int" not in dtype:
         raise TypeError(
@@ -152,9 +140,8 @@ def check_attention_mask(attention_mask: Mask, query: Tensor, keys: Tensor) -> N
     wanted = [(1, static_size(query, 0)), (1, static_size(query, 1))]
     if keys is not None:
         wanted.append((1, static_size(keys, 1)))
-    rank_fits = len(attention_mask.shape) == 3
     sizes = [static_size(attention_mask, axis) for axis in range(3)]
-    if not rank_fits or any(
+    if len(attention_mask.shape) != 3 or any(
         None not in (size, *fitting) and size not in fitting
         for size, fitting in zip(sizes, wanted)
     ):
@@ -171,16 +158,11 @@ def _align(attention_mask: Mask, key_positions: Tensor, in_order: bool) -> Tenso
     length = static_size(attention_mask, len(attention_mask.shape) - 1)
     if length is None or length == 1:
         return attention_mask
-    if len(key_positions.shape) == 2:
-        columns = ops.minimum(key_positions, length - 1)[:, None]
-        known = (key_positions < length)[:, None]
-        return ops.logical_and(
-            ops.take_along_axis(attention_mask, columns, axis=-1), known
-        )
-    capacity = static_size(key_positions, 0)
-    if in_order and (capacity is None or capacity == length):
-        return attention_mask
+    known = key_positions < length
     columns = ops.minimum(key_positions, length - 1)
-    return ops.logical_and(
-        ops.take(attention_mask, columns, axis=-1), key_positions < length
-    )
+    if len(key_positions.shape) == 2:
+        found = ops.take_along_axis(attention_mask, columns[:, None], axis=-1)
+        return ops.logical_and(found, known[:, None])
+    if in_order and static_size(key_positions, 0) in (None, length):
+        return attention_mask
+    return ops.logical_and(ops.take(attention_mask, columns, axis=-1), known)
