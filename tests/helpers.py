@@ -22,7 +22,6 @@ from attention import (
     RotaryAttention,
     RotaryPosition,
     SharedKeyValueAttention,
-    T5Attention,
     last_tokens,
 )
 from attention.testing import backends
@@ -114,33 +113,22 @@ VARIANTS = {
     "multi_head": lambda: MultiHeadAttention(4),
     "multi_query": lambda: MultiQueryAttention(4),
     "grouped": lambda: GroupedQueryAttention(4, 2),
-    "rotary": lambda: RotaryAttention(4),
-    "rotary_grouped": lambda: RotaryAttention(4, 2, max_wavelength=50, use_bias=False),
-    "rotary_linear": lambda: RotaryAttention(4, 2, scaling=LINEAR),
-    "rotary_llama3": lambda: RotaryAttention(4, 2, scaling=LLAMA3),
-    "rotary_yarn": lambda: RotaryAttention(4, 2, scaling=YARN),
-    "t5": lambda: T5Attention(4, num_buckets=8, max_distance=10),
-    "t5_grouped": lambda: GroupedQueryAttention(
-        4, 2, position=RelativePositionBias(8, 10)
-    ),
-    "alibi": lambda: MultiHeadAttention(4, position=AlibiBias()),
-    "alibi_grouped_6": lambda: GroupedQueryAttention(
-        6, 3, key_dim=4, position=AlibiBias()
-    ),
-    "value_dim": lambda: MultiHeadAttention(4, value_dim=6),
+    "rotary": lambda: RotaryAttention(4, 2, max_wavelength=50, use_bias=False),
+    "t5": lambda: GroupedQueryAttention(4, 2, position=RelativePositionBias(8, 10)),
+    "alibi": lambda: GroupedQueryAttention(6, 3, key_dim=4, position=AlibiBias()),
     "position_embedding": lambda: PositionEmbedding(LENGTH, "random_normal"),
     "composite": EmbedAndAttendTwice,
 }
-ATTENTIONS = [
-    name for name in VARIANTS if name not in ("position_embedding", "composite")
-]
 
 
-def make(name, seed=0):
-    """A built layer in which all weights, biases too, are random."""
-    layer = VARIANTS[name]()
-    layer.build((None, None, WIDTH))
-    return randomize(layer, seed)
+def make(name):
+    return built(VARIANTS[name]())
+
+
+def built(layer, *shapes):
+    """The layer, with random weights in place of all, biases too."""
+    layer.build(*(shapes or [(None, None, WIDTH)]))
+    return randomize(layer)
 
 
 def randomize(layer, seed=0, scale=0.4):
@@ -178,7 +166,7 @@ def called(layer, **kwargs):
     return compiled_on_jax(lambda x: layer(x, **kwargs))
 
 
-def run_chunks(layer, x, sizes, kinds=("int",), capacity=LENGTH, **kwargs):
+def run_chunks(layer, x, sizes, kinds=("int",), **kwargs):
     """Runs the sequence in chunks; returns the joined outputs and the cache."""
 
     def function(static):
@@ -189,7 +177,7 @@ def run_chunks(layer, x, sizes, kinds=("int",), capacity=LENGTH, **kwargs):
         return compiled_on_jax(call)
 
     functions = {}
-    cache = layer.create_cache(x.shape[0], capacity)
+    cache = layer.create_cache(x.shape[0], max(x.shape[1], LENGTH))
     outputs, start = [], 0
     for i, size in enumerate(sizes):
         index = as_index(kinds[i % len(kinds)], start, x.shape[0])
@@ -201,6 +189,14 @@ def run_chunks(layer, x, sizes, kinds=("int",), capacity=LENGTH, **kwargs):
         outputs.append(to_numpy(chunk))
         start += size
     return np.concatenate(outputs, axis=1), cache
+
+
+def check_outputs(layer, x, expected, *plans, atol=2e-5, **kwargs):
+    """Without a cache, and with one in chunks of these sizes."""
+    assert_close(called(layer, **kwargs)(x), expected, atol)
+    for sizes in plans:
+        outputs, _ = run_chunks(layer, x, sizes, ("int", "scalar", "rows"), **kwargs)
+        assert_close(outputs, expected, atol)
 
 
 def gradients(layer, x, **kwargs):
@@ -226,6 +222,55 @@ def rotate(x, base=10_000, dim=None):
 
 def rms_norm(x, scale, epsilon):
     return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + epsilon) * scale
+
+
+def dense(layer, x, axes=1):
+    kernel, *bias = (to_numpy(w).astype("float64") for w in layer.weights)
+    return np.tensordot(x, kernel, axes) + sum(bias)
+
+
+def attention_formula(layer, x, source=None, visible=None):
+    """Attention with its options, as their papers have it, one head at a time."""
+    source = x if source is None else source
+    q = dense(layer.query_dense, x)
+    k, v = dense(layer.key_dense, source), dense(layer.value_dense, source)
+    if layer.query_key_norm:
+        q = rms_norm(q, to_numpy(layer.query_norm.scale), 1e-6)
+        k = rms_norm(k, to_numpy(layer.key_norm.scale), 1e-6)
+    if layer.position is not None:
+        base, dim = layer.position.max_wavelength, layer.position.rotary_dim
+        q, k = (np.stack([rotate(row, base, dim) for row in y]) for y in (q, k))
+    if visible is None:
+        visible = band(x.shape[1], layer.window) if layer.causal else np.array(True)
+    visible = np.broadcast_to(visible, (len(x), x.shape[1], source.shape[1]))
+    heads = np.zeros((*q.shape[:3], v.shape[-1]))
+    scale = q.shape[-1] ** -0.5 if layer.scale is None else layer.scale
+    for row, head in np.ndindex(len(x), q.shape[2]):
+        group = head // (q.shape[2] // k.shape[2])
+        logits = q[row, :, head] @ k[row, :, group].T * scale
+        if layer.logit_soft_cap is not None:
+            logits = layer.logit_soft_cap * np.tanh(logits / layer.logit_soft_cap)
+        weights = np.where(visible[row], np.exp(logits), 0)
+        total = weights.sum(axis=-1, keepdims=True)
+        if layer.attention_sinks:
+            total = total + np.exp(to_numpy(layer.sinks)[head])
+        # A query that sees nothing finds nothing.
+        heads[row, :, head] = weights / np.maximum(total, 1e-30) @ v[row, :, group]
+    if layer.output_gate:
+        heads = heads / (1 + np.exp(-dense(layer.gate_dense, x)))
+    return dense(layer.output_dense, heads, 2)
+
+
+def band(length, window=None, causal=True):
+    """Which keys each query sees: `(length, length)`."""
+    distance = np.arange(length)[:, None] - np.arange(length)[None]
+    visible = distance >= 0 if causal else np.ones(distance.shape, bool)
+    return visible if window is None else visible & (np.abs(distance) < window)
+
+
+def ragged(*lengths, length=LENGTH):
+    """The mask of rows of which so many tokens are real."""
+    return np.arange(length)[None] < np.array(lengths)[:, None]
 
 
 # A value no message may contain.

@@ -23,12 +23,10 @@ class Attend(CachedLayer):
 
     def build(self, inputs_shape):
         self.width = inputs_shape[-1]
-        self.query, self.key, self.value, self.project = (
-            keras.layers.Dense(self.width, dtype=self.dtype_policy, name=name)
-            for name in ("query", "key", "value", "project")
-        )
-        for dense in (self.query, self.key, self.value, self.project):
+        for name in ("query", "key", "value", "project"):
+            dense = keras.layers.Dense(self.width, dtype=self.dtype_policy, name=name)
             dense.build(inputs_shape)
+            setattr(self, name, dense)
         if self.bias:
             self.table = self.add_weight(
                 name="table", shape=(self.heads, 64), initializer="random_normal"
@@ -174,14 +172,9 @@ class Attend(CachedLayer):
             store["0"] = np.zeros_like(store["0"])
 
     def get_config(self):
-        config = {
-            **super().get_config(),
-            "heads": self.heads,
-            "rotary": self.rotary,
-            "bias": self.bias,
-            "window": self.window,
-            "fault": self.fault,
-        }
+        names = ("heads", "rotary", "bias", "window", "fault")
+        own = {name: getattr(self, name) for name in names}
+        config = {**super().get_config(), **own}
         if self.fault == "a configuration that forgets an argument":
             del config["window"]
         return config

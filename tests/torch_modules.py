@@ -12,6 +12,17 @@ def randomized(module):
     return module.eval()
 
 
+def run(module, x, **kwargs):
+    """The outputs of a module: an array, or several."""
+    import torch
+
+    with torch.no_grad():
+        outputs = module(torch.from_numpy(x), **kwargs)
+    if isinstance(outputs, tuple):
+        return tuple(y.numpy() for y in outputs if y is not None)
+    return outputs.numpy()
+
+
 def numbers(parameter):
     return parameter.detach().numpy()
 

@@ -8,15 +8,12 @@ from keras import ops
 from attention import call_with_cache, create_cache
 from attention.testing import check_cached_layer, check_cached_model
 from blocks import CausalLM, CustomDecoder
-from tests.helpers import assert_close, gradients, load_example, raises
+from tests.helpers import assert_close, gradients, load_example, raises, sample
 from tests.models import (
-    RAGGED,
     VOCABULARY_SIZE,
-    brute_force_greedy,
+    check_generation,
     make_backbone,
     make_lm,
-    prompts,
-    rows_of,
     to_numpy,
 )
 
@@ -32,9 +29,9 @@ def make(name, **overrides):
     return make_backbone(example.TOPOLOGIES[name], **arguments)
 
 
-def sample_inputs(rows=3, length=LENGTH, seed=0):
-    rng = np.random.default_rng(seed)
-    tokens = rng.integers(1, VOCABULARY_SIZE, (rows, length)).astype("int32")
+def sample_inputs():
+    tokens = np.random.default_rng(0).integers(1, VOCABULARY_SIZE, (3, LENGTH))
+    tokens = tokens.astype("int32")
     return {"token_ids": tokens, "padding_mask": np.ones_like(tokens)}
 
 
@@ -52,7 +49,7 @@ def test_the_kit(name):
 @every_topology
 def test_gradients_reach_all_weights(name):
     backbone = make(name)
-    inputs = {key: ops.convert_to_tensor(x) for key, x in sample_inputs(rows=2).items()}
+    inputs = {key: ops.convert_to_tensor(x) for key, x in sample_inputs().items()}
     paths = [weight.path for weight in backbone.trainable_weights]
     for path, gradient in zip(paths, gradients(backbone, inputs), strict=True):
         assert np.isfinite(gradient).all(), path
@@ -63,10 +60,7 @@ def test_gradients_reach_all_weights(name):
 
 @every_topology
 def test_generation_equals_no_cache_at_all(name):
-    lm = make_lm(make(name))
-    outputs = lm.generate(prompts(RAGGED), stop_token_ids=None, max_new_tokens=6)
-    limits = [len(row) + 6 for row in RAGGED]
-    assert rows_of(outputs) == brute_force_greedy(lm, RAGGED, limits)
+    check_generation(make_lm(make(name)))
 
 
 @pytest.mark.parametrize("name", ["albert", "shared_key_value"])
@@ -123,22 +117,14 @@ def test_each_call_has_a_cache_of_its_own():
 
 def test_the_parallel_block_is_what_it_says():
     block = make("parallel").transformer_layers[0]
-    x = ops.convert_to_tensor(np.random.default_rng(0).normal(size=(2, 5, 16)))
-    x = ops.cast(x, "float32")
+    x = ops.convert_to_tensor(sample())
     h = block.norm(x)
     assert_close(block(x), x + block.self_attention(h) + block.ffn(h))
     assert not hasattr(block, "ffn_norm")
-    names = [
-        w.path.split("/")[-2]
-        for w in make("sandwich").transformer_layers[1].weights
-        if w.path.endswith("/scale")
-    ]
-    assert sorted(names) == [
-        "attention_norm",
-        "attention_post_norm",
-        "ffn_norm",
-        "ffn_post_norm",
-    ]
+    weights = make("sandwich").transformer_layers[1].weights
+    names = {w.path.split("/")[-2] for w in weights if w.path.endswith("/scale")}
+    parts = ("attention_norm", "ffn_norm", "attention_post_norm", "ffn_post_norm")
+    assert names == set(parts)
 
 
 # === norm_names ===

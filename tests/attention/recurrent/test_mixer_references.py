@@ -1,4 +1,4 @@
-"""Mixers against their papers' formulas in NumPy, and against KerasHub's RWKV-7."""
+"""Mixers against their papers' formulas, KerasHub's RWKV-7 and transformers."""
 
 import keras_hub
 import numpy as np
@@ -6,127 +6,37 @@ import pytest
 from keras import ops
 
 from attention import (
-    DifferentialAttention,
-    LatentAttention,
+    GatedDeltaNet,
+    Mamba2,
     Retention,
-    RotaryPosition,
     RWKVChannelMix,
     RWKVTimeMix,
 )
 from tests.helpers import (
     WIDTH,
     assert_close,
-    called,
+    built,
+    check_outputs,
     randomize,
     rms_norm,
     rotate,
-    run_chunks,
     sample,
     to_numpy,
 )
+from tests.torch_modules import kernel, numbers, randomized, run
 
 
 def kernels(layer, *parts):
     return [to_numpy(getattr(layer, f"{p}_dense").kernel).astype("f8") for p in parts]
 
 
-def softmax(x, mask):
-    x = np.where(mask, np.exp(x), 0)
-    return x / x.sum(axis=-1, keepdims=True)
-
-
 def silu(x):
     return x / (1 + np.exp(-x))
 
 
-def check(layer, x, expected, atol=2e-5):
-    """Without a cache, and with one in steps and chunks."""
-    assert_close(called(layer)(x), expected, atol)
-    for sizes in ([1] * x.shape[1], [5, 1, *[2] * ((x.shape[1] - 6) // 2)]):
-        outputs, _ = run_chunks(layer, x, sizes, ("int", "scalar", "rows"))
-        assert_close(outputs, expected, atol)
-
-
-@pytest.mark.parametrize("groups", [2, 1])
-def test_differential_attention(groups):
-    layer = DifferentialAttention(
-        2, groups, position=RotaryPosition(), lambda_init=0.3, use_bias=False
-    )
-    layer.build((None, None, WIDTH))
-    randomize(layer)
-    x = sample()
-    q, k, v = kernels(layer, "query", "key", "value")
-    vectors = to_numpy(layer.lambdas)
-    products = np.exp((vectors[:, 0] * vectors[:, 1]).sum(-1))
-    weight = products[0] - products[1] + 0.3
-    scale = to_numpy(layer.head_norm.scale)
-    heads = np.zeros((*x.shape[:2], 2, v.shape[-1]))
-    mask = np.tri(x.shape[1], dtype=bool)
-    for row, head in np.ndindex(len(x), 2):
-        group = head // (2 // groups)
-        maps = [
-            softmax(
-                rotate(x[row] @ q[:, 2 * head + i])
-                @ rotate(x[row] @ k[:, 2 * group + i]).T
-                / np.sqrt(q.shape[-1]),
-                mask,
-            )
-            for i in range(2)
-        ]
-        found = (maps[0] - weight * maps[1]) @ (x[row] @ v[:, group])
-        heads[row, :, head] = rms_norm(found, scale, 1e-5) * (1 - 0.3)
-    check(layer, x, np.tensordot(heads, kernels(layer, "output")[0], 2))
-    _, scores = layer(x, return_attention_scores=True)
-    assert_close(to_numpy(scores)[-1, -1], maps[0] - weight * maps[1])
-
-
-@pytest.mark.parametrize("query_latent_dim", [None, 5])
-@pytest.mark.parametrize("window", [None, 4])
-def test_latent_attention(window, query_latent_dim):
-    layer = LatentAttention(
-        4,
-        key_dim=3,
-        value_dim=6,
-        latent_dim=7,
-        rotary_dim=2,
-        query_latent_dim=query_latent_dim,
-        window=window,
-    )
-    layer.build((None, None, WIDTH))
-    randomize(layer)
-    x = sample()
-    q, latent, rotary, output = kernels(
-        layer, "query", "latent", "rotary_key", "output"
-    )
-    key_up, value_up = to_numpy(layer.key_up), to_numpy(layer.value_up)
-    heads = np.zeros((*x.shape[:2], 4, 6))
-    mask = np.tri(x.shape[1], dtype=bool)
-    if window:
-        mask &= ~np.tri(x.shape[1], k=-window, dtype=bool)
-    for row, head in np.ndindex(len(x), 4):
-        inner = x[row]
-        if query_latent_dim:
-            inner = inner @ to_numpy(layer.query_down.kernel)
-            inner = rms_norm(inner, to_numpy(layer.query_norm.scale), 1e-6)
-        query = inner @ q[:, head]
-        small = rms_norm(x[row] @ latent, to_numpy(layer.latent_norm.scale), 1e-6)
-        logits = query[:, :3] @ (small @ key_up[head].T).T
-        logits = logits + rotate(query[:, 3:]) @ rotate(x[row] @ rotary).T
-        heads[row, :, head] = softmax(logits / np.sqrt(5), mask) @ (
-            small @ value_up[head]
-        )
-    check(layer, x, np.tensordot(heads, output, 2))
-    cache = layer.create_cache(2, 50)
-    assert {k: tuple(v.shape) for k, v in cache.items()} == {
-        "latent": (2, 1, window or 50, 7 + 2)
-    }
-
-
 def test_retention():
     """The paper's parallel form, its recurrent form, and ours are one."""
-    layer = Retention(2)
-    layer.build((None, None, WIDTH))
-    randomize(layer)
+    layer = built(Retention(2))
     # Longer than a chunk of the computation.
     x = sample(batch=2, length=70)
     q, k, v, gate, output = kernels(layer, "query", "key", "value", "gate", "output")
@@ -146,9 +56,7 @@ def test_retention():
         np.testing.assert_allclose(parallel, recurrent, atol=1e-9)
         found[row, :, head] = rms_norm(parallel, to_numpy(layer.head_norm.scale), 1e-6)
     expected = (found.reshape(2, 70, 32) * silu(x @ gate)) @ output
-    assert_close(called(layer)(x), expected, 1e-4)
-    outputs, _ = run_chunks(layer, x, [66, 1, 1, 2], ("int", "rows"), capacity=70)
-    assert_close(outputs, expected, 1e-4)
+    check_outputs(layer, x, expected, [66, 1, 1, 2], atol=1e-4)
 
 
 # === RWKV-7, against KerasHub's ===
@@ -211,8 +119,7 @@ def test_rwkv_is_kerashubs():
         assert_close(outputs, expected, 1e-4)
         if value is None:
             assert_close(values, their_value)
-            steps, _ = run_chunks(ours, x, [17, 1, 2], ("int", "rows"), capacity=20)
-            assert_close(steps, expected, 1e-4)
+            check_outputs(ours, x, expected, [17, 1, 2], atol=1e-4)
         value = their_value
         mix = RWKVChannelMix(24)
         mix.build(x.shape)
@@ -229,3 +136,79 @@ def test_first_values_of_rwkv():
     plain = RWKVTimeMix(2)
     with pytest.raises(ValueError, match="first_value"):
         plain(sample(), first_value=sample())
+
+
+# === Transformers' ===
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_mamba2(groups):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("torch")
+    from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+
+    config = transformers.Mamba2Config(
+        num_heads=4,
+        head_dim=8,
+        hidden_size=WIDTH,
+        state_size=6,
+        n_groups=groups,
+        expand=2,
+        num_hidden_layers=1,
+        chunk_size=16,
+    )
+    theirs = randomized(Mamba2Mixer(config, 0))
+    layer = built(Mamba2(4, state_dim=6, num_groups=groups))
+    layer.input_dense.kernel.assign(kernel(theirs.in_proj))
+    layer.output_dense.kernel.assign(kernel(theirs.out_proj))
+    layer.convolution.kernel.assign(numbers(theirs.conv1d.weight)[:, 0].T)
+    pairs = [
+        (layer.convolution.bias, theirs.conv1d.bias),
+        (layer.log_rate, theirs.A_log),
+        (layer.step_bias, theirs.dt_bias),
+        (layer.skip, theirs.D),
+        (layer.norm_scale, theirs.norm.weight),
+    ]
+    for ours, value in pairs:
+        ours.assign(numbers(value))
+    x = sample(batch=2, length=70)
+    check_outputs(layer, x, run(theirs, x), [66, 1, 1, 2], atol=1e-4)
+
+
+@pytest.mark.parametrize("key_heads", [2, 4])
+def test_gated_delta_net(key_heads):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("torch")
+    from transformers.models.qwen3_next.modeling_qwen3_next import (
+        Qwen3NextGatedDeltaNet,
+    )
+
+    config = transformers.Qwen3NextConfig(
+        hidden_size=WIDTH,
+        num_hidden_layers=1,
+        linear_num_value_heads=4,
+        linear_num_key_heads=key_heads,
+        linear_key_head_dim=3,
+        linear_value_head_dim=5,
+        linear_conv_kernel_dim=4,
+        layer_types=["linear_attention"],
+    )
+    theirs = randomized(Qwen3NextGatedDeltaNet(config, 0))
+    layer = built(GatedDeltaNet(4, key_heads, key_dim=3, value_dim=5))
+    # Theirs are ordered by key heads: query, key, values and gates of each.
+    per_head = 4 // key_heads
+    mixed = kernel(theirs.in_proj_qkvz).reshape(WIDTH, key_heads, -1)
+    cuts = np.cumsum([3, 3, 5 * per_head])
+    parts = [x.reshape(WIDTH, -1) for x in np.split(mixed, cuts, axis=-1)]
+    layer.query_key_value.kernel.assign(np.concatenate(parts[:3], axis=-1))
+    layer.gate_dense.kernel.assign(parts[3])
+    small = kernel(theirs.in_proj_ba).reshape(WIDTH, key_heads, 2, per_head)
+    layer.beta_dense.kernel.assign(small[:, :, 0].reshape(WIDTH, 4))
+    layer.decay_dense.kernel.assign(small[:, :, 1].reshape(WIDTH, 4))
+    layer.convolution.kernel.assign(numbers(theirs.conv1d.weight)[:, 0].T)
+    layer.log_rate.assign(numbers(theirs.A_log))
+    layer.decay_bias.assign(numbers(theirs.dt_bias))
+    layer.head_norm.scale.assign(numbers(theirs.norm.weight))
+    layer.output_dense.kernel.assign(kernel(theirs.out_proj))
+    x = sample(batch=2, length=70)
+    check_outputs(layer, x, run(theirs, x), [66, 1, 1, 2], atol=1e-4)

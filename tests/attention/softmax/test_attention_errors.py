@@ -30,11 +30,12 @@ from tests.helpers import (
     LLAMA3,
     WIDTH,
     YARN,
+    assert_close,
     make,
+    ragged,
     raises,
     sample,
     secret,
-    to_numpy,
 )
 
 
@@ -62,67 +63,56 @@ def cache(layer):
         (lambda: MultiHeadAttention(2, dropout=1.0), ValueError, ["dropout=1.0"]),
         (lambda: MultiHeadAttention(2, dropout="x"), ValueError, ["dropout='x'"]),
         (lambda: MultiHeadAttention(2, scale="x"), TypeError, ["scale='x'"]),
-        (
-            lambda: MultiHeadAttention(2, position="rotary"),
-            TypeError,
-            ["position='rotary'", "RotaryPosition"],
-        ),
-        (
-            lambda: MultiHeadAttention(2, position=RotaryPosition),
-            TypeError,
-            ["`position` must be", "RotaryPosition"],
-        ),
+        (lambda: MultiHeadAttention(2, logit_soft_cap=0), ValueError, ["soft_cap=0"]),
+        (lambda: MultiHeadAttention(2, logit_soft_cap="x"), TypeError, ["cap='x'"]),
+        (lambda: MultiHeadAttention(2, window=0), ValueError, ["window=0"]),
+        (lambda: MultiHeadAttention(2, window=-1), ValueError, ["window=-1"]),
+        (lambda: MultiHeadAttention(2, window=2.0), TypeError, ["window=2.0"]),
+        (lambda: MultiHeadAttention(2, position="x"), TypeError, ["position='x'"]),
         (lambda: PositionEmbedding(0), ValueError, ["sequence_length=0"]),
         (lambda: RotaryPosition(0), ValueError, ["max_wavelength=0", "positive"]),
         (lambda: RotaryPosition(float("nan")), ValueError, ["max_wavelength=nan"]),
         (lambda: RotaryPosition(scaling="linear"), TypeError, ["scaling='linear'"]),
-        (lambda: RotaryPosition(scaling={}), ValueError, ["rope_type", "linear"]),
-        (
-            lambda: RotaryPosition(scaling={"rope_type": "dynamic", "factor": 2}),
-            ValueError,
-            ["'dynamic'", "'yarn'"],
-        ),
-        (
-            lambda: RotaryPosition(scaling={"rope_type": "linear"}),
-            ValueError,
-            ["['factor']", "'linear'"],
-        ),
-        (
-            lambda: RotaryAttention(2, scaling={"rope_type": "linear", "factor": 0}),
-            ValueError,
-            ["positive", "['factor']"],
-        ),
-        (
-            lambda: RotaryPosition(scaling={**LLAMA3, "low_freq_factor": None}),
-            ValueError,
-            ["['low_freq_factor']", "'llama3'"],
-        ),
-        (
-            lambda: RotaryPosition(scaling={**LLAMA3, "low_freq_factor": 4.0}),
-            ValueError,
-            ["high_freq_factor", "larger"],
-        ),
-        (
-            lambda: RotaryPosition(scaling={**YARN, "beta_fast": "32"}),
-            ValueError,
-            ["['beta_fast']", "'yarn'"],
-        ),
-        (
-            lambda: RelativePositionBias(1),
-            ValueError,
-            ["num_buckets=1", "max_distance=128"],
-        ),
-        (
-            lambda: RelativePositionBias(2, bidirectional=True),
-            ValueError,
-            ["num_buckets=2", "bidirectional=True"],
-        ),
+        (lambda: RotaryPosition(rotary_dim=3), ValueError, ["must be even", "3"]),
+        (lambda: RelativePositionBias(1), ValueError, ["num_buckets=1", "128"]),
         (lambda: T5Attention(2, None, 32, 16), ValueError, ["max_distance=16"]),
     ],
 )
 def test_arguments_of_constructors(create, kind, parts):
     with raises(kind, *parts):
         create()
+
+
+def test_arguments_of_constructors_that_do_not_go_together():
+    with raises(TypeError, "`position` must be", "RotaryPosition"):
+        MultiHeadAttention(2, position=RotaryPosition)
+    with raises(ValueError, "num_buckets=2", "bidirectional=True"):
+        RelativePositionBias(2, bidirectional=True)
+    with raises(TypeError, "takes no", "num_key_value_heads=2"):
+        LatentAttention(4, num_key_value_heads=2)
+    with raises(TypeError, "takes no", "query_key_norm=True"):
+        LatentAttention(4, query_key_norm=True)
+    with raises(TypeError, "`RWKVTimeMix` takes no", "key_dim=4"):
+        RWKVTimeMix(4, key_dim=4)
+    with raises(TypeError, "takes no", "key_dim=4", "`state_dim`"):
+        Mamba2(4, key_dim=4)
+
+
+@pytest.mark.parametrize(
+    "scaling, parts",
+    [
+        ({}, ["rope_type", "linear"]),
+        ({"rope_type": "dynamic", "factor": 2}, ["'dynamic'", "'yarn'"]),
+        ({"rope_type": "linear"}, ["['factor']", "'linear'"]),
+        ({"rope_type": "linear", "factor": 0}, ["positive", "['factor']"]),
+        ({**LLAMA3, "low_freq_factor": None}, ["['low_freq_factor']", "'llama3'"]),
+        ({**LLAMA3, "low_freq_factor": 4.0}, ["high_freq_factor", "larger"]),
+        ({**YARN, "beta_fast": "32"}, ["['beta_fast']", "'yarn'"]),
+    ],
+)
+def test_scalings_that_lack_something(scaling, parts):
+    with raises(ValueError, *parts):
+        RotaryAttention(2, scaling=scaling)
 
 
 def test_width_that_heads_do_not_divide():
@@ -134,18 +124,14 @@ def test_width_that_heads_do_not_divide():
         MultiHeadAttention(3)(sample())
     with raises(ValueError, "must be even", "key_dim=5"):
         RotaryAttention(2, key_dim=5)(sample())
-
-
-def test_inputs_of_another_rank():
-    with raises(ValueError, "(batch, length, width)", "(3, 16)"):
-        MultiHeadAttention(2)(secret(3, 16))
-    with raises(ValueError, "(batch, length, width)", "not the token ids"):
-        PositionEmbedding(8)(np.zeros((3, 5), "int32"))
+    with raises(ValueError, "rotary_dim", "6", "4"):
+        RotaryAttention(4, rotary_dim=6)(sample())
 
 
 @pytest.mark.parametrize(
     "layer",
     [
+        MultiHeadAttention(2),
         Retention(4, key_dim=4),
         GatedDeltaNet(4, key_dim=4),
         RWKVTimeMix(4),
@@ -157,93 +143,39 @@ def test_inputs_of_another_rank():
     ],
     ids=lambda layer: type(layer).__name__,
 )
-def test_mixers_of_inputs_of_another_rank(layer):
+def test_inputs_of_another_rank(layer):
     with raises(ValueError, "(batch, length, width)", "(5, 16)", layer.name):
         layer(secret(5, 16))
 
 
-@pytest.mark.parametrize(
-    ("create", "parts"),
-    [
-        (lambda: LatentAttention(4, num_key_value_heads=2), ["num_key_value_heads=2"]),
-        (lambda: LatentAttention(4, query_key_norm=True), ["query_key_norm=True"]),
-        (lambda: RWKVTimeMix(4, key_dim=4), ["`RWKVTimeMix`", "key_dim=4"]),
-        (lambda: Mamba2(4, key_dim=4), ["key_dim=4", "`state_dim`"]),
-    ],
-)
-def test_arguments_that_mean_nothing_to_a_layer(create, parts):
-    with raises(TypeError, "takes no", *parts):
-        create()
+def test_token_ids_are_no_embeddings():
+    with raises(ValueError, "(batch, length, width)", "not the token ids"):
+        PositionEmbedding(8)(np.zeros((3, 5), "int32"))
 
 
-@pytest.mark.parametrize(
-    "call, kind, parts",
-    [
-        (
-            lambda layer, x, cache: layer(x, cache_update_index=3),
-            ValueError,
-            ["without `cache`", "create_cache", "cache_update_index=3"],
-        ),
-        (
-            lambda layer, x, cache: layer(x, cache=cache),
-            ValueError,
-            ["without `cache_update_index`", "Pass the number"],
-        ),
-        (
-            lambda layer, x, cache: PositionEmbedding(8)(x, cache=()),
-            ValueError,
-            ["without `cache_update_index`"],
-        ),
-        (
-            lambda layer, x, cache: (lambda c: c(x, cache=c.create_cache(BATCH, 12)))(
-                make("composite")
-            ),
-            ValueError,
-            ["cache_update_index=None"],
-        ),
-        (
-            lambda layer, x, cache: layer(x, None, None, None, None, cache, 0),
-            TypeError,
-            ["`cache`", "keyword"],
-        ),
-        (
-            lambda layer, x, cache: layer(x[:2], cache=cache, cache_update_index=0),
-            ValueError,
-            ["batch_size=3", "2 rows", "batch_size=2"],
-        ),
-        (
-            lambda layer, x, cache: layer(
-                x, value=x[:, ::-1], cache=cache, cache_update_index=0
-            ),
-            ValueError,
-            ["`value` or `key`", "`query` alone"],
-        ),
-        (
-            lambda layer, x, cache: layer(x, value=x, key=x[:, :3]),
-            ValueError,
-            ["as many keys as values", "(3, 3, 16)"],
-        ),
-        (
-            lambda layer, x, cache: layer(x, attention_mask=secret(BATCH, 4, 4)),
-            TypeError,
-            ["`attention_mask` must be boolean", "mask == 0"],
-        ),
-        (
-            # It would broadcast over one token.
-            lambda layer, x, cache: layer(
-                x[:, :1],
-                padding_mask=np.ones((BATCH, LENGTH), bool),
-                cache=cache,
-                cache_update_index=4,
-            ),
-            ValueError,
-            ["`padding_mask`", "(3, 12)"],
-        ),
-    ],
-)
-def test_arguments_that_do_not_go_together(layer, cache, call, kind, parts):
-    with raises(kind, *parts):
-        call(layer, secret(BATCH, 4, WIDTH), cache)
+def test_arguments_of_calls_that_do_not_go_together(layer, cache):
+    x, composite = secret(BATCH, 4, WIDTH), make("composite")
+    given = {"cache": cache, "cache_update_index": 0}
+    with raises(ValueError, "without `cache`", "create_cache", "cache_update_index=3"):
+        layer(x, cache_update_index=3)
+    with raises(ValueError, "without `cache_update_index`", "Pass the number"):
+        layer(x, cache=cache)
+    with raises(ValueError, "without `cache_update_index`"):
+        PositionEmbedding(8)(x, cache=())
+    with raises(ValueError, "cache_update_index=None"):
+        composite(x, cache=composite.create_cache(BATCH, LENGTH))
+    with raises(TypeError, "`cache`", "keyword"):
+        layer(x, None, None, None, None, cache, 0)
+    with raises(ValueError, "batch_size=3", "2 rows", "batch_size=2"):
+        layer(x[:2], **given)
+    with raises(ValueError, "`value` or `key`", "`query` alone"):
+        layer(x, value=x[:, ::-1], **given)
+    with raises(ValueError, "as many keys as values", "(3, 3, 16)"):
+        layer(x, value=x, key=x[:, :3])
+    with raises(TypeError, "`attention_mask` must be boolean", "mask == 0"):
+        layer(x, attention_mask=secret(BATCH, 4, 4))
+    with raises(ValueError, "segment_ids", "cache"):
+        layer(x, segment_ids=np.zeros((BATCH, 4), "int32"), **given)
 
 
 @pytest.mark.parametrize(
@@ -325,17 +257,14 @@ def test_a_cache_can_not_shrink(layer, cache):
 
 
 def test_a_source_that_is_the_query_itself(layer, cache):
-    x = sample(length=4)
-    mask = np.arange(4)[None] < np.array([[4], [2], [1]])
-    expected, _ = layer(x, padding_mask=mask, cache=cache, cache_update_index=0)
-    # As Keras's attention layers are called; padded tokens stay hidden.
+    """As Keras's attention layers are called; padded tokens stay hidden."""
+    x, mask = sample(length=4), ragged(4, 2, 1, length=4)
+    given = {"cache": cache, "cache_update_index": 0}
+    expected, _ = layer(x, padding_mask=mask, **given)
     for arguments in ((x, x), (x, x, x)):
-        outputs, _ = layer(
-            *arguments, padding_mask=mask, cache=cache, cache_update_index=0
-        )
-        np.testing.assert_allclose(to_numpy(outputs), to_numpy(expected), atol=1e-6)
-        plain = to_numpy(layer(*arguments, padding_mask=mask))
-        np.testing.assert_allclose(plain, to_numpy(expected), atol=1e-5)
+        outputs, _ = layer(*arguments, padding_mask=mask, **given)
+        assert_close(outputs, expected, atol=1e-6)
+        assert_close(layer(*arguments, padding_mask=mask), expected, atol=1e-5)
 
 
 def test_a_cache_before_the_first_call():
@@ -352,6 +281,9 @@ def test_padding_masks_of_other_tokens(layer, cache, shape):
     for given in ({}, {"cache": cache, "cache_update_index": 0}):
         with raises(ValueError, "`padding_mask`", str(shape), "(batch, length)"):
             layer(x, padding_mask=np.ones(shape, bool), **given)
+    # It would broadcast over one token.
+    with raises(ValueError, "`padding_mask`", str(shape)):
+        layer(x[:, :1], padding_mask=np.ones(shape, bool), **given)
 
 
 @pytest.mark.parametrize(

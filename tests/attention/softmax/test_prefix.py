@@ -15,15 +15,22 @@ from blocks import CustomBackbone, CustomDecoder
 from tests.helpers import (
     BATCH,
     LENGTH,
-    WIDTH,
     assert_close,
+    band,
+    built,
+    check_outputs,
     compiled,
     raises,
-    randomize,
     sample,
     to_numpy,
 )
-from tests.models import make_small_lm, next_token_logits, prompts
+from tests.models import (
+    brute_force_greedy,
+    make_backbone,
+    make_small_lm,
+    next_token_logits,
+    prompts,
+)
 
 PREFIX = 9
 
@@ -45,13 +52,9 @@ class PrefixBackbone(CustomBackbone):
 
 
 def test_a_model_with_a_prefix_prefills_its_prompt_at_once():
-    backbone = PrefixBackbone(60, 2, 4, 16, 32, learned_positions=False)
+    backbone = make_backbone(PrefixBackbone, learned_positions=False)
     assert call_sites(backbone).whole_prompt
-    causal = CustomBackbone(60, 1, 4, 16, 32)
-    assert not call_sites(causal).whole_prompt
-    for seed, weight in enumerate(backbone.trainable_weights):
-        value = np.random.default_rng(seed).normal(scale=0.3, size=weight.shape)
-        weight.assign(to_numpy(weight) + value)
+    assert not call_sites(make_backbone(num_layers=1)).whole_prompt
     lm = make_small_lm(backbone)
     rows = [list(range(1, 14)), list(range(20, 30))]  # chunks are of 3 tokens here
     state = lm.prefill(prompts(rows), max_length=20)
@@ -66,59 +69,31 @@ def test_a_model_with_a_prefix_prefills_its_prompt_at_once():
     more = prompts([[5, 6, 7, 8]])
     session.generate(more, max_new_tokens=6, stop_token_ids=None)
     found = session.tokens[0].tolist()
-    start = [*rows[0], 5, 6, 7, 8]
-    assert found[: len(start)] == start
-    for place in range(len(start), len(found)):
-        logits = next_token_logits(lm, [found[:place]], 32)[0]
-        assert logits[found[place]] > logits.max() - 1e-4
+    assert found == brute_force_greedy(lm, [[*rows[0], 5, 6, 7, 8]], [len(found)])[0]
 
 
 @pytest.mark.parametrize("window", [None, 4])
 def test_latent_attention_has_prefixes_and_documents(window):
-    layer, x = LatentAttention(4, window=window), sample()
-    layer.build((None, None, WIDTH))
-    randomize(layer)
-    near = np.ones((LENGTH, LENGTH), bool)
-    if window is not None:
-        places = np.arange(LENGTH)
-        near = np.abs(places[:, None] - places[None]) < window
+    layer, x = built(LatentAttention(4, window=window)), sample()
+    # The same weights without causality: the mask says it all.
+    plain = LatentAttention.from_config({**layer.get_config(), "window": None})
+    plain.causal = False
+    built(plain).set_weights(layer.get_weights())
+    near = band(LENGTH, window, causal=False)
+    visible = band(LENGTH) | (np.arange(LENGTH) < np.array([[[0]], [[5]], [[9]]]))
+    expected = plain(x, attention_mask=visible & near)
     lengths = np.array([0, 5, 9])
-    visible = (
-        np.tri(LENGTH, dtype=bool)[None]
-        | (np.arange(LENGTH) < lengths[:, None])[:, None]
-    )
-
-    def of_plain(visible):
-        # The same weights without causality: the mask says it all.
-        plain = LatentAttention.from_config(layer.get_config())
-        plain.causal, plain.window = False, None
-        plain.build((None, None, WIDTH))
-        plain.set_weights(layer.get_weights())
-        return plain(x, attention_mask=visible & near)
-
-    expected = of_plain(visible)
-    assert_close(layer(x, prefix_length=lengths), expected)
-    cache = layer.create_cache(BATCH, LENGTH)
-    head, cache = layer(
-        x[:, :PREFIX], prefix_length=lengths, cache=cache, cache_update_index=0
-    )
-    tail, _ = layer(
-        x[:, PREFIX:],
-        prefix_length=lengths,
-        cache=cache,
-        cache_update_index=np.full((BATCH,), PREFIX, "int32"),
-    )
-    assert_close(np.concatenate([to_numpy(y) for y in (head, tail)], 1), expected)
+    check_outputs(layer, x, expected, [PREFIX, 1, 2], prefix_length=lengths)
     segments = np.arange(LENGTH)[None] // np.array([2, 5, LENGTH])[:, None]
-    visible = segments[:, :, None] == segments[:, None]
-    expected = of_plain(visible & np.tri(LENGTH, dtype=bool))
-    assert_close(layer(x, segment_ids=segments), expected)
+    visible = (segments[:, :, None] == segments[:, None]) & band(LENGTH, window)
+    assert_close(layer(x, segment_ids=segments), plain(x, attention_mask=visible))
 
 
-@pytest.mark.parametrize("make", [GroupedQueryAttention, LatentAttention])
+@pytest.mark.parametrize(
+    "make", [lambda: GroupedQueryAttention(4, 2), lambda: LatentAttention(4)]
+)
 def test_what_begins_within_a_prefix_is_refused(make):
-    layer, x = make(4, 2) if make is GroupedQueryAttention else make(4), sample()
-    layer(x)
+    layer, x = built(make()), sample()
     cache = layer.create_cache(BATCH, LENGTH)
     options = {"prefix_length": np.array([2, 4, 9]), "cache": cache}
     with raises(ValueError, "begins within the prefix", "cache_update_index=0"):
@@ -135,25 +110,27 @@ def test_what_begins_within_a_prefix_is_refused(make):
         assert np.isfinite(outputs[[0, 2]]).all()
 
 
-def test_errors():
+@pytest.mark.parametrize(
+    "name, value, kind",
+    [
+        ("prefix_length", 2.5, TypeError),
+        ("prefix_length", "2", TypeError),
+        ("prefix_length", np.ones(BATCH, "float32"), TypeError),
+        ("prefix_length", -1, ValueError),
+        ("prefix_length", np.ones(BATCH + 1, "int32"), ValueError),
+        ("prefix_length", np.ones((BATCH, 1), "int32"), ValueError),
+        ("segment_ids", np.zeros((BATCH, LENGTH)), TypeError),
+        ("segment_ids", 3, TypeError),
+        ("segment_ids", np.zeros((BATCH, LENGTH - 1), "int32"), ValueError),
+        ("segment_ids", np.zeros((LENGTH,), "int32"), ValueError),
+    ],
+)
+def test_errors(name, value, kind):
+    layer = GroupedQueryAttention(4, 2)
+    with raises(kind, f"`{name}`", layer.name):
+        layer(sample(), **{name: value})
+
+
+def test_segment_ids_may_be_lists():
     layer, x = GroupedQueryAttention(4, 2), sample()
-    for prefix, kind in (
-        (2.5, TypeError),
-        ("2", TypeError),
-        (np.ones(BATCH, "float32"), TypeError),
-        (-1, ValueError),
-        (np.ones(BATCH + 1, "int32"), ValueError),
-        (np.ones((BATCH, 1), "int32"), ValueError),
-    ):
-        with raises(kind, "`prefix_length`", layer.name):
-            layer(x, prefix_length=prefix)
-    for segments, kind in (
-        (np.zeros((BATCH, LENGTH)), TypeError),
-        (3, TypeError),
-        (np.zeros((BATCH, LENGTH - 1), "int32"), ValueError),
-        (np.zeros((LENGTH,), "int32"), ValueError),
-    ):
-        with raises(kind, "`segment_ids`", layer.name):
-            layer(x, segment_ids=segments)
-    lists = [[0] * LENGTH] * BATCH
-    assert_close(layer(x, segment_ids=lists), layer(x))
+    assert_close(layer(x, segment_ids=[[0] * LENGTH] * BATCH), layer(x))

@@ -8,7 +8,6 @@ import pytest
 
 from attention import (
     AlibiBias,
-    CompositeCachedLayer,
     GroupedQueryAttention,
     RelativePositionBias,
     RotaryPosition,
@@ -19,42 +18,31 @@ from attention.testing import check_cached_layer
 from tests.helpers import (
     BATCH,
     LENGTH,
-    WIDTH,
+    ProducerAndReader,
     assert_close,
-    randomize,
+    built,
+    ragged,
+    raises,
     sample,
+    secret,
+    slow,
     to_numpy,
 )
 
 SETTINGS = {
-    "plain": {"num_heads": 4, "num_key_value_heads": 4},
-    "grouped": {"num_heads": 4, "num_key_value_heads": 2},
-    "one": {"num_heads": 4, "num_key_value_heads": 1, "use_bias": False},
-    "rotary": {"num_heads": 4, "num_key_value_heads": 2, "position": RotaryPosition},
-    "alibi": {"num_heads": 4, "num_key_value_heads": 2, "position": AlibiBias},
-    "t5": {"num_heads": 4, "num_key_value_heads": 4, "position": RelativePositionBias},
-    "value_dim": {
-        "num_heads": 4,
-        "num_key_value_heads": 2,
-        "value_dim": 6,
-        "key_dim": 8,
-    },
-    "scale": {"num_heads": 4, "num_key_value_heads": 4, "scale": 0.3},
+    "grouped": {},
+    "plain": {"num_key_value_heads": 4},
+    "one": {"num_key_value_heads": 1, "use_bias": False},
+    "rotary": {"position": RotaryPosition},
+    "alibi": {"position": AlibiBias},
+    "t5": {"position": RelativePositionBias},
+    "sizes": {"value_dim": 6, "key_dim": 8, "scale": 0.3},
 }
 
 
 def make_pair(name):
     """A producer, and a reader with its query and output weights."""
-    position = SETTINGS[name].get("position")
-    pair = []
-    for cls in (GroupedQueryAttention, SharedKeyValueAttention):
-        settings = dict(SETTINGS[name])
-        if position is not None:
-            settings["position"] = position()
-        layer = cls(**settings)
-        layer.build((None, None, WIDTH))
-        pair.append(randomize(layer))
-    producer, reader = pair
+    producer, reader = (built(x) for x in layers(SETTINGS[name]))
     for part in ("query_dense", "output_dense"):
         getattr(reader, part).set_weights(getattr(producer, part).get_weights())
     if name == "t5":
@@ -62,13 +50,15 @@ def make_pair(name):
     return producer, reader
 
 
-every_setting = pytest.mark.parametrize("name", SETTINGS)
+def layers(settings, **kwargs):
+    """Two layers, each with a position scheme of its own."""
+    settings = {"num_heads": 4, "num_key_value_heads": 2, **settings, **kwargs}
+    position = settings.pop("position", lambda: None)
+    for cls in (GroupedQueryAttention, SharedKeyValueAttention):
+        yield cls(**settings, position=position())
 
 
-# === As the producer itself ===
-
-
-@every_setting
+@pytest.mark.parametrize("name", SETTINGS)
 def test_a_reader_with_the_producers_weights_gives_its_outputs(name):
     producer, reader = make_pair(name)
     x = sample()
@@ -81,53 +71,31 @@ def test_a_reader_with_the_producers_weights_gives_its_outputs(name):
     assert_close(reader_scores, scores)
 
 
-class ProducerAndReader(CompositeCachedLayer):
-    """Keys and values of one attention layer that another one reads, too."""
+class Pair(ProducerAndReader):
+    """With the settings of this file."""
 
-    def __init__(self, name, **kwargs):
+    def __init__(self, name, **options):
         super().__init__()
-        self.setting, self.options = name, kwargs
+        self.settings = {**SETTINGS[name], **options}
 
     def build(self, inputs_shape):
-        options = {**SETTINGS[self.setting], **self.options}
-        position = options.pop("position", lambda: None)
-        self.producer, self.reader = (
-            cls(**options, position=position(), dtype=self.dtype_policy)
-            for cls in (GroupedQueryAttention, SharedKeyValueAttention)
-        )
+        self.producer, self.reader = layers(self.settings, dtype=self.dtype_policy)
         for layer in (self.producer, self.reader):
             layer.build(inputs_shape)
 
-    def transform(self, x, padding_mask=None):
-        y, key_value = self.producer(x, return_key_value=True)
-        return y + self.reader(x, key_value)
-
 
 @pytest.mark.parametrize(
-    ("name", "options"),
+    "make",
     [
-        ("t5", {}),
-        ("rotary", {"window": 4}),
-        *(
-            pytest.param(name, {}, marks=pytest.mark.slow)
-            for name in SETTINGS
-            if name != "t5"
-        ),
+        functools.partial(Pair, "t5"),
+        # Keys in slots of no order, and a bias by their positions.
+        functools.partial(Pair, "alibi", window=4),
+        *(slow(functools.partial(Pair, name)) for name in SETTINGS if name != "t5"),
     ],
 )
-def test_a_reader_with_a_cache_equals_one_without(name, options):
+def test_a_reader_with_a_cache_equals_one_without(make):
     checks = ["chunks", "positions", "padding", "capacity"]
-    make = functools.partial(ProducerAndReader, name, **options)
     check_cached_layer(make, max_length=9, checks=checks)
-
-
-def test_hidden_positions_are_those_of_padding():
-    producer, _ = make_pair("plain")
-    mask = np.arange(LENGTH)[None] < np.array([[5], [12], [1]])
-    _, key_value = producer(sample(), padding_mask=mask, return_key_value=True)
-    positions = to_numpy(key_value["positions"])
-    assert (positions[~mask] == HIDDEN_POSITION).all()
-    np.testing.assert_array_equal(positions[1], np.arange(LENGTH))
 
 
 # === The keys and values handed over ===
@@ -156,11 +124,13 @@ def test_both_scores_and_keys():
     producer, _ = make_pair("grouped")
     x, cache = sample(), producer.create_cache(BATCH, LENGTH)
     both = {"return_attention_scores": True, "return_key_value": True}
-    outputs, scores, key_value = producer(x, **both)
+    outputs, scores, key_value = producer(x, padding_mask=ragged(5, 12, 1), **both)
     assert tuple(scores.shape) == (BATCH, 4, LENGTH, LENGTH)
     assert tuple(key_value["key"].shape) == (BATCH, 2, LENGTH, 4)
+    positions = np.where(ragged(5, 12, 1), np.arange(LENGTH), HIDDEN_POSITION)
+    np.testing.assert_array_equal(to_numpy(key_value["positions"]), positions)
     (cached, *_), _ = producer(x, cache=cache, cache_update_index=0, **both)
-    assert_close(cached, outputs)
+    assert_close(cached[1], outputs[1])
 
 
 def test_keys_of_another_source():
@@ -171,69 +141,88 @@ def test_keys_of_another_source():
     assert_close(reader(x, key_value), outputs)
 
 
-# === A NumPy reference ===
-
-
-def reference(reader, x, key_value, bias=0.0):
-    """Grouped attention to given keys and values, by positions."""
-    weights = {w.path.split("/", 1)[1]: to_numpy(w) for w in reader.weights}
-    q = np.einsum("blw,whd->bhld", x, weights["query/kernel"])
-    q = q + weights["query/bias"][:, None]
-    k, v = (np.repeat(key_value[name], 2, axis=1) for name in ("key", "value"))
-    logits = np.einsum("bhqd,bhkd->bhqk", q, k) / np.sqrt(q.shape[-1]) + bias
-    positions = key_value["positions"][:, None, None]
-    seen = positions <= np.arange(x.shape[1])[:, None]
-    logits = np.where(seen, logits, -np.inf)
-    logits = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    scores = logits / logits.sum(axis=-1, keepdims=True)
-    attended = np.einsum("bhqk,bhkd->bqhd", scores, v)
-    outputs = np.einsum("bqhd,hdw->bqw", attended, weights["attention_output/kernel"])
-    return outputs + weights["attention_output/bias"]
-
-
-def scattered_key_value(seed=3):
-    """Keys in slots of no order, as in a ring, two of which are padding."""
-    rng = np.random.default_rng(seed)
-    positions = np.stack([rng.permutation(9) for _ in range(BATCH)]).astype("int32")
-    positions[:, 0], positions[:, 1] = 0, HIDDEN_POSITION
-    return {
-        "key": rng.normal(size=(BATCH, 2, 9, 4)).astype("float32"),
-        "value": rng.normal(size=(BATCH, 2, 9, 4)).astype("float32"),
-        "positions": positions,
-    }
-
-
-@pytest.mark.parametrize("num_key_value_heads", [None, 2])
-def test_against_numpy(num_key_value_heads):
-    reader = SharedKeyValueAttention(4, num_key_value_heads)
-    reader.build((None, None, WIDTH))
-    randomize(reader)
-    x, key_value = sample(), scattered_key_value()
-    assert_close(reader(x, key_value), reference(reader, x, key_value))
-
-
-def test_alibi_against_numpy():
-    reader = SharedKeyValueAttention(4, position=AlibiBias())
-    reader.build((None, None, WIDTH))
-    randomize(reader)
-    x, key_value = sample(), scattered_key_value()
-    distance = np.arange(LENGTH)[:, None] - key_value["positions"][:, None, None]
-    slopes = 2.0 ** (-2 * np.arange(1, 5))[:, None, None]
-    expected = reference(reader, x, key_value, bias=-slopes * np.abs(distance))
-    assert_close(reader(x, key_value), expected)
-
-
 def test_attention_mask_counts_positions():
     producer, reader = make_pair("grouped")
     x = sample()
     mask = np.random.default_rng(0).random((BATCH, LENGTH, LENGTH)) < 0.6
-    outputs, key_value = producer(x, attention_mask=mask, return_key_value=True)
-    assert_close(reader(x, key_value, attention_mask=mask), outputs)
-    shared = mask[:1]
-    expected = producer(x, attention_mask=shared)
-    assert_close(reader(x, key_value, attention_mask=shared), expected)
-    cache = producer.create_cache(BATCH, 20)
-    settings = {"cache_update_index": 0}
-    (_, key_value), _ = producer(x, cache=cache, return_key_value=True, **settings)
-    cached, _ = reader(x, key_value, attention_mask=mask, cache=(), **settings)
-    assert_close(cached, outputs)
+    for given in (mask, mask[:1]):
+        outputs, key_value = producer(x, attention_mask=given, return_key_value=True)
+        assert_close(reader(x, key_value, attention_mask=given), outputs)
+        given = {"attention_mask": given, "cache_update_index": 0}
+        cached, _ = reader(x, key_value, cache=(), **given)
+        assert_close(cached, outputs)
+
+
+# === What can't be attended to ===
+
+
+@pytest.fixture
+def key_value():
+    return {
+        "key": secret(BATCH, 2, LENGTH, 4),
+        "value": secret(BATCH, 2, LENGTH, 4),
+        "positions": np.zeros((BATCH, LENGTH), "int32"),
+    }
+
+
+@pytest.mark.parametrize(
+    "change, kind, parts",
+    [
+        (lambda kv: None, TypeError, ["key_value=None", "return_key_value=True"]),
+        (lambda kv: kv["key"], TypeError, ["key_value=float32 tensor of shape"]),
+        (lambda kv: (kv["key"], kv["value"]), TypeError, ["key_value=tuple("]),
+        (lambda kv: {"key": kv["key"]}, ValueError, ["can't attend", "{'key': "]),
+        (lambda kv: {**kv, "more": kv["key"]}, ValueError, ["'more'"]),
+        (lambda kv: {**kv, "value": None}, TypeError, ["'value': None", "tensors"]),
+        (
+            lambda kv: {**kv, "positions": secret(BATCH, LENGTH)},
+            TypeError,
+            ["integers as positions"],
+        ),
+        (lambda kv: {**kv, "key": kv["key"][0]}, ValueError, ["do not fit"]),
+        (lambda kv: {**kv, "key": kv["key"][:2]}, ValueError, ["(2, 2, 12, 4)"]),
+        (lambda kv: {**kv, "value": kv["value"][:, :, :5]}, ValueError, ["12, 4", "5"]),
+        (
+            lambda kv: {**kv, "positions": kv["positions"][:, :5]},
+            ValueError,
+            [f"({BATCH}, 5)"],
+        ),
+        (lambda kv: {**kv, "value": kv["value"][:, :1]}, ValueError, ["do not fit"]),
+        (lambda kv: {k: x[:1] for k, x in kv.items()}, ValueError, ["query="]),
+    ],
+)
+def test_what_is_no_key_value(key_value, change, kind, parts):
+    reader = SharedKeyValueAttention(4, name="reader")
+    with raises(kind, "Layer 'reader'", *parts):
+        reader(sample(), change(key_value))
+
+
+@pytest.mark.parametrize(
+    "settings, parts",
+    [
+        ({"num_heads": 4, "num_key_value_heads": 4}, ["num_key_value_heads=4"]),
+        ({"num_heads": 1}, ["num_heads=1"]),
+        ({"num_heads": 4, "key_dim": 8}, ["key_dim=8"]),
+        ({"num_heads": 4, "value_dim": 3}, ["value_dim=3"]),
+    ],
+)
+def test_heads_that_do_not_fit(key_value, settings, parts):
+    reader = SharedKeyValueAttention(**settings, name="reader")
+    with raises(ValueError, "Layer 'reader'", "Received: key_value={'key'", *parts):
+        reader(sample(), key_value)
+
+
+def test_arguments_are_checked_as_elsewhere(key_value):
+    with raises(ValueError, "num_heads=4, num_key_value_heads=3"):
+        SharedKeyValueAttention(4, 3)
+    with raises(TypeError, "num_key_value_heads=2.0"):
+        SharedKeyValueAttention(4, 2.0)
+    with raises(ValueError, "num_heads=3", "key_dim=None"):
+        SharedKeyValueAttention(3)(sample(), key_value)
+    reader = SharedKeyValueAttention(4)
+    with raises(ValueError, "without `cache_update_index`"):
+        reader(sample(), key_value, cache=())
+    with raises(ValueError, "was not made by layer"):
+        reader(sample(), key_value, cache=(key_value,), cache_update_index=0)
+    with raises(ValueError, "padding_mask"):
+        reader(sample(), key_value, padding_mask=np.ones((BATCH, 3)))
