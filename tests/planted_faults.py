@@ -175,7 +175,7 @@ class Attend(CachedLayer):
         names = ("heads", "rotary", "bias", "window", "fault")
         own = {name: getattr(self, name) for name in names}
         config = {**super().get_config(), **own}
-        if self.fault == "a configuration that forgets an argument":
+        if self.fault == "a config that forgets an argument":
             del config["window"]
         return config
 

@@ -3,6 +3,8 @@
 That outputs with a cache equal those without is for the conformance suite.
 """
 
+import collections
+
 import keras
 import numpy as np
 from keras import ops, tree
@@ -19,7 +21,7 @@ from attention import (
     create_cache,
     grow_cache,
 )
-from attention.contract import max_positions
+from attention.contract import all_layers, max_positions
 from tests.helpers import (
     BATCH,
     LENGTH,
@@ -130,3 +132,23 @@ def test_inner_layers_inherit_the_mask_of_their_own_tokens_only():
     layer, x = Pools(), sample()
     layer.build(x.shape)
     assert tuple(layer(x, padding_mask=ragged(11, 5, 1)).shape) == x.shape
+
+
+Pair = collections.namedtuple("Pair", ["first", "second"])
+
+
+def test_layers_are_found_however_they_are_kept():
+    class Holder(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.one = keras.layers.Dense(1)
+            self.several = [keras.layers.Dense(1), (keras.layers.Dense(1),)]
+            self.pair = Pair(keras.layers.Dense(1), keras.Sequential([self.one]))
+            self.named = {"x": keras.layers.Dense(1)}
+
+    with keras.RematScope(mode="activations"):
+        holder = Holder()
+    found = all_layers(holder)
+    assert found[0] is holder
+    assert sum(isinstance(x, keras.layers.Dense) for x in found) == 5
+    assert len({id(x) for x in found}) == len(found)

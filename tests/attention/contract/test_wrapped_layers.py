@@ -6,7 +6,6 @@ import pytest
 from keras import ops
 
 from attention import (
-    CachedLayer,
     CompositeCachedLayer,
     MultiHeadAttention,
     NewCacheScope,
@@ -14,13 +13,13 @@ from attention import (
     call_sites,
     call_with_cache,
     create_cache,
-    last_tokens,
 )
 from attention.testing import check_cached_layer, check_cached_model
 from tests.helpers import (
     BATCH,
     LENGTH,
     WIDTH,
+    Shift,
     assert_close,
     raises,
     sample,
@@ -28,21 +27,16 @@ from tests.helpers import (
 )
 
 
-class Kernel(CachedLayer):
-    """Adds what a kernel makes of the token before: `SpectralNormalization` fits."""
+class Kernel(Shift):
+    """`SpectralNormalization` wraps what has a kernel."""
 
     def build(self, inputs_shape):
-        self.width = inputs_shape[-1]
-        self.kernel = self.add_weight(shape=(self.width, self.width), name="kernel")
-
-    def create_cache(self, batch_size, max_length):
-        return ops.zeros((batch_size, 1, self.width), self.compute_dtype)
+        super().build(inputs_shape)
+        self.kernel = self.add_weight(shape=(WIDTH, WIDTH), name="kernel")
 
     def call(self, x, padding_mask=None, cache=None, cache_update_index=None):
-        past = ops.zeros_like(x[:, :1]) if cache is None else cache
-        seen = ops.concatenate([past, x], axis=1)
-        outputs = x + ops.matmul(seen[:, :-1], self.kernel)
-        return outputs if cache is None else (outputs, last_tokens(seen, padding_mask))
+        x = ops.matmul(x, self.kernel)
+        return super().call(x, padding_mask, cache, cache_update_index)
 
 
 class Doubles(keras.layers.Wrapper):
@@ -53,10 +47,9 @@ class Doubles(keras.layers.Wrapper):
 class Applies(keras.layers.Layer):
     """Calls a function of a cached layer and the inputs."""
 
-    def __init__(self, function, inner=None):
+    def __init__(self, function):
         super().__init__()
-        self.function = function
-        self.inner = inner or RotaryAttention(4, 2)
+        self.function, self.inner = function, RotaryAttention(4, 2)
 
     def build(self, inputs_shape):
         self.inner.build((None, None, WIDTH))
@@ -112,6 +105,11 @@ def scanned(layer, x):
     return joined(y)
 
 
+def over_copies(layer, x):
+    """The rows are the model's."""
+    return ops.sum(ops.vectorized_map(layer, ops.stack([x, 2 * x])), axis=0)
+
+
 def unrolled(layer, x):
     steps = [layer(x[:, i : i + 1]) for i in range(x.shape[1])]
     return ops.concatenate(steps, axis=1)
@@ -128,6 +126,7 @@ def row_by_row(layer, x):
 REFUSED = {
     "time_distributed": (time_distributed, ["past its `__call__`", "TimeDistributed"]),
     "vectorized_map": (vectorized_map, ["traced on its own", "`vectorized_map`"]),
+    "over_copies": (over_copies, ["traced on its own", "Call it outside"]),
     "map": (mapped, []),
     "scan": (scanned, []),
     "unrolled": (unrolled, ["2 times on 2 tokens and 1 times on one"]),
@@ -161,17 +160,6 @@ def test_composite_layers_refuse_it_too(name):
     assert tuple(layer(x).shape) == x.shape
     with raises(ValueError, "'rotary_attention"):
         layer.create_cache(BATCH, LENGTH)
-
-
-def test_a_mapped_layer_whose_rows_are_the_models_is_refused():
-    def function(layer, x):
-        heads = ops.stack([x, 2 * x])
-        return ops.sum(ops.vectorized_map(layer, heads), axis=0)
-
-    model = model_of(Applies(function, Kernel()))
-    assert tuple(model(sample()).shape) == (BATCH, LENGTH, WIDTH)
-    with raises(ValueError, "traced on its own", "`vectorized_map`", "Call it outside"):
-        create_cache(model, BATCH, LENGTH)
 
 
 def test_a_layer_applied_several_times_is_no_loop_over_the_sequence():

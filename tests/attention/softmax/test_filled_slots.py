@@ -56,25 +56,28 @@ def sizes_attended(filled, slots=16, queries=2):
 
 
 @pytest.mark.parametrize(
-    ("filled", "size"),
-    [((0,), 4), ((4,), 4), ((5,), 8), ((3, 9, 1), 12), ((13,), 16), ((16,), 16)],
+    ("filled", "sizes", "expected"),
+    [
+        ((0,), {}, 4),
+        ((4,), {}, 4),
+        ((5,), {}, 8),
+        ((3, 9, 1), {}, 12),
+        ((13,), {}, 16),
+        ((16,), {}, 16),
+        # Parts of a size that does not divide the slots.
+        ((8,), {"slots": 15}, 10),
+        ((13,), {"slots": 15}, 15),
+        # Few queries and small caches attend to all.
+        ((1,), {"queries": 1}, 16),
+        ((1,), {"slots": 7}, 7),
+    ],
 )
-def test_as_many_slots_as_the_fullest_row_needs(small_parts, filled, size):
-    assert sizes_attended(filled) == (size, size)
-
-
-def test_parts_of_a_size_that_does_not_divide_the_slots(small_parts):
-    assert sizes_attended((8,), slots=15) == (10, 10)
-    assert sizes_attended((13,), slots=15) == (15, 15)
-
-
-def test_few_queries_and_small_caches_attend_to_all(small_parts):
-    assert sizes_attended((1,), queries=1) == (16, 16)
-    assert sizes_attended((1,), slots=7) == (7, 7)
+def test_as_many_slots_as_the_fullest_row_needs(small_parts, filled, sizes, expected):
+    assert sizes_attended(filled, **sizes) == (expected, expected)
 
 
 @pytest.mark.parametrize(
-    "name", [name if name == "rotary" else slow(name) for name in LAYERS]
+    "name", [slow(name) if name != "rotary" else name for name in LAYERS]
 )
 def test_the_contract_is_kept(small_parts, name):
     check_cached_layer(LAYERS[name], checks=CHECKS, max_length=18)

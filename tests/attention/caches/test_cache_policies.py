@@ -1,4 +1,4 @@
-"""Sliding windows: a banded mask over all keys, from a cache of `window` slots."""
+"""Caches of a sliding window, and in 8 bits; that they decode is for the kit."""
 
 import keras
 import numpy as np
@@ -14,8 +14,10 @@ from attention import (
     create_cache,
     grow_cache,
 )
+from attention.caches.quantized_cache import dequantize
 from blocks import CustomBackbone
 from tests.helpers import (
+    BATCH,
     LENGTH,
     assert_close,
     band,
@@ -24,6 +26,7 @@ from tests.helpers import (
     gradients,
     ragged,
     raises,
+    run_chunks,
     sample,
     to_numpy,
 )
@@ -136,3 +139,27 @@ def test_a_session_takes_back_only_what_a_window_still_holds():
     again = short.generate(prompts([[9]]), max_new_tokens=6, stop_token_ids=None)
     expected = brute_force_greedy(lm, [[5, 9]], [8])
     assert [row.tolist() for row in again] == [expected[0][-6:]]
+
+
+# === 8 bits ===
+
+
+def test_each_head_of_each_token_is_rounded_by_half_a_step():
+    full, int8 = (built(RotaryAttention(4, 2, cache_dtype=x)) for x in (None, "int8"))
+    exact, rounded = (
+        run_chunks(layer, sample(), [7, *[1] * 5])[1] for layer in (full, int8)
+    )
+    assert set(rounded) == {"key", "value", "key_scale", "value_scale"}
+    for name in ("key", "value"):
+        x, scale = to_numpy(exact[name]), to_numpy(rounded[f"{name}_scale"])
+        assert keras.backend.standardize_dtype(rounded[name].dtype) == "int8"
+        back = to_numpy(dequantize(rounded[name], rounded[f"{name}_scale"], "float32"))
+        assert back.shape == x.shape
+        assert (np.abs(back - x) <= 0.501 * scale + 1e-5).all()
+        largest = np.abs(x).max()
+        assert largest > 0.5
+        assert 0 < scale.max() <= largest / 127 * 1.001
+    # Of 4 numbers a head in keys and values: a byte each, and a scale of four.
+    for cache, each in ((exact, 4 * 4), (rounded, 4 + 4)):
+        size = sum(to_numpy(x).nbytes for x in keras.tree.flatten(cache))
+        assert size == BATCH * 2 * 2 * LENGTH * each
