@@ -16,13 +16,14 @@ from attention import (
     RWKVTimeMix,
 )
 from blocks import CausalLM, CustomBackbone
-from tests.helpers import WIDTH, assert_close, built, to_numpy
+from tests.helpers import assert_close, built, to_numpy
 from tests.models import make_backbone
 
 on_tensorflow = pytest.mark.skipif(
     keras.config.backend() != "tensorflow",
     reason="only TensorFlow has graphs of unknown sizes",
 )
+WIDTH = 8
 LAYERS = {
     "retention": lambda: Retention(2),
     "rwkv": lambda: RWKVTimeMix(2),
@@ -71,7 +72,7 @@ def assert_all_close(found, expected):
 @on_tensorflow
 @pytest.mark.parametrize("name", LAYERS)
 def test_any_length_gives_what_a_known_one_gives(name):
-    layer = built(LAYERS[name]())
+    layer = built(LAYERS[name](), (None, None, WIDTH))
     call = with_gradients(layer)
     rng = np.random.default_rng(0)
     graph = None
@@ -87,7 +88,7 @@ def test_any_length_gives_what_a_known_one_gives(name):
 
 @on_tensorflow
 def test_xla_compiles_and_differentiates_any_length():
-    layer = built(GatedDeltaNet(1))
+    layer = built(GatedDeltaNet(1), (None, None, WIDTH))
     call = with_gradients(layer)
     x = np.random.default_rng(0).normal(size=(2, 130, WIDTH)).astype("float32")
     mask = np.ones((2, 130), bool)
@@ -102,7 +103,7 @@ def test_what_is_computed_grows_with_the_length_only(name):
     """No tensor of the graph has two axes of the sequence's length."""
     import tensorflow as tf
 
-    layer = built(LAYERS[name]())
+    layer = built(LAYERS[name](), (None, None, WIDTH))
     length = 2000
     x = np.ones((1, length, WIDTH), "float32")
     signature = [tf.TensorSpec((None, None, WIDTH))]
