@@ -65,8 +65,11 @@ def with_gradients(layer):
 
 
 def assert_all_close(found, expected):
-    for a, b in zip(keras.tree.flatten(found), keras.tree.flatten(expected)):
-        assert_close(a, b, atol=1e-5 * max(1, np.abs(to_numpy(b)).max()))
+    found, expected = keras.tree.flatten(found), keras.tree.flatten(expected)
+    sizes = [np.abs(to_numpy(x)).max() for x in expected]
+    for a, b, size in zip(found, expected, sizes):
+        # A bias of all keys alike has no gradient but the rounding of others.
+        assert_close(a, b, atol=1e-5 * max(1, size, max(sizes) / 10))
 
 
 @on_tensorflow
