@@ -5,19 +5,17 @@ from attention.caches.full_cache import FullCache
 from attention.caches.quantized_cache import QuantizedCache
 from attention.caches.ring_cache import RingCache
 from attention.caches.writes import write_tokens
-from attention.contract.cached_layer import CachedLayer
-from attention.contract.cached_model import (
+from attention.contract import (
+    CachedLayer,
+    CacheScope,
+    CompositeCachedLayer,
+    NewCacheScope,
     call_sites,
     call_with_cache,
     can_rewind,
     create_cache,
     grow_cache,
-)
-from attention.contract.composite_cached_layer import CompositeCachedLayer
-from attention.contract.padding import last_tokens
-from attention.contract.scopes import (
-    CacheScope,
-    NewCacheScope,
+    last_tokens,
 )
 from attention.positions.alibi_bias import AlibiBias
 from attention.positions.arithmetic import token_positions

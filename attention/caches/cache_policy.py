@@ -140,8 +140,7 @@ class CachePolicy:
                 tokens are not written over a slot that is in use.
 
         Raises:
-            ValueError: if the new tokens can't fit, where that is known without
-                looking into a tensor.
+            ValueError: if the new tokens can't fit, as far as that is known.
         """
         name = next(iter(new))
         count = ops.shape(new[name])[token_axis(name)]
@@ -227,8 +226,7 @@ def token_axis(name: str) -> int:
     """Returns the axis of the tokens in a tensor of a cache, by its name.
 
     Keys are laid out `(batch, heads, dim, length)` and all else `(batch, heads, length,
-    dim)`, so that neither XLA nor a CPU's kernels have to transpose a matrix in a
-    decode step.
+    dim)`, so that no matrix has to be transposed in a decode step.
     """
     return 3 if name.startswith("key") else 2
 
@@ -241,15 +239,19 @@ def to_cache_layout(new: dict[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def check_cache_policy(policy: Any, window: int | None, cache_dtype: Any) -> None:
-    """Raises an error if the arguments of a layer do not name one cache policy."""
+def check_cache_policy(
+    policy: Any, window: int | None = None, cache_dtype: str | None = None
+) -> Any:
+    """Returns a given policy or `None`, and checks that no two arguments name one."""
+    if isinstance(policy, dict):
+        policy = keras.saving.deserialize_keras_object(policy)
     if cache_dtype not in (None, "int8"):
         raise ValueError(
             "`cache_dtype` must be None, which means the compute dtype, or 'int8'. "
             f"Received: cache_dtype={describe(cache_dtype)}"
         )
     if policy is None:
-        return
+        return None
     if not isinstance(policy, CachePolicy):
         raise TypeError(
             "`cache_policy` must be a cache policy: `FullCache()`, `RingCache(window)`, "
@@ -263,12 +265,6 @@ def check_cache_policy(policy: Any, window: int | None, cache_dtype: Any) -> Non
             f"Received: cache_policy={describe(policy)}, window={window}, "
             f"cache_dtype={describe(cache_dtype)}"
         )
-
-
-def deserialize_policy(policy: Any) -> Any:
-    """Returns a policy from its serialized form; anything else as it is."""
-    if isinstance(policy, dict):
-        return keras.saving.deserialize_keras_object(policy)
     return policy
 
 

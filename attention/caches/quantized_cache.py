@@ -10,7 +10,6 @@ from keras import ops
 from attention.caches.cache_policy import (
     CachePolicy,
     check_cache_policy,
-    deserialize_policy,
     token_axis,
 )
 from attention.caches.full_cache import FullCache
@@ -28,8 +27,7 @@ class QuantizedCache(CachePolicy):
     a sequence is cut into calls.
 
     Args:
-        policy: the `CachePolicy` that says which tokens are kept; `None` means
-            `FullCache()`.
+        policy: the `CachePolicy` of what is kept; `None` means `FullCache()`.
 
     Example:
 
@@ -42,9 +40,7 @@ class QuantizedCache(CachePolicy):
     """
 
     def __init__(self, policy: CachePolicy | None = None) -> None:
-        policy = deserialize_policy(policy)
-        check_cache_policy(policy, None, None)
-        self.policy = FullCache() if policy is None else policy
+        self.policy = check_cache_policy(policy) or FullCache()
         self.reach = self.policy.reach
 
     def slots(self, max_length: int) -> int:

@@ -21,8 +21,7 @@ class RingCache(CachePolicy):
     """Keeps the last `window` tokens and the first `keep` ones.
 
     A later token is in slot `keep + (position - keep) % window`. Which position a
-    slot holds follows from how many tokens came, so nothing else is stored, and the
-    cache never grows.
+    slot holds follows from how many tokens came. The cache never grows.
 
     First tokens that stay are what trained models rest their attention on where
     nothing else matters (attention sinks). Their positions are those of the sequence:

@@ -21,18 +21,14 @@ from attention.contract.cached_model import (
 )
 from attention.contract.composite_cached_layer import CompositeCachedLayer
 from attention.contract.context import change_context
-from attention.contract.initializers import clone_initializer
-from attention.contract.inner_layers import all_layers
+from attention.contract.inner_layers import all_layers, clone_initializer
 from attention.contract.padding import check_right_padded, last_tokens
 from attention.contract.remat import (
     build_as_one,
     hide_full_remat,
     rematerialize_tensors,
 )
-from attention.contract.scopes import (
-    CacheScope,
-    NewCacheScope,
-)
+from attention.contract.scopes import CacheScope, NewCacheScope
 from attention.contract.sizes import is_concrete
 from attention.contract.types import (
     Activation,

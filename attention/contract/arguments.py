@@ -92,19 +92,14 @@ def refuse_arguments(layer: Any, given: dict[str, Any], **reasons: str) -> None:
             )
 
 
-def check_soft_cap(value: Any) -> float | None:
-    """Returns `logit_soft_cap` as a float, and checks that it is positive or `None`."""
-    if value is None:
+def check_number(name: str, value: Any, none: str = "") -> float | None:
+    """Returns an argument as a float; `none` says what `None` means, if it may be."""
+    if value is None and none:
         return None
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        also = f" or None, which means {none}" if none else ""
         raise TypeError(
-            "`logit_soft_cap` must be a number or None, which means no cap. "
-            f"Received: logit_soft_cap={describe(value)}"
-        )
-    if value <= 0:
-        raise ValueError(
-            "`logit_soft_cap` must be positive: logits are kept between it and its "
-            f"negative. Received: logit_soft_cap={value}"
+            f"`{name}` must be a number{also}. Received: {name}={describe(value)}"
         )
     return float(value)
 

@@ -11,8 +11,7 @@ from keras import ops, tree
 from attention.contract.arguments import check_positive_int, describe
 from attention.contract.cached_layer import CachedLayer
 from attention.contract.checks import check_rewind_indices
-from attention.contract.recording_scope import RecordingScope
-from attention.contract.scopes import CacheScope
+from attention.contract.scopes import CacheScope, RecordingScope
 from attention.contract.sizes import static_size
 from attention.contract.types import Index, Mask
 
@@ -72,8 +71,7 @@ def call_sites(model: keras.Model, inputs: Any = None) -> CallSites:
     The model is run, without a cache, on a few tokens of zeros.
 
     Args:
-        model: a built `keras.Model` (or layer): functional, Sequential or
-            subclassed.
+        model: a built `keras.Model` (or layer) of any kind.
         inputs: an example of the model's inputs; needed for a subclassed
             model. Its values play no role.
 
@@ -296,8 +294,7 @@ def call_with_cache(
         cache_update_index: as for `CacheScope`, and so is `padding_mask`.
 
     Returns:
-        `(outputs, cache)`: the outputs of the model for these positions, and the
-        updated cache.
+        `(outputs, cache)`: the outputs for these positions, and the updated cache.
 
     Raises:
         ValueError: if the cache was made for another model or batch size, or

@@ -20,8 +20,7 @@ from attention.contract.cached_model import (
 )
 from attention.contract.calls import parameters, positional_parameters
 from attention.contract.context import change_context, context
-from attention.contract.recording_scope import RecordingScope
-from attention.contract.scopes import CacheScope
+from attention.contract.scopes import CacheScope, RecordingScope
 from attention.contract.types import Cache, Index, Mask, Tensor
 
 # Arguments of `call` that are not passed on to `transform`, or only if it names them.
@@ -84,15 +83,13 @@ class CompositeCachedLayer(CachedLayer):
     when the layer is first called without a cache, in the symbolic call that
     makes a functional model or in any other.
 
-    Inner cached layers that `transform` calls without a padding mask use the
-    one of this layer.
+    Inner cached layers that are called without a padding mask use that of this layer.
 
     Args:
         **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
 
     Raises:
-        TypeError: if called with an argument that `transform` does not name, or
-            without one that it needs.
+        TypeError: if called with other arguments than those that `transform` names.
         ValueError: if a cache is asked for before the call sites can be known.
 
     Example:

@@ -1,8 +1,7 @@
 """The context of a cached layer's call: its scope, padding mask and more.
 
 There is one context, a frozen value in one context variable, as with Keras's
-`StatelessScope`. Scopes and calls of cached layers change it for the code that runs
-inside of them.
+`StatelessScope`. Scopes and calls of cached layers change it for what runs inside.
 
 Which padding mask the `call` of a cached layer gets is in ARCHITECTURE.md. It is then
 the mask of the calls within it. `CachedLayer.__call__` handles the mask that is given
@@ -22,8 +21,7 @@ from typing import TYPE_CHECKING, Any
 from attention.contract.types import Tensor
 
 if TYPE_CHECKING:
-    from attention.contract.recording_scope import RecordingScope
-    from attention.contract.scopes import Scope
+    from attention.contract.scopes import RecordingScope, Scope
 
 
 @dataclasses.dataclass(frozen=True)

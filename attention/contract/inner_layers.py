@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from attention.contract.initializers import clone_initializer
+from attention.contract.types import Initializer
 
 
 def all_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
@@ -28,6 +28,24 @@ def all_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
         elif isinstance(value, (list, tuple, set)):
             waiting.extend(value)
     return list(found.values())
+
+
+def clone_initializer(initializer: Initializer, number: int = 0) -> Initializer:
+    """Returns an initializer of the same configuration.
+
+    Each use of an initializer draws the same numbers; weights that differ need copies.
+
+    Args:
+        initializer: a `keras.initializers.Initializer`, or any other callable,
+            which is returned as it is.
+        number: int. Added to the seed if that is an int: other numbers, other values.
+    """
+    if not isinstance(initializer, keras.initializers.Initializer):
+        return initializer
+    config = initializer.get_config()
+    if isinstance(config.get("seed"), int):
+        config["seed"] += number
+    return type(initializer).from_config(config)
 
 
 def make_dense(

@@ -44,11 +44,9 @@ def last_tokens(
 
     Args:
         history: tensor of shape `(batch, past + length, ...)`: the cached past and
-            after it the new tokens. The past holds at least `count` entries, zeros
-            where there is none.
+            after it the new tokens. The past holds at least `count` entries, or zeros.
         padding_mask: `None` or tensor of shape `(batch, length)`, true for the
-            real ones of the new tokens, which are padded on the right. The past
-            has no padding.
+            real ones of the new tokens, padded on the right. The past has no padding.
         count: int. How many entries to return.
 
     Returns:
@@ -57,8 +55,7 @@ def last_tokens(
 
     Raises:
         TypeError: if `count` is not an integer.
-        ValueError: if `history` has fewer than `count` entries, or `padding_mask` does
-            not fit it.
+        ValueError: if `history` has fewer entries, or `padding_mask` does not fit it.
 
     Example:
 

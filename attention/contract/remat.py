@@ -45,8 +45,7 @@ def rematerialize_tensors(
     """Returns a layer's `call` that is computed again with its tensors as arguments.
 
     Backends take all arguments of a rematerialized function for tensors, and TensorFlow
-    takes none by keyword, so `rematerialized_call`, which is Keras's, gets the tensors
-    only.
+    takes none by keyword, so Keras's `rematerialized_call` gets the tensors only.
     """
     flat = tree.flatten((args, kwargs))
     places = [i for i, x in enumerate(flat) if is_tensor(x)]

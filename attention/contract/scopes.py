@@ -1,4 +1,4 @@
-"""The scope that carries caches to the layers of a model written once."""
+"""The scopes that carry caches to the layers of a model written once."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import numpy as np
 from keras import ops, tree
 
 from attention.contract.arguments import describe
-from attention.contract.context import change_context
+from attention.contract.context import change_context, context
 from attention.contract.padding import check_right_padded
-from attention.contract.sizes import static_size
+from attention.contract.sizes import is_concrete, static_size
 from attention.contract.types import Cache, Index, Mask
 
 
@@ -56,8 +56,7 @@ class CacheScope(Scope):
     layers is run with a cache without a line of caching code in it. A composite cached
     layer takes one slot and opens a scope of its own for its inner layers.
 
-    The scope lives within one function that is traced (`tf.function`, `jax.jit`) or run
-    eagerly.
+    The scope lives within one function, traced (`tf.function`, `jax.jit`) or eager.
 
     Args:
         cache: a tuple of slots, as returned by `attention.create_cache` or by
@@ -187,8 +186,7 @@ class NewCacheScope(CacheScope):
         padding_mask: as for `CacheScope`.
 
     Attributes:
-        layers: after the scope is left, the cached layers in call order, as
-            `grow_cache` takes them.
+        layers: after the scope is left, the cached layers, as `grow_cache` takes them.
 
     Example:
 
@@ -232,7 +230,7 @@ OR_NO_CACHE = (
 )
 
 
-def first_size(structure: Any) -> int | None:
+def _first_size(structure: Any) -> int | None:
     """Returns the size of the first axis of the first tensor, where it is known."""
     leaves = (x for x in tree.flatten(structure) if getattr(x, "shape", ()))
     return next((static_size(x, 0) for x in leaves), None)
@@ -244,7 +242,7 @@ def _check_mask(padding_mask: Mask, cache: Cache, batch_size: Any = None) -> Any
         return None
     if isinstance(padding_mask, (list, tuple)):
         padding_mask = np.asarray(padding_mask)
-    rows = batch_size or first_size(cache)
+    rows = batch_size or _first_size(cache)
     shape = tuple(getattr(padding_mask, "shape", ()))
     if len(shape) != 2 or (None not in (rows, shape[0]) and shape[0] != rows):
         raise ValueError(
@@ -255,3 +253,61 @@ def _check_mask(padding_mask: Mask, cache: Cache, batch_size: Any = None) -> Any
     if isinstance(padding_mask, np.ndarray):
         check_right_padded(padding_mask)
     return ops.cast(padding_mask, "bool")
+
+
+class RecordingScope(Scope):
+    """Records the cached layers that are called, and runs them without a cache.
+
+    It is the dry run for the other scopes, and refuses calls that can have no cache: in
+    a mapped function, which no cache can leave, on other rows than the model's, or past
+    the layer's `__call__`. If it is `strict`, such a call raises a `ValueError`.
+
+    Attributes:
+        layers: the cached layers in call order.
+        problem: `None`, or why the calls can have no cache.
+        whole_prompt: bool. Whether some call, at whatever depth, needs a whole
+            prompt at once (see `CachedLayer.whole_prompt_arguments`).
+    """
+
+    def __init__(self, batch_size: int | None = None, strict: bool = True) -> None:
+        super().__init__(dry_run=context().dry_run or self)
+        self.layers: list[Any] = []
+        self.problem: str | None = None
+        self.whole_prompt = False
+        self._strict = strict
+        self._batch_size = batch_size
+        self._eager = False
+
+    def __enter__(self) -> Any:
+        # Calls that are not a dry run may be traced, by `jax.grad` for instance.
+        self._eager = self._strict and is_concrete(ops.zeros(()))
+        return super().__enter__()
+
+    def run(self, layer: Any, call: Any, inputs: Any) -> Any:
+        name = f"Layer '{layer.name}' ({type(layer).__name__})"
+        rows = _first_size(inputs)
+        if None not in (rows, self._batch_size) and rows != self._batch_size:
+            self.refuse(
+                f"{name} is called on {rows} rows, where the model has "
+                f"{self._batch_size}. A cache holds one sequence for each row of "
+                "the model, so a layer can't have one where another axis is "
+                "folded into the batch, or the rows are split. Call it on the "
+                "model's own rows" + OR_NO_CACHE
+            )
+        self.layers.append(layer)
+        outputs = call(None, None)
+        first = next(iter(tree.flatten(outputs)), None)
+        if self._eager and first is not None and not is_concrete(first):
+            self.refuse(
+                f"{name} is called inside of a function that is traced on its own: "
+                "mapped (`vectorized_map`), looped (`scan`, `fori_loop`, an RNN) or "
+                "compiled. Its cache can't leave that function, so it can't have one. "
+                "Call it outside, on all steps at once, or in a Python loop"
+                + OR_NO_CACHE
+            )
+        return outputs
+
+    def refuse(self, message: str) -> None:
+        self.problem = self.problem or message
+        if self._strict:
+            raise ValueError(message)

@@ -30,8 +30,7 @@ def static_size(x: Tensor, axis: int) -> int | None:
 def sequence_length(x: Tensor) -> Any:
     """Returns the size of axis 1: an int where it is known.
 
-    In a TensorFlow graph for any length it is a tensor, and `None` where only shapes
-    are computed.
+    In a TensorFlow graph for any length it is a tensor; `None` where only shapes count.
     """
     length = static_size(x, 1)
     unknown = length is None and x.shape[1] is None

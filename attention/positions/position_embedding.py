@@ -27,8 +27,7 @@ class PositionEmbedding(CachedLayer):
         **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
 
     Call arguments:
-        x: tensor of shape `(batch, length, width)`, the token embeddings. Only its
-            shape matters.
+        x: tensor of shape `(batch, length, width)`. Only its shape matters.
         padding_mask: makes no difference.
         cache: `None` or `()`.
         cache_update_index: as for every `CachedLayer`.

@@ -60,8 +60,7 @@ class PositionScheme(keras.layers.Layer):
                 key_dim)`: the new keys only, those in the cache are encoded.
             query_positions: `int32` tensor of shape `(query_length,)` or `(batch,
                 query_length)`.
-            key_positions: `int32` tensor of shape `(key_length,)` or `(batch,
-                key_length)`.
+            key_positions: `int32` tensor `(key_length,)` or `(batch, key_length)`.
 
         Returns:
             `(query, key)`, encoded, of the shapes received.

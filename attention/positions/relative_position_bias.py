@@ -24,11 +24,8 @@ class RelativePositionBias(PositionScheme):
     Args:
         num_buckets: int. The number of buckets. Defaults to `32`.
         max_distance: int. The distance from which on all share one bucket.
-            Defaults to `128`.
         bidirectional: bool. Whether half of the buckets are for keys after the query.
-            Defaults to `False`.
-        embeddings_initializer: initializer of the biases. Defaults to
-            `"random_normal"`.
+        embeddings_initializer: initializer of the biases.
 
     Raises:
         ValueError: if a bucket would be empty.

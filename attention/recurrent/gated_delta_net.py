@@ -10,7 +10,7 @@ from keras import ops
 from attention.contract.arguments import arguments_of, check_optional_positive_int
 from attention.contract.checks import check_sequence_shape
 from attention.contract.inner_layers import make_dense, make_rms_norm
-from attention.contract.types import DType, Mask, Shape, Tensor
+from attention.contract.types import DType, Shape, Tensor
 from attention.recurrent.recurrent_mixer import (
     RecurrentMixer,
     float32,
@@ -113,9 +113,7 @@ class GatedDeltaNet(RecurrentMixer):
         self.output_dense = make_dense(self, "output", width, values)
         self._scale = key_dim**-0.5
 
-    def transform(
-        self, x: Tensor, padding_mask: Mask | None = None, training: bool | None = None
-    ) -> Tensor:
+    def transform(self, x: Tensor) -> Tensor:  # type: ignore[override]
         mixed = self.convolution(self.query_key_value(x))  # (b, l, 2 g * k + h * v)
         query, key, value = ops.split(
             mixed, [self._key_size, 2 * self._key_size], axis=-1

@@ -50,8 +50,7 @@ class LinearRecurrence(CachedLayer):
             logarithm of the factor by which the state decays, not positive.
         remove: `None` or tensor of the shape of `key`: the direction along which
             the state is read before it is written to.
-        replace: `None` or tensor of the shape of `key`: where what was read along
-            `remove` is written to.
+        replace: `None` or tensor like `key`: where what was read is written to.
         padding_mask: as for every `CachedLayer`, and so is `cache_update_index`.
         cache: a cache made by `create_cache`: the state, float32.
 

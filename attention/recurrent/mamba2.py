@@ -15,7 +15,7 @@ from attention.contract.arguments import (
 )
 from attention.contract.checks import check_sequence_shape
 from attention.contract.inner_layers import make_dense
-from attention.contract.types import DType, Mask, Shape, Tensor
+from attention.contract.types import DType, Shape, Tensor
 from attention.recurrent.recurrent_mixer import (
     RecurrentMixer,
     float32,
@@ -127,9 +127,7 @@ class Mamba2(RecurrentMixer):
         self.norm_scale = self.add_float32_weight("norm_scale", (inner,), "ones")
         self.output_dense = make_dense(self, "output", width, inner, self.use_bias)
 
-    def transform(
-        self, x: Tensor, padding_mask: Mask | None = None, training: bool | None = None
-    ) -> Tensor:
+    def transform(self, x: Tensor) -> Tensor:  # type: ignore[override]
         inner, states = self._sizes  # h * v, g * k
         # (b, l, h * v), (b, l, h * v + 2 g * k), (b, l, h)
         gate, mixed, step = ops.split(

@@ -11,7 +11,7 @@ from keras import ops
 from attention.contract.arguments import arguments_of, check_optional_positive_int
 from attention.contract.checks import check_sequence_shape
 from attention.contract.inner_layers import make_dense, make_rms_norm
-from attention.contract.types import Mask, Shape, Tensor
+from attention.contract.types import Shape, Tensor
 from attention.positions.rotary_position import RotaryPosition
 from attention.recurrent.recurrent_mixer import (
     RecurrentMixer,
@@ -38,8 +38,7 @@ class Retention(RecurrentMixer):
         num_heads: int. The number of heads.
         key_dim: int or `None`. The size of query and key heads; even; `None` means
             the width of the inputs divided by `num_heads`.
-        value_dim: int or `None`. The size of value heads; `None` means
-            `2 * key_dim`.
+        value_dim: int or `None`. The size of value heads; `None`: `2 * key_dim`.
         epsilon: float. Of the norm of each head.
         kernel_initializer: initializer of the projections.
         **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
@@ -98,9 +97,7 @@ class Retention(RecurrentMixer):
         decays = 1 - 2.0 ** (-5 - np.arange(heads))
         self._log_decays = np.log(decays).astype("float32")[:, None]  # (h, 1)
 
-    def transform(
-        self, x: Tensor, padding_mask: Mask | None = None, training: bool | None = None
-    ) -> Tensor:
+    def transform(self, x: Tensor) -> Tensor:  # type: ignore[override]
         # (b, l, w) -> (b, l, h, k) and (b, l, h, v)
         query, key, value = (
             split_heads(dense(x), self.num_heads)

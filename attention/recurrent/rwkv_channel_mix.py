@@ -11,7 +11,7 @@ from attention.contract.arguments import arguments_of, check_positive_int
 from attention.contract.checks import check_sequence_shape
 from attention.contract.composite_cached_layer import CompositeCachedLayer
 from attention.contract.inner_layers import make_dense
-from attention.contract.types import Initializer, Mask, Shape, Tensor
+from attention.contract.types import Initializer, Shape, Tensor
 from attention.recurrent.token_shift import TokenShift
 
 
@@ -63,9 +63,7 @@ class RWKVChannelMix(CompositeCachedLayer):
         self.key_dense = make_dense(self, "key", self.hidden_dim, width)
         self.value_dense = make_dense(self, "value", width, self.hidden_dim)
 
-    def transform(
-        self, x: Tensor, padding_mask: Mask | None = None, training: bool | None = None
-    ) -> Tensor:
+    def transform(self, x: Tensor) -> Tensor:  # type: ignore[override]
         mixed = x + (self.shift(x) - x) * ops.cast(self.mix, x.dtype)  # (b, l, w)
         inner = ops.square(ops.relu(self.key_dense(mixed)))  # (b, l, hidden_dim)
         return self.value_dense(inner)  # (b, l, w)

@@ -16,7 +16,7 @@ from attention.contract.arguments import (
 )
 from attention.contract.checks import check_sequence_shape
 from attention.contract.inner_layers import make_dense
-from attention.contract.types import Mask, Shape, Tensor
+from attention.contract.types import Shape, Tensor
 from attention.recurrent.recurrent_mixer import (
     RecurrentMixer,
     float32,
@@ -48,8 +48,7 @@ class RWKVTimeMix(RecurrentMixer):
         decay_dim: int or `None`. The rank of the low-rank projection to decays;
             `None` means one that fits the width of the inputs, as in RWKV's own code.
         rate_dim: int or `None`. The rank of that to the rates of replacement.
-        value_dim: int or `None`. The rank of that to the share of the first layer's
-            values.
+        value_dim: int or `None`. The rank of that to the share of the first values.
         gate_dim: int or `None`. The rank of that to the gate.
         value_residual: bool. Whether values are mixed with those of the first layer,
             which are then an argument: `layer(x, first_value)`.
@@ -58,8 +57,7 @@ class RWKVTimeMix(RecurrentMixer):
 
     Call arguments:
         x: tensor of shape `(batch, length, width)`.
-        first_value: `None`, or the values that the first layer returned, of the shape
-            of `x`.
+        first_value: `None`, or what the first layer returned, of the shape of `x`.
         return_value: bool. Whether to return the values, too, for other layers.
         padding_mask: as for `Retention`, and so are `cache` and `cache_update_index`.
 
@@ -149,8 +147,6 @@ class RWKVTimeMix(RecurrentMixer):
         x: Tensor,
         first_value: Tensor | None = None,
         return_value: bool = False,
-        padding_mask: Mask | None = None,
-        training: bool | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         self._check_first_value(first_value)
         # Here k = v = w / h: up to the heads, all tensors are (b, l, w).

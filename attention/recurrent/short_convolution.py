@@ -8,7 +8,7 @@ import keras
 from keras import ops
 
 from attention.contract.arguments import arguments_of, check_positive_int
-from attention.contract.initializers import clone_initializer
+from attention.contract.inner_layers import clone_initializer
 from attention.contract.types import Activation, Initializer, Shape, Tensor
 from attention.recurrent.token_shift import TokenShift
 
@@ -24,8 +24,7 @@ class ShortConvolution(TokenShift):
         kernel_initializer: initializer of the kernel, of shape `(kernel_size, width)`.
         **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
 
-    Call arguments and results are those of `TokenShift`; the cache holds the last
-    `kernel_size - 1` tokens.
+    Call arguments and results are those of `TokenShift`, for `kernel_size - 1` tokens.
 
     Example:
 

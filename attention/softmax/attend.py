@@ -27,8 +27,7 @@ class Weighting(NamedTuple):
         compute_weights: called with logits, `(batch, num_heads, length,
             key_length)`, and a mask; returns weights of the same shape.
         scale: float. The factor of the products of queries and keys.
-        bias: called with the positions of queries and keys; returns a bias of the
-            logits, or `None`.
+        bias: called with positions of queries and keys; returns a bias or `None`.
         soft_cap: `None` or float, as `logit_soft_cap` of a layer.
         dropout: `None`, or a callable applied to the weights.
         fused: bool. Whether the backend's fused kernel may compute it.

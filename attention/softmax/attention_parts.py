@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import numbers
 from typing import Any
 
 import keras
 
-from attention.caches.cache_policy import (
-    CachePolicy,
-    check_cache_policy,
-    deserialize_policy,
-)
+from attention.caches.cache_policy import CachePolicy, check_cache_policy
 from attention.caches.full_cache import FullCache
 from attention.caches.quantized_cache import QuantizedCache
 from attention.caches.ring_cache import RingCache
 from attention.contract.arguments import (
     arguments_of,
     check_fraction,
+    check_number,
     check_optional_positive_int,
     check_positive_int,
-    check_soft_cap,
     describe,
 )
 from attention.contract.cached_layer import CachedLayer
 from attention.contract.checks import check_sequence_shape
-from attention.contract.initializers import clone_initializer
-from attention.contract.inner_layers import make_rms_norm
+from attention.contract.inner_layers import clone_initializer, make_rms_norm
 from attention.contract.sizes import static_size
 from attention.contract.types import Cache, Initializer, Tensor
 from attention.positions.position_scheme import (
@@ -76,21 +70,21 @@ class AttentionParts(CachedLayer):
         self.position = check_position(position)
         # Whether a query attends to no later position.
         self.causal = bool(causal)
-        if scale is not None and not isinstance(scale, numbers.Real):
-            raise TypeError(
-                "`scale` must be a number or None, which means 1 / sqrt(key_dim). "
-                f"Received: scale={describe(scale)}"
-            )
-        self.scale = scale if scale is None else float(scale)
+        self.scale = check_number("scale", scale, none="1 / sqrt(key_dim)")
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
         self.query_key_norm = bool(query_key_norm)
-        self.logit_soft_cap = check_soft_cap(logit_soft_cap)
+        cap = check_number("logit_soft_cap", logit_soft_cap, none="no cap")
+        if cap is not None and cap <= 0:
+            raise ValueError(
+                "`logit_soft_cap` must be positive: logits are kept between it and its "
+                f"negative. Received: logit_soft_cap={logit_soft_cap}"
+            )
+        self.logit_soft_cap = cap
         self.attention_sinks = bool(attention_sinks)
         self.output_gate = bool(output_gate)
         self.cache_dtype = cache_dtype
-        policy = deserialize_policy(cache_policy)
-        check_cache_policy(policy, window, cache_dtype)
+        policy = check_cache_policy(cache_policy, window, cache_dtype)
         self._given_policy = policy
         if policy is None:
             policy = FullCache() if window is None else RingCache(window)

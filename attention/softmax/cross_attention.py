@@ -14,8 +14,9 @@ from attention.contract.padding import zero_padding
 from attention.contract.sizes import static_size
 from attention.contract.types import Cache, Index, Mask, Shape, Tensor
 from attention.positions.arithmetic import token_positions
+from attention.softmax.call_arguments import check_attention_mask
 from attention.softmax.grouped_query_attention import GroupedQueryAttention
-from attention.softmax.visibility import Visibility, check_attention_mask
+from attention.softmax.visibility import Visibility
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
@@ -33,8 +34,7 @@ class CrossAttention(GroupedQueryAttention):
 
     Args:
         num_heads: int. The number of query heads.
-        num_key_value_heads: int or `None`. The number of key/value heads; `None`
-            means `num_heads`.
+        num_key_value_heads: int or `None`. `None` means `num_heads`.
         **kwargs: as for `GroupedQueryAttention`: `cache_dtype`, `key_dim`, `value_dim`,
             `dropout`, `use_bias`, `scale`, `query_key_norm`, `logit_soft_cap`,
             `attention_sinks`, `output_gate`, initializers, `name`, `dtype`.
@@ -57,8 +57,7 @@ class CrossAttention(GroupedQueryAttention):
         scores)`; with a cache, `(what is said above, cache)`.
 
     Raises:
-        ValueError: if there is neither `value` nor a cache, or the source is longer
-            than the cache.
+        ValueError: if there is neither `value` nor a cache, or the source does not fit.
 
     Example:
 

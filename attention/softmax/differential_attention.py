@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import numbers
 from typing import Any
 
 import keras
 from keras import ops
 
-from attention.contract.arguments import arguments_of, describe
+from attention.contract.arguments import arguments_of, check_number
 from attention.contract.inner_layers import make_rms_norm
 from attention.contract.types import Tensor
 from attention.softmax.grouped_query_attention import GroupedQueryAttention
@@ -35,12 +34,10 @@ class DifferentialAttention(GroupedQueryAttention):
             their own; divides `num_heads`. `None` means `num_heads`.
         key_dim: int or `None`. The size of each of the two query and key heads;
             `None` means the width of the inputs divided by `2 * num_heads`.
-        value_dim: int or `None`. The size of each value head; `None` means
-            `2 * key_dim`.
+        value_dim: int or `None`. The size of each value head; `None`: `2 * key_dim`.
         lambda_init: float. The initial lambda. In the paper it grows with the depth
             `i`, counted from 0: `0.8 - 0.6 * exp(-0.3 * i)`.
-        **kwargs: as for `GroupedQueryAttention`, such as `position`, `window`,
-            `dropout` and `use_bias`.
+        **kwargs: as for `GroupedQueryAttention`, such as `position` and `window`.
 
     Call arguments and results are those of `GroupedQueryAttention`; scores are
     differences, and may be negative.
@@ -62,7 +59,7 @@ class DifferentialAttention(GroupedQueryAttention):
     - [Ye et al., 2024](https://arxiv.org/abs/2410.05258)
     """
 
-    lambda_init: float
+    lambda_init: Any
     _per_head = 2
 
     def __init__(
@@ -77,11 +74,7 @@ class DifferentialAttention(GroupedQueryAttention):
         if num_key_value_heads is None:
             num_key_value_heads = num_heads
         super().__init__(num_heads, num_key_value_heads, key_dim, value_dim, **kwargs)
-        if isinstance(lambda_init, bool) or not isinstance(lambda_init, numbers.Real):
-            raise TypeError(
-                f"`lambda_init` must be a number. Received: {describe(lambda_init)}"
-            )
-        self.lambda_init = float(lambda_init)
+        self.lambda_init = check_number("lambda_init", lambda_init)
 
     def build(
         self,

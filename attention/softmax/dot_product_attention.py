@@ -17,14 +17,15 @@ from attention.positions.arithmetic import (
 )
 from attention.softmax.attend import Weighting, attend_to
 from attention.softmax.attention_parts import AttentionParts
-from attention.softmax.kernels import fused_attention_applies, masked_softmax
-from attention.softmax.key_value import pack_key_value
-from attention.softmax.prefix import (
+from attention.softmax.call_arguments import (
+    check_attention_mask,
     check_prefix_length,
     check_segment_ids,
     only_whole_prefixes,
+    pack_key_value,
 )
-from attention.softmax.visibility import Visibility, check_attention_mask
+from attention.softmax.kernels import fused_attention_applies, masked_softmax
+from attention.softmax.visibility import Visibility
 
 
 class DotProductAttention(AttentionParts):

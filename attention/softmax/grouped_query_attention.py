@@ -32,8 +32,7 @@ class GroupedQueryAttention(DotProductAttention):
             `num_heads`. One is multi-query attention.
         key_dim: int or `None`. The size of each query and key head. `None`
             means the width of the inputs divided by `num_heads`.
-        value_dim: int or `None`. The size of each value head; `None` means
-            `key_dim`.
+        value_dim: int or `None`. The size of each value head; `None`: `key_dim`.
         dropout: float. The dropout rate of the attention weights.
         use_bias: bool. Whether the projections have biases.
         position: `None` or a position scheme, such as `RotaryPosition()`.
@@ -80,8 +79,7 @@ class GroupedQueryAttention(DotProductAttention):
         prefix_length: `None`, int, or integer tensor of shape `()` or `(batch,)`:
             tokens before this position see each other in both directions
             (PrefixLM). With a cache, the whole prefix must be in one call: another
-            call that begins within it is an error, or gives NaN in a compiled
-            function.
+            call that begins within it is an error, or gives NaN where compiled.
         segment_ids: `None` or integer tensor of shape `(batch, length)`: tokens
             see only those of their own document. Not with a cache.
 

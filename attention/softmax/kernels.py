@@ -45,8 +45,7 @@ def grouped_attention(
     """Computes dot product attention in which query heads share key/value heads.
 
     The heads that share a key/value head are computed as one matrix; keys and values
-    are never repeated. They may come in parts, of a cache and of new tokens, which are
-    not copied together.
+    are never repeated. They may come in parts, which are not copied together.
 
     Args:
         query: tensor of shape `(batch, query_length, num_heads, key_dim)`.
@@ -55,15 +54,13 @@ def grouped_attention(
             value_dim)`.
         compute_weights: called with `float32` logits of shape `(batch, num_heads,
             query_length, key_length)`; returns weights of the same shape.
-        bias: `None` or float tensor `([batch,] 1 or num_heads, query_length,
-            key_length)`.
+        bias: `None` or float tensor `([batch,] 1 or num_heads, queries, keys)`.
         soft_cap: `None` or float. Scaled products are kept between it and its
             negative.
         dropout: `None` or a callable applied to the weights.
 
     Returns:
-        The outputs, `(batch, query_length, num_heads, value_dim)`, and the
-        weights without dropout.
+        The outputs, `(batch, length, num_heads, dim)`, and the weights without dropout.
     """
     length, heads, dim = ops.shape(query)[1], query.shape[2], query.shape[3]
     groups = parts[0][1].shape[1]

@@ -8,8 +8,11 @@ import keras
 from keras import ops
 
 from attention.contract.arguments import arguments_of, refuse_arguments
-from attention.contract.initializers import clone_initializer
-from attention.contract.inner_layers import make_dense, make_rms_norm
+from attention.contract.inner_layers import (
+    clone_initializer,
+    make_dense,
+    make_rms_norm,
+)
 from attention.contract.types import Tensor
 from attention.positions.position_scheme import PositionScheme
 from attention.positions.rotary_position import RotaryPosition
@@ -37,16 +40,14 @@ class LatentAttention(DotProductAttention):
         num_heads: int. The number of heads.
         key_dim: int or `None`. The size of the part of each head that knows no
             position; `None` means the width of the inputs divided by `num_heads`.
-        value_dim: int or `None`. The size of each value head; `None` means
-            `key_dim`.
+        value_dim: int or `None`. The size of each value head; `None`: `key_dim`.
         latent_dim: int or `None`. The size of the vector that is cached; `None`
             means `4 * key_dim`, as in DeepSeek's models.
         rotary_dim: even int or `None`. The size of the part of each head that is
             rotated; `None` means half of `key_dim`, made even.
         query_latent_dim: int or `None`. The rank of a low-rank projection of queries;
             `None` means a full projection.
-        position: a position scheme that encodes the rotary parts, or `None`, which
-            means `RotaryPosition()`.
+        position: a position scheme of the rotary parts; `None`: `RotaryPosition()`.
         epsilon: float. Of the norms of latents.
         use_bias: bool. Whether the projections have biases.
         **kwargs: as for `GroupedQueryAttention`: `window`, `cache_dtype`,

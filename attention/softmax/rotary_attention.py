@@ -17,8 +17,7 @@ class RotaryAttention(GroupedQueryAttention):
 
     Args:
         num_heads: int. The number of query heads.
-        num_key_value_heads: int or `None`. The number of key/value heads;
-            `None` means `num_heads`.
+        num_key_value_heads: int or `None`, which means `num_heads`.
         key_dim: int or `None`. The size of each head; `None` means the width of
             the inputs divided by `num_heads`.
         max_wavelength: number. The longest wavelength, or `rope_theta`.

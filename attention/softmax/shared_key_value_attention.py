@@ -11,9 +11,9 @@ from attention.contract.arguments import describe
 from attention.contract.padding import zero_padding
 from attention.contract.types import Cache, Index, Mask, Tensor
 from attention.positions.arithmetic import token_positions
+from attention.softmax.call_arguments import check_attention_mask, check_key_value
 from attention.softmax.dot_product_attention import DotProductAttention
-from attention.softmax.key_value import check_key_value
-from attention.softmax.visibility import Visibility, check_attention_mask
+from attention.softmax.visibility import Visibility
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
@@ -38,14 +38,12 @@ class SharedKeyValueAttention(DotProductAttention):
             producer; divides `num_heads`. `None`: as many as are given.
         key_dim: int or `None`. The size of each query and key head. `None`
             means the width of the inputs divided by `num_heads`.
-        value_dim: int or `None`. The size of each value head; `None` means
-            `key_dim`.
+        value_dim: int or `None`. The size of each value head; `None`: `key_dim`.
         position: `None` or a position scheme, such as `RotaryPosition()`; it
             encodes the queries. The keys come encoded by the producer's scheme.
         window: int or `None`. How many positions a query sees, itself included;
             not more than the producer's window. `None` means all of them.
-        query_key_norm: bool. Whether queries are normalized, as the producer's
-            keys then are.
+        query_key_norm: bool. Whether queries are normalized, as the keys then are.
         **kwargs: as for `GroupedQueryAttention`: `dropout`, `use_bias`, `scale`,
             `logit_soft_cap`, `attention_sinks`, `output_gate`, initializers, `name`,
             `dtype`.
@@ -56,8 +54,7 @@ class SharedKeyValueAttention(DotProductAttention):
             key_length, key_dim)`, `"value"`, of shape `(batch, num_key_value_heads,
             key_length, value_dim)`, and `"positions"`, an integer tensor of shape
             `(batch, key_length)`: those that `GroupedQueryAttention` returns with
-            `return_key_value=True`, called on the same tokens. A query sees keys up to
-            its own position.
+            `return_key_value=True`. A query sees keys up to its own position.
         attention_mask: as for `GroupedQueryAttention`, and so are `padding_mask`,
             `cache_update_index`, `return_attention_scores` and `training`.
         cache: `()`, the cache made by `create_cache`.

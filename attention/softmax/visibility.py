@@ -8,11 +8,13 @@ from typing import Any
 from keras import ops
 
 from attention.caches.cache_policy import CachePolicy
-from attention.contract.arguments import describe
+from attention.contract.padding import cut
 from attention.contract.sizes import sequence_length, static_size
 from attention.contract.types import Mask, Tensor
 from attention.positions.arithmetic import HIDDEN_POSITION, one_row_each
-from attention.softmax.banded import Blocks, block_size
+
+# With smaller blocks there are too many small products.
+_MIN_BLOCK = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,8 +22,7 @@ class Visibility:
     """The rules that decide which keys a query may attend to.
 
     Attributes:
-        query_positions: `int32` tensor of shape `(query_length,)` or `(batch,
-            query_length)`.
+        query_positions: `int32` tensor `(query_length,)` or `(batch, query_length)`.
         key_positions: `int32` tensor of shape `(key_length,)` or `(batch, key_length)`.
         causal: bool. Whether keys at later positions are hidden.
         policy: `None` or a `CachePolicy`, which hides the keys that it drops.
@@ -32,8 +33,7 @@ class Visibility:
         prefix_length: `None` or `int32` tensor, `()` or `(batch,)`: keys before
             this position are seen from before them, too.
         segment_ids: `None`, or a pair of integer tensors `(batch, query_length)`
-            and `(batch, key_length)`: only keys of the query's own segment are
-            seen.
+            and `(batch, key_length)`: only keys of the query's own segment count.
         in_order: bool. Whether the positions of keys are 0, 1, 2 and so on,
             unless there is a row of them for each sequence.
     """
@@ -117,39 +117,8 @@ class Visibility:
         if length is None or not same:
             return None
         reach = None if self.policy is None else self.policy.reach
-        size = block_size(length, reach)
+        size = _block_size(length, reach)
         return None if size is None else Blocks(size, length, self.causal)
-
-
-def check_attention_mask(attention_mask: Mask, query: Tensor, keys: Tensor) -> None:
-    """Raises an error if an attention mask does not fit the queries and keys.
-
-    `keys` is `None` where a cache holds them: the mask may then have any number of
-    columns. Masks of a floating dtype are refused with a `TypeError`: they are added to
-    logits elsewhere, where zero means that a key is seen.
-    """
-    if attention_mask is None:
-        return
-    dtype = str(getattr(attention_mask, "dtype", "unknown"))
-    if "bool" not in dtype and "int" not in dtype:
-        raise TypeError(
-            "`attention_mask` must be boolean: true where a query may attend to a "
-            f"key. Received: attention_mask={describe(attention_mask)}. Turn a mask "
-            "that is added to logits into one with `mask == 0`."
-        )
-    wanted = [(1, static_size(query, 0)), (1, static_size(query, 1))]
-    if keys is not None:
-        wanted.append((1, static_size(keys, 1)))
-    sizes = [static_size(attention_mask, axis) for axis in range(3)]
-    if len(attention_mask.shape) != 3 or any(
-        None not in (size, *fitting) and size not in fitting
-        for size, fitting in zip(sizes, wanted)
-    ):
-        raise ValueError(
-            "`attention_mask` must be of shape (batch, query_length, key_length). "
-            f"Received: attention_mask={describe(attention_mask)}, query="
-            f"{describe(query)}, keys={describe(keys)}"
-        )
 
 
 def _align(attention_mask: Mask, key_positions: Tensor, in_order: bool) -> Tensor:
@@ -166,3 +135,54 @@ def _align(attention_mask: Mask, key_positions: Tensor, in_order: bool) -> Tenso
     if in_order and static_size(key_positions, 0) in (None, length):
         return attention_mask
     return ops.logical_and(ops.take(attention_mask, columns, axis=-1), known)
+
+
+def _block_size(length: Any, window: int | None) -> Any:
+    """Returns the size of blocks for sliding-window self-attention.
+
+    It is at least the window, so that a block sees only its neighbours, and a tensor
+    where `length` is one. `None` where blocks would save nothing.
+    """
+    if window is None:
+        return None
+    size = max(window, _MIN_BLOCK)
+    if not isinstance(length, int):
+        return ops.minimum(size, length)
+    return size if length > 2 * size else None
+
+
+class Blocks:
+    """Arranges a batch of sequences as a larger batch of blocks of a size.
+
+    The size and the length may be tensors. A block sees itself and the block before it,
+    and if it is not causal the block after it.
+    """
+
+    def __init__(self, size: Any, length: Any, causal: bool) -> None:
+        self.size, self.length, self.causal = size, length, causal
+        self.count = -(-length // size)
+
+    def queries(self, x: Tensor) -> Tensor:
+        """Returns `(batch, length, ...)` as `(batch * blocks, size, ...)`."""
+        return self._merge(cut(x, self.count, self.size))
+
+    def keys(self, x: Tensor, fill: int = 0) -> Tensor:
+        """Returns blocks with their neighbours: `(batch * blocks, 2 or 3 * size, ...)`.
+
+        `fill` is the value before and after the sequence.
+        """
+        x = cut(x, self.count, self.size, fill)
+        edge = ops.full_like(x[:, :1], fill)
+        parts = [ops.concatenate([edge, x[:, :-1]], axis=1), x]
+        if not self.causal:
+            parts.append(ops.concatenate([x[:, 1:], edge], axis=1))
+        return self._merge(ops.concatenate(parts, axis=2))
+
+    def join(self, x: Tensor) -> Tensor:
+        """Returns blocks of queries as `(batch, length, ...)` again."""
+        x = ops.reshape(x, (-1, self.count * self.size, *x.shape[2:]))
+        return x[:, : self.length]
+
+    @staticmethod
+    def _merge(x: Tensor) -> Tensor:
+        return ops.reshape(x, (-1, *ops.shape(x)[2:]))

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 from keras import tree
 
-from attention.contract.arguments import describe
+from attention.contract.arguments import check_number, describe
 from attention.contract.cached_layer import CachedLayer
 from attention.contract.types import DType
 from attention.testing.backends import full_precision, has_compiler
@@ -62,13 +62,7 @@ def run_checks(
 ) -> dict[str, float]:
     """Runs checks in order and returns the largest difference each found."""
     names = select(checks, CHECKS)
-    if tolerance is not None:
-        if isinstance(tolerance, bool) or not isinstance(tolerance, (int, float)):
-            raise TypeError(
-                "`tolerance` must be a number or None. Received: tolerance="
-                f"{describe(tolerance)}"
-            )
-        subject.tolerance = float(tolerance)
+    subject.tolerance = check_number("tolerance", tolerance, none="rounding") or 0.0
     if subject.batch_size < 2 or subject.length < 8:
         raise ValueError(
             "`batch_size` must be at least 2 and `max_length` at least 8, or there "
@@ -195,8 +189,7 @@ def check_cached_model(
             model, and for integers of unknown range; otherwise read off the
             model. An input with "mask" in its name is a padding mask.
         hidden_dim: int. The width of the inputs, for a cached layer.
-        batch_size, max_length, dtype, seed, checks, tolerance: as for
-            `check_cached_layer`.
+        batch_size, max_length, dtype, seed, checks, tolerance: as for a layer.
 
     Returns:
         A dict from each check to the largest difference that was found.

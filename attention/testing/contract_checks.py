@@ -11,8 +11,15 @@ from attention.contract.arguments import describe
 from attention.contract.checks import UpdatedCacheError
 from attention.contract.sizes import is_tensor
 from attention.testing.backends import to_numpy
-from attention.testing.comparing import Difference, ranges
-from attention.testing.probe import ROWS, Probe, as_index, part, replace
+from attention.testing.probe import (
+    ROWS,
+    Difference,
+    Probe,
+    as_index,
+    part,
+    ranges,
+    replace,
+)
 from attention.testing.running import ConformanceError
 
 

@@ -11,16 +11,17 @@ from keras import ops, tree
 
 from attention.contract.types import Cache
 from attention.testing.backends import to_numpy
-from attention.testing.comparing import Difference, ranges
 from attention.testing.contract_checks import leaf_name
 from attention.testing.probe import (
     INT,
     ROWS,
     SCALAR,
+    Difference,
     Outputs,
     Probe,
     join,
     part,
+    ranges,
 )
 
 _SAME = (

@@ -8,9 +8,17 @@ import numpy as np
 from keras import tree
 
 from attention.testing.backends import to_numpy
-from attention.testing.comparing import Difference
 from attention.testing.contract_checks import leaf_name
-from attention.testing.probe import INT, ROWS, Probe, as_index, gather, part, replace
+from attention.testing.probe import (
+    INT,
+    ROWS,
+    Difference,
+    Probe,
+    as_index,
+    gather,
+    part,
+    replace,
+)
 
 # How much larger than real tokens the contents of padded ones are.
 _LOUD = 100.0

@@ -9,8 +9,16 @@ import numpy as np
 
 from attention.contract.arguments import describe
 from attention.contract.types import Cache
-from attention.testing.comparing import Difference
-from attention.testing.probe import INT, SCALAR, Probe, as_index, join, part, replace
+from attention.testing.probe import (
+    INT,
+    SCALAR,
+    Difference,
+    Probe,
+    as_index,
+    join,
+    part,
+    replace,
+)
 
 
 def check_rewind(probe: Probe) -> None:

@@ -18,8 +18,7 @@ class ConformanceError(AssertionError):
 
     Attributes:
         check: the name of the check.
-        difference: the largest difference found, or `None` where the failure
-            is no number.
+        difference: the largest difference found, or `None` if it is no number.
 
     Example:
 

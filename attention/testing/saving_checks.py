@@ -13,8 +13,7 @@ import keras
 
 from attention.contract.inner_layers import all_layers
 from attention.testing.backends import without_gradients
-from attention.testing.comparing import Difference
-from attention.testing.probe import Probe, part, positional, tensors
+from attention.testing.probe import Difference, Probe, part, positional, tensors
 from attention.testing.subjects import copy_weights
 
 

@@ -37,8 +37,7 @@ _NOISE = 0.1
 class Subject(Checked):
     """Makes layers to check, under a dtype policy, and calls them all in the same way.
 
-    `length` is that of the sequences and of the caches. `ModelSubject` does the same
-    for models.
+    `length` is that of the sequences and of the caches. Models: `ModelSubject`.
     """
 
     argument, kind = "make_layer", CachedLayer
