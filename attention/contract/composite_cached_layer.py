@@ -149,18 +149,12 @@ class CompositeCachedLayer(CachedLayer):
         return super().__call__(*args, **kwargs)
 
     def _call(
-        self,
-        x: Tensor,
-        padding_mask: Mask | None = None,
-        cache: Cache | None = None,
-        cache_update_index: Index | None = None,
-        training: bool | None = None,
-        **inputs: Any,
+        self, cache: Cache = None, cache_update_index: Index = None, **inputs: Any
     ) -> Any:
         if cache is None:
-            return self._transform_noting_sites(x, padding_mask, training, inputs)
+            return self._transform_noting_sites(inputs)
         with CacheScope(cache, cache_update_index, donate=context().donated) as scope:
-            outputs = self._transform(x, padding_mask, training, inputs)
+            outputs = self._transform(inputs)
         return outputs, scope.cache
 
     def create_cache(
@@ -200,15 +194,13 @@ class CompositeCachedLayer(CachedLayer):
             raise ValueError(problem)
         return layers
 
-    def _transform(
-        self, x: Tensor, padding_mask: Mask | None, training: bool | None, inputs: dict
-    ) -> Any:
-        accepted = parameters(type(self).transform)
-        for name, value in (("padding_mask", padding_mask), ("training", training)):
-            if name in accepted:
-                inputs = {**inputs, name: value}
-        with change_context(padding_mask=padding_mask):
-            return self.transform(x, **inputs)
+    def _transform(self, inputs: dict[str, Any]) -> Any:
+        inputs = {"padding_mask": None, "training": None, **inputs}
+        # Its first argument may have any name.
+        takes = parameters(type(self).transform)[1:]
+        further = {name: value for name, value in inputs.items() if name in takes}
+        with change_context(padding_mask=inputs["padding_mask"]):
+            return self.transform(inputs["x"], **further)
 
     def _check_arguments(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """Raises an error if these are not the arguments that `transform` names."""
@@ -238,21 +230,20 @@ class CompositeCachedLayer(CachedLayer):
         if own is not CompositeCachedLayer.max_sequence_length:
             super()._check_length(*args)
 
-    def _transform_noting_sites(
-        self, x: Tensor, padding_mask: Mask | None, training: bool | None, inputs: dict
-    ) -> Any:
+    def _transform_noting_sites(self, inputs: dict[str, Any]) -> Any:
         """Runs `transform` without a cache, and records the call sites if needed."""
         memo = self.__dict__.get("_call_site_memo")
         needless = not _further_arguments(type(self).transform)
         if needless or (memo is not None and memo.key):
-            return self._transform(x, padding_mask, training, inputs)
+            return self._transform(inputs)
         weights = len(self.weights)
         # Not strict, as these calls need no cache so far.
         with RecordingScope(strict=False) as scope:
-            outputs = self._transform(x, padding_mask, training, inputs)
+            outputs = self._transform(inputs)
         # Building inner layers may call others, and training may leave some out or
         # add some: then a later call decides.
-        certain = self.built and not training and len(self.weights) == weights
+        settled = self.built and len(self.weights) == weights
+        certain = settled and not inputs.get("training")
         sites = tuple(scope.layers)
         self._call_site_memo = Untracked(certain, (sites, scope.problem))
         return outputs
@@ -279,6 +270,6 @@ class CompositeCachedLayer(CachedLayer):
 
         def run(rows: int, length: int) -> Any:
             zeros = ops.zeros((rows, length, *shape[2:]), dtype=self.compute_dtype)
-            return self._transform(zeros, None, False, {})
+            return self._transform({"x": zeros, "training": False})
 
         return find_call_sites(run, self.name)

@@ -237,22 +237,20 @@ def _scan_states(
             return tf.matmul(transition, state, transpose_a=transpose)
         return transition * state
 
-    def step(state: Tensor, chunk: tuple[Tensor, Tensor]) -> Tensor:
-        return times(chunk[0], state) + chunk[1]
+    def scan(transition: Tensor, added: Tensor, state: Tensor, back: bool) -> Tensor:
+        def step(state: Tensor, chunk: tuple[Tensor, Tensor]) -> Tensor:
+            return times(chunk[0], state, transpose=back) + chunk[1]
 
-    def step_back(upstream: Tensor, chunk: tuple[Tensor, Tensor]) -> Tensor:
-        return times(chunk[0], upstream, transpose=True) + chunk[1]
+        return tf.scan(step, (transition, added), state, reverse=back)
 
     @tf.custom_gradient
     def run(transition: Tensor, added: Tensor, state: Tensor) -> tuple:
-        after = tf.scan(step, (transition, added), state)
+        after = scan(transition, added, state, back=False)
         states = tf.concat([state[None], after], axis=0)
 
         def gradient(upstream: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            last = upstream[-1]
-            steps = (transition, upstream[:-1])
-            before = tf.scan(step_back, steps, last, reverse=True)
-            after = tf.concat([before[1:], last[None]], axis=0)
+            before = scan(transition, upstream[:-1], upstream[-1], back=True)
+            after = tf.concat([before[1:], upstream[-1:]], axis=0)
             if matrices:
                 of_transition = tf.matmul(after, states[:-1], transpose_b=True)
             else:

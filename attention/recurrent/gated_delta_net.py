@@ -11,14 +11,14 @@ from attention.contract.arguments import arguments_of, check_optional_positive_i
 from attention.contract.checks import check_sequence_shape
 from attention.contract.inner_layers import make_dense, make_rms_norm
 from attention.contract.types import DType, Shape, Tensor
-from attention.recurrent.recurrent_mixer import (
-    RecurrentMixer,
+from attention.recurrent.heads import (
     float32,
     join_heads,
     repeat_heads,
     split_heads,
     unit_length,
 )
+from attention.recurrent.recurrent_mixer import RecurrentMixer
 
 
 def _log_of_uniform(shape: tuple[int, ...], dtype: DType = None) -> Tensor:

@@ -16,13 +16,8 @@ from attention.contract.arguments import (
 from attention.contract.checks import check_sequence_shape
 from attention.contract.inner_layers import make_dense
 from attention.contract.types import DType, Shape, Tensor
-from attention.recurrent.recurrent_mixer import (
-    RecurrentMixer,
-    float32,
-    join_heads,
-    repeat_heads,
-    split_heads,
-)
+from attention.recurrent.heads import float32, join_heads, repeat_heads, split_heads
+from attention.recurrent.recurrent_mixer import RecurrentMixer
 
 
 def _log_of_heads(shape: tuple[int, ...], dtype: DType = None) -> Tensor:

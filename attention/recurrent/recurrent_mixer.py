@@ -1,11 +1,10 @@
-"""The base of recurrent mixers with heads, and helpers for their arithmetic."""
+"""The base of recurrent mixers with heads."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import keras
-from keras import ops
 
 from attention.contract.arguments import (
     arguments_of,
@@ -97,29 +96,3 @@ class RecurrentMixer(CompositeCachedLayer):
 
     def get_config(self) -> dict[str, Any]:
         return {**arguments_of(RecurrentMixer, self), **super().get_config()}
-
-
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """Returns `(batch, length, heads * dim)` as `(batch, length, heads, dim)`."""
-    return ops.reshape(x, (*ops.shape(x)[:2], heads, x.shape[-1] // heads))
-
-
-def join_heads(x: Tensor) -> Tensor:
-    """Returns `(batch, length, heads, dim)` as `(batch, length, heads * dim)`."""
-    return ops.reshape(x, (*ops.shape(x)[:2], x.shape[2] * x.shape[3]))
-
-
-def repeat_heads(x: Tensor, times: int) -> Tensor:
-    """Repeats each of `(batch, length, heads, dim)` so many times in a row."""
-    return x if times == 1 else ops.repeat(x, times, axis=2)
-
-
-def float32(x: Tensor) -> Tensor:
-    """Casts to float32, in which decays and rates are computed."""
-    return ops.cast(x, "float32")
-
-
-def unit_length(x: Tensor, epsilon: float = 1e-6) -> Tensor:
-    """Scales vectors along the last axis to length 1, in float32."""
-    x = float32(x)
-    return x * ops.rsqrt(ops.sum(ops.square(x), axis=-1, keepdims=True) + epsilon)

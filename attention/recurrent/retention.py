@@ -13,12 +13,8 @@ from attention.contract.checks import check_sequence_shape
 from attention.contract.inner_layers import make_dense, make_rms_norm
 from attention.contract.types import Shape, Tensor
 from attention.positions.rotary_position import RotaryPosition
-from attention.recurrent.recurrent_mixer import (
-    RecurrentMixer,
-    float32,
-    join_heads,
-    split_heads,
-)
+from attention.recurrent.heads import float32, join_heads, split_heads
+from attention.recurrent.recurrent_mixer import RecurrentMixer
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")

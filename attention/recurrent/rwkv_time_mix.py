@@ -17,12 +17,8 @@ from attention.contract.arguments import (
 from attention.contract.checks import check_sequence_shape
 from attention.contract.inner_layers import make_dense
 from attention.contract.types import Shape, Tensor
-from attention.recurrent.recurrent_mixer import (
-    RecurrentMixer,
-    float32,
-    join_heads,
-    split_heads,
-)
+from attention.recurrent.heads import float32, join_heads, split_heads
+from attention.recurrent.recurrent_mixer import RecurrentMixer
 from attention.recurrent.token_shift import TokenShift
 
 # A state decays by no more than `exp(-exp(-0.5))` in a step.

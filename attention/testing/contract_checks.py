@@ -11,16 +11,9 @@ from attention.contract.arguments import describe
 from attention.contract.checks import UpdatedCacheError
 from attention.contract.sizes import is_tensor
 from attention.testing.backends import to_numpy
-from attention.testing.probe import (
-    ROWS,
-    Difference,
-    Probe,
-    as_index,
-    part,
-    ranges,
-    replace,
-)
+from attention.testing.probe import ROWS, Difference, Probe, as_index, ranges
 from attention.testing.running import ConformanceError
+from attention.testing.sequences import part, replace
 
 
 def check_cache(probe: Probe) -> None:

@@ -19,10 +19,9 @@ from attention.testing.probe import (
     Difference,
     Outputs,
     Probe,
-    join,
-    part,
     ranges,
 )
+from attention.testing.sequences import join, part
 
 _SAME = (
     "With a cache, the outputs must be those of one call over the whole sequence "

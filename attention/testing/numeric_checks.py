@@ -11,17 +11,8 @@ from keras import ops, tree
 from attention.contract.types import Index, Mask
 from attention.testing.backends import gradients
 from attention.testing.padding_checks import loud, ragged_mask
-from attention.testing.probe import (
-    ROWS,
-    SCALAR,
-    Probe,
-    as_index,
-    join,
-    part,
-    positional_tensors,
-    replace,
-    tensors,
-)
+from attention.testing.probe import ROWS, SCALAR, Probe, as_index
+from attention.testing.sequences import join, part, positional_tensors, replace, tensors
 
 POLICIES = ("mixed_bfloat16", "bfloat16", "mixed_float16")
 

@@ -9,19 +9,24 @@ from keras import tree
 
 from attention.testing.backends import to_numpy
 from attention.testing.contract_checks import leaf_name
-from attention.testing.probe import (
-    INT,
-    ROWS,
-    Difference,
-    Probe,
-    as_index,
-    gather,
-    part,
-    replace,
-)
+from attention.testing.probe import INT, ROWS, Difference, Probe, as_index
+from attention.testing.sequences import gather, part, replace
 
 # How much larger than real tokens the contents of padded ones are.
 _LOUD = 100.0
+
+
+_SEEN = (
+    "With other contents of the padded tokens the outputs are others: they are seen. "
+    "They enter a state or a running sum, or are attended to. Leave out the tokens for "
+    "which `padding_mask` is false: put zeros in their place, with a decay of one, and "
+    "take the state after the last real one."
+)
+_COUNTED = (
+    "The contents of padded tokens play no role, but that they are there does: they are "
+    "counted as positions, decay a state, or are written over slots that are still "
+    "needed."
+)
 
 
 def loud(inputs: Any, other: Any, mask: np.ndarray) -> Any:
@@ -137,19 +142,8 @@ def _check_padded_prefill(probe: Probe, kind: str) -> None:
         def advice(found: Difference, number: int = number) -> str:
             """Says whether the contents of padded tokens matter, or their place."""
             outputs, _, real = calls[number]
-            if probe.compare(outputs, continued(head)[number][0], real):
-                return (
-                    f"{found.rows} With other contents of the padded tokens the "
-                    "outputs are others: they are seen. They enter a state or a "
-                    "running sum, or are attended to. Leave out the tokens for which "
-                    "`padding_mask` is false: put zeros in their place, with a decay "
-                    "of one, and take the state after the last real one."
-                )
-            return (
-                f"{found.rows} The contents of padded tokens play no role, but that "
-                "they are there does: they are counted as positions, decay a state, "
-                "or are written over slots that are still needed."
-            )
+            seen = probe.compare(outputs, continued(head)[number][0], real)
+            return f"{found.rows} {_SEEN if seen else _COUNTED}"
 
         probe.require(
             "With a cache, a padded token must be a no-op. After a prefill of "

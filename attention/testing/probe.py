@@ -9,12 +9,12 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops, tree
+from keras import tree
 
-from attention.contract.arguments import describe
 from attention.contract.types import Cache, Index, Mask
-from attention.testing.backends import compile_call, to_numpy, without_gradients
+from attention.testing.backends import compile_call, without_gradients
 from attention.testing.running import ConformanceError
+from attention.testing.sequences import gather, join, part, positional, tensors
 from attention.testing.subjects import Subject
 
 # The largest difference between two ways to compute the same, for values of
@@ -224,11 +224,7 @@ class Probe:
 class Difference:
     """Where two arrays of shape `(batch, length, ...)` differ the most.
 
-    Attributes:
-        largest: float. The largest difference.
-        place: str. Where it is.
-        wrong: boolean `(batch, length)`: what is off by more than is allowed.
-        allowed: float.
+    `wrong`, boolean `(batch, length)`, marks what is off by more than `allowed`.
     """
 
     largest: float
@@ -307,52 +303,6 @@ def as_index(kind: str, position: Any, batch_size: int) -> Any:
         return int(position)
     position = np.asarray(position, "int32")
     return position if kind == SCALAR else np.broadcast_to(position, batch_size).copy()
-
-
-def part(inputs: Any, start: int, size: int) -> Any:
-    """Returns some positions of all rows."""
-    return tree.map_structure(lambda x: x[:, start : start + size], inputs)
-
-
-def join(*parts: Any) -> Any:
-    """Returns parts of a sequence, one after the other."""
-    return tree.map_structure(lambda *x: np.concatenate(x, axis=1), *parts)
-
-
-def gather(inputs: Any, positions: np.ndarray) -> Any:
-    """Returns the positions `(batch, n)` of each row."""
-    return tree.map_structure(
-        lambda x: x[np.arange(len(x))[:, None], positions], inputs
-    )
-
-
-def replace(inputs: Any, other: Any, where: np.ndarray) -> Any:
-    """Returns the inputs, and those of another where `(batch, length)` is true."""
-
-    def pick(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        return np.where(where.reshape(where.shape + (1,) * (x.ndim - 2)), y, x)
-
-    return tree.map_structure(pick, inputs, other)
-
-
-def positional(outputs: Any, length: int) -> Outputs:
-    """Returns the outputs that belong to positions: arrays `(batch, length, ...)`."""
-    return [to_numpy(x) for x in positional_tensors(outputs, length)]
-
-
-def positional_tensors(outputs: Any, length: int) -> list[Any]:
-    leaves = [x for x in tree.flatten(outputs) if hasattr(x, "shape")]
-    found = [x for x in leaves if len(x.shape) >= 2 and x.shape[1] == length]
-    if not found:
-        raise ValueError(
-            f"For inputs of {length} tokens, an output must be of shape (batch, "
-            f"{length}, ...). Received: {describe(outputs)}"
-        )
-    return found
-
-
-def tensors(x: Any) -> Any:
-    return None if x is None else tree.map_structure(ops.convert_to_tensor, x)
 
 
 def _length(inputs: Any) -> int:

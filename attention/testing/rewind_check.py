@@ -9,16 +9,8 @@ import numpy as np
 
 from attention.contract.arguments import describe
 from attention.contract.types import Cache
-from attention.testing.probe import (
-    INT,
-    SCALAR,
-    Difference,
-    Probe,
-    as_index,
-    join,
-    part,
-    replace,
-)
+from attention.testing.probe import INT, SCALAR, Difference, Probe, as_index
+from attention.testing.sequences import join, part, replace
 
 
 def check_rewind(probe: Probe) -> None:

@@ -13,7 +13,8 @@ import keras
 
 from attention.contract.inner_layers import all_layers
 from attention.testing.backends import without_gradients
-from attention.testing.probe import Difference, Probe, part, positional, tensors
+from attention.testing.probe import Difference, Probe
+from attention.testing.sequences import part, positional, tensors
 from attention.testing.subjects import copy_weights
 
 
