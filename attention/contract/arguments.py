@@ -104,12 +104,12 @@ def check_number(name: str, value: Any, none: str = "") -> float | None:
     return float(value)
 
 
-def arguments_of(cls: type, layer: Any) -> dict[str, Any]:
+def arguments_of(cls: Any, layer: Any) -> dict[str, Any]:
     """Returns the arguments that the constructor of a class names, from a layer.
 
     They are its attributes of these names, serialized for `get_config`.
     """
-    found = inspect.signature(cls).parameters.values()
+    found = list(inspect.signature(cls.__init__).parameters.values())[1:]
     names = [p.name for p in found if p.kind is p.POSITIONAL_OR_KEYWORD]
     serialize = keras.saving.serialize_keras_object
     return {name: serialize(getattr(layer, name)) for name in names}

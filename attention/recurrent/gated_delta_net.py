@@ -48,8 +48,7 @@ class GatedDeltaNet(RecurrentMixer):
         value_dim: int or `None`. The size of value heads; `None` means `key_dim`.
         kernel_size: int. How many tokens the convolution sees.
         epsilon: float. Of the norm of each head.
-        kernel_initializer: initializer of the projections.
-        **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
+        **kwargs: `kernel_initializer`, and arguments of `keras.layers.Layer`.
 
     Call arguments and results are those of `Retention`.
 

@@ -54,8 +54,7 @@ class Mamba2(RecurrentMixer):
         kernel_size: int. How many tokens the convolution sees.
         use_bias: bool. Whether the input and output projections have biases.
         epsilon: float. Of the norm.
-        kernel_initializer: initializer of the projections.
-        **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
+        **kwargs: `kernel_initializer`, and arguments of `keras.layers.Layer`.
 
     Call arguments and results are those of `Retention`.
 

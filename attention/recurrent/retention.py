@@ -36,8 +36,7 @@ class Retention(RecurrentMixer):
             the width of the inputs divided by `num_heads`.
         value_dim: int or `None`. The size of value heads; `None`: `2 * key_dim`.
         epsilon: float. Of the norm of each head.
-        kernel_initializer: initializer of the projections.
-        **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
+        **kwargs: `kernel_initializer`, and arguments of `keras.layers.Layer`.
 
     Call arguments:
         x: tensor of shape `(batch, length, width)`.

@@ -48,8 +48,7 @@ class RWKVTimeMix(RecurrentMixer):
         gate_dim: int or `None`. The rank of that to the gate.
         value_residual: bool. Whether values are mixed with those of the first layer,
             which are then an argument: `layer(x, first_value)`.
-        kernel_initializer: initializer of the projections.
-        **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
+        **kwargs: `kernel_initializer`, and arguments of `keras.layers.Layer`.
 
     Call arguments:
         x: tensor of shape `(batch, length, width)`.

@@ -34,10 +34,8 @@ class CrossAttention(GroupedQueryAttention):
 
     Args:
         num_heads: int. The number of query heads.
-        num_key_value_heads: int or `None`. `None` means `num_heads`.
-        **kwargs: as for `GroupedQueryAttention`: `cache_dtype`, `key_dim`, `value_dim`,
-            `dropout`, `use_bias`, `scale`, `query_key_norm`, `logit_soft_cap`,
-            `attention_sinks`, `output_gate`, initializers, `name`, `dtype`.
+        num_key_value_heads: int or `None`, which means `num_heads`.
+        **kwargs: as for `GroupedQueryAttention`, without `window` and `position`.
 
     Call arguments:
         query: tensor of shape `(batch, length, width)`.

@@ -50,10 +50,8 @@ class LatentAttention(DotProductAttention):
         position: a position scheme of the rotary parts; `None`: `RotaryPosition()`.
         epsilon: float. Of the norms of latents.
         use_bias: bool. Whether the projections have biases.
-        **kwargs: as for `GroupedQueryAttention`: `window`, `cache_dtype`,
-            `cache_policy`, `dropout`, `scale`, `logit_soft_cap`, `attention_sinks`, `output_gate`,
-            `kernel_initializer`, `bias_initializer`, `name`, `dtype`. `scale=None`
-            means `1 / sqrt(key_dim + rotary_dim)`.
+        **kwargs: as for `GroupedQueryAttention`, without `num_key_value_heads` and
+            `query_key_norm`. `scale=None` means `1 / sqrt(key_dim + rotary_dim)`.
 
     Call arguments:
         query: tensor of shape `(batch, length, width)`.

@@ -17,9 +17,7 @@ class MultiHeadAttention(GroupedQueryAttention):
         num_heads: int. The number of heads.
         key_dim: int or `None`. The size of each head; `None` means the width of
             the inputs divided by `num_heads`.
-        **kwargs: as for `GroupedQueryAttention`: `value_dim`, `dropout`,
-            `use_bias`, `position`, `causal`, `scale`, `kernel_initializer`,
-            `bias_initializer`, `name`, `dtype`.
+        **kwargs: as for `GroupedQueryAttention`.
 
     Example:
 

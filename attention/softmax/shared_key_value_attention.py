@@ -44,9 +44,7 @@ class SharedKeyValueAttention(DotProductAttention):
         window: int or `None`. How many positions a query sees, itself included;
             not more than the producer's window. `None` means all of them.
         query_key_norm: bool. Whether queries are normalized, as the keys then are.
-        **kwargs: as for `GroupedQueryAttention`: `dropout`, `use_bias`, `scale`,
-            `logit_soft_cap`, `attention_sinks`, `output_gate`, initializers, `name`,
-            `dtype`.
+        **kwargs: as for `GroupedQueryAttention`.
 
     Call arguments:
         query: tensor of shape `(batch, length, width)`.

@@ -14,8 +14,6 @@ from attention.testing.sequences import gather, part, replace
 
 # How much larger than real tokens the contents of padded ones are.
 _LOUD = 100.0
-
-
 _SEEN = (
     "With other contents of the padded tokens the outputs are others: they are seen. "
     "They enter a state or a running sum, or are attended to. Leave out the tokens for "
