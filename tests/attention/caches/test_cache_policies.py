@@ -128,6 +128,7 @@ def test_only_layers_without_a_window_grow():
         assert shapes == [(4, 4)] * 4 + [(4, slots), (slots, 4)]
 
 
+@pytest.mark.slow
 def test_a_session_takes_back_only_what_a_window_still_holds():
     lm = make_small_lm(local_and_global())
     session = lm.start(prompts([[5, 6, 7]]))

@@ -119,9 +119,13 @@ def make_model():
     return keras.Model([x, first], y + more["first"])
 
 
-def test_a_functional_model(tmp_path):
+@pytest.mark.slow
+def test_a_functional_model_keeps_the_contract():
     checks = ["chunks", "padding", "compiled", "gradients"]
     check_cached_model(make_model, max_length=9, checks=checks)
+
+
+def test_a_functional_model_is_trained_and_saved(tmp_path):
     model, inputs = make_model(), [sample(), sample(seed=5)]
     model.compile(optimizer="adam", loss="mse")
     model.fit(inputs, sample(seed=6), epochs=1, verbose=0)

@@ -30,6 +30,7 @@ from tests.helpers import (
     raises,
     sample,
     secret,
+    slow,
     to_numpy,
 )
 
@@ -57,7 +58,7 @@ def sequential():
     return keras.Sequential([keras.Input((None, WIDTH)), *layers])
 
 
-@pytest.mark.parametrize("make", [functional, sequential])
+@pytest.mark.parametrize("make", [functional, slow(sequential)])
 def test_ragged_rows_give_what_each_gives_alone(make):
     check_cached_model(make, max_length=9, checks=["padding", "compiled"])
 
