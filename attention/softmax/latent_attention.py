@@ -8,11 +8,7 @@ import keras
 from keras import ops
 
 from attention.contract.arguments import arguments_of, refuse_arguments
-from attention.contract.inner_layers import (
-    clone_initializer,
-    make_dense,
-    make_rms_norm,
-)
+from attention.contract.inner_layers import make_dense, make_rms_norm
 from attention.contract.types import Tensor
 from attention.positions.position_scheme import PositionScheme
 from attention.positions.rotary_position import RotaryPosition
@@ -144,7 +140,7 @@ class LatentAttention(DotProductAttention):
         self.build_output(query_shape)
 
     def _kernel(self, name: str, *shape: int) -> Tensor:
-        initializer = clone_initializer(self.kernel_initializer)
+        initializer = self._initializers()["kernel_initializer"]
         return self.add_weight((self.num_heads, *shape), initializer, name=name)
 
     def cache_sizes(self) -> dict[str, tuple[int, int]]:
