@@ -14,17 +14,16 @@ from blocks.generation.backbone_inputs import (
     task_inputs,
     token_embedding,
 )
+from blocks.generation.compilation import GenerationSizes
 from blocks.generation.mixin import GenerationMixin
-from blocks.generation.sizes import GenerationSizes
-from blocks.generation.token_rows import tokenizer_size, vocabulary_size
+from blocks.generation.prompts import tokenizer_size, vocabulary_size
 from blocks.presets import check_registered, load_task
 from blocks.token_model import TokenModel
 from blocks.training_data import is_in_memory, read_samples, shuffled
-from blocks.weights_version import WeightsVersion
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
-class CausalLM(TokenModel, GenerationMixin, WeightsVersion, keras_hub.models.CausalLM):
+class CausalLM(TokenModel, GenerationMixin, keras_hub.models.CausalLM):
     """A causal language model on any backbone made of cached layers.
 
     It trains with `fit` and generates with `generate`, as every KerasHub
@@ -195,23 +194,16 @@ class CausalLM(TokenModel, GenerationMixin, WeightsVersion, keras_hub.models.Cau
         in_memory = is_in_memory(x)
         x, y = read_samples(self, x, y)
         if isinstance(validation_data, tuple):
-            validation = read_samples(self, *validation_data[:2])
-            validation_data = (*validation, *validation_data[2:])
+            checked = read_samples(self, *validation_data[:2])
+            validation_data = (*checked, *validation_data[2:])
         if in_memory and kwargs.pop("shuffle", True):
             samples = keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
             x, held_out = shuffled(samples, batch_size or 32, validation_split)
             validation_data = held_out if validation_data is None else validation_data
             y = batch_size = sample_weight = validation_split = None
         kwargs.setdefault("shuffle", False)
-        return super().fit(
-            x,
-            y,
-            batch_size,
-            sample_weight,
-            validation_data,
-            validation_split,
-            **kwargs,
-        )
+        data = (x, y, batch_size, sample_weight, validation_data, validation_split)
+        return super().fit(*data, **kwargs)
 
     def evaluate(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
         x, y = read_samples(self, x, y)

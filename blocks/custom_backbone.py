@@ -23,11 +23,10 @@ from blocks.hooks import dtype_policy_scope, name_layer, run_hook
 from blocks.layers.feed_forward import FeedForward, gelu_approximate
 from blocks.presets import check_registered, make_from_config
 from blocks.token_model import TokenModel
-from blocks.weights_version import WeightsVersion
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
-class CustomBackbone(WeightsVersion, TokenModel, keras_hub.models.Backbone):
+class CustomBackbone(TokenModel, keras_hub.models.Backbone):
     """A decoder-only backbone with a hook for each of its parts.
 
     By default it is GPT-2's architecture. It is an ordinary functional KerasHub
@@ -151,8 +150,8 @@ class CustomBackbone(WeightsVersion, TokenModel, keras_hub.models.Backbone):
         with dtype_policy_scope(keras.dtype_policies.get(dtype)):
             # === Layers ===
             with hide_full_remat():
-                embedding = run_hook(self, "create_embedding")
-                self.token_embedding = name_layer(embedding, "token_embedding")
+                self.token_embedding = run_hook(self, "create_embedding")
+                name_layer(self.token_embedding, "token_embedding")
                 self.position_embedding = run_hook(
                     self, "create_position_embedding", cached=True, optional=True
                 )
@@ -168,8 +167,8 @@ class CustomBackbone(WeightsVersion, TokenModel, keras_hub.models.Backbone):
                     if getattr(decoder, "layer_index", 0) is None:
                         decoder.layer_index = i
                 self.transformer_layers.append(decoder)
-            norm = run_hook(self, "create_final_norm")
-            self.layer_norm = name_layer(norm, "layer_norm")
+            self.layer_norm = run_hook(self, "create_final_norm")
+            name_layer(self.layer_norm, "layer_norm")
 
             # === Functional model ===
             token_ids = keras.Input(shape=(None,), dtype="int32", name="token_ids")
@@ -325,10 +324,7 @@ class CustomBackbone(WeightsVersion, TokenModel, keras_hub.models.Backbone):
     def enable_lora(self, rank: int, target_layer_names: Any = None) -> None:
         """Freezes all weights and adds trainable low-rank updates.
 
-        Args:
-            rank: int. The rank of the updates.
-            target_layer_names: list of str or `None`. The names of the layers
-                to update; `None` means the attention's query and value.
+        Its arguments are those of `CausalLM.enable_lora`.
 
         Raises:
             ValueError: if there is no layer of such a name.
@@ -350,10 +346,7 @@ class CustomBackbone(WeightsVersion, TokenModel, keras_hub.models.Backbone):
     ) -> None:
         """Saves the backbone and its weights to a folder.
 
-        Args:
-            preset_dir: str. The folder; it is made if need be.
-            max_shard_size: number or `None`. The largest size of a weights file
-                in GB.
+        Its arguments are those of `CausalLM.save_to_preset`.
 
         Raises:
             ValueError: if the class is not registered with Keras, so that the

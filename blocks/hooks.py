@@ -30,7 +30,7 @@ def dtype_policy_scope(policy: DType) -> Iterator[None]:
 def run_hook(
     owner: Any, name: str, *args: Any, cached: bool = False, optional: bool = False
 ) -> Any:
-    """Calls a hook and checks that it returned a layer.
+    """Calls a hook of a block or backbone, and returns the layer that it made.
 
     Args:
         owner: the block or backbone.
@@ -38,15 +38,9 @@ def run_hook(
         *args: the hook's arguments.
         cached: bool. Whether the layer must be a `CachedLayer`.
         optional: bool. Whether `None` may be returned.
-
-    Returns:
-        The layer.
-
-    Raises:
-        TypeError: if the hook returned something else.
-        AttributeError: if the hook read an attribute that is not set yet.
     """
     hook: Callable = getattr(owner, name)
+    where = f"`{type(owner).__name__}.{name}`"
     try:
         layer = hook(*args)
     except AttributeError as error:
@@ -54,19 +48,18 @@ def run_hook(
         if missing is None or type(owner).__name__ not in str(error):
             raise
         raise AttributeError(
-            f"`{type(owner).__name__}.{name}` read `self.{missing[1]}`, which is "
+            f"{where} read `self.{missing[1]}`, which is "
             "not set. Hooks run while the layer or backbone is being made: set "
             f"`self.{missing[1]}` in `__init__` before `super().__init__(...)` "
             "(in a backbone), or before the block is built."
         ) from error
     if layer is None and optional:
         return None
-    where = f"`{type(owner).__name__}.{name}`"
     if not isinstance(layer, keras.layers.Layer):
+        what = "a class" if isinstance(layer, type) else "an instance of"
+        kind = layer if isinstance(layer, type) else type(layer)
         raise TypeError(
-            f"{where} must return a Keras layer. It returned "
-            f"{'a class' if isinstance(layer, type) else 'an instance of'} "
-            f"{layer.__name__ if isinstance(layer, type) else type(layer).__name__}."
+            f"{where} must return a Keras layer. It returned {what} {kind.__name__}."
         )
     if cached and not isinstance(layer, CachedLayer):
         raise TypeError(
@@ -79,8 +72,8 @@ def run_hook(
     return layer
 
 
-def name_layer(layer: keras.layers.Layer, name: str) -> keras.layers.Layer:
-    """Gives a new layer the name of its place in a block, and returns it.
+def name_layer(layer: keras.layers.Layer, name: str) -> None:
+    """Gives a new layer the name of its place in a block.
 
     Weights are saved, quantized and sharded by path, and an automatic name such as
     `dense_7` depends on the layers made before. A layer that is built already keeps
@@ -88,22 +81,18 @@ def name_layer(layer: keras.layers.Layer, name: str) -> keras.layers.Layer:
     """
     if not layer.built:
         layer.name = name
-    return layer
 
 
 def build_layer(layer: keras.layers.Layer, inputs_shape: Shape, dtype: str) -> None:
-    """Makes the weights of a layer that a hook returned.
+    """Makes the weights of a layer that a hook returned, unless it has them already.
 
-    Args:
-        layer: the layer; one that is built already is left alone.
-        inputs_shape: tuple. The shape of its inputs.
-        dtype: str. The dtype of its inputs.
+    `dtype` is that of its inputs.
     """
     if layer.built:
         return
-    if type(layer).build is not keras.layers.Layer.build:
+    if type(layer).build is keras.layers.Layer.build:
+        # A layer that leaves building to its sublayers: Keras makes their weights
+        # in a symbolic call, whereas `build` would only say that there are some.
+        layer(keras.KerasTensor(inputs_shape, dtype=dtype))
+    else:
         layer.build(inputs_shape)
-        return
-    # A layer that leaves building to its sublayers: Keras makes their weights
-    # in a symbolic call, whereas `build` would only say that there are some.
-    layer(keras.KerasTensor(inputs_shape, dtype=dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import numbers
 import os
@@ -12,7 +13,7 @@ import keras_hub
 from keras import ops
 
 from attention.contract import check_positive_int, describe
-from blocks.generation.token_rows import tokenizer_size
+from blocks.generation.prompts import tokenizer_size
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
@@ -98,12 +99,11 @@ class CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         size = tokenizer_size(self)
         if size is None:
             return
-        special = {
-            "start_token": self.start_token_id,
-            "end_token": self.end_token_id,
-            "pad_token_id": self.pad_token_id,
-        }
-        for name, token_id in special.items():
+        for name, token_id in (
+            ("start_token", self.start_token_id),
+            ("end_token", self.end_token_id),
+            ("pad_token_id", self.pad_token_id),
+        ):
             if token_id is not None and not 0 <= token_id < size:
                 raise ValueError(
                     f"`{name}` must be in the tokenizer's vocabulary of {size} "
@@ -143,12 +143,9 @@ class CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
             return getattr(self.tokenizer, f"{name}_id", None)
         if isinstance(token, numbers.Integral):
             return int(token)
-        try:
+        token_id = None
+        with contextlib.suppress(KeyError, ValueError, TypeError):
             token_id = self.tokenizer.token_to_id(token)
-        except (KeyError, ValueError, TypeError) as error:
-            raise ValueError(
-                f"`{name}={token!r}` is not in the tokenizer's vocabulary."
-            ) from error
         if token_id is None:
             raise ValueError(
                 f"`{name}={token!r}` is not in the tokenizer's vocabulary."
@@ -198,11 +195,7 @@ class CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         return texts
 
     def save_to_preset(self, preset_dir: str) -> None:
-        """Saves the preprocessor and its tokenizer to a folder.
-
-        Args:
-            preset_dir: str. The folder; it is created if needed.
-        """
+        """Saves the preprocessor and its tokenizer to a folder, which is made if need be."""
         if self.tokenizer.file_assets:
             super().save_to_preset(preset_dir)
             return
@@ -216,11 +209,7 @@ class CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
             json.dump(config, file, indent=4)
 
     def load_preset_assets(self, preset: str) -> None:
-        """Loads the tokenizer's files, if it has any.
-
-        Args:
-            preset: str. The folder.
-        """
+        """Loads the tokenizer's files from a folder, if it has any."""
         if self.tokenizer.file_assets:
             super().load_preset_assets(preset)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import functools
 import glob
 import json
 import os
@@ -17,18 +19,8 @@ from attention.contract import describe
 
 
 def check_registered(*objects: Any) -> None:
-    """Checks that the classes of objects can be found again on loading.
-
-    Args:
-        *objects: the objects to save; `None` is skipped.
-
-    Raises:
-        ValueError: if a class is not registered with Keras.
-    """
-    for item in objects:
-        if item is None:
-            continue
-        cls = type(item)
+    """Raises a `ValueError` if the class of an object is not found again on loading."""
+    for cls in (type(item) for item in objects if item is not None):
         name = keras.saving.get_registered_name(cls)
         if keras.saving.get_registered_object(name) is not cls:
             raise ValueError(
@@ -42,44 +34,25 @@ def check_registered(*objects: Any) -> None:
 def make_from_config(make: Callable, config: dict[str, Any]) -> Any:
     """Makes an object from its config, whatever a subclass has fixed of it.
 
-    A subclass that calls `super().__init__(dropout=0.1, **kwargs)` has
-    `dropout` in its config, and can't be passed it.
-
-    Args:
-        make: makes the object from a config.
-        config: what `get_config` returned.
-
-    Returns:
-        The object.
+    A subclass that calls `super().__init__(dropout=0.1, **kwargs)` has `dropout` in its
+    config, and can't be passed it. Only Python's error says that.
     """
-    config = dict(config)
-    while True:
-        try:
-            return make(config)
-        except TypeError as error:
-            twice = re.search(r"multiple values for .*argument '(\w+)'", str(error))
-            if twice is None or twice[1] not in config:
-                raise
-            del config[twice[1]]
+    try:
+        return make(dict(config))
+    except TypeError as error:
+        twice = re.search(r"multiple values for .*argument '(\w+)'", str(error))
+        if twice is None or twice[1] not in config:
+            raise
+        fixed = twice[1]
+    rest = {key: value for key, value in config.items() if key != fixed}
+    return make_from_config(make, rest)
 
 
 def load_task(cls: type, preset: str, load_weights: bool, **kwargs: Any) -> Any:
-    """Loads a task from a preset: the backbone, the preprocessor, the task.
+    """Returns the task of a preset, as `CausalLM.from_preset`.
 
     KerasHub looks for a task class made for exactly the class of the saved backbone,
     and so finds none for a user's subclass.
-
-    Args:
-        cls: the task class to load; a saved subclass of it wins.
-        preset: str. A folder or a handle.
-        load_weights: bool. Whether to load the weights.
-        **kwargs: see `CausalLM.from_preset`.
-
-    Returns:
-        The task.
-
-    Raises:
-        ValueError: if the preset is missing, incomplete or damaged.
     """
     folder = _local_folder(preset)
     config = _read_json(folder, "config.json")
@@ -91,30 +64,16 @@ def load_task(cls: type, preset: str, load_weights: bool, **kwargs: Any) -> Any:
             f"The preset '{folder}' holds a {task_cls.__name__}, which is no "
             f"{cls.__name__}. Load it with `{task_cls.__name__}.from_preset`."
         )
-    arguments = {
-        key: value
-        for key, value in task_config["config"].items()
-        if key not in ("backbone", "preprocessor")
-    }
-    if "backbone" in kwargs:
-        backbone = kwargs.pop("backbone")
-    else:
+    if "backbone" not in kwargs:
         dtype = kwargs.pop("dtype", None)
-        backbone = _load_backbone(folder, config, load_weights, dtype)
-    if "preprocessor" in kwargs:
-        preprocessor = kwargs.pop("preprocessor")
-    else:
-        preprocessor = _load_preprocessor(folder, task_config)
-    arguments.update(kwargs)
-    task = task_cls(backbone=backbone, preprocessor=preprocessor, **arguments)
+        kwargs["backbone"] = _load_backbone(folder, config, load_weights, dtype)
+    if "preprocessor" not in kwargs:
+        kwargs["preprocessor"] = _load_preprocessor(folder, task_config)
+    task = task_cls(**{**task_config["config"], **kwargs})
     if load_weights and task.has_task_weights():
-        weights = os.path.join(folder, "task.weights.h5")
-        _load(
-            folder,
-            "task.weights.h5",
-            lambda: task.load_task_weights(weights),
-            lambda: task,
-        )
+        name = "task.weights.h5"
+        path = os.path.join(folder, name)
+        _load(folder, name, lambda: task.load_task_weights(path), lambda: task)
     return task
 
 
@@ -190,14 +149,12 @@ def _load_backbone(
         # way to the user's global policy, as in KerasHub.
         dtype = keras.dtype_policies.deserialize(saved)
 
-    def make(load_weights: bool) -> Any:
+    def make(load_weights: bool = load_weights) -> Any:
         return keras_hub.models.Backbone.from_preset(
             folder, load_weights=load_weights, dtype=dtype
         )
 
-    return _load(
-        folder, "model.weights.h5", lambda: make(load_weights), lambda: make(False)
-    )
+    return _load(folder, "model.weights.h5", make, lambda: make(False))
 
 
 def _load_preprocessor(folder: str, task_config: dict[str, Any]) -> Any:
@@ -210,29 +167,16 @@ def _load_preprocessor(folder: str, task_config: dict[str, Any]) -> Any:
         _find_class(folder, tokenizer)
     preprocessor = keras.saving.deserialize_keras_object(config)
     if hasattr(preprocessor, "load_preset_assets"):
-        _load(
-            folder,
-            "the tokenizer's assets",
-            lambda: preprocessor.load_preset_assets(folder),
-        )
+        load = functools.partial(preprocessor.load_preset_assets, folder)
+        _load(folder, "the tokenizer's assets", load)
     return preprocessor
 
 
 def _load(folder: str, what: str, load: Any, model: Any = None) -> Any:
-    """Runs `load`; says more than Keras if it fails.
+    """Returns the result of `load`; says more than Keras if it fails.
 
-    Args:
-        folder: str. The preset's folder.
-        what: str. The name of what is loaded.
-        load: a function without arguments.
-        model: a function that returns the model whose weights are loaded, or `None`.
-
-    Returns:
-        The result of `load`.
-
-    Raises:
-        ValueError: if a file is missing or damaged, or weights have other shapes than
-            in the model.
+    `what` is the name of what is loaded, and `model` returns the model whose weights
+    are loaded, if any.
     """
     try:
         return load()
@@ -254,16 +198,16 @@ def _load(folder: str, what: str, load: Any, model: Any = None) -> Any:
 
 def _differences(folder: str, what: str, model: Any) -> list[str]:
     """Returns lines on the weights that have another shape in a file than in a model."""
-    expected: dict[str, list] = {}
+    expected = collections.defaultdict(list)
     for weight in model.weights:
-        expected.setdefault(weight.path.rpartition("/")[0], []).append(weight)
+        expected[weight.path.rpartition("/")[0]].append(weight)
     differences = []
     # Large models have several files.
     files = os.path.join(glob.escape(folder), what.replace(".", "*.", 1))
     for path in sorted(glob.glob(files)):
         with h5py.File(path) as file:
             for layer, number, shape in _saved_shapes(file):
-                for weight in expected.get(layer, [])[number : number + 1]:
+                for weight in expected[layer][number : number + 1]:
                     if shape != tuple(weight.shape):
                         differences.append(
                             f"{weight.path}: {shape} in the file, "

@@ -2,17 +2,47 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import keras
+import keras_hub
 from keras import tree
 
 from attention.contract import check_right_padded
 
 
+def _counted(name: str) -> Callable:
+    """Returns the method of a name, as one that counts a change of the weights."""
+
+    @functools.wraps(getattr(keras_hub.models.Backbone, name))
+    def method(self: TokenModel, *args: Any, **kwargs: Any) -> Any:
+        # Before and after, as a callback of `fit` may generate in between.
+        self.weights_version += 1
+        try:
+            return getattr(super(TokenModel, self), name)(*args, **kwargs)
+        finally:
+            self.weights_version += 1
+
+    return method
+
+
 class TokenModel:
-    """A model of `token_ids` and `padding_mask`, both of shape `(batch, length)`."""
+    """A model of `token_ids` and `padding_mask`, both of shape `(batch, length)`.
+
+    Results kept of a model, such as a session's KV cache, are valid while its
+    `weights_version` stays the same. Training and loading raise this number; assigning
+    to single variables does not, as it does not look at the weights.
+    """
+
+    weights_version = 0
+
+    fit = _counted("fit")
+    train_on_batch = _counted("train_on_batch")
+    set_weights = _counted("set_weights")
+    load_weights = _counted("load_weights")
+    load_lora_weights = _counted("load_lora_weights")
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(inputs, dict) and inputs.get("padding_mask") is not None:
@@ -30,11 +60,6 @@ class TokenModel:
     ) -> None:
         """Exports the model for inference, as `keras.Model.export`.
 
-        Args:
-            filepath: str. Where to.
-            format: str. As for `keras.Model.export`.
-            **kwargs: as for `keras.Model.export`.
-
         Raises:
             ValueError: if a SavedModel is asked for on torch, from which Keras
                 exports models of one input only.
@@ -50,9 +75,6 @@ class TokenModel:
             # Keras would give each input a length of its own.
             inputs = self.input  # type: ignore[attr-defined]
             shapes = tree.map_structure(lambda _: "(batch, length)", inputs)
-            options = {
-                "polymorphic_shapes": [shapes],
-                **kwargs.get("jax2tf_kwargs", {}),
-            }
-            kwargs["jax2tf_kwargs"] = options
+            options = kwargs.get("jax2tf_kwargs", {})
+            kwargs["jax2tf_kwargs"] = {"polymorphic_shapes": [shapes], **options}
         super().export(filepath, format=format, **kwargs)  # type: ignore[misc]

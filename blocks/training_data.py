@@ -10,8 +10,14 @@ import tensorflow as tf
 from keras import ops, tree
 
 from attention.contract import describe
-from blocks.generation.prompts import is_text, to_plain, to_str
-from blocks.generation.token_rows import check_tokens, read_tokens, vocabulary_size
+from blocks.generation.prompts import (
+    check_tokens,
+    is_text,
+    read_tokens,
+    to_plain,
+    to_str,
+    vocabulary_size,
+)
 from blocks.preprocessor import CausalLMPreprocessor
 
 
@@ -23,19 +29,9 @@ def is_in_memory(x: Any) -> bool:
 def read_samples(task: Any, x: Any, y: Any = None) -> tuple[Any, Any]:
     """Checks samples that are in memory, as far as their form is known.
 
-    Args:
-        task: the `CausalLM`.
-        x: text where the model has a preprocessor, else a dict of `token_ids` and
-            `padding_mask`. Data that yields batches is not checked.
-        y: the targets, or `None`.
-
     Returns:
-        `(x, y)`: text as a list of strings, tokens with 0 for padding.
-
-    Raises:
-        TypeError: if `x` is not text where it must be.
-        ValueError: if `x` is empty, a token is outside of the vocabulary, or a row is
-            not padded on the right.
+        `(x, y)`: text as a list of strings, tokens with 0 for padding. Data that yields
+        batches, as it is.
     """
     if not is_in_memory(x):
         return x, y
@@ -70,24 +66,17 @@ def read_samples(task: Any, x: Any, y: Any = None) -> tuple[Any, Any]:
 def shuffled(
     samples: Any, batch_size: int, validation_split: float | None
 ) -> tuple[tf.data.Dataset, tf.data.Dataset | None]:
-    """Returns datasets of samples in memory.
+    """Returns datasets of samples, a structure of arrays or of lists in their place.
 
-    Args:
-        samples: a structure of arrays, or of lists in place of arrays.
-        batch_size: int. The size of batches.
-        validation_split: float or `None`. The share of the last samples to hold out.
-
-    Returns:
-        A dataset of batches, in a new order in each epoch, and one of the held-out
-        samples, or `None`.
+    The first is of batches, in a new order in each epoch; the second of the last
+    samples, which are held out, or `None`.
     """
-    samples = tree.map_structure(
-        lambda x: (
-            x if tf.is_tensor(x) or not ops.is_tensor(x) else ops.convert_to_numpy(x)
-        ),
-        samples,
-    )
-    data = tf.data.Dataset.from_tensor_slices(samples)
+
+    def readable(x: Any) -> Any:
+        is_foreign = ops.is_tensor(x) and not tf.is_tensor(x)
+        return ops.convert_to_numpy(x) if is_foreign else x
+
+    data = tf.data.Dataset.from_tensor_slices(tree.map_structure(readable, samples))
     kept = int(int(data.cardinality()) * (1 - (validation_split or 0)))
     held_out = data.skip(kept).batch(batch_size) if validation_split else None
     return data.take(kept).shuffle(kept).batch(batch_size), held_out

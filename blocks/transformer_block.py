@@ -81,14 +81,7 @@ class TransformerBlock(keras.layers.Layer):
         )
 
     def create_ffn(self, inputs_shape: Shape) -> keras.layers.Layer:
-        """Hook: makes the feed-forward layer.
-
-        Args:
-            inputs_shape: tuple. The shape of the block's inputs.
-
-        Returns:
-            A layer that keeps the width.
-        """
+        """Hook: makes the feed-forward layer, which keeps the width of its inputs."""
         if self._run_backbone_hook is not None:
             return self._run_backbone_hook("create_ffn", inputs_shape)
         return FeedForward(
@@ -99,13 +92,9 @@ class TransformerBlock(keras.layers.Layer):
         )
 
     def create_norm(self, inputs_shape: Shape) -> keras.layers.Layer:
-        """Hook: makes a normalization layer; called once for each norm.
+        """Hook: makes a normalization layer, which keeps the shape of its inputs.
 
-        Args:
-            inputs_shape: tuple. The shape of the block's inputs.
-
-        Returns:
-            A layer that keeps the shape.
+        It is called once for each norm.
         """
         if self._run_backbone_hook is not None:
             return self._run_backbone_hook("create_norm", inputs_shape)
@@ -116,8 +105,7 @@ class TransformerBlock(keras.layers.Layer):
         self._check_norm_names()
         hooks = {"self_attention": "create_attention_layer", "ffn": "create_ffn"}
         # The order of the weights.
-        first, others = self.norm_names[:1], self.norm_names[1:]
-        names = ("self_attention", *first, "ffn", *others)
+        names = ("self_attention", *self.norm_names[:1], "ffn", *self.norm_names[1:])
         parts = [
             self._add_part(name, hooks.get(name, "create_norm"), inputs_shape)
             for name in names
@@ -133,29 +121,27 @@ class TransformerBlock(keras.layers.Layer):
         cached = hook.endswith("attention_layer")
         with dtype_policy_scope(self.dtype_policy):
             layer = run_hook(self, hook, inputs_shape, cached=cached)
-        setattr(self, name, name_layer(layer, name))
+        name_layer(layer, name)
+        setattr(self, name, layer)
         return layer
 
     def _check_norm_names(self) -> None:
-        names = self.norm_names
+        names, where = self.norm_names, f"`{type(self).__name__}.norm_names`"
         if not isinstance(names, tuple) or not all(
             isinstance(name, str) and name.isidentifier() for name in names
         ):
             raise TypeError(
-                f"`{type(self).__name__}.norm_names` must be a tuple of names for "
-                'attributes, such as ("attention_norm", "ffn_norm"). Received: '
-                f"norm_names={names!r}"
+                f"{where} must be a tuple of names for attributes, such as "
+                f'("attention_norm", "ffn_norm"). Received: norm_names={names!r}'
             )
-        taken = {"self_attention", "ffn", "residual_dropout"}
         # Once built, the block has its norms itself.
-        taken.update(() if self.built else dir(self))
-        taken.intersection_update(names)
+        attributes = {"self_attention", "ffn", *(() if self.built else dir(self))}
+        taken = sorted({*attributes, "residual_dropout"} & set(names))
         if taken or len(set(names)) < len(names):
             raise ValueError(
-                f"`{type(self).__name__}.norm_names` must be distinct names, of which "
-                "none is an attribute of the block already. Received: norm_names="
-                f"{names!r}"
-                + (f", of which {sorted(taken)} are taken" if taken else "")
+                f"{where} must be distinct names, of which none is an attribute of the "
+                f"block already. Received: norm_names={names!r}"
+                + (f", of which {taken} are taken" if taken else "")
             )
 
     def add_residual(

@@ -16,22 +16,7 @@ NAMES = ("token_ids", "padding_mask")
 def backbone_inputs(backbone: Any, token_ids: Tensor, padding_mask: Mask) -> Any:
     """Returns inputs for a backbone, in the structure of its own inputs.
 
-    Args:
-        backbone: a functional `keras.Model` that `check_backbone` accepted.
-        token_ids: tensor of shape `(batch, length)`.
-        padding_mask: tensor of shape `(batch, length)`, true for real tokens.
-
-    Returns:
-        A dict of both, a dict of `token_ids`, or `token_ids`.
-
-    Example:
-
-    >>> import keras
-    >>> from blocks.generation.backbone_inputs import backbone_inputs
-    >>> tokens = keras.Input((None,), dtype="int32")
-    >>> model = keras.Model(tokens, keras.layers.Embedding(10, 4)(tokens))
-    >>> backbone_inputs(model, "tokens", "mask")
-    'tokens'
+    That is a dict of both, a dict of `token_ids`, or `token_ids`.
     """
     asked = _asked_inputs(backbone)
     if isinstance(asked, dict):
@@ -49,15 +34,7 @@ def task_inputs(backbone: Any) -> dict[str, Any]:
 
 
 def check_backbone(backbone: Any) -> None:
-    """Checks that a model can be the backbone of a `CausalLM`.
-
-    Args:
-        backbone: the argument received.
-
-    Raises:
-        TypeError: if it is not a functional model of tokens.
-        ValueError: if the batch size or the length is fixed.
-    """
+    """Raises an error if something can't be the backbone of a `CausalLM`."""
     if not isinstance(backbone, keras.Model):
         raise TypeError(
             "`backbone` must be a `blocks.CustomBackbone` or another Keras "
@@ -72,10 +49,12 @@ def check_backbone(backbone: Any) -> None:
             '{"token_ids": keras.Input((None,), dtype="int32")}`. Received: '
             f"{describe(backbone)}"
         )
-    named = isinstance(asked, dict)
     leaves = tree.flatten(asked)
-    names_fit = not named or ("token_ids" in asked and set(asked) <= set(NAMES))
-    if not names_fit or (not named and len(leaves) != 1):
+    if isinstance(asked, dict):
+        fits = "token_ids" in asked and set(asked) <= set(NAMES)
+    else:
+        fits = len(leaves) == 1
+    if not fits:
         raise TypeError(
             f"{name} must take the token ids alone, or a dict of `token_ids` and, "
             "if it wants to, `padding_mask`: generation has nothing else to give. "
@@ -101,21 +80,15 @@ def token_embedding(backbone: Any) -> keras.layers.Layer:
 
     It is the attribute `token_embedding`, as in KerasHub's backbones, or the layer of
     a functional model that has this name.
-
-    Raises:
-        TypeError: if there is none that can be called with `reverse=True`.
     """
-    embedding = getattr(backbone, "token_embedding", None)
-    if embedding is None:
-        layers = {layer.name: layer for layer in backbone.layers}
-        embedding = layers.get("token_embedding")
+    name = "token_embedding"
+    layers = {layer.name: layer for layer in backbone.layers}
+    embedding = getattr(backbone, name, None) or layers.get(name)
     parameters: Any = {}
     if isinstance(embedding, keras.layers.Layer):
         parameters = inspect.signature(embedding.call).parameters
-    takes_any = any(
-        x.kind is inspect.Parameter.VAR_KEYWORD for x in parameters.values()
-    )
-    if "reverse" not in parameters and not takes_any:
+    kinds = [x.kind for x in parameters.values()]
+    if "reverse" not in parameters and inspect.Parameter.VAR_KEYWORD not in kinds:
         raise TypeError(
             f"`backbone` '{backbone.name}' has no `token_embedding` that turns hidden "
             "states into logits when it is called with `reverse=True`. If its outputs "

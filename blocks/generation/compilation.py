@@ -1,7 +1,8 @@
-"""Compiles the steps of generation, and records what was compiled and why."""
+"""Compiles the steps of generation: for which sizes, and why anew."""
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 from collections.abc import Callable
@@ -10,8 +11,8 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops, tree
 
-from attention.contract import all_layers
-from blocks.generation.samplers import sampler_contract
+from attention.contract import all_layers, check_positive_int
+from blocks.generation.samplers import Sampling
 
 _LOGGER = logging.getLogger("blocks.generation")
 
@@ -20,16 +21,86 @@ _LOGGER = logging.getLogger("blocks.generation")
 _DRAWING = threading.RLock()
 
 
-class StepKey(NamedTuple):
-    """The key of a compiled step.
+@dataclasses.dataclass(frozen=True)
+class GenerationSizes:
+    """How much generation does at once, and which sizes it compiles for.
 
-    Attributes:
-        step: str. See `CompiledStep`.
-        batch_size: int.
-        capacity: int or `None`.
-        chunk: int or `None`.
-        variant: hashable. Anything else that is fixed in the compiled step.
+    Each size of a batch, a KV cache or a chunk is compiled, so there are few. They
+    affect the speed of generation and the number of compilations, never the outputs.
+    The figures in `benchmarks/README.md` are those of the defaults.
+
+    Example:
+
+    >>> from blocks import GenerationSizes
+    >>> sizes = GenerationSizes()
+    >>> [sizes.round_up_capacity(n) for n in (1, 129, 513, 769, 1025)]
+    [144, 144, 576, 864, 1152]
+    >>> sizes.chunk_length(batch_size=1, capacity=1152)
+    256
     """
+
+    block_steps: int = 32
+    """The most decode steps of one compiled call. Between two calls the host sees the
+    new tokens, stops if all rows are done, and grows the KV cache if it is full."""
+
+    min_capacity: int = 144
+    """The smallest KV cache, in positions. The next sizes are 2 and 4 times it, then
+    there are two sizes for each doubling, so that few empty slots are attended. It is an
+    eighth more than a power of two, as prompts are often cut to a power of two."""
+
+    min_chunk: int = 32
+    """The smallest number of tokens of each row that a prefill processes at once. A chunk
+    is a power of two times this, about a fourth of the capacity, so that there is little
+    padding."""
+
+    max_chunk: int = 512
+    """The largest number of tokens of each row that are processed at once. More make
+    products no faster, but attend to more keys that the causal mask hides."""
+
+    max_chunk_tokens: int = 1024
+    """The largest number of tokens of all rows together that are processed at once."""
+
+    few_tokens: int = 4
+    """A turn of a session with at most so many tokens is not padded to a chunk."""
+
+    min_tokens_saved: int = 256
+    """How many tokens of padding must be saved for rows to be prefilled in two groups,
+    short and long ones: another group is another compilation."""
+
+    few_stops: int = 8
+    """The smallest number of stop tokens that is compiled for; larger ones double it."""
+
+    progress_seconds: float = 2.0
+    """After how many seconds `verbose="auto"` shows a progress bar."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if field.type == "int":
+                check_positive_int(field.name, getattr(self, field.name))
+
+    def round_up_capacity(self, length: int) -> int:
+        """Returns the smallest size of a KV cache that holds `length` positions."""
+        capacity = self.min_capacity
+        while capacity < length:
+            half = capacity * 3 // 2
+            if capacity >= 4 * self.min_capacity and length <= half:
+                return half
+            capacity *= 2
+        return capacity
+
+    def chunk_length(self, batch_size: int, capacity: int) -> int:
+        """Returns how many tokens of each row are processed at once."""
+        chunk = self.min_chunk
+        while (
+            2 * chunk <= min(capacity // 4, self.max_chunk)
+            and 2 * chunk * batch_size <= self.max_chunk_tokens
+        ):
+            chunk *= 2
+        return min(chunk, capacity)
+
+
+class StepKey(NamedTuple):
+    """The key of a compiled step; `variant` is what else is fixed in it."""
 
     step: str
     batch_size: int
@@ -68,8 +139,9 @@ class CompiledFunctions:
     Fixed in a compiled step are the variables that it reads (not their values), the
     layers' dtype policies, `run_eagerly` and `jit_compile`; for a step that samples, also
     the sampler's `get_config()`, but for numbers such as `temperature`, which are
-    arguments. They are compared at each call. Other attributes of layers are not looked
-    at: after changing one, make a new `CausalLM`.
+    arguments. They are compared at each call (the sampler's when a generation begins).
+    Other attributes of layers are not looked at: after changing one, make a new
+    `CausalLM`.
 
     Attributes:
         steps: list of `CompiledStep`: the steps compiled so far.
@@ -85,9 +157,8 @@ class CompiledFunctions:
         self._weights: list[keras.Variable] = []
         self._policies: list[str] = []
         self._how: tuple | None = None
-        self._contract: Any = None
-        # The sampler that `_sampling` was made with.
-        self._sampler: Any = None
+        # What the steps of `_sampling` were made with.
+        self._made_with: Sampling | None = None
         self.steps: list[CompiledStep] = []
         self.layers: list[keras.layers.Layer] = []
 
@@ -97,33 +168,31 @@ class CompiledFunctions:
         make: Callable[[Any], Callable],
         args: tuple,
         donate: tuple[int, ...] = (),
-        sampler: Any = None,
+        sampling: Sampling | None = None,
     ) -> Any:
-        """Runs a step, which is compiled if there is none for this key.
+        """Returns the result of a step, which is compiled if there is none for this key.
 
         Args:
             key: the sizes and options that the step is compiled for.
-            make: takes a sampler, or `None`, and returns the function to compile. That
+            make: takes an equal `sampling`, and returns the function to compile. That
                 takes and returns pytrees of tensors; it may read the variables of the
                 task, and read and assign those of the sampler.
             args: its arguments.
             donate: the positions of arguments whose memory may be reused, as they are
                 not used after the call.
-            sampler: the sampler that the step uses, or `None`.
-
-        Returns:
-            The result of the function.
+            sampling: how the step chooses tokens, or `None` if it does not.
         """
-        step = self.get(key, make, donate, sampler)
+        step = self.get(key, make, donate, sampling)
         args = tree.map_structure(ops.convert_to_tensor, args)
-        variables = [] if sampler is None else sampler.variables
+        variables = _variables(sampling)
         if not variables:
             return step(*args)
         with _DRAWING:
             # The step holds an equal sampler, whose seeds may be others.
-            _assign(self._sampler.variables, variables)
+            held = _variables(self._made_with)
+            _assign(held, variables)
             outputs = step(*args)
-            _assign(variables, self._sampler.variables)
+            _assign(variables, held)
         return outputs
 
     def get(
@@ -131,25 +200,30 @@ class CompiledFunctions:
         key: StepKey,
         make: Callable[[Any], Callable],
         donate: tuple[int, ...] = (),
-        sampler: Any = None,
+        sampling: Sampling | None = None,
     ) -> Callable:
         """Returns the compiled step of this key. The arguments are those of `run`."""
         self._drop_what_is_stale()
-        if sampler is not None:
-            self._drop_another_sampler(sampler)
-        steps = self._plain if sampler is None else self._sampling
+        steps = self._plain
+        if sampling is not None:
+            steps, made = self._sampling, self._made_with
+            if made is None or made.contract != sampling.contract:
+                self._drop(steps, "another sampler")
+                self._made_with = sampling
+            sampling = self._made_with
         if key not in steps:
-            sampler = sampler and self._sampler
-            steps[key] = self._compile(key, make(sampler), donate, sampler)
+            steps[key] = self._compile(
+                key, make(sampling), donate, _variables(sampling)
+            )
         return steps[key]
 
     def _compile(
-        self, key: StepKey, function: Callable, donate: tuple[int, ...], sampler: Any
+        self, key: StepKey, function: Callable, donate: tuple[int, ...], variables: list
     ) -> Callable:
         if keras.config.backend() == "torch":
-            from blocks.generation.backends.torch_steps import without_gradients
+            import torch
 
-            return without_gradients(function)
+            return torch.no_grad()(function)
         if self._task.run_eagerly:
             return function
 
@@ -164,7 +238,6 @@ class CompiledFunctions:
             return compile_step(traced, self._task.xla_generation)
         from blocks.generation.backends.jax_steps import JaxStep
 
-        variables = [] if sampler is None else sampler.variables
         return JaxStep(traced, self._task, variables, donate)
 
     def _note(self, key: StepKey) -> None:
@@ -177,11 +250,10 @@ class CompiledFunctions:
         task = self._task
         # Not all variables: a model gets others, of its metrics, when it is trained.
         weights = task.weights
-        policies = [layer.dtype_policy.name for layer in self.layers]
         how = (task.run_eagerly, task.xla_generation)
         if not same_objects(weights, self._weights):
             reason = "weights replaced"
-        elif policies != self._policies:
+        elif [x.dtype_policy.name for x in self.layers] != self._policies:
             reason = "dtype policy changed"
         elif how != self._how:
             reason = "run_eagerly or jit_compile changed"
@@ -189,22 +261,16 @@ class CompiledFunctions:
             return
         self._drop(self._plain, reason)
         self._drop(self._sampling, reason)
-        self._weights, self._how = weights, how
-        self.layers = all_layers(task)
-        self._policies = [layer.dtype_policy.name for layer in self.layers]
-
-    def _drop_another_sampler(self, sampler: Any) -> None:
-        eager = keras.config.backend() == "torch" or self._task.run_eagerly
-        # A step that is not compiled reads the sampler itself.
-        contract = sampler if eager else sampler_contract(sampler, self._task)
-        if contract is not self._contract and contract != self._contract:
-            self._drop(self._sampling, "another sampler")
-            self._contract = contract
-            self._sampler = sampler
+        self._weights, self._how, self.layers = weights, how, all_layers(task)
+        self._policies = [x.dtype_policy.name for x in self.layers]
 
     def _drop(self, steps: dict[StepKey, Callable], reason: str) -> None:
         self._dropped.update(dict.fromkeys(steps, reason))
         steps.clear()
+
+
+def _variables(sampling: Sampling | None) -> list[keras.Variable]:
+    return [] if sampling is None else sampling.sampler.variables
 
 
 def _assign(targets: list[keras.Variable], sources: list[keras.Variable]) -> None:

@@ -13,8 +13,7 @@ from attention.contract import Cache, Index, Tensor, max_positions
 from blocks.generation.backbone_inputs import backbone_inputs
 from blocks.generation.backends.loop_kernels import LoopKernels
 from blocks.generation.compilation import CompiledFunctions, StepKey
-from blocks.generation.samplers import number_settings, sample_token
-from blocks.generation.token_rows import tokenizer_size
+from blocks.generation.samplers import Sampling
 
 
 class Engine:
@@ -27,10 +26,9 @@ class Engine:
     Args:
         task: a `blocks.CausalLM`.
         sampler: a `keras_hub.samplers.Sampler`; `None` means the one that the
-            task was compiled with, at each call.
+            task was compiled with when a generation begins.
 
     Attributes:
-        task: the task.
         sizes: the task's `GenerationSizes`.
         functions: a `CompiledFunctions`.
         sites: the backbone's cached layers, in call order.
@@ -55,19 +53,9 @@ class Engine:
             )
         self.max_positions = max_positions(self.sites)
 
-    @property
-    def sampler(self) -> Any:
-        """Returns the sampler that chooses tokens."""
-        return self._sampler or self.task.sampler
-
-    @property
-    def known_tokens(self) -> int | None:
-        """Returns how many of the model's first tokens the tokenizer has.
-
-        `None` if it has all of them, or there is no tokenizer. Others are never chosen.
-        """
-        known = tokenizer_size(self.task.preprocessor)
-        return known if known and known < self.task.output.shape[-1] else None
+    def sampling(self) -> Sampling:
+        """Returns how a generation that begins now chooses tokens."""
+        return Sampling(self._sampler or self.task.sampler, self.task)
 
     def create_cache(self, batch_size: int, capacity: int) -> Cache:
         """Returns an empty KV cache for all of the backbone."""
@@ -91,13 +79,12 @@ class Engine:
             cache: the KV cache, whose memory is reused; `None` for a new one.
             capacity: int. The size of the cache.
             tokens: `int32` array of shape `(batch, width)`.
-            index: int or `(batch,)` array: how many positions the cache holds.
+            index: `int32` scalar or `(batch,)`: how many positions the cache holds.
             lengths: `int32` array `(batch,)`: how many tokens of each row count.
 
         Returns:
-            The logits after the last token of each row, `(batch,
-            vocabulary_size)`, and the cache. The logits of a row without tokens are
-            undefined.
+            The logits after the last token of each row, `(batch, vocabulary_size)`, and
+            the cache. The logits of a row without tokens are undefined.
         """
         rows, longest = tokens.shape[0], int(lengths.max())
         few = self.sizes.few_tokens
@@ -110,69 +97,50 @@ class Engine:
         width = few if chunk == few else -(-capacity // chunk) * chunk
         padded = np.zeros((rows, width), "int32")
         padded[:, :longest] = tokens[:, :longest]
-        if cache is None:
-            return self.functions.run(
-                StepKey("prefill", rows, capacity, chunk),
-                lambda _: self._make_prefill(capacity, chunk),
-                (padded, lengths),
-            )
+        step = "prefill" if cache is None else "process"
         return self.functions.run(
-            StepKey("process", rows, capacity, chunk),
-            lambda _: self._make_process(chunk),
-            (cache, padded, index, lengths),
+            StepKey(step, rows, capacity, chunk),
+            lambda _: self._make_process(capacity, chunk),
+            (() if cache is None else cache, padded, index, lengths),
             donate=(0,),
         )
 
     def decode(
-        self,
-        cache: Cache,
-        capacity: int,
-        token: Tensor,
-        index: Index,
-        room: Tensor,
-        finished: Tensor,
-        steps: Any,
-        stops: np.ndarray,
+        self, cache: Cache, capacity: int, sampling: Sampling, *state: Any
     ) -> tuple:
         """Processes a token of each row and samples the next, up to `steps` times.
 
         Args:
             cache: the KV cache. Its memory is reused.
             capacity: int. The size of the cache.
-            token: `int32` `(batch,)`: the last token of each row.
-            index: `int32` `(batch,)`, or `()` where all rows have one position,
-                which is faster.
-            room: `int32` `(batch,)`: how many more tokens each row may get.
-            finished: boolean `(batch,)`: rows that get none.
-            steps: int, at most `sizes.block_steps`.
-            stops: `int32` array: the tokens at which rows end.
+            sampling: how tokens are chosen.
+            *state: `token`, `int32` `(batch,)`: the last of each row; `index`, `int32`
+                `(batch,)`, or `()` where all rows have one position, which is faster;
+                `room`, `int32` `(batch,)`: how many more tokens each row may get;
+                `finished`, boolean `(batch,)`: rows that get none; `steps`, at most
+                `sizes.block_steps`; and `stops`, `int32`: the tokens at which rows end.
 
         Returns:
             `(cache, token, index, room, finished, tokens, valid)`: the first five
             after these steps; the new tokens, `(batch, block_steps)`, -1 where a row's
             logits were NaN or infinite; and which of these are part of the rows.
         """
-        settings, known = number_settings(self.sampler), self.known_tokens
         return self.functions.run(
-            StepKey("decode", token.shape[0], capacity, variant=known),
-            lambda sampler: self.make_decode(sampler, known),
-            (cache, token, index, room, finished, steps, stops, settings),
+            StepKey("decode", state[0].shape[0], capacity),
+            self.make_decode,
+            (cache, *state, sampling.settings),
             donate=(0,),
-            sampler=self.sampler,
+            sampling=sampling,
         )
 
-    def sample(self, logits: Tensor) -> Tensor:
+    def sample(self, logits: Tensor, sampling: Sampling) -> Tensor:
         """Samples a token for each row of logits; -1 where they are NaN or infinite."""
-        known = self.known_tokens
-
-        def make(sampler: Any) -> Callable:
-            return lambda logits, settings: sample_token(
-                sampler, logits, settings, known
-            )
-
-        key = StepKey("sample", logits.shape[0], variant=known)
-        args = (logits, number_settings(self.sampler))
-        return self.functions.run(key, make, args, sampler=self.sampler)
+        return self.functions.run(
+            StepKey("sample", logits.shape[0]),
+            lambda sampling: sampling.choose,
+            (logits, sampling.settings),
+            sampling=sampling,
+        )
 
     def step(
         self,
@@ -185,21 +153,18 @@ class Engine:
     ) -> tuple[Tensor, Cache]:
         """Processes one token of each row; returns the logits and the cache."""
 
-        def make(_: Any) -> Callable:
-            def step(
-                cache: Cache, token: Tensor, index: Index, max_length: Tensor
-            ) -> tuple[Tensor, Cache]:
-                fits = (index < max_length)[:, None]
-                hidden, cache = self.forward(cache, token[:, None], index, fits, donate)
-                logits = self.task.compute_logits(hidden)[:, 0]
-                # A compiled step can raise no error; NaN is better than wrong logits.
-                return ops.where(fits, logits, float("nan")), cache
-
-            return step
+        def step(
+            cache: Cache, token: Tensor, index: Index, max_length: Tensor
+        ) -> tuple:
+            fits = (index < max_length)[:, None]
+            hidden, cache = self.forward(cache, token[:, None], index, fits, donate)
+            logits = self.task.compute_logits(hidden)[:, 0]
+            # A compiled step can raise no error; NaN is better than wrong logits.
+            return ops.where(fits, logits, float("nan")), cache
 
         return self.functions.run(
             StepKey("decode_step", token.shape[0], capacity, variant=donate),
-            make,
+            lambda _: step,
             (cache, token, index, max_length),
             donate=(0,) if donate else (),
         )
@@ -223,24 +188,15 @@ class Engine:
         padding_mask = ops.cast(padding_mask, "int32")
         return backbone(backbone_inputs(backbone, tokens, padding_mask))
 
-    def _make_prefill(self, capacity: int, chunk: int) -> Callable:
-        process = self._make_process(chunk)
-
-        def prefill(tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Cache]:
-            cache = self.create_cache(tokens.shape[0], capacity)
-            return process(cache, tokens, ops.zeros((), dtype="int32"), lengths)
-
-        return prefill
-
-    def _make_process(self, chunk: int) -> Callable:
-        task = self.task
-        output = task.backbone.output
+    def _make_process(self, capacity: int, chunk: int) -> Callable:
+        output = self.task.backbone.output
 
         def process(
             cache: Cache, tokens: Tensor, index: Index, lengths: Tensor
         ) -> tuple[Tensor, Cache]:
             rows = tokens.shape[0]
             longest = ops.max(lengths)
+            cache = cache or self.create_cache(rows, capacity)
 
             def more(start: Tensor, *_: Any) -> Tensor:
                 return start < longest
@@ -259,14 +215,12 @@ class Engine:
             last = ops.zeros((rows, 1, output.shape[-1]), dtype=output.dtype)
             start = ops.zeros((), dtype="int32")
             _, cache, last = ops.while_loop(more, process_chunk, (start, cache, last))
-            return task.compute_logits(last)[:, 0], cache
+            return self.task.compute_logits(last)[:, 0], cache
 
         return process
 
-    def make_decode(self, sampler: Any, known: int | None) -> Callable:
+    def make_decode(self, sampling: Sampling) -> Callable:
         """Returns the function that `decode` compiles."""
-        task = self.task
-        block_steps = self.sizes.block_steps
         kernels = LoopKernels(self.functions.layers)
 
         def decode(
@@ -279,30 +233,22 @@ class Engine:
             stops: Tensor,
             settings: dict[str, Tensor],
         ) -> tuple:
-            shape = (token.shape[0], block_steps)
+            shape = (token.shape[0], self.sizes.block_steps)
             rows_differ = len(index.shape) == 1
             matrices = kernels.before_loop()
 
-            def more(step: Tensor, cache: Cache, *state: Tensor) -> Tensor:
-                unfinished = ops.logical_not(ops.all(state[3]))
-                return ops.logical_and(step < steps, unfinished)
+            def more(step: Tensor, *state: Any) -> Tensor:
+                finished = state[4]
+                return ops.logical_and(step < steps, ops.logical_not(ops.all(finished)))
 
-            def body(
-                step: Tensor,
-                cache: Cache,
-                token: Tensor,
-                index: Tensor,
-                room: Tensor,
-                finished: Tensor,
-                tokens: Tensor,
-                valid: Tensor,
-            ) -> tuple:
+            def body(step: Tensor, *state: Any) -> tuple:
+                cache, token, index, room, finished, tokens, valid = state
                 active = ops.logical_not(finished)
                 new = active[:, None]
                 with kernels.within_loop(matrices):
                     hidden, cache = self.forward(cache, token[:, None], index, new)
-                    logits = task.compute_logits(hidden)[:, 0]
-                sampled = sample_token(sampler, logits, settings, known)
+                    logits = self.task.compute_logits(hidden)[:, 0]
+                sampled = sampling.choose(logits, settings)
                 index = index + (ops.cast(active, "int32") if rows_differ else 1)
                 tokens = ops.slice_update(tokens, (0, step), sampled[:, None])
                 valid = ops.slice_update(valid, (0, step), new)
@@ -314,22 +260,11 @@ class Engine:
                 room = room - 1
                 return step + 1, cache, token, index, room, finished, tokens, valid
 
-            _, *state = sampler.run_loop(
-                more,
-                body,
-                model=task,
-                loop_vars=(
-                    ops.zeros((), dtype="int32"),
-                    cache,
-                    token,
-                    index,
-                    room,
-                    finished,
-                    ops.zeros(shape, dtype="int32"),
-                    ops.zeros(shape, dtype="bool"),
-                ),
-            )
-            return tuple(state)
+            tokens, valid = (ops.zeros(shape, dtype=x) for x in ("int32", "bool"))
+            state = (cache, token, index, room, finished, tokens, valid)
+            loop_vars = (ops.zeros((), dtype="int32"), *state)
+            run_loop = sampling.sampler.run_loop
+            return tuple(run_loop(more, body, model=self.task, loop_vars=loop_vars)[1:])
 
         return decode
 

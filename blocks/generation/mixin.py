@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
+import keras
 import numpy as np
 
-from attention.contract import check_positive_int
-from blocks.generation.progress import check_verbose, with_progress
-from blocks.generation.prompts import Prompts, resolve_stops
+from attention.contract import check_positive_int, describe
+from blocks.generation.outputs import (
+    detokenize,
+    join_outputs,
+    pad_token_id,
+    stream_pieces,
+    to_arrays,
+)
+from blocks.generation.prompts import NO_TOKENS, Prompts, resolve_stops
 from blocks.generation.running_batch import Block, RunningBatch
 from blocks.generation.samplers import check_sampler, has_own_loop
 from blocks.generation.search import search
 from blocks.generation.session import Session
 from blocks.generation.speculation import Speculation, check_speculation, speculate
 from blocks.generation.steps import GenerationSteps
-from blocks.generation.streaming import detokenize, stream_pieces
-from blocks.generation.token_rows import (
-    NO_TOKENS,
-    join_outputs,
-    pad_token_id,
-    to_arrays,
-)
 
 
 class GenerationMixin(GenerationSteps):
@@ -100,19 +102,34 @@ class GenerationMixin(GenerationSteps):
         times = check_positive_int("num_return_sequences", num_return_sequences)
         purpose = None if times == 1 else "`num_return_sequences`"
         purpose = purpose if speculation is None else "`speculation`"
-        check_sampler(self._sampler(), self.output.shape[-1], purpose)
+        sampler = check_sampler(self, purpose)
         check_speculation(speculation, self)
-        check_verbose(verbose)
+        if verbose not in ("auto", 0, 1):
+            raise ValueError(
+                '`verbose` must be "auto", 0 (no progress bar) or 1. Received: '
+                f"verbose={describe(verbose)}"
+            )
         # All prompts are checked before the first is continued, so that no work is lost
         # to an error in the last.
         prompts, is_single = self._read(inputs, max_length, max_new_tokens)
         outputs = []
-        for batch in with_progress(
-            prompts, verbose, self.generation_sizes.progress_seconds
-        ):
-            new = self._new_tokens(batch, stops, times, speculation)
-            outputs.append(self._to_outputs(batch.repeat(times), new, strip_prompt))
         pad = pad_token_id(self.preprocessor)
+        seconds = self.generation_sizes.progress_seconds
+        for batch in with_progress(prompts, verbose, seconds):
+            if has_own_loop(sampler):
+                rows = search(self._engine(), batch, stops)
+            else:
+                rows = [NO_TOKENS] * (len(batch.lengths) * times)
+                blocks = list(self._blocks(batch, stops, times, speculation))
+                if blocks:
+                    new, valid = (np.concatenate(x, axis=1) for x in zip(*blocks))
+                    rows = [row[mask] for row, mask in zip(new, valid)]
+            if not strip_prompt:
+                rows = [np.concatenate(pair) for pair in zip(batch.rows(times), rows)]
+            if batch.as_text:
+                outputs.append(detokenize(rows, self.preprocessor))
+            else:
+                outputs.append(to_arrays(rows, pad, batch.width))
         return join_outputs(outputs, is_single, pad, times)
 
     def stream(
@@ -126,16 +143,9 @@ class GenerationMixin(GenerationSteps):
     ) -> Iterator[Any]:
         """Continues prompts, and yields text as it is generated.
 
-        The arguments are those of `generate`, and the pieces joined are its result: the
-        first is the prompt, unless `strip_prompt`. No piece ends within a character.
-
-        Args:
-            inputs: as for `generate`, one batch.
-            max_length: as for `generate`.
-            stop_token_ids: as for `generate`.
-            strip_prompt: bool. Whether to leave out the prompt.
-            max_new_tokens: as for `generate`.
-            speculation: as for `generate`.
+        The arguments are those of `generate` (`inputs` is one batch), and the pieces
+        joined are its result: the first is the prompt, unless `strip_prompt`. No piece
+        ends within a character.
 
         Yields:
             For one string, strings. For a list of strings, lists with a string
@@ -159,18 +169,16 @@ class GenerationMixin(GenerationSteps):
         True
         """
         stops = resolve_stops(stop_token_ids, self)
-        check_sampler(self._sampler(), self.output.shape[-1], "`stream`")
+        check_sampler(self, "`stream`")
         check_speculation(speculation, self)
-        prompts, is_single = self._read_one(
-            "stream", inputs, max_length, max_new_tokens
+        (prompts,), is_single = self._read(
+            inputs, max_length, max_new_tokens, one_for="stream"
         )
-        return stream_pieces(
-            self._blocks(prompts, stops, 1, speculation, block_steps=1),
-            len(prompts.lengths),
-            None if strip_prompt else prompts.rows(),
-            self.preprocessor if prompts.as_text else None,
-            is_single,
-        )
+        rows = prompts.rows()
+        blocks = self._blocks(prompts, stops, 1, speculation, block_steps=1)
+        before = [NO_TOKENS] * len(rows) if strip_prompt else rows
+        preprocessor = self.preprocessor if prompts.as_text else None
+        return stream_pieces(blocks, before, preprocessor, is_single)
 
     def start(self, inputs: Any) -> Session:
         """Starts a session, which is continued turn by turn.
@@ -187,29 +195,8 @@ class GenerationMixin(GenerationSteps):
                 vocabulary.
         """
         # A session has no length until it generates.
-        prompts, is_single = self._read_one("start", inputs, None, 1)
+        (prompts,), is_single = self._read(inputs, None, 1, one_for="start")
         return Session(self, self._engine(), prompts, is_single)
-
-    def _sampler(self) -> Any:
-        """Returns the sampler, or `None` if the model is not compiled."""
-        return getattr(self, "sampler", None)
-
-    def _new_tokens(
-        self,
-        prompts: Prompts,
-        stops: tuple[int, ...],
-        times: int,
-        speculation: Speculation | None,
-    ) -> list[np.ndarray]:
-        """Returns the new tokens of each row."""
-        if has_own_loop(self._sampler()):
-            arrays = (prompts.token_ids, prompts.lengths, prompts.limits)
-            return search(self._engine(), self._sampler(), *arrays, stops)
-        rows = [[NO_TOKENS] for _ in range(len(prompts.lengths) * times)]
-        for tokens, valid in self._blocks(prompts, stops, times, speculation):
-            for row, new, mask in zip(rows, tokens, valid):
-                row.append(new[mask])
-        return [np.concatenate(row) for row in rows]
 
     def _blocks(
         self,
@@ -231,16 +218,31 @@ class GenerationMixin(GenerationSteps):
         if speculation is None:
             yield from batch.decode(room, stops, block_steps)
         else:
-            rows = prompts.repeat(times).rows()
-            yield from speculate(batch, speculation, rows, room, stops)
+            yield from speculate(batch, speculation, prompts.rows(times), room, stops)
 
-    def _to_outputs(
-        self, prompts: Prompts, new_tokens: list[np.ndarray], strip_prompt: bool
-    ) -> Any:
-        """Returns strings or arrays, as the user passed."""
-        rows = new_tokens
-        if not strip_prompt:
-            rows = [np.concatenate(pair) for pair in zip(prompts.rows(), new_tokens)]
-        if prompts.as_text:
-            return detokenize(rows, self.preprocessor)
-        return to_arrays(rows, pad_token_id(self.preprocessor), prompts.width)
+
+def with_progress(batches: list[Any], verbose: Any, seconds: float) -> Iterator[Any]:
+    """Yields batches, and shows how many are done.
+
+    With `verbose="auto"` that is after so many seconds, for several batches that
+    somebody waits for.
+    """
+    if verbose == "auto":
+        verbose = len(batches) > 1 and _is_watched()
+    else:
+        seconds = 0.0
+    bar = keras.utils.Progbar(len(batches), unit_name="batch", verbose=int(verbose))
+    begin = time.monotonic()
+    for done, batch in enumerate(batches, 1):
+        yield batch
+        if time.monotonic() - begin >= seconds:
+            bar.update(done)
+
+
+def _is_watched() -> bool:
+    if sys.stdout is not None and sys.stdout.isatty():
+        return True
+    # A notebook's output is not a terminal, but is watched, too.
+    shell = sys.modules.get("IPython")
+    kernel = getattr(shell, "get_ipython", lambda: None)() if shell else None
+    return kernel is not None and hasattr(kernel, "kernel")

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import operator
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from keras import ops
 
-from attention.contract import check_positive_int, describe
-from blocks.generation.token_rows import (
-    check_tokens,
-    cut_rows,
-    read_tokens,
-    vocabulary_size,
-)
+from attention.contract import Mask, Tensor, check_positive_int, describe
+
+# The new tokens of a row that gets none.
+NO_TOKENS = np.zeros((0,), "int32")
 
 
-@dataclasses.dataclass
-class Prompts:
+class Prompts(NamedTuple):
     """One batch of prompts, and how far each may be continued.
 
     Attributes:
@@ -37,53 +33,33 @@ class Prompts:
     width: int
     as_text: bool
 
-    def rows(self) -> list[np.ndarray]:
-        """Returns the tokens of each prompt."""
-        return cut_rows(self.token_ids, self.lengths)
-
-    def repeat(self, times: int) -> Prompts:
-        """Returns the same prompts with `times` rows for each."""
-        return Prompts(
-            np.repeat(self.token_ids, times, axis=0),
-            np.repeat(self.lengths, times),
-            np.repeat(self.limits, times),
-            self.width,
-            self.as_text,
-        )
+    def rows(self, times: int = 1) -> list[np.ndarray]:
+        """Returns the tokens of each prompt, `times` rows for each."""
+        rows = cut_rows(self.token_ids, self.lengths)
+        return [row for row in rows for _ in range(times)]
 
 
-@dataclasses.dataclass
-class Batch:
-    """A batch of prompts as the user passed it.
+class Batch(NamedTuple):
+    """A batch of prompts as the user passed it: texts, or rows of tokens.
 
-    Attributes:
-        texts: list of strings, or `None` where tokens were passed.
-        token_ids: integers of shape `(batch, width)`, where tokens were passed.
-        lengths: `int32` array `(batch,)`: how many of them are real.
-        has_mask: bool. Whether there was a `padding_mask`, so that the width of the
-            arrays is a default for the length.
+    With a `padding_mask` the width of `token_ids` is a default for the length.
     """
 
-    texts: list[str] | None = None
+    texts: list[str] | None
     token_ids: Any = None
     lengths: Any = None
     has_mask: bool = False
 
 
 def read_batches(inputs: Any) -> tuple[list[Batch], bool]:
-    """Reads the inputs of `generate`.
+    """Reads the inputs of `generate`, in any of the forms that users pass.
 
-    Args:
-        inputs: text (a string; strings in a list, an array, a tensor, a pandas Series
-            or a generator), tokens (`token_ids` as for `read_tokens`, alone or in a
-            dict with `padding_mask`), or a `tf.data.Dataset` of batches of either.
+    These are text (a string; strings in a list, an array, a tensor, a pandas Series or
+    a generator), tokens (`token_ids` as for `read_tokens`, alone or in a dict with
+    `padding_mask`), or a `tf.data.Dataset` of batches of either.
 
     Returns:
         A list of batches, and whether there was one string or row without a batch axis.
-
-    Raises:
-        TypeError: if it is none of these.
-        ValueError: if there is nothing in it.
     """
     if hasattr(inputs, "as_numpy_iterator"):
         batches = [_read_batch(x)[0] for x in inputs.as_numpy_iterator()]
@@ -149,6 +125,42 @@ def to_str(text: Any) -> str:
     return text
 
 
+def check_lengths(max_length: int | None, max_new_tokens: int | None) -> None:
+    """Raises an error if a length is no positive integer."""
+    if max_length is not None:
+        check_positive_int("max_length", max_length)
+    if max_new_tokens is not None:
+        check_positive_int("max_new_tokens", max_new_tokens)
+
+
+def row_limits(
+    lengths: np.ndarray,
+    max_length: int | None,
+    max_new_tokens: int | None,
+    default: int,
+    max_positions: int | None,
+) -> np.ndarray:
+    """Returns the lengths at which rows of these lengths end, `(batch,)`.
+
+    `default` is the `max_length` where neither length was passed; 0 means none.
+    """
+    if max_new_tokens is not None:
+        limits = lengths + np.int32(max_new_tokens)
+        limits = np.minimum(limits, max_length or limits)
+    elif max_length or default:
+        limits = np.full_like(lengths, max_length or default)
+    else:
+        limits = lengths
+    if max_positions is not None and int(limits.max()) > max_positions:
+        raise ValueError(
+            f"The model has learned {max_positions} positions, but was asked for "
+            f"sequences of {int(limits.max())} tokens (prompt and new tokens together). "
+            "Pass a smaller `max_length` or `max_new_tokens`, `trim` the session if it is "
+            "one, or make the backbone with a larger `max_sequence_length`."
+        )
+    return limits
+
+
 def read_prompts(
     batch: Batch,
     task: Any,
@@ -156,29 +168,10 @@ def read_prompts(
     max_new_tokens: int | None,
     max_positions: int | None,
 ) -> Prompts:
-    """Tokenizes a batch of prompts and checks it.
-
-    Args:
-        batch: a `Batch`.
-        task: the `CausalLM`.
-        max_length: int or `None`. The length at which rows end.
-        max_new_tokens: int or `None`. How many tokens each row may get.
-        max_positions: int or `None`. How many positions the model knows.
-
-    Returns:
-        A `Prompts`.
-
-    Raises:
-        ValueError: if a prompt is empty, too long, or holds tokens that the model does
-            not know.
-    """
-    if max_length is not None:
-        check_positive_int("max_length", max_length)
-    if max_new_tokens is not None:
-        check_positive_int("max_new_tokens", max_new_tokens)
-    texts = batch.texts
-    as_text = texts is not None
-    if texts is not None:
+    """Returns a batch of prompts as tokens, checked."""
+    check_lengths(max_length, max_new_tokens)
+    as_text = batch.texts is not None
+    if batch.texts is not None:
         preprocessor = task.preprocessor
         if preprocessor is None:
             raise ValueError(
@@ -187,7 +180,7 @@ def read_prompts(
             )
         default = preprocessor.sequence_length
         given = max_length or (None if max_new_tokens else default)
-        tokens, lengths = _tokenize(texts, preprocessor, given)
+        tokens, lengths = _tokenize(batch.texts, preprocessor, given)
     else:
         tokens, lengths = batch.token_ids, batch.lengths
         # Without a `padding_mask` the width of the arrays is no default.
@@ -200,30 +193,17 @@ def read_prompts(
             else "Each row needs at least one token that `padding_mask` marks as real."
         )
         raise ValueError(f"Prompt {int(lengths.argmin())} has no tokens. {advice}")
+    limits = row_limits(lengths, max_length, max_new_tokens, default, max_positions)
     longest = int(lengths.max())
-    if max_new_tokens is None:
-        total = max_length or default or longest
-        limits = np.full_like(lengths, total) if max_length or default else lengths
-    else:
-        limits = lengths + np.int32(max_new_tokens)
-        total = max_length or int(limits.max())
-        limits = np.minimum(limits, total)
-    if longest > total:
-        row = int(lengths.argmax())
+    if longest > limits[lengths.argmax()]:
         name = "`max_length`" if max_length else "the preprocessor's `sequence_length`"
         raise ValueError(
-            f"Prompt {row} has {longest} tokens{' or more' if as_text else ''}, "
-            f"which is more than {name} of {total} (prompt and new tokens "
-            "together). Shorten the prompt, or pass a larger `max_length`."
+            f"Prompt {lengths.argmax()} has {longest} tokens"
+            f"{' or more' if as_text else ''}, which is more than {name} of "
+            f"{max_length or default} (prompt and new tokens together). Shorten the "
+            "prompt, or pass a larger `max_length`."
         )
-    if max_positions is not None and int(limits.max()) > max_positions:
-        raise ValueError(
-            f"The model has learned {max_positions} positions, but was asked for "
-            f"sequences of {int(limits.max())} tokens (prompt and new tokens "
-            "together). Pass a smaller `max_length` or `max_new_tokens`, or make "
-            "the backbone with a larger `max_sequence_length`."
-        )
-    width = total if as_text or max_length else max(total, default)
+    width = max_length or max(int(limits.max()), 0 if as_text else default)
     return Prompts(tokens[:, :longest].astype("int32"), lengths, limits, width, as_text)
 
 
@@ -247,17 +227,7 @@ def _tokenize(
 def resolve_stops(stop_token_ids: Any, task: Any) -> tuple[int, ...]:
     """Returns the tokens at which rows end.
 
-    Args:
-        stop_token_ids: `None`, `"auto"`, a token id or several.
-        task: the `CausalLM`, whose preprocessor has the end token.
-
-    Returns:
-        A tuple of ints; an empty one where no token ends a row.
-
-    Raises:
-        TypeError: if `stop_token_ids` is none of these.
-        ValueError: if it is `"auto"` and there is no preprocessor to ask, or an id is
-            outside of the model's vocabulary.
+    An empty tuple means that no token ends a row. `"auto"` asks the preprocessor.
     """
     if stop_token_ids is None:
         return ()
@@ -270,10 +240,9 @@ def resolve_stops(stop_token_ids: Any, task: Any) -> tuple[int, ...]:
             )
         return _end_token_ids(task.preprocessor)
     several = hasattr(stop_token_ids, "__iter__")
+    given = stop_token_ids if several else [stop_token_ids]
     try:
-        stops = tuple(
-            map(operator.index, stop_token_ids if several else [stop_token_ids])
-        )
+        stops = tuple(map(operator.index, given))
     except (TypeError, ValueError):
         raise TypeError(
             '`stop_token_ids` must be None, "auto", a token id or a list of them. '
@@ -292,8 +261,7 @@ def resolve_stops(stop_token_ids: Any, task: Any) -> tuple[int, ...]:
 def _end_token_ids(preprocessor: Any) -> tuple[int, ...]:
     """Returns the end tokens of our preprocessors, or of KerasHub's tokenizers."""
     tokenizer = getattr(preprocessor, "tokenizer", None)
-    end = getattr(preprocessor, "end_token_id", None)
-    ids = [end]
+    ids = [getattr(preprocessor, "end_token_id", None)]
     if getattr(preprocessor, "end_token", None) is None:
         # Llama 3 has two: of a message and of a text.
         ids += [getattr(tokenizer, f"end_token{i}_id", None) for i in ("", "2")]
@@ -305,3 +273,117 @@ def _end_token_ids(preprocessor: Any) -> tuple[int, ...]:
             stacklevel=4,
         )
     return found
+
+
+# === Rows of tokens ===
+
+
+def read_tokens(
+    token_ids: Tensor, padding_mask: Mask | None = None, name: str = "token_ids"
+) -> tuple[np.ndarray, np.ndarray, bool]:
+    """Reads rows of tokens: an array, a tensor or lists of integers, one row or several.
+
+    Rows of different lengths may be lists or a `tf.RaggedTensor`.
+
+    Returns:
+        `(tokens, lengths, is_single)`: integers of shape `(batch, width)`, 0 for
+        padding; the lengths of the rows, of shape `(batch,)`; and whether there was one
+        row without a batch axis.
+    """
+    tokens, lengths = _to_array(name, token_ids)
+    received = f"Received: {name}={describe(token_ids)}"
+    if tokens.size and tokens.dtype.kind not in "iu":
+        raise TypeError(f"`{name}` must be token ids (integers) or text. {received}")
+    if padding_mask is not None:
+        mask = _to_array("padding_mask", padding_mask)[0].astype(bool)
+        if mask.shape != tokens.shape:
+            raise ValueError(
+                "`token_ids` and `padding_mask` must both have the shape (batch, "
+                f"length). {received}, padding_mask={describe(padding_mask)}"
+            )
+        lengths = mask.sum(axis=-1)
+    is_single = tokens.ndim == 1
+    if is_single:
+        tokens, lengths = tokens[None], lengths[None]
+    if not len(tokens):
+        raise ValueError(f"`{name}` is empty: there is no row of tokens.")
+    real = np.arange(tokens.shape[1]) < lengths[:, None]
+    if padding_mask is not None and (mask != real).any():
+        row = int((mask != real).any(axis=-1).argmax())
+        raise ValueError(
+            f"Row {row} of `padding_mask` is not of the form 1, ..., 1, 0, ..., 0. Rows "
+            "must be padded on the right."
+        )
+    # Padding need not be a valid token, so it is replaced.
+    return np.where(real, tokens, 0), lengths.astype("int32"), is_single
+
+
+def _to_array(name: str, rows: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Returns rows as one array, padded with 0, and the lengths of the rows."""
+    if hasattr(rows, "to_list"):
+        rows = rows.to_list()  # of a `tf.RaggedTensor`
+    try:
+        if isinstance(rows, (list, tuple)):
+            rows = [ops.convert_to_numpy(row) for row in rows]
+            if rows and all(row.ndim == 1 for row in rows):
+                return pad_rows(rows)
+        array = np.array(rows) if isinstance(rows, list) else ops.convert_to_numpy(rows)
+        if array.ndim in (1, 2):
+            return array, np.full(array.shape[:-1], array.shape[-1])
+    except (ValueError, TypeError, AttributeError):
+        pass
+    raise ValueError(
+        f"`{name}` must have the shape (batch, length), or (length,) for one row, or be "
+        f"a list of rows. Received: {name}={describe(rows)}"
+    )
+
+
+def check_tokens(
+    tokens: np.ndarray, vocabulary_size: int | None, remark: str = ""
+) -> None:
+    """Raises a `ValueError` if a token, of an array `(batch, width)`, is not known."""
+    if vocabulary_size is None:
+        return
+    wrong = (tokens < 0) | (tokens >= vocabulary_size)
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0]
+        raise ValueError(
+            f"Token {int(tokens[row, column])} at position {column} of row {row} is "
+            f"outside of the model's vocabulary of {vocabulary_size} tokens{remark}."
+        )
+
+
+def pad_rows(
+    rows: list[np.ndarray], width: int | None = None, fill: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns rows as one array of shape `(batch, width)`, and their lengths, `(batch,)`.
+
+    `width` is by default the length of the longest row, but at least 1, as some
+    detokenizers take no empty rows.
+    """
+    lengths = np.array([len(row) for row in rows], "int32")
+    # An empty list is an array of floats.
+    tokens = np.concatenate([NO_TOKENS, *(row for row in rows if len(row))])
+    real = np.arange(width or max(1, lengths.max())) < lengths[:, None]
+    padded = np.full(real.shape, fill, tokens.dtype)
+    padded[real] = tokens
+    return padded, lengths
+
+
+def cut_rows(tokens: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
+    """Returns the rows of an array that `pad_rows` has made."""
+    return [row[:n] for row, n in zip(tokens, lengths)]
+
+
+def vocabulary_size(task: Any) -> int | None:
+    """Returns the number of tokens that a model knows, or `None`."""
+    return getattr(task.backbone, "vocabulary_size", task.output.shape[-1])
+
+
+def tokenizer_size(preprocessor: Any) -> int | None:
+    """Returns how many tokens a preprocessor's tokenizer has, or `None` if unknown."""
+    try:
+        return preprocessor.tokenizer.vocabulary_size()
+    except Exception:
+        # There is none, or it is being restored and its vocabulary follows.
+        return None

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 from keras import ops, tree
 
 from attention.contract import Cache, Index, Tensor
 from blocks.generation.engine import Engine
-from blocks.generation.sizes import GenerationSizes
-from blocks.generation.token_rows import pad_rows
+from blocks.generation.prompts import pad_rows
+from blocks.generation.samplers import Sampling
 
+# New tokens, `(batch, steps)`, and which of them are part of the rows.
 Block = tuple[np.ndarray, np.ndarray]
 
 BROKEN_LOGITS = (
@@ -25,10 +25,6 @@ BROKEN_LOGITS = (
 
 class RunningBatch:
     """Rows of tokens that are continued together, each at its own position.
-
-    Args:
-        engine: an `Engine`.
-        batch_size: int. The number of rows.
 
     Attributes:
         cache: the KV cache, or `None` before anything was processed.
@@ -65,14 +61,15 @@ class RunningBatch:
         self.reserve(int((self.processed + lengths).max()) + ahead)
         groups = [np.arange(self.batch_size)]
         if self.cache is None:
-            groups = _groups(lengths, self.capacity, self.sizes)
+            groups = self._groups(lengths)
         old = self.logits
         with self.forgetting_if_it_fails():
             parts = [self._process_rows(group, tokens, lengths) for group in groups]
         self.logits, self.cache = parts[0]
         if len(parts) > 1:
-            self.logits, self.cache = join_rows(
-                parts, np.argsort(np.concatenate(groups))
+            order = np.argsort(np.concatenate(groups)).astype("int32")
+            self.logits, self.cache = tree.map_structure(
+                lambda *x: ops.take(ops.concatenate(x, axis=0), order, axis=0), *parts
             )
         if old is not None:
             self.logits = ops.where((lengths > 0)[:, None], self.logits, old)
@@ -82,19 +79,39 @@ class RunningBatch:
     def _process_rows(
         self, rows: np.ndarray, tokens: np.ndarray, lengths: np.ndarray
     ) -> tuple[Tensor, Cache]:
-        capacity = self.capacity
-        whole = len(rows) == self.batch_size
-        if not whole:
-            # A smaller cache has shorter chunks.
-            capacity = min(
-                self.sizes.round_up_capacity(int(lengths[rows].max())), capacity
-            )
+        capacity = self._capacity_of(rows, lengths)
         logits, cache = self.engine.process(
             self.cache, capacity, tokens[rows], self._index(), lengths[rows]
         )
         if capacity < self.capacity:
             cache = self.engine.grow_cache(cache, self.capacity)
         return logits, cache
+
+    def _capacity_of(self, rows: np.ndarray, lengths: np.ndarray) -> int:
+        """Returns the capacity for some rows: a smaller cache has shorter chunks."""
+        if len(rows) == self.batch_size:
+            return self.capacity
+        longest = int(lengths[rows].max())
+        return min(self.sizes.round_up_capacity(longest), self.capacity)
+
+    def _groups(self, lengths: np.ndarray) -> list[np.ndarray]:
+        """Splits rows into short and long ones if that saves much padding."""
+
+        def cost(groups: list[np.ndarray]) -> int:
+            total = 0
+            for rows in groups:
+                capacity = self._capacity_of(rows, lengths)
+                chunk = self.sizes.chunk_length(len(rows), capacity)
+                total += len(rows) * -(-int(lengths[rows].max()) // chunk) * chunk
+            return total
+
+        whole = [np.arange(len(lengths))]
+        order = np.argsort(lengths, kind="stable")
+        splits = ([order[:i], order[i:]] for i in range(1, len(order)))
+        best = min(splits, key=cost, default=whole)
+        saved = cost(whole) - cost(best)
+        enough = max(cost(whole) / 2, self.sizes.min_tokens_saved)
+        return best if saved >= enough else whole
 
     @contextlib.contextmanager
     def forgetting_if_it_fails(self) -> Iterator[None]:
@@ -119,9 +136,10 @@ class RunningBatch:
 
     def repeat(self, times: int) -> None:
         """Makes each row `times` rows, one after the other."""
-        rows = np.repeat(np.arange(self.batch_size), times)
-        self.cache = take_rows(self.cache, rows)
-        self.logits = take_rows(self.logits, rows)
+        rows = np.repeat(np.arange(self.batch_size, dtype="int32"), times)
+        self.logits, self.cache = tree.map_structure(
+            lambda x: ops.take(x, rows, axis=0), (self.logits, self.cache)
+        )
         self.processed = self.processed[rows]
         self.batch_size *= times
 
@@ -136,18 +154,15 @@ class RunningBatch:
         return other
 
     def sample(
-        self, room: np.ndarray, stops: np.ndarray
+        self, sampling: Sampling, room: np.ndarray, stops: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """Samples the next token of each row from the logits.
 
-        Args:
-            room: `int32` array `(batch,)`: how many tokens each row may get.
-            stops: `int32` array: the tokens at which a row ends.
-
         Returns:
-            The tokens, and which rows end with them.
+            The tokens, and which rows end with them, as they have `room` for no other or
+            it is among `stops`. Both are of shape `(batch,)`.
         """
-        token = to_numpy(self.engine.sample(self.logits))
+        token = ops.convert_to_numpy(self.engine.sample(self.logits, sampling))
         check_chosen(token[:, None], (room > 0)[:, None], self.processed)
         return token, (room <= 1) | np.isin(token, stops)
 
@@ -164,14 +179,13 @@ class RunningBatch:
             block_steps: int or `None`. How many steps to run in one compiled call.
 
         Yields:
-            Blocks of new tokens, `(batch, steps)`, and which of them are part
-            of the rows.
+            Blocks of new tokens.
         """
         if room.max() <= 0:
             return
-        stop_array = self.pad_stops(stops)
+        sampling, stop_array = self.engine.sampling(), self.pad_stops(stops)
         token: Tensor
-        token, finished = self.sample(room, stop_array)
+        token, finished = self.sample(sampling, room, stop_array)
         yield token[:, None], (room > 0)[:, None]
         room = (room - 1).astype("int32")
         index: Index = self._index()
@@ -182,22 +196,20 @@ class RunningBatch:
             steps = min(block, int(left.max()))
             self.reserve(int((self.processed + np.minimum(left, steps)).max()))
             with self.forgetting_if_it_fails():
-                self.cache, token, index, device_room, done, tokens, valid = (
-                    self.engine.decode(
-                        self.cache,
-                        self.capacity,
-                        token,
-                        index,
-                        device_room,
-                        finished,
-                        np.int32(steps),
-                        stop_array,
-                    )
+                state = (
+                    token,
+                    index,
+                    device_room,
+                    finished,
+                    np.int32(steps),
+                    stop_array,
                 )
-                tokens = to_numpy(tokens)[:, :steps]
-                valid = to_numpy(valid)[:, :steps]
+                self.cache, token, index, device_room, *found = self.engine.decode(
+                    self.cache, self.capacity, sampling, *state
+                )
+                finished, tokens, valid = map(ops.convert_to_numpy, found)
+                tokens, valid = tokens[:, :steps], valid[:, :steps]
                 check_chosen(tokens, valid, self.processed + 1)
-            finished = to_numpy(done)
             room = room - np.int32(steps)
             self.processed = self.processed + valid.sum(axis=1, dtype="int32")
             yield tokens, valid
@@ -215,41 +227,10 @@ class RunningBatch:
         return first if (self.processed == first).all() else self.processed
 
 
-def _groups(
-    lengths: np.ndarray, capacity: int, sizes: GenerationSizes
-) -> list[np.ndarray]:
-    """Splits rows into short and long ones if that saves much padding."""
-    order = np.argsort(lengths, kind="stable")
-    everything = [np.arange(len(lengths))]
-
-    def padded(rows: np.ndarray) -> int:
-        longest = int(lengths[rows].max())
-        size = capacity
-        if len(rows) < len(lengths):
-            size = min(sizes.round_up_capacity(longest), capacity)
-        chunk = sizes.chunk_length(len(rows), size)
-        return len(rows) * -(-longest // chunk) * chunk
-
-    best, cost = everything, padded(everything[0])
-    threshold = min(cost // 2, cost - sizes.min_tokens_saved)
-    for split in range(1, len(order)):
-        groups = [order[:split], order[split:]]
-        split_cost = sum(map(padded, groups))
-        if split_cost <= threshold and split_cost < cost:
-            best, cost = groups, split_cost
-    return best
-
-
 def check_chosen(tokens: np.ndarray, valid: np.ndarray, lengths: np.ndarray) -> None:
-    """Raises an error if no token could be chosen.
+    """Raises a `ValueError` if a valid token is -1, as no token could be chosen.
 
-    Args:
-        tokens: array of shape `(batch, steps)`, -1 where none could.
-        valid: boolean array of the same shape: which of them are part of the rows.
-        lengths: array of shape `(batch,)`: how many tokens were before the first.
-
-    Raises:
-        ValueError: if a valid token is -1.
+    `lengths`, `(batch,)`, is how many tokens were before the first.
     """
     wrong = valid & (tokens < 0)
     if wrong.any():
@@ -259,24 +240,3 @@ def check_chosen(tokens: np.ndarray, valid: np.ndarray, lengths: np.ndarray) -> 
             "the model's logits are NaN or infinite, so no next token can be chosen. "
             f"{BROKEN_LOGITS}"
         )
-
-
-def take_rows(cache: Cache, rows: np.ndarray) -> Cache:
-    """Returns rows of a pytree of tensors whose first axis is the batch."""
-    rows = np.asarray(rows, "int32")
-    return tree.map_structure(lambda x: ops.take(x, rows, axis=0), cache)
-
-
-def join_rows(caches: list[Any], order: np.ndarray) -> Any:
-    """Joins the rows of several caches in the order given."""
-
-    def join(*parts: Tensor) -> Tensor:
-        return ops.take(ops.concatenate(parts, axis=0), order, axis=0)
-
-    order = np.asarray(order, "int32")
-    return tree.map_structure(join, *caches)
-
-
-def to_numpy(x: Tensor) -> np.ndarray:
-    """Returns a tensor's values."""
-    return ops.convert_to_numpy(x)

@@ -13,6 +13,7 @@ import numpy as np
 from keras import ops
 
 from attention.contract import Tensor
+from blocks.generation.prompts import tokenizer_size
 
 _samplers = keras_hub.samplers
 # Numbers that these samplers only compute with. `k` is a shape, and how a user's own
@@ -31,22 +32,13 @@ _CHOOSE_OF_K = (
 )
 
 
-def check_sampler(
-    sampler: Any, vocabulary_size: int, purpose: str | None = None
-) -> None:
-    """Raises an error if a sampler can't be used by `generate`.
+def check_sampler(task: Any, purpose: str | None = None) -> Any:
+    """Returns the sampler that a model was compiled with, if `generate` can use it.
 
-    Args:
-        sampler: the sampler that the model was compiled with, or `None`.
-        vocabulary_size: int. How many tokens there are to choose from.
-        purpose: str or `None`. An option of `generate` that needs a sampler that
-            chooses one token after the other.
-
-    Raises:
-        ValueError: if there is none, `generate` does not support it, alone or with
-            `purpose`, its `k` is larger than the vocabulary, or its temperature or `p`
-            is not positive.
+    `purpose` is an option that needs a sampler that chooses one token after the other.
     """
+    sampler = getattr(task, "sampler", None)
+    vocabulary_size = task.output.shape[-1]
     if sampler is None:
         raise ValueError(
             "The model is not compiled, so there is no sampler. Call "
@@ -66,9 +58,9 @@ def check_sampler(
     for name in _NUMBERS.get(type(sampler), ("temperature",)):
         value = getattr(sampler, name, 1.0)
         if isinstance(value, numbers.Real) and not float(value) > 0:
-            advice = ' For no randomness, compile with sampler="greedy".'
             raise ValueError(
-                f"`{name}` of the sampler must be larger than 0.{advice} Received: "
+                f"`{name}` of the sampler must be larger than 0. For no randomness, "
+                'compile with sampler="greedy". Received: '
                 f"{type(sampler).__name__} with {name}={value}"
             )
     k = getattr(sampler, "k", None)
@@ -83,6 +75,7 @@ def check_sampler(
             f"itself, which does not go with {purpose}. Compile with a sampler that "
             "chooses one token after the other, such as 'greedy' or 'top_p'."
         )
+    return sampler
 
 
 def has_own_loop(sampler: Any) -> bool:
@@ -90,96 +83,71 @@ def has_own_loop(sampler: Any) -> bool:
     return type(sampler).__call__ is not _samplers.Sampler.__call__
 
 
-def number_settings(sampler: Any) -> dict[str, Any]:
-    """Returns the numbers that a compiled step takes as arguments.
+class Sampling:
+    """How tokens are chosen in one generation, as it was when the generation began.
 
-    They are a dict from attributes to float32 scalars; an empty one on torch, where
-    nothing is compiled.
+    Attributes:
+        sampler: the `keras_hub.samplers.Sampler`.
+        known: int or `None`. How many of the model's first tokens the tokenizer has, if
+            it lacks some. Others are never chosen.
+        settings: the numbers that a compiled step takes as arguments, by the sampler's
+            attributes; none on torch, where nothing is compiled.
+        contract: tuple. What is fixed in a compiled step.
     """
-    if keras.config.backend() == "torch":
-        return {}
-    settings = {}
-    for name in _NUMBERS.get(type(sampler), ()):
-        value = getattr(sampler, name, None)
-        if isinstance(value, numbers.Real):
-            settings[name] = np.float32(value)
-    return settings
 
+    def __init__(self, sampler: Any, task: Any) -> None:
+        self.sampler = sampler
+        known = tokenizer_size(task.preprocessor)
+        self.known = known if known and known < task.output.shape[-1] else None
+        is_torch = keras.config.backend() == "torch"
+        names = () if is_torch else _NUMBERS.get(type(sampler), ())
+        numbers_of = {name: getattr(sampler, name, None) for name in names}
+        self.settings = {
+            name: np.float32(value)
+            for name, value in numbers_of.items()
+            if isinstance(value, numbers.Real)
+        }
+        # A step that is not compiled reads the sampler itself.
+        eager = is_torch or task.run_eagerly
+        self.contract = (self.known, sampler if eager else self._config(task))
 
-def sampler_contract(sampler: Any, task: Any) -> tuple:
-    """Returns the part of a sampler that is fixed in a compiled step.
+    def _config(self, task: Any) -> tuple:
+        """Returns the class and `get_config()`, without the numbers that are arguments.
 
-    It is the class and its `get_config()`, without the numbers that are arguments;
-    variables are read at each call. A user's class without a `get_config` of its own
-    may hold more: then each `compile` counts as a change.
+        Variables are read at each call. A user's class without a `get_config` of its own
+        may hold more: then each `compile` counts as a change.
+        """
+        kind, config = type(self.sampler), self.sampler.get_config()
+        if kind in _NUMBERS:
+            # The seed is in a variable.
+            arguments = {*self.settings, "seed"}
+            config = {key: x for key, x in config.items() if key not in arguments}
+        variables = [(tuple(v.shape), str(v.dtype)) for v in self.sampler.variables]
+        is_keras_hubs = getattr(_samplers, kind.__name__, None) is kind
+        is_told = is_keras_hubs or "get_config" in vars(kind)
+        silent = None if is_told else (id(self.sampler), task.times_compiled)
+        saved = json.dumps(keras.saving.serialize_keras_object(config), sort_keys=True)
+        return kind, saved, variables, silent
 
-    Args:
-        sampler: a `keras_hub.samplers.Sampler`.
-        task: the model that was compiled with it.
+    def choose(self, logits: Tensor, settings: dict[str, Tensor]) -> Tensor:
+        """Returns a token for each row of logits, `(rows,)`.
 
-    Returns:
-        A tuple to be compared with another one.
-    """
-    kind = type(sampler)
-    config = sampler.get_config()
-    if kind in _NUMBERS:
-        # The seed is in a variable.
-        arguments = {*number_settings(sampler), "seed"}
-        config = {key: value for key, value in config.items() if key not in arguments}
-    variables = [(tuple(v.shape), str(v.dtype)) for v in sampler.variables]
-    is_told = getattr(_samplers, kind.__name__, None) is kind or "get_config" in vars(
-        kind
-    )
-    silent = None if is_told else (id(sampler), task.times_compiled)
-    saved = json.dumps(keras.saving.serialize_keras_object(config), sort_keys=True)
-    return kind, saved, variables, silent
+        It is -1 where the logits are NaN or infinite.
+        """
+        # A copy for a trace, as other threads may use the sampler.
+        sampler = copy.copy(self.sampler) if settings else self.sampler
+        for name, value in settings.items():
+            setattr(sampler, name, value)
+        probabilities = sampler.compute_probabilities(self.mask_unknown(logits))
+        # A single logit that is NaN or infinite makes all probabilities of its row NaN.
+        broken = ops.isnan(probabilities[:, 0])
+        probabilities = ops.where(broken[:, None], 1.0, probabilities)
+        token = ops.cast(sampler.get_next_token(probabilities), "int32")
+        return ops.where(broken, -1, token)
 
-
-def sample_token(
-    sampler: Any, logits: Tensor, settings: dict[str, Any], known: int | None
-) -> Tensor:
-    """Samples a token for each row.
-
-    Args:
-        sampler: a `keras_hub.samplers.Sampler`.
-        logits: tensor of shape `(rows, vocabulary_size)`.
-        settings: from `number_settings`.
-        known: as for `mask_unknown`.
-
-    Returns:
-        `int32` tensor of shape `(rows,)`: the tokens, and -1 for a row whose logits are
-        NaN or infinite.
-    """
-    sampler = with_settings(sampler, settings)
-    probabilities = sampler.compute_probabilities(mask_unknown(logits, known))
-    # A single logit that is NaN or infinite makes all probabilities of its row NaN.
-    broken = ops.isnan(probabilities[:, 0])
-    probabilities = ops.where(broken[:, None], 1.0, probabilities)
-    token = ops.cast(sampler.get_next_token(probabilities), "int32")
-    return ops.where(broken, -1, token)
-
-
-def mask_unknown(logits: Tensor, known: int | None) -> Tensor:
-    """Returns logits with -inf for tokens that the tokenizer does not have.
-
-    Args:
-        logits: tensor of shape `(rows, vocabulary_size)`.
-        known: int or `None`. How many tokens there are to choose from; `None` means all.
-    """
-    if known is None:
-        return logits
-    allowed = ops.arange(logits.shape[-1]) < known
-    return ops.where(allowed[None], logits, float("-inf"))
-
-
-def with_settings(sampler: Any, settings: dict[str, Any]) -> Any:
-    """Returns a copy of a sampler with tensors in place of its numbers, for a trace.
-
-    A copy, as other threads may use the sampler.
-    """
-    if not settings:
-        return sampler
-    other = copy.copy(sampler)
-    for name, value in settings.items():
-        setattr(other, name, value)
-    return other
+    def mask_unknown(self, logits: Tensor) -> Tensor:
+        """Returns logits with -inf for tokens that the tokenizer does not have."""
+        if self.known is None:
+            return logits
+        allowed = ops.arange(logits.shape[-1]) < self.known
+        return ops.where(allowed[None], logits, float("-inf"))

@@ -13,54 +13,42 @@ from attention import NewCacheScope
 from attention.contract import Cache, Index, Tensor
 from blocks.generation.compilation import StepKey
 from blocks.generation.engine import Engine
-from blocks.generation.running_batch import BROKEN_LOGITS, to_numpy
-from blocks.generation.samplers import mask_unknown
-from blocks.generation.token_rows import NO_TOKENS
+from blocks.generation.prompts import NO_TOKENS, Prompts
+from blocks.generation.running_batch import BROKEN_LOGITS
+from blocks.generation.samplers import Sampling
 
 
 def search(
-    engine: Engine,
-    sampler: Any,
-    token_ids: np.ndarray,
-    lengths: np.ndarray,
-    limits: np.ndarray,
-    stop_token_ids: tuple[int, ...],
+    engine: Engine, prompts: Prompts, stop_token_ids: tuple[int, ...]
 ) -> list[np.ndarray]:
-    """Continues prompts with a sampler that has a loop of its own.
+    """Returns the new tokens of each row, by a sampler that has a loop of its own.
 
     The sampler moves all rows in lockstep until all have stopped. Rows whose outputs
     this would change are given to it one by one.
-
-    Args:
-        engine: an `Engine`.
-        sampler: a `keras_hub.samplers.Sampler` with its own `__call__`.
-        token_ids: `int32` array of shape `(batch, width)`: the prompts.
-        lengths: `int32` array `(batch,)`: the lengths of the prompts.
-        limits: `int32` array `(batch,)`: the lengths at which rows end.
-        stop_token_ids: the tokens at which a row ends; they are part of it.
-
-    Returns:
-        The new tokens of each row.
-
-    Raises:
-        ValueError: if logits are NaN or infinite.
     """
-    known = engine.known_tokens
+    sampling = engine.sampling()
+    lengths, limits = prompts.lengths, prompts.limits
     found: list[np.ndarray] = [NO_TOKENS] * len(lengths)
     for rows in _lockstep_groups(lengths, limits, bool(stop_token_ids)):
         length, limit = lengths[rows[0]], limits[rows[0]]
         if limit <= length:
             continue
         buffer = np.zeros((len(rows), limit), "int32")
-        buffer[:, :length] = token_ids[rows, :length]
+        buffer[:, :length] = prompts.token_ids[rows, :length]
         tokens, broken = engine.functions.run(
-            StepKey("search", len(rows), int(limit), variant=(stop_token_ids, known)),
-            lambda sampler: _make_search(engine, sampler, stop_token_ids, known),
+            StepKey("search", len(rows), int(limit), variant=stop_token_ids),
+            lambda sampling: _make_search(engine, sampling, stop_token_ids),
             (buffer, np.int32(length)),
-            sampler=sampler,
+            sampling=sampling,
         )
-        _check_finite(to_numpy(broken), rows, lengths)
-        tokens = to_numpy(tokens)[:, length:]
+        broken = ops.convert_to_numpy(broken)
+        if broken.any():
+            row = rows[int(broken.argmax())]
+            raise ValueError(
+                "The model's logits became NaN or infinite in a search that continues "
+                f"row {row}, a prompt of {lengths[row]} tokens. {BROKEN_LOGITS}"
+            )
+        tokens = ops.convert_to_numpy(tokens)[:, length:]
         for row, new in zip(rows, tokens):
             stops = np.flatnonzero(np.isin(new, stop_token_ids))
             found[row] = new[: stops[0] + 1] if len(stops) else new
@@ -75,7 +63,7 @@ class _SearchCache(NamedTuple):
 
 
 def _make_search(
-    engine: Engine, sampler: Any, stop_token_ids: tuple[int, ...], known: int | None
+    engine: Engine, sampling: Sampling, stop_token_ids: tuple[int, ...]
 ) -> Callable:
     task = engine.task
 
@@ -90,19 +78,19 @@ def _make_search(
         total = ops.logsumexp(ops.cast(logits, "float32"), axis=-1)
         broken = ops.cast(ops.logical_not(ops.isfinite(total)), "int32")
         new = _SearchCache(new, ops.maximum(cache.broken, broken))
-        return mask_unknown(logits, known), hidden[:, 0], new
+        return sampling.mask_unknown(logits), hidden[:, 0], new
 
     def run(token_ids: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
         batch_size, width = token_ids.shape
-        positions = ops.arange(width, dtype="int32")
-        mask = ops.broadcast_to(positions[None, :] < length, (batch_size, width))
-        before = ops.broadcast_to(positions[None, :] < length - 1, (batch_size, width))
+        positions = ops.arange(width, dtype="int32")[None]
+        mask = ops.broadcast_to(positions < length, (batch_size, width))
+        before = ops.broadcast_to(positions < length - 1, (batch_size, width))
         with NewCacheScope(batch_size, width, before) as scope:
             hidden = engine.hidden_states(token_ids, before)
         cache = _SearchCache(scope.cache, ops.zeros((batch_size,), dtype="int32"))
         _, last, first = next_step(token_ids, cache, length)
         hidden = ops.slice_update(hidden, (0, length - 1, 0), last[:, None])
-        watched, ends = _watch_loops(sampler)
+        watched, ends = _watch_loops(sampling.sampler)
         tokens = watched(
             next=next_step,
             prompt=token_ids,
@@ -135,15 +123,6 @@ def _watch_loops(sampler: Any) -> tuple[Any, list[_SearchCache]]:
 
     watched.run_loop = run_loop
     return watched, ends
-
-
-def _check_finite(broken: np.ndarray, rows: list[int], lengths: np.ndarray) -> None:
-    if broken.any():
-        row = rows[int(broken.argmax())]
-        raise ValueError(
-            f"The model's logits became NaN or infinite in a search that continues row "
-            f"{row}, a prompt of {lengths[row]} tokens. {BROKEN_LOGITS}"
-        )
 
 
 def _lockstep_groups(

@@ -14,18 +14,21 @@ from attention.contract import (
     find_not_rewindable,
 )
 from blocks.generation.compilation import same_objects
-from blocks.generation.prompts import read_batches, resolve_stops
-from blocks.generation.running_batch import Block, RunningBatch
-from blocks.generation.samplers import check_sampler
-from blocks.generation.speculation import check_speculation, speculate
-from blocks.generation.streaming import stream_pieces
-from blocks.generation.token_rows import (
+from blocks.generation.outputs import stream_pieces
+from blocks.generation.prompts import (
     NO_TOKENS,
+    check_lengths,
     check_tokens,
     cut_rows,
     pad_rows,
+    read_batches,
+    resolve_stops,
+    row_limits,
     vocabulary_size,
 )
+from blocks.generation.running_batch import Block, RunningBatch
+from blocks.generation.samplers import check_sampler
+from blocks.generation.speculation import check_speculation, speculate
 
 
 class Session:
@@ -74,12 +77,11 @@ class Session:
         self._is_single = is_single
         self._as_text = prompts.as_text
         self.tokens = prompts.rows()
-        self.num_prefilled = 0
         self._batch = RunningBatch(engine, len(self.tokens))
         # The number of the turn: an iterator of an earlier turn must not go on.
         self._turn = 0
-        self._model = _ModelVersion(task)
-        self._process(self.tokens, room=0)
+        self._model = _model_version(task)
+        self.num_prefilled = self._batch.process(self.tokens)
 
     def generate(
         self,
@@ -111,13 +113,14 @@ class Session:
             ValueError: if the model's weights have changed since the session
                 began, or a row would be too long. The session stays as it was.
         """
-        pieces = list(
-            self.stream(inputs, max_length, stop_token_ids, max_new_tokens, speculation)
-        )
-        if self._as_text:
-            return "".join(pieces) if self._is_single else _join(pieces, "".join)
-        pieces = [[x] if self._is_single else x for x in pieces]
-        rows = _join([[NO_TOKENS] * len(self.tokens), *pieces], np.concatenate)
+        count = len(self.tokens)
+        before: list[Any] = [[""] * count if self._as_text else [NO_TOKENS] * count]
+        join: Any = "".join if self._as_text else np.concatenate
+        for new in self.stream(
+            inputs, max_length, stop_token_ids, max_new_tokens, speculation
+        ):
+            before.append([new] if self._is_single else new)
+        rows = [join(pieces) for pieces in zip(*before)]
         return rows[0] if self._is_single else rows
 
     def stream(
@@ -130,15 +133,9 @@ class Session:
     ) -> Iterator[Any]:
         """Yields pieces of what `generate` returns, as they are generated.
 
-        A session that is continued before all pieces were taken goes on after the last
-        one taken, and the iterator of the earlier turn raises an error.
-
-        Args:
-            inputs: as for `generate`.
-            max_length: as for `generate`.
-            stop_token_ids: as for `generate`.
-            max_new_tokens: as for `generate`.
-            speculation: as for `generate`.
+        The arguments are those of `generate`. A session that is continued before all
+        pieces were taken goes on after the last one taken, and the iterator of the
+        earlier turn raises an error.
 
         Yields:
             Strings, or arrays of tokens, that joined are the result of `generate`.
@@ -148,26 +145,19 @@ class Session:
             ValueError: as `generate`, at once; and by the iterator of an earlier
                 turn. Whether the model has changed is checked when the turn begins.
         """
-        check_sampler(
-            getattr(self._task, "sampler", None),
-            self._task.output.shape[-1],
-            "a session",
-        )
+        check_sampler(self._task, "a session")
         check_speculation(speculation, self._task)
         stops = resolve_stops(stop_token_ids, self._task)
-        added = self._read(inputs)
-        room = self._room(added, max_length, max_new_tokens)
+        tokens = [np.concatenate(x) for x in zip(self.tokens, self._read(inputs))]
+        room = self._room(tokens, max_length, max_new_tokens)
         self._check_model()
         self._turn += 1
-        tokens = [np.concatenate(pair) for pair in zip(self.tokens, added)]
-        self._process(tokens, int(room.max()))
-        return stream_pieces(
-            self._blocks(self._turn, room, stops, speculation),
-            len(self.tokens),
-            None,
-            self._task.preprocessor if self._as_text else None,
-            self._is_single,
-        )
+        self.num_prefilled += self._batch.process(tokens, int(room.max()))
+        self.tokens = tokens
+        blocks = self._blocks(self._turn, room, stops, speculation)
+        before = [NO_TOKENS] * len(tokens)
+        preprocessor = self._task.preprocessor if self._as_text else None
+        return stream_pieces(blocks, before, preprocessor, self._is_single)
 
     def _blocks(
         self, turn: int, room: np.ndarray, stops: tuple[int, ...], speculation: Any
@@ -223,12 +213,11 @@ class Session:
                 f"{int(lengths.min()) + num_tokens} tokens"
             )
         # The last token left is processed again, as its logits are needed.
-        processed = np.minimum(self._batch.processed, lengths - 1)
-        sites, cache = self._engine.sites, self._batch.cache
-        moves = set(zip(self._batch.processed.tolist(), processed.tolist()))
+        batch, processed = self._batch, np.minimum(self._batch.processed, lengths - 1)
+        moves = set(zip(batch.processed.tolist(), processed.tolist()))
         # Without a cache all tokens are processed again anyway.
-        for before, after in () if cache is None else moves:
-            layer = find_not_rewindable(sites, cache, before, after)
+        for before, after in () if batch.cache is None else moves:
+            layer = find_not_rewindable(self._engine.sites, batch.cache, before, after)
             if layer is not None:
                 raise ValueError(
                     f"Layer '{layer.name}' ({type(layer).__name__}) can't go back "
@@ -239,21 +228,14 @@ class Session:
                 )
         self._turn += 1
         self.tokens = [row[:n] for row, n in zip(self.tokens, lengths)]
-        self._batch.processed = processed
-
-    def _process(self, tokens: list[np.ndarray], room: int) -> None:
-        """Processes all tokens of the rows that the cache does not hold."""
-        self.num_prefilled += self._batch.process(tokens, room)
-        self.tokens = tokens
+        batch.processed = processed
 
     def _read(self, inputs: Any) -> list[np.ndarray]:
         """Returns the tokens to add to each row."""
         if inputs is None:
             return [NO_TOKENS] * len(self.tokens)
-        batches, _ = read_batches(inputs)
-        batch = batches[0]
-        as_text = batch.texts is not None
-        if len(batches) > 1 or as_text != self._as_text:
+        batch, *others = read_batches(inputs)[0]
+        if others or (batch.texts is not None) != self._as_text:
             raise ValueError(
                 "A session that began with "
                 f"{'text' if self._as_text else 'tokens'} takes more of the same. "
@@ -274,47 +256,32 @@ class Session:
 
     def _room(
         self,
-        added: list[np.ndarray],
+        tokens: list[np.ndarray],
         max_length: int | None,
         max_new_tokens: int | None,
     ) -> np.ndarray:
         """Returns how many tokens each row may get."""
-        lengths = np.array(
-            [len(a) + len(b) for a, b in zip(self.tokens, added)], "int32"
-        )
-        if max_length is not None:
-            check_positive_int("max_length", max_length)
-        if max_new_tokens is None:
-            default = getattr(self._task.preprocessor, "sequence_length", None)
-            if not max_length and not (default and self._as_text):
-                raise ValueError(
-                    "How far to go on? Pass `max_new_tokens`, or `max_length` for "
-                    "the length of all turns together."
-                )
-            room = (max_length or default) - lengths
-        else:
-            check_positive_int("max_new_tokens", max_new_tokens)
-            room = np.full_like(lengths, max_new_tokens)
-            if max_length:
-                room = np.minimum(room, max_length - lengths)
-        if room.min() < 0:
+        check_lengths(max_length, max_new_tokens)
+        lengths = np.array([len(row) for row in tokens], "int32")
+        default = self._task.preprocessor.sequence_length if self._as_text else 0
+        if not (max_new_tokens or max_length or default):
             raise ValueError(
-                f"A row of the session has {int((lengths).max())} tokens with what is "
-                "added, which is more than the length of "
-                f"{max_length or default} it may have. Pass a larger `max_length`, or "
-                "`trim` the session."
+                "How far to go on? Pass `max_new_tokens`, or `max_length` for "
+                "the length of all turns together."
             )
         limit = self._engine.max_positions
-        if limit is not None and int((lengths + room).max()) > limit:
+        room = row_limits(lengths, max_length, max_new_tokens, default, limit) - lengths
+        if room.min() < 0:
             raise ValueError(
-                f"The model has learned {limit} positions, but a row of the session "
-                f"would have {int((lengths + room).max())} tokens. Pass a smaller "
-                "`max_length` or `max_new_tokens`, or `trim` the session."
+                f"A row of the session has {lengths.max()} tokens with what is added, "
+                f"which is more than the length of {max_length or default} it may have. "
+                "Pass a larger `max_length`, or `trim` the session."
             )
-        return room.astype("int32")
+        return room
 
     def _check_model(self) -> None:
-        if not self._model.is_current():
+        numbers, weights = _model_version(self._task)
+        if numbers != self._model[0] or not same_objects(weights, self._model[1]):
             raise ValueError(
                 "The model's weights have changed since the session began, so its KV "
                 "cache is no longer that of the model. Start a new one: "
@@ -322,25 +289,9 @@ class Session:
             )
 
 
-class _ModelVersion:
-    """Records the weights of a model, to notice that they have changed since."""
-
-    def __init__(self, task: Any) -> None:
-        self._task = task
-        self._numbers, self._variables = self._read()
-
-    def is_current(self) -> bool:
-        """Returns whether the model is still the same."""
-        numbers, variables = self._read()
-        return numbers == self._numbers and same_objects(variables, self._variables)
-
-    def _read(self) -> tuple[Any, list[Any]]:
-        owners = (self._task, self._task.backbone)
-        versions = [getattr(owner, "weights_version", 0) for owner in owners]
-        policies = [layer.dtype_policy.name for layer in all_layers(self._task)]
-        return (versions, policies), list(self._task.weights)
-
-
-def _join(pieces: list[list], join: Any) -> list:
-    """Joins the pieces of each row."""
-    return [join(row) for row in zip(*pieces)] if pieces else []
+def _model_version(task: Any) -> tuple[Any, list[Any]]:
+    """Returns numbers and weights that are others once a model has changed."""
+    owners = (task, task.backbone)
+    versions = [getattr(owner, "weights_version", 0) for owner in owners]
+    policies = [layer.dtype_policy.name for layer in all_layers(task)]
+    return (versions, policies), list(task.weights)

@@ -14,14 +14,9 @@ from attention import can_rewind
 from attention.contract import Cache, Index, Tensor, check_positive_int, describe
 from blocks.generation.compilation import StepKey
 from blocks.generation.engine import Engine, is_any
-from blocks.generation.running_batch import (
-    Block,
-    RunningBatch,
-    check_chosen,
-    to_numpy,
-)
-from blocks.generation.samplers import number_settings, sample_token
-from blocks.generation.token_rows import NO_TOKENS
+from blocks.generation.prompts import NO_TOKENS
+from blocks.generation.running_batch import Block, RunningBatch, check_chosen
+from blocks.generation.samplers import Sampling
 
 
 class Speculation:
@@ -69,16 +64,7 @@ class Speculation:
 
 
 def check_speculation(speculation: Any, task: Any) -> None:
-    """Raises an error if guesses can't be made for a model.
-
-    Args:
-        speculation: the user's argument, or `None`.
-        task: the model.
-
-    Raises:
-        TypeError: if it is not a `Speculation`.
-        ValueError: if it does not fit the model.
-    """
+    """Raises an error if the user's argument can't guess for a model."""
     if speculation is None:
         return
     if not isinstance(speculation, Speculation):
@@ -220,8 +206,11 @@ class _Draft:
         self._go_back(rows, asked)
         self.batch.process(rows, num_tokens)
         self.seen = [np.asarray(row, "int32") for row in rows]
-        if not self._can_go_back(num_tokens):
-            self.before = (self.batch.copy(), self.seen)
+        batch = self.batch
+        reached, least = int(batch.processed.max()), int(batch.processed.min())
+        end = reached + num_tokens
+        if not can_rewind(batch.engine.sites, batch.cache, end, least):
+            self.before = (batch.copy(), self.seen)
         room = np.where(asked, num_tokens, 0).astype("int32")
         found = [tokens for tokens, _ in self.batch.decode(room, ())]
         guesses = [
@@ -231,11 +220,6 @@ class _Draft:
         self.seen = [np.append(a, b[:-1]) for a, b in zip(self.seen, guesses)]
         return guesses
 
-    def _can_go_back(self, num_tokens: int) -> bool:
-        batch = self.batch
-        reached, least = int(batch.processed.max()), int(batch.processed.min())
-        return can_rewind(batch.engine.sites, batch.cache, reached + num_tokens, least)
-
     def _go_back(self, rows: list[np.ndarray], asked: np.ndarray) -> None:
         """Takes back tokens that were processed but are wrong."""
         if self.before is not None:
@@ -244,8 +228,9 @@ class _Draft:
         right = self.batch.processed.copy()
         for i in np.flatnonzero(asked):
             # The last token is processed again, as its logits are needed.
-            common = _common_length(rows[i], self.seen[i])
-            right[i] = min(right[i], common, len(rows[i]) - 1)
+            kept = min(right[i], len(rows[i]) - 1)
+            wrong = np.flatnonzero(rows[i][:kept] != self.seen[i][:kept])
+            right[i] = wrong[0] if len(wrong) else kept
         self.batch.processed = right
 
 
@@ -258,28 +243,26 @@ def speculate(
 ) -> Iterator[Block]:
     """Continues rows as `RunningBatch.decode`, with guesses.
 
-    Args:
-        batch: has processed `rows`.
-        speculation: a `Speculation`.
-        rows: for each row all its tokens.
-        room: `int32` array `(batch,)`: how many tokens each row may get.
-        stops: the tokens at which a row ends; they are part of it.
-
-    Yields:
-        Blocks of new tokens, and which of them are part of the rows.
+    The batch has processed `rows`, which are all tokens of each row.
     """
     if room.max() <= 0:
         return
     engine, guesses = batch.engine, speculation.num_tokens
     memory = speculation.begin(len(rows))
-    stop_array = batch.pad_stops(stops)
-    token, finished = batch.sample(room, stop_array)
+    sampling, stop_array = engine.sampling(), batch.pad_stops(stops)
+    token, finished = batch.sample(sampling, room, stop_array)
     yield token[:, None], (room > 0)[:, None]
     rows = [np.append(row, new).astype("int32") for row, new in zip(rows, token)]
     room = (room - 1).astype("int32")
     while not finished.all():
         asked = [row[: 0 if done else None] for row, done in zip(rows, finished)]
-        proposed = _check_proposed(speculation.propose(memory, asked), len(rows))
+        proposed = speculation.propose(memory, asked)
+        if len(proposed) != len(rows):
+            raise ValueError(
+                f"`propose` must return an array of tokens for each of {len(rows)} rows. "
+                f"It returned {describe(proposed)}"
+            )
+        proposed = [np.asarray(x, "int32").reshape(-1) for x in proposed]
         # A guess for the last place is of no use.
         counts = np.array([len(x) for x in proposed], "int32")
         counts = np.minimum(counts, np.clip(room - 1, 0, guesses))
@@ -295,28 +278,16 @@ def speculate(
         width = min(guesses + 1, batch.capacity, engine.max_positions or batch.capacity)
         tokens, counts = tokens[:, :width], np.minimum(counts, width - 1)
         rewinds = can_rewind(engine.sites, batch.cache, reached, least)
-        known, sampler = engine.known_tokens, engine.sampler
-        key = StepKey(
-            "verify", len(rows), batch.capacity, width, variant=(rewinds, known)
-        )
+        state = (tokens, counts, batch.processed, room, finished, stop_array)
         with batch.forgetting_if_it_fails():
-            batch.cache, sampled, valid = engine.functions.run(
-                key,
-                functools.partial(_make_verify, engine, *key.variant),
-                (
-                    batch.cache,
-                    tokens,
-                    counts,
-                    batch.processed,
-                    room,
-                    finished,
-                    stop_array,
-                    number_settings(sampler),
-                ),
+            batch.cache, *found = engine.functions.run(
+                StepKey("verify", len(rows), batch.capacity, width, variant=rewinds),
+                functools.partial(_make_verify, engine, rewinds),
+                (batch.cache, *state, sampling.settings),
                 donate=(0,),
-                sampler=sampler,
+                sampling=sampling,
             )
-            sampled, valid = to_numpy(sampled), to_numpy(valid)
+            sampled, valid = map(ops.convert_to_numpy, found)
             check_chosen(sampled, valid, batch.processed + 1)
         new = valid.sum(axis=1, dtype="int32")
         batch.processed = batch.processed + new
@@ -327,9 +298,7 @@ def speculate(
         yield sampled, valid
 
 
-def _make_verify(
-    engine: Engine, rewinds: bool, known: int | None, sampler: Any
-) -> Callable:
+def _make_verify(engine: Engine, rewinds: bool, sampling: Sampling) -> Callable:
     def verify(
         cache: Cache,
         tokens: Tensor,
@@ -347,16 +316,14 @@ def _make_verify(
         hidden, updated = engine.forward(cache, tokens, index, mask, donate=rewinds)
         logits = engine.task.compute_logits(hidden)  # (rows, width, vocabulary)
         logits = ops.reshape(logits, (rows * width, logits.shape[-1]))
-        sampled = sample_token(sampler, logits, settings, known)
-        sampled = ops.reshape(sampled, (rows, width))
+        sampled = ops.reshape(sampling.choose(logits, settings), (rows, width))
         # A sampled token counts if all guesses before it were right, and no row
         # had ended.
         right = ops.logical_and(
             sampled[:, :-1] == tokens[:, 1:], places[:, :-1] < counts[:, None]
         )
-        goes_on = ops.logical_and(
-            right, ops.logical_not(is_any(sampled, stops))[:, :-1]
-        )
+        ended = is_any(sampled[:, :-1], stops)
+        goes_on = ops.logical_and(right, ops.logical_not(ended))
         reached = ops.cumprod(ops.cast(goes_on, "int32"), axis=1)
         reached = ops.concatenate([ops.ones_like(reached[:, :1]), reached], axis=1)
         valid = ops.logical_and(ops.cast(reached, "bool"), places < room[:, None])
@@ -368,18 +335,3 @@ def _make_verify(
         return updated, sampled, valid
 
     return verify
-
-
-def _common_length(a: np.ndarray, b: np.ndarray) -> int:
-    size = min(len(a), len(b))
-    differs = np.flatnonzero(a[:size] != b[:size])
-    return int(differs[0]) if len(differs) else size
-
-
-def _check_proposed(proposed: Any, rows: int) -> list[np.ndarray]:
-    if len(proposed) != rows:
-        raise ValueError(
-            f"`propose` must return an array of tokens for each of {rows} rows. It "
-            f"returned {describe(proposed)}"
-        )
-    return [np.asarray(x, "int32").reshape(-1) for x in proposed]

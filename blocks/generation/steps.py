@@ -9,11 +9,15 @@ import numpy as np
 from keras import ops
 
 from attention.contract import Cache, Tensor, check_positive_int, describe, is_concrete
-from blocks.generation.compilation import CompiledStep
+from blocks.generation.compilation import CompiledStep, GenerationSizes
 from blocks.generation.engine import Engine
-from blocks.generation.prompts import Prompts, read_batches, read_prompts
-from blocks.generation.sizes import GenerationSizes
-from blocks.generation.token_rows import check_tokens, vocabulary_size
+from blocks.generation.prompts import (
+    Prompts,
+    check_tokens,
+    read_batches,
+    read_prompts,
+    vocabulary_size,
+)
 
 
 class GenerationState(NamedTuple):
@@ -79,13 +83,12 @@ class GenerationSteps:
         (8, (1, 50))
         """
         check_positive_int("max_length", max_length)
-        prompts, _ = self._read_one("prefill", inputs, max_length, None)
+        (prompts,), _ = self._read(inputs, max_length, None, one_for="prefill")
         logits, cache = self._engine().process(
-            None, max_length, prompts.token_ids, 0, prompts.lengths
+            None, max_length, prompts.token_ids, np.int32(0), prompts.lengths
         )
-        index, limit = map(
-            ops.convert_to_tensor, (prompts.lengths, np.int32(max_length))
-        )
+        index = ops.convert_to_tensor(prompts.lengths)
+        limit = ops.convert_to_tensor(np.int32(max_length))
         return GenerationState(cache, index, logits, limit)
 
     def decode_step(
@@ -158,8 +161,18 @@ class GenerationSteps:
         inputs: Any,
         max_length: int | None,
         max_new_tokens: int | None,
+        one_for: str | None = None,
     ) -> tuple[list[Prompts], bool]:
+        """Returns batches of prompts, and whether there is one without a batch axis.
+
+        `one_for` is the name of a method that takes one batch only.
+        """
         batches, is_single = read_batches(inputs)
+        if one_for is not None and len(batches) > 1:
+            raise ValueError(
+                f"`{one_for}` takes one batch of prompts, not a dataset of them. Call "
+                "it for each batch, or call `generate`."
+            )
         limit = self._engine().max_positions
         prompts = [
             read_prompts(x, self, max_length, max_new_tokens, limit) for x in batches
@@ -173,31 +186,10 @@ class GenerationSteps:
             )
         return prompts, is_single
 
-    def _read_one(
-        self,
-        method: str,
-        inputs: Any,
-        max_length: int | None,
-        max_new_tokens: int | None,
-    ) -> tuple[Prompts, bool]:
-        """Returns what `_read` does, for a method that takes one batch."""
-        batches, is_single = self._read(inputs, max_length, max_new_tokens)
-        if len(batches) > 1:
-            raise ValueError(
-                f"`{method}` takes one batch of prompts, not a dataset of them. Call "
-                "it for each batch, or call `generate`."
-            )
-        return batches[0], is_single
-
     def _check_step(
         self, tokens: Tensor, state: GenerationState
     ) -> tuple[Tensor, int | None]:
-        """Returns the tokens of a step as `int32`, and the capacity where it is known.
-
-        Raises:
-            TypeError: as `decode_step`.
-            ValueError: as `decode_step`.
-        """
+        """Returns the tokens of a step as `int32`, and the capacity where it is known."""
         rows = state.logits.shape[0]
         shape = tuple(getattr(tokens, "shape", np.shape(tokens)))
         if shape != (rows,):
@@ -212,17 +204,14 @@ class GenerationSteps:
             )
         tokens = ops.cast(tokens, "int32")
         if is_concrete(tokens):
-            values = ops.convert_to_numpy(tokens)[:, None]
-            check_tokens(values, vocabulary_size(self))
+            check_tokens(ops.convert_to_numpy(tokens)[:, None], vocabulary_size(self))
         index, limit = state.cache_update_index, state.max_length
         if not is_concrete(limit):
             return tokens, None
         limit = int(ops.convert_to_numpy(limit))
-        if is_concrete(index):
-            reached = int(ops.convert_to_numpy(index).max())
-            if reached >= limit:
-                raise ValueError(
-                    f"A row has {reached} tokens, and `state` has room for {limit} "
-                    "positions. Call `prefill` with a larger `max_length`."
-                )
+        if is_concrete(index) and (ops.convert_to_numpy(index) >= limit).any():
+            raise ValueError(
+                f"A row has {ops.convert_to_numpy(index).max()} tokens, and `state` has "
+                f"room for {limit} positions. Call `prefill` with a larger `max_length`."
+            )
         return tokens, limit

@@ -34,55 +34,8 @@ def gelu_approximate(x: Tensor) -> Tensor:
     return keras.activations.gelu(x, approximate=True)
 
 
-class _FeedForwardBase(keras.layers.Layer):
-    """The arguments and the projections of both feed-forward layers."""
-
-    def __init__(
-        self,
-        intermediate_dim: int,
-        activation: Activation,
-        use_bias: bool,
-        kernel_initializer: Initializer = "glorot_uniform",
-        bias_initializer: Initializer = "zeros",
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        self.intermediate_dim = check_positive_int("intermediate_dim", intermediate_dim)
-        self.activation = keras.activations.get(activation)
-        self.use_bias = bool(use_bias)
-        self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self.bias_initializer = keras.initializers.get(bias_initializer)
-        self.supports_masking = True
-
-    def _project(self, name: str, units: int | None, inputs_shape: Shape) -> Any:
-        dense = keras.layers.Dense(
-            units,
-            use_bias=self.use_bias,
-            kernel_initializer=clone_initializer(self.kernel_initializer),
-            bias_initializer=clone_initializer(self.bias_initializer),
-            dtype=self.dtype_policy,
-            name=name,
-        )
-        dense.build(inputs_shape)
-        return dense
-
-    def compute_output_shape(self, inputs_shape: Shape) -> Shape:
-        return tuple(inputs_shape)
-
-    def get_config(self) -> dict[str, Any]:
-        config = super().get_config()
-        config.update(
-            intermediate_dim=self.intermediate_dim,
-            activation=keras.activations.serialize(self.activation),
-            use_bias=self.use_bias,
-            kernel_initializer=keras.initializers.serialize(self.kernel_initializer),
-            bias_initializer=keras.initializers.serialize(self.bias_initializer),
-        )
-        return config
-
-
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
-class FeedForward(_FeedForwardBase):
+class FeedForward(keras.layers.Layer):
     """Two dense layers with an activation in between.
 
     Args:
@@ -121,9 +74,29 @@ class FeedForward(_FeedForwardBase):
         intermediate_dim: int,
         activation: Activation = "gelu",
         use_bias: bool = True,
+        kernel_initializer: Initializer = "glorot_uniform",
+        bias_initializer: Initializer = "zeros",
         **kwargs: Any,
     ) -> None:
-        super().__init__(intermediate_dim, activation, use_bias, **kwargs)
+        super().__init__(**kwargs)
+        self.intermediate_dim = check_positive_int("intermediate_dim", intermediate_dim)
+        self.activation = keras.activations.get(activation)
+        self.use_bias = bool(use_bias)
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.bias_initializer = keras.initializers.get(bias_initializer)
+        self.supports_masking = True
+
+    def _project(self, name: str, units: int | None, inputs_shape: Shape) -> Any:
+        dense = keras.layers.Dense(
+            units,
+            use_bias=self.use_bias,
+            kernel_initializer=clone_initializer(self.kernel_initializer),
+            bias_initializer=clone_initializer(self.bias_initializer),
+            dtype=self.dtype_policy,
+            name=name,
+        )
+        dense.build(inputs_shape)
+        return dense
 
     def build(self, inputs_shape: Shape) -> None:
         self.intermediate_dense = self._project(
@@ -137,9 +110,23 @@ class FeedForward(_FeedForwardBase):
         inner = self.activation(self.intermediate_dense(x))  # (..., intermediate_dim)
         return self.output_dense(inner)  # (..., width)
 
+    def compute_output_shape(self, inputs_shape: Shape) -> Shape:
+        return tuple(inputs_shape)
+
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        config.update(
+            intermediate_dim=self.intermediate_dim,
+            activation=keras.activations.serialize(self.activation),
+            use_bias=self.use_bias,
+            kernel_initializer=keras.initializers.serialize(self.kernel_initializer),
+            bias_initializer=keras.initializers.serialize(self.bias_initializer),
+        )
+        return config
+
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
-class GatedFeedForward(_FeedForwardBase):
+class GatedFeedForward(FeedForward):
     """A feed-forward layer with a gate: SwiGLU, GeGLU.
 
     Computes `output(activation(gate(x)) * intermediate(x))`.
@@ -152,19 +139,8 @@ class GatedFeedForward(_FeedForwardBase):
             makes it GeGLU with the exact GELU, as in ModernBERT. With the wrong one
             of the two, logits are about 0.01 off, and nothing else tells.
         use_bias: bool. Whether the dense layers have biases.
-        kernel_initializer: initializer of the dense layers.
-        bias_initializer: initializer of their biases.
-        **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
-
-    Call arguments:
-        x: tensor of shape `(..., width)`.
-
-    Returns:
-        A tensor of the same shape, in the compute dtype.
-
-    Raises:
-        TypeError: if `intermediate_dim` is no integer.
-        ValueError: if it is not positive.
+        **kwargs: the other arguments of `FeedForward`, which also says what it takes,
+            returns and raises.
 
     Example:
 
@@ -189,12 +165,8 @@ class GatedFeedForward(_FeedForwardBase):
         super().__init__(intermediate_dim, activation, use_bias, **kwargs)
 
     def build(self, inputs_shape: Shape) -> None:
-        width = self.intermediate_dim
-        self.gate_dense = self._project("gate", width, inputs_shape)
-        self.intermediate_dense = self._project("intermediate", width, inputs_shape)
-        self.output_dense = self._project(
-            "output", inputs_shape[-1], (*inputs_shape[:-1], width)
-        )
+        self.gate_dense = self._project("gate", self.intermediate_dim, inputs_shape)
+        super().build(inputs_shape)
 
     def call(self, x: Tensor) -> Tensor:
         gate = self.activation(self.gate_dense(x))  # (..., intermediate_dim)

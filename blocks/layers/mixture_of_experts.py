@@ -189,14 +189,9 @@ class MixtureOfExperts(CachedLayer):
         return scale * ops.sum(shares[0] * shares[1])
 
     def _run_experts(self, tokens: Tensor, experts: Tensor) -> Tensor:
-        """Computes the outputs of each token's experts.
+        """Returns the outputs of each token's experts, `(tokens, per token, width)`.
 
-        Args:
-            tokens: tensor of shape `(tokens, width)`.
-            experts: `int32` tensor of shape `(tokens, num_experts_per_token)`.
-
-        Returns:
-            A tensor of shape `(tokens, num_experts_per_token, width)`.
+        `tokens` are of shape `(tokens, width)`, `experts` of `(tokens, per token)`.
         """
         width, per_token = tokens.shape[-1], self.num_experts_per_token
         expert_of = ops.reshape(experts, (-1,))
@@ -225,10 +220,9 @@ class MixtureOfExperts(CachedLayer):
     def _places(
         self, expert_of: Tensor, count: Any, size: Any, blocks: Any
     ) -> tuple[Tensor, Tensor]:
-        """Finds a slot for each pair of token and expert, in blocks of one expert.
+        """Returns a slot for each pair of token and expert, in blocks of one expert.
 
-        Returns:
-            The slots, `(pairs,)`, and the expert of each block, `(blocks,)`.
+        The slots are of shape `(pairs,)`; the expert of each block, `(blocks,)`, follows.
         """
         one_hot = ops.one_hot(expert_of, self.num_experts, dtype="int32")
         loads = ops.sum(one_hot, axis=0)
@@ -244,15 +238,7 @@ class MixtureOfExperts(CachedLayer):
         return ops.cast(slots, "int32"), ops.cast(expert_of_block, "int32")
 
     def _expert(self, x: Tensor, expert: Tensor) -> Tensor:
-        """Runs each block through its expert.
-
-        Args:
-            x: tensor of shape `(blocks, size, width)`.
-            expert: `int32` tensor of shape `(blocks,)`.
-
-        Returns:
-            A tensor of the shape of `x`.
-        """
+        """Runs each block, `(size, width)`, through its expert, of shape `(blocks,)`."""
         kernels = {
             name: ops.cast(ops.take(kernel, expert, axis=0), x.dtype)
             for name, kernel in self.kernels.items()
@@ -284,10 +270,7 @@ def _block_size(pairs: Any, num_experts: int) -> Any:
 
     Each block copies the kernels of its expert, and each expert's last block is
     padded: so there are about five blocks for each expert, and a fourth is padding.
-
-    Args:
-        pairs: int, or a tensor or a symbol: how many tokens all experts get.
-        num_experts: int.
+    `pairs` is how many tokens all experts get: an int, a tensor or a symbol.
     """
     size = pairs // (4 * num_experts) // 8 * 8
     if isinstance(pairs, int):

@@ -11,8 +11,8 @@ import keras
 from attention.contract.arguments import check_positive_int, describe
 from attention.testing.backends import full_precision
 from attention.testing.running import run_in_order, select
-from blocks.testing.beam_check import check_beam
 from blocks.testing.generation_checks import (
+    check_beam,
     check_greedy,
     check_lengths,
     check_own_sampler,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -12,17 +14,15 @@ import numpy as np
 from keras import ops
 
 from attention.contract.arguments import describe
+from attention.contract.cached_model import call_sites, max_positions
 from attention.contract.inner_layers import all_layers
 from attention.testing.backends import to_numpy, without_gradients
 from attention.testing.running import Checked
-from blocks.testing.generation_prompts import (
-    Rows,
-    max_length,
-    pad,
-    read_outputs,
-    read_prompts,
-)
 
+Rows = list[list[int]]
+
+# Of the default prompts: a single token, some past 16, two of the same length.
+_LENGTHS = (5, 18, 1, 18)
 # The gap between two logits that counts as a tie, for logits of size 1, by the
 # lowest dtype that is computed in.
 _TOLERANCES = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.1}
@@ -64,12 +64,7 @@ class Choice:
 class Session(Checked):
     """A model whose tokens vary, prompts, and both ways of continuing them.
 
-    Args:
-        lm: a Keras `CausalLM`.
-        prompts: lists of token ids, or `None` for random ones.
-        new_tokens: int. How many tokens each row gets.
-        num_beams: int. For beam search.
-        seed: int. Of prompts, noise and samplers.
+    The arguments are those of `check_causal_lm`.
     """
 
     def __init__(
@@ -150,18 +145,20 @@ class Session(Checked):
     def choices(self, new: Rows, rank: int = 0, at_least: bool = False) -> list[Choice]:
         """Compares each new token with the logits after the tokens before it.
 
-        Args:
-            new: the new tokens of each row.
-            rank: int. Which token should have been chosen; 0 is the likeliest.
-            at_least: bool. Whether likelier tokens are right, too.
+        The token of this rank should have been chosen (0 is the likeliest), or a likelier
+        one if `at_least`.
         """
         places = [(row, step) for row, x in enumerate(new) for step in range(len(x))]
         prefixes = [self.prompts[row] + new[row][:step] for row, step in places]
         found = []
         for (row, step), prefix, logits in zip(places, prefixes, self.logits(prefixes)):
-            expected = int(np.argsort(-logits, kind="stable")[rank])
-            choice = self._choice(row, prefix, logits, new[row][step], expected)
-            choice.gap = max(0.0, choice.gap) if at_least else abs(choice.gap)
+            chosen, expected = (
+                new[row][step],
+                int(np.argsort(-logits, kind="stable")[rank]),
+            )
+            choice = self._choice(row, prefix, logits, chosen, expected)
+            if at_least and logits[chosen] > logits[expected]:
+                choice.gap = 0.0
             found.append(choice)
         return found
 
@@ -169,23 +166,19 @@ class Session(Checked):
         """Returns where each row first differs from the expected one, if it does."""
         found = []
         for row, (new, wanted) in enumerate(zip(actual, expected)):
-            step = next(
-                (i for i, (a, b) in enumerate(zip(new, wanted)) if a != b), None
-            )
-            if step is None:
-                continue
-            prefix = self.prompts[row] + wanted[:step]
-            logits = self.logits([prefix])[0]
-            choice = self._choice(row, prefix, logits, new[step], wanted[step])
-            choice.gap = abs(choice.gap)
-            found.append(choice)
+            differ = (i for i, (a, b) in enumerate(zip(new, wanted)) if a != b)
+            step = next(differ, None)
+            if step is not None:
+                prefix = self.prompts[row] + wanted[:step]
+                logits = self.logits([prefix])[0]
+                found.append(self._choice(row, prefix, logits, new[step], wanted[step]))
         return found
 
     def _choice(
         self, row: int, prefix: list[int], logits: np.ndarray, chosen: int, wanted: int
     ) -> Choice:
         step = len(prefix) - len(self.prompts[row])
-        gap = float(logits[wanted] - logits[chosen])
+        gap = abs(float(logits[wanted] - logits[chosen]))
         size = np.abs(logits[np.isfinite(logits)]).max(initial=1.0)
         allowed = self.tolerance * float(size)
         return Choice(row, step, prefix, chosen, wanted, gap, allowed)
@@ -255,11 +248,7 @@ class Session(Checked):
     def require(self, choices: list[Choice], claim: str, advice: Any) -> None:
         """Notes the largest gap, and fails if one is not a tie.
 
-        Args:
-            choices: what was chosen, by row and step.
-            claim: str. The claim that is checked.
-            advice: str, or a function that takes the wrong choices and returns one:
-                what to look at.
+        `advice` is what to look at, or a function of the wrong choices that returns it.
         """
         wrong = [choice for choice in choices if choice.is_wrong]
         if wrong:
@@ -295,3 +284,74 @@ def _make_forward(lm: Any) -> Callable:
 
 def _name(sampler: Any) -> str:
     return repr(sampler) if isinstance(sampler, str) else type(sampler).__name__
+
+
+def pad(rows: Rows, width: int | None = None) -> dict[str, np.ndarray]:
+    """Returns tokens as a model takes them, padded on the right."""
+    shape = (len(rows), width or max(map(len, rows)))
+    padded = {key: np.zeros(shape, "int32") for key in ("token_ids", "padding_mask")}
+    for i, row in enumerate(rows):
+        padded["token_ids"][i, : len(row)] = row
+        padded["padding_mask"][i, : len(row)] = 1
+    return padded
+
+
+def max_length(lm: Any) -> int | None:
+    """Returns how many positions a model knows, or `None` if that is not known."""
+    backbone = getattr(lm, "backbone", lm)
+    limits = [getattr(backbone, "max_sequence_length", None)]
+    # The model need not be made of our cached layers.
+    with contextlib.suppress(TypeError, ValueError):
+        limits.append(max_positions(call_sites(backbone)))
+    return min((x for x in limits if x), default=None)
+
+
+def read_prompts(
+    prompts: Any, vocabulary_size: int, limit: int | None, new_tokens: int, seed: int
+) -> Rows:
+    """Returns the prompts as lists, or random ones of different lengths."""
+    room = None if limit is None else limit - new_tokens
+    if room is not None and room < 1:
+        raise ValueError(
+            f"The model knows {limit} positions, which is too few for a prompt and "
+            f"{new_tokens} new tokens. Pass a smaller `max_new_tokens`."
+        )
+    if prompts is None:
+        rng = np.random.default_rng(seed)
+        lengths = [length if room is None else min(length, room) for length in _LENGTHS]
+        # 0 is what pads, in many models.
+        low = min(1, vocabulary_size - 1)
+        return [rng.integers(low, vocabulary_size, n).tolist() for n in lengths]
+    wanted = "`prompts` must be a list of prompts, each a list of token ids"
+    try:
+        rows = [[operator.index(token) for token in prompt] for prompt in prompts]
+    except TypeError:
+        raise TypeError(f"{wanted}. Received: prompts={describe(prompts)}") from None
+    if not rows or not all(rows):
+        raise ValueError(f"{wanted}, at least one. Received: prompts={prompts!r}")
+    for row in rows:
+        if not 0 <= min(row) <= max(row) < vocabulary_size:
+            raise ValueError(
+                f"`prompts` must be within the model's vocabulary of {vocabulary_size} "
+                f"tokens. Received tokens from {min(row)} to {max(row)}."
+            )
+        if room is not None and len(row) > room:
+            raise ValueError(
+                f"The model knows {limit} positions, so with {new_tokens} new tokens "
+                f"a prompt may have {room}. `prompts` has one of {len(row)}."
+            )
+    return rows
+
+
+def read_outputs(outputs: Any, rows: int) -> Rows | None:
+    """Returns the real tokens of each row, or `None` if the outputs are malformed."""
+    keys = ("token_ids", "padding_mask")
+    if not isinstance(outputs, dict) or not set(keys) <= set(outputs):
+        return None
+    tokens, mask = (np.asarray(to_numpy(outputs[key])) for key in keys)
+    if tokens.shape != mask.shape or tokens.ndim != 2 or len(tokens) != rows:
+        return None
+    mask = mask.astype(bool)
+    if (mask[:, 1:] & ~mask[:, :-1]).any():
+        return None
+    return [row[real].tolist() for row, real in zip(tokens, mask)]

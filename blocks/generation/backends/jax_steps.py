@@ -15,13 +15,9 @@ class JaxStep:
 
     Variables that a function reads by itself become constants of the compiled code:
     new weights would have no effect, and each compiled step would hold a copy of them.
-
-    Args:
-        function: takes and returns pytrees of arrays.
-        task: the model, whose variables `function` may read.
-        variables: those of the sampler, which `function` may read and assign.
-        donate: the positions of arguments whose memory may be reused. Without it, a
-            call copies the KV cache: see the rows `decode` of the benchmark.
+    The sampler's `variables` may be assigned, too. `donate` is the positions of arguments
+    whose memory may be reused. Without it, a call copies the KV cache: see the rows
+    `decode` of the benchmark.
     """
 
     def __init__(
@@ -40,9 +36,8 @@ class JaxStep:
             with keras.StatelessScope(state_mapping=mapping) as scope:
                 outputs = function(*args)
             current = [scope.get_current_value(v) for v in self._variables]
-            return outputs, [
-                old if new is None else new for new, old in zip(current, values[0])
-            ]
+            pairs = zip(current, values[0])
+            return outputs, [old if new is None else new for new, old in pairs]
 
         self.jitted = jax.jit(stateless, donate_argnums=tuple(i + 1 for i in donate))
 

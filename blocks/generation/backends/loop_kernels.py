@@ -18,9 +18,7 @@ class LoopKernels:
     that happens within a loop, XLA on TensorFlow fuses it with the product of a single
     token and emits a plain loop over the kernel's columns, which reads memory at a
     quarter of its speed. If it is reshaped before the loop, which copies nothing, XLA
-    calls its matrix routine.
-
-    On other backends it does nothing.
+    calls its matrix routine. On other backends it does nothing.
 
     Args:
         layers: the model's layers, and those within them.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
 
 import tensorflow as tf
 
@@ -15,18 +15,7 @@ def compile_step(function: Callable, xla: bool) -> Callable:
     it; `compile(jit_compile=False)` turns it off), but never frees the memory of
     compiled code. So code that may be used again is kept, not compiled again.
     """
-    return tf.function(_Step(function), jit_compile=xla, autograph=False)
-
-
-class _Step:
-    """A function whose retraces TensorFlow counts by itself.
-
-    TensorFlow warns of frequent retracing. It counts by a function's code, which all
-    steps share, even if each is traced once; an object without code is counted alone.
-    """
-
-    def __init__(self, function: Callable) -> None:
-        self._function = function
-
-    def __call__(self, *args: Any) -> Any:
-        return self._function(*args)
+    # TensorFlow warns of frequent retracing. It counts by a function's code, which all
+    # steps share, even if each is traced once; an object without code is counted alone.
+    alone = functools.partial(function)
+    return tf.function(alone, jit_compile=xla, autograph=False)

@@ -226,9 +226,9 @@ def test_a_decode_step_moves_no_cache_and_no_kernel(kind, rows_differ, batch_siz
     steps = lm._engine()
     decode = steps.functions.get(
         StepKey("decode", batch_size, capacity),
-        lambda sampler: steps.make_decode(sampler, None),
+        steps.make_decode,
         donate=(0,),
-        sampler=lm.sampler,
+        sampling=steps.sampling(),
     )
     cache = steps.create_cache(batch_size, capacity)
     shape = (batch_size,)

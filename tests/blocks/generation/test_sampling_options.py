@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from blocks import PromptLookup
-from blocks.generation import engine, progress
+from blocks.generation import engine, mixin
 from tests.helpers import raises
 from tests.models import (
     RAGGED,
@@ -240,9 +240,9 @@ def test_tokens_that_the_tokenizer_has_not_are_never_chosen(sampler):
     ],
 )
 def test_progress(monkeypatch, capsys, verbose, watched, slow, shown):
-    monkeypatch.setattr(progress, "_is_watched", lambda: watched)
+    monkeypatch.setattr(mixin, "_is_watched", lambda: watched)
     seconds = 0.0 if slow else 1e9
-    assert list(progress.with_progress([1, 2, 3], verbose, seconds)) == [1, 2, 3]
+    assert list(mixin.with_progress([1, 2, 3], verbose, seconds)) == [1, 2, 3]
     assert ("3/3" in capsys.readouterr().out) is shown
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from blocks import CausalLMPreprocessor
-from blocks.generation.streaming import TextPieces
+from blocks.generation.outputs import TextPieces
 from tests.helpers import raises
 from tests.models import (
     RAGGED,
@@ -93,7 +93,7 @@ class Scripted:
 
 @pytest.mark.parametrize("text", ["añ€𝄞", "\ufffd" * 2, "é" * 5])
 def test_no_character_is_split(text):
-    pieces = TextPieces([np.zeros((0,), "int32")], Scripted())
+    pieces = TextPieces(1, Scripted())
     found = [
         pieces.add([np.array([byte], "int32")], finished=False)[0]
         for byte in text.encode()
@@ -106,7 +106,7 @@ def test_no_character_is_split(text):
 
 
 def test_bytes_that_never_become_a_character_come_last():
-    pieces = TextPieces([np.zeros((0,), "int32")], Scripted())
+    pieces = TextPieces(1, Scripted())
     assert pieces.add([np.array([97, 0xE2, 0x82], "int32")], finished=False) == ["a"]
     assert pieces.add([np.zeros((0,), "int32")], finished=True) == ["\ufffd"]
 
@@ -116,7 +116,7 @@ def test_other_ways_to_decode_bytes(options):
     tokenizer = keras_hub.tokenizers.ByteTokenizer(**options)
     preprocessor = CausalLMPreprocessor(tokenizer, sequence_length=16)
     texts = ["a?世 é.", "né?"]
-    pieces = TextPieces([np.zeros((0,), "int32")] * 2, preprocessor)
+    pieces = TextPieces(2, preprocessor)
     rows = [list(text.encode()) for text in texts]
     found = []
     for place in range(max(map(len, rows)) + 1):
