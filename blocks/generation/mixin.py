@@ -112,7 +112,7 @@ class GenerationMixin(GenerationSteps):
         # All prompts are checked before the first is continued, so that no work is lost
         # to an error in the last.
         prompts, is_single = self._read(inputs, max_length, max_new_tokens)
-        outputs = []
+        outputs: list[Any] = []
         pad = pad_token_id(self.preprocessor)
         seconds = self.generation_sizes.progress_seconds
         for batch in with_progress(prompts, verbose, seconds):
