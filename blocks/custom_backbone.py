@@ -14,6 +14,7 @@ from attention.contract import (
     Shape,
     Tensor,
     check_fraction,
+    check_optional_positive_int,
     check_positive_int,
     describe,
     hide_full_remat,
@@ -136,9 +137,9 @@ class CustomBackbone(TokenModel, keras_hub.models.Backbone):
         self.num_heads = check_positive_int("num_heads", num_heads)
         self.hidden_dim = check_positive_int("hidden_dim", hidden_dim)
         self.intermediate_dim = check_positive_int("intermediate_dim", intermediate_dim)
-        if num_key_value_heads is not None:
-            check_positive_int("num_key_value_heads", num_key_value_heads)
-        self.num_key_value_heads = num_key_value_heads
+        self.num_key_value_heads = check_optional_positive_int(
+            "num_key_value_heads", num_key_value_heads
+        )
         self.max_sequence_length = check_positive_int(
             "max_sequence_length", max_sequence_length
         )

@@ -35,10 +35,8 @@ class CustomDecoder(TransformerBlock, CompositeCachedLayer):
     There is no second forward pass: the block passes the KV cache and
     `cache_update_index` to its attention layers without looking into them.
 
-    As the `decoder_class` of a `blocks.CustomBackbone`, a block is made by the
-    backbone. The hooks that it doesn't override (and those of `super()` in the
-    ones it does) are then the backbone's. It needs neither registering with Keras nor
-    `get_config`, as files hold the backbone, which makes its blocks again.
+    Of the `decoder_class` of a `blocks.CustomBackbone` (see there), the hooks that it
+    doesn't override (and those of `super()` in the ones it does) are the backbone's.
 
     Attributes:
         norm_names: tuple of str. The norms, by the names that `transform` uses.
@@ -174,9 +172,9 @@ class CustomDecoder(TransformerBlock, CompositeCachedLayer):
         return {**config, "encoder_shape": self._encoder_shape}
 
     def build_from_config(self, config: dict[str, Any]) -> None:
-        self._encoder_shape = config.get("encoder_shape")
-        rest = {key: x for key, x in config.items() if key != "encoder_shape"}
-        super().build_from_config(rest)
+        config = dict(config)
+        self._encoder_shape = config.pop("encoder_shape", None)
+        super().build_from_config(config)
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
@@ -187,9 +185,9 @@ class CustomDecoder(TransformerBlock, CompositeCachedLayer):
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> CustomDecoder:
-        place = config.get("in_backbone", (None, None))
-        rest = {key: x for key, x in config.items() if key != "in_backbone"}
-        decoder = super().from_config(rest)
+        config = dict(config)
+        place = config.pop("in_backbone", (None, None))
+        decoder = super().from_config(config)
         decoder.layer_index, decoder._run_backbone_hook = place
         return decoder
 
@@ -206,14 +204,7 @@ class CustomDecoder(TransformerBlock, CompositeCachedLayer):
         A subclass may name further arguments, which the block then takes, and
         return more than one tensor (see `attention.CompositeCachedLayer`).
 
-        Args:
-            x: tensor of shape `(batch, length, width)`.
-            encoder_sequence: `None`, or tensor of shape `(batch, source_length,
-                source_width)`.
-            encoder_padding_mask: `None`, or boolean tensor of shape `(batch,
-                source_length)`.
-            padding_mask: boolean tensor of shape `(batch, length)` or `None`.
-            training: bool or `None`.
+        Its arguments are those of the call, without the cache.
 
         Returns:
             A tensor of the shape of `x`.

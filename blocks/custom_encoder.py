@@ -99,13 +99,10 @@ class CustomEncoder(TransformerBlock):
     ) -> Tensor:
         """Computes the block's outputs: its topology, written once, in plain Keras.
 
-        Args:
-            x: tensor of shape `(batch, length, width)`.
-            padding_mask: boolean tensor of shape `(batch, length)` or `None`.
-            training: bool or `None`.
+        Its arguments are those of the call.
 
         Returns:
-            A tensor of the same shape.
+            A tensor of the shape of `x`.
         """
         x = self.add_residual(
             x, self.attention_norm, self.self_attention, padding_mask=padding_mask

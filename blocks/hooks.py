@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -32,17 +32,11 @@ def run_hook(
 ) -> Any:
     """Calls a hook of a block or backbone, and returns the layer that it made.
 
-    Args:
-        owner: the block or backbone.
-        name: str. The hook's name.
-        *args: the hook's arguments.
-        cached: bool. Whether the layer must be a `CachedLayer`.
-        optional: bool. Whether `None` may be returned.
+    The layer must be a `CachedLayer` if `cached`; there may be none if `optional`.
     """
-    hook: Callable = getattr(owner, name)
     where = f"`{type(owner).__name__}.{name}`"
     try:
-        layer = hook(*args)
+        layer = getattr(owner, name)(*args)
     except AttributeError as error:
         missing = re.search(r"has no attribute '(\w+)'", str(error))
         if missing is None or type(owner).__name__ not in str(error):

@@ -14,6 +14,7 @@ from attention.contract import (
     Shape,
     Tensor,
     check_fraction,
+    check_optional_positive_int,
     check_positive_int,
     clone_initializer,
 )
@@ -50,9 +51,9 @@ class TransformerBlock(keras.layers.Layer):
         super().__init__(**kwargs)
         self.intermediate_dim = check_positive_int("intermediate_dim", intermediate_dim)
         self.num_heads = check_positive_int("num_heads", num_heads)
-        if num_key_value_heads is not None:
-            check_positive_int("num_key_value_heads", num_key_value_heads)
-        self.num_key_value_heads = num_key_value_heads
+        self.num_key_value_heads = check_optional_positive_int(
+            "num_key_value_heads", num_key_value_heads
+        )
         self.dropout = check_fraction("dropout", dropout)
         self.activation = keras.activations.get(activation)
         self.layer_norm_epsilon = layer_norm_epsilon
@@ -147,15 +148,14 @@ class TransformerBlock(keras.layers.Layer):
     def add_residual(
         self, x: Tensor, norm: keras.layers.Layer, layer: Any, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """Runs a layer, and adds its outputs to what went in.
+        """Runs a layer that keeps the shape, and adds its outputs to what went in.
 
         Args:
             x: tensor of shape `(batch, length, width)`.
             norm: the layer's norm; it comes before the layer if `normalize_first`
                 is true, otherwise after the sum.
-            layer: a layer that keeps the shape.
-            *args: further arguments of `layer`.
-            **kwargs: further arguments of `layer`, by keyword.
+            layer: the layer.
+            *args: further arguments of `layer`, also by keyword.
 
         Returns:
             A tensor of the shape of `x`.

@@ -172,15 +172,10 @@ class CompiledFunctions:
     ) -> Any:
         """Returns the result of a step, which is compiled if there is none for this key.
 
-        Args:
-            key: the sizes and options that the step is compiled for.
-            make: takes an equal `sampling`, and returns the function to compile. That
-                takes and returns pytrees of tensors; it may read the variables of the
-                task, and read and assign those of the sampler.
-            args: its arguments.
-            donate: the positions of arguments whose memory may be reused, as they are
-                not used after the call.
-            sampling: how the step chooses tokens, or `None` if it does not.
+        `make` takes an equal `sampling`, and returns the function to compile. That takes
+        and returns pytrees of tensors; it may read the variables of the task, and read
+        and assign those of the sampler. `donate` is the positions of arguments whose
+        memory may be reused, as they are not used after the call.
         """
         step = self.get(key, make, donate, sampling)
         args = tree.map_structure(ops.convert_to_tensor, args)

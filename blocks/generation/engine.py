@@ -29,13 +29,8 @@ class Engine:
             task was compiled with when a generation begins.
 
     Attributes:
-        sizes: the task's `GenerationSizes`.
-        functions: a `CompiledFunctions`.
         sites: the backbone's cached layers, in call order.
         max_positions: int or `None`. How many positions the backbone knows.
-
-    Raises:
-        ValueError: if the backbone calls no cached layer.
     """
 
     def __init__(self, task: Any, sampler: Any = None) -> None:
@@ -223,16 +218,8 @@ class Engine:
         """Returns the function that `decode` compiles."""
         kernels = LoopKernels(self.functions.layers)
 
-        def decode(
-            cache: Cache,
-            token: Tensor,
-            index: Tensor,
-            room: Tensor,
-            finished: Tensor,
-            steps: Tensor,
-            stops: Tensor,
-            settings: dict[str, Tensor],
-        ) -> tuple:
+        def decode(cache: Cache, *args: Any) -> tuple:
+            token, index, room, finished, steps, stops, settings = args
             shape = (token.shape[0], self.sizes.block_steps)
             rows_differ = len(index.shape) == 1
             matrices = kernels.before_loop()

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from keras import ops
 
-from attention.contract import Mask, Tensor, check_positive_int, describe
+from attention.contract import Mask, Tensor, check_optional_positive_int, describe
 
 # The new tokens of a row that gets none.
 NO_TOKENS = np.zeros((0,), "int32")
@@ -125,14 +125,6 @@ def to_str(text: Any) -> str:
     return text
 
 
-def check_lengths(max_length: int | None, max_new_tokens: int | None) -> None:
-    """Raises an error if a length is no positive integer."""
-    if max_length is not None:
-        check_positive_int("max_length", max_length)
-    if max_new_tokens is not None:
-        check_positive_int("max_new_tokens", max_new_tokens)
-
-
 def row_limits(
     lengths: np.ndarray,
     max_length: int | None,
@@ -169,7 +161,8 @@ def read_prompts(
     max_positions: int | None,
 ) -> Prompts:
     """Returns a batch of prompts as tokens, checked."""
-    check_lengths(max_length, max_new_tokens)
+    check_optional_positive_int("max_length", max_length)
+    check_optional_positive_int("max_new_tokens", max_new_tokens)
     as_text = batch.texts is not None
     if batch.texts is not None:
         preprocessor = task.preprocessor

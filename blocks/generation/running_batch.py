@@ -45,14 +45,9 @@ class RunningBatch:
         self.logits: Tensor = None
 
     def process(self, rows: list[np.ndarray], room: int = 0) -> int:
-        """Processes the tokens of rows that the cache does not hold yet.
+        """Processes the tokens that the cache does not hold yet, and returns their number.
 
-        Args:
-            rows: for each row all its tokens.
-            room: int. How many more positions to reserve.
-
-        Returns:
-            The number of tokens processed, in all rows.
+        `rows` are all tokens of each row, and `room` how many more positions to reserve.
         """
         tokens, lengths = pad_rows([x[n:] for x, n in zip(rows, self.processed)])
         if not lengths.any():
@@ -156,11 +151,9 @@ class RunningBatch:
     def sample(
         self, sampling: Sampling, room: np.ndarray, stops: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Samples the next token of each row from the logits.
+        """Returns the next token of each row, and which rows end with it.
 
-        Returns:
-            The tokens, and which rows end with them, as they have `room` for no other or
-            it is among `stops`. Both are of shape `(batch,)`.
+        Both are of shape `(batch,)`. A row ends if it has room for no other token.
         """
         token = ops.convert_to_numpy(self.engine.sample(self.logits, sampling))
         check_chosen(token[:, None], (room > 0)[:, None], self.processed)
@@ -171,15 +164,13 @@ class RunningBatch:
     ) -> Iterator[Block]:
         """Continues the rows until each has reached its limit or a stop token.
 
-        The last token of each row is not processed.
+        The last token of each row is not processed; a stop token is part of its row.
+        Blocks of new tokens are yielded after each compiled call of `block_steps`.
 
         Args:
             room: `int32` array `(batch,)`: how many tokens each row may get.
-            stops: the tokens at which a row ends; they are part of it.
-            block_steps: int or `None`. How many steps to run in one compiled call.
-
-        Yields:
-            Blocks of new tokens.
+            stops: the tokens at which a row ends.
+            block_steps: int or `None`, which means as many as there are.
         """
         if room.max() <= 0:
             return

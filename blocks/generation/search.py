@@ -29,14 +29,16 @@ def search(
     sampling = engine.sampling()
     lengths, limits = prompts.lengths, prompts.limits
     found: list[np.ndarray] = [NO_TOKENS] * len(lengths)
-    for rows in _lockstep_groups(lengths, limits, bool(stop_token_ids)):
-        length, limit = lengths[rows[0]], limits[rows[0]]
+    groups: dict[tuple, list[int]] = {}
+    for row, lasts in enumerate(zip(lengths.tolist(), limits.tolist())):
+        groups.setdefault((*lasts, row if stop_token_ids else None), []).append(row)
+    for (length, limit, _), rows in groups.items():
         if limit <= length:
             continue
         buffer = np.zeros((len(rows), limit), "int32")
         buffer[:, :length] = prompts.token_ids[rows, :length]
         tokens, broken = engine.functions.run(
-            StepKey("search", len(rows), int(limit), variant=stop_token_ids),
+            StepKey("search", len(rows), limit, variant=stop_token_ids),
             lambda sampling: _make_search(engine, sampling, stop_token_ids),
             (buffer, np.int32(length)),
             sampling=sampling,
@@ -90,7 +92,15 @@ def _make_search(
         cache = _SearchCache(scope.cache, ops.zeros((batch_size,), dtype="int32"))
         _, last, first = next_step(token_ids, cache, length)
         hidden = ops.slice_update(hidden, (0, length - 1, 0), last[:, None])
-        watched, ends = _watch_loops(sampling.sampler)
+        ends: list[_SearchCache] = []
+        watched: Any = copy.copy(sampling.sampler)
+
+        def run_loop(*args: Any, **kwargs: Any) -> Any:
+            state = sampling.sampler.run_loop(*args, **kwargs)
+            ends.extend(x for x in state if isinstance(x, _SearchCache))
+            return state
+
+        watched.run_loop = run_loop
         tokens = watched(
             next=next_step,
             prompt=token_ids,
@@ -109,29 +119,3 @@ def _make_search(
         return tokens, broken
 
     return run
-
-
-def _watch_loops(sampler: Any) -> tuple[Any, list[_SearchCache]]:
-    """Returns a copy of a sampler, and a list of the caches that its loops end with."""
-    ends: list[_SearchCache] = []
-    watched = copy.copy(sampler)
-
-    def run_loop(*args: Any, **kwargs: Any) -> Any:
-        state = sampler.run_loop(*args, **kwargs)
-        ends.extend(x for x in state if isinstance(x, _SearchCache))
-        return state
-
-    watched.run_loop = run_loop
-    return watched, ends
-
-
-def _lockstep_groups(
-    lengths: np.ndarray, limits: np.ndarray, stops: bool
-) -> list[list[int]]:
-    """Groups rows whose outputs a lockstep loop does not change."""
-    if stops:
-        return [[row] for row in range(len(lengths))]
-    groups: dict[tuple[int, int], list[int]] = {}
-    for row, key in enumerate(zip(lengths.tolist(), limits.tolist())):
-        groups.setdefault(key, []).append(row)
-    return list(groups.values())

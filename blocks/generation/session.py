@@ -9,6 +9,7 @@ import numpy as np
 
 from attention.contract import (
     all_layers,
+    check_optional_positive_int,
     check_positive_int,
     describe,
     find_not_rewindable,
@@ -17,7 +18,6 @@ from blocks.generation.compilation import same_objects
 from blocks.generation.outputs import stream_pieces
 from blocks.generation.prompts import (
     NO_TOKENS,
-    check_lengths,
     check_tokens,
     cut_rows,
     pad_rows,
@@ -261,7 +261,8 @@ class Session:
         max_new_tokens: int | None,
     ) -> np.ndarray:
         """Returns how many tokens each row may get."""
-        check_lengths(max_length, max_new_tokens)
+        check_optional_positive_int("max_length", max_length)
+        check_optional_positive_int("max_new_tokens", max_new_tokens)
         lengths = np.array([len(row) for row in tokens], "int32")
         default = self._task.preprocessor.sequence_length if self._as_text else 0
         if not (max_new_tokens or max_length or default):

@@ -11,10 +11,10 @@ import numpy as np
 from keras import ops
 
 from attention import can_rewind
-from attention.contract import Cache, Index, Tensor, check_positive_int, describe
+from attention.contract import Cache, Tensor, check_positive_int, describe
 from blocks.generation.compilation import StepKey
 from blocks.generation.engine import Engine, is_any
-from blocks.generation.prompts import NO_TOKENS
+from blocks.generation.prompts import NO_TOKENS, pad_rows
 from blocks.generation.running_batch import Block, RunningBatch, check_chosen
 from blocks.generation.samplers import Sampling
 
@@ -264,13 +264,10 @@ def speculate(
             )
         proposed = [np.asarray(x, "int32").reshape(-1) for x in proposed]
         # A guess for the last place is of no use.
-        counts = np.array([len(x) for x in proposed], "int32")
-        counts = np.minimum(counts, np.clip(room - 1, 0, guesses))
-        counts = np.where(finished, 0, counts).astype("int32")
-        tokens = np.zeros((len(rows), guesses + 1), "int32")
-        tokens[:, 0] = [row[-1] for row in rows]
-        for row, guess in enumerate(proposed):
-            tokens[row, 1 : 1 + counts[row]] = guess[: counts[row]]
+        most = np.where(finished, 0, np.clip(room - 1, 0, guesses))
+        counts = np.minimum([len(x) for x in proposed], most).astype("int32")
+        given = [np.append(a[-1:], b[:n]) for a, b, n in zip(rows, proposed, counts)]
+        tokens, _ = pad_rows(given, guesses + 1)
         least = int(batch.processed.min())
         reached = int(np.where(finished, 0, batch.processed + 1 + counts).max())
         batch.reserve(reached)
@@ -299,16 +296,8 @@ def speculate(
 
 
 def _make_verify(engine: Engine, rewinds: bool, sampling: Sampling) -> Callable:
-    def verify(
-        cache: Cache,
-        tokens: Tensor,
-        counts: Tensor,
-        index: Index,
-        room: Tensor,
-        finished: Tensor,
-        stops: Tensor,
-        settings: dict[str, Tensor],
-    ) -> tuple[Cache, Tensor, Tensor]:
+    def verify(cache: Cache, *args: Any) -> tuple[Cache, Tensor, Tensor]:
+        tokens, counts, index, room, finished, stops, settings = args
         rows, width = tokens.shape
         places = ops.arange(width, dtype="int32")[None]
         active = ops.logical_not(finished)[:, None]

@@ -179,12 +179,11 @@ class MixtureOfExperts(CachedLayer):
         """Returns 1 if all experts get as many tokens, a larger number if not."""
         # (tokens, experts), as `chances`; both are averaged to (experts,).
         chosen = ops.sum(ops.one_hot(experts, self.num_experts), axis=1)
-        if padding_mask is None:
-            shares = [ops.mean(y, axis=0) for y in (chosen, chances)]
-        else:
+        real = ops.ones_like(chances[:, :1])
+        if padding_mask is not None:
             real = ops.cast(ops.reshape(padding_mask, (-1, 1)), "float32")
-            count = ops.maximum(ops.sum(real), 1.0)
-            shares = [ops.sum(y * real, axis=0) / count for y in (chosen, chances)]
+        count = ops.maximum(ops.sum(real), 1.0)
+        shares = [ops.sum(y * real, axis=0) / count for y in (chosen, chances)]
         scale = self.num_experts / self.num_experts_per_token
         return scale * ops.sum(shares[0] * shares[1])
 

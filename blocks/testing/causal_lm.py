@@ -106,10 +106,8 @@ def check_causal_lm(
     (['greedy', 'lengths'], True)
     """
     names = select(checks, CHECKS)
-    sizes = (
-        check_positive_int("max_new_tokens", max_new_tokens),
-        check_positive_int("num_beams", num_beams),
-    )
+    check_positive_int("max_new_tokens", max_new_tokens)
+    check_positive_int("num_beams", num_beams)
     if not callable(make_lm) or isinstance(make_lm, keras.layers.Layer):
         raise TypeError(
             "`make_lm` must be a function without arguments that makes a new model, "
@@ -119,7 +117,7 @@ def check_causal_lm(
         keras.utils.set_random_seed(seed)
         lm = make_lm()
         _check_lm(lm)
-        session = Session(lm, prompts, *sizes, seed)
+        session = Session(lm, prompts, max_new_tokens, num_beams, seed)
         return run_in_order(names, lambda name: CHECKS[name](session), session)
 
 

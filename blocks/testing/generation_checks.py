@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import keras_hub
 import numpy as np
@@ -19,17 +18,12 @@ def check_lengths(session: Session) -> None:
     lengths = np.array([len(prompt) for prompt in session.prompts])
     total = session.longest + min(2, session.new_tokens)
     each = "how many tokens each row gets, whatever the length of its prompt"
-    asked: list[tuple[str, int, Any, str]] = [
+    both = "the length of prompt and new tokens together"
+    for name, value, expected, meaning in (
         ("max_new_tokens", session.new_tokens, 0 * lengths + session.new_tokens, each),
         ("max_new_tokens", 1, 0 * lengths + 1, each),
-        (
-            "max_length",
-            total,
-            total - lengths,
-            "the length of prompt and new tokens together",
-        ),
-    ]
-    for name, value, expected, meaning in asked:
+        ("max_length", total, total - lengths, both),
+    ):
         new = session.generate(**{name: value})
         for row, (tokens, count) in enumerate(zip(new, expected)):
             if len(tokens) != count:
@@ -135,18 +129,14 @@ def check_stop_tokens(session: Session) -> None:
 def _choose_stops(new: Rows) -> tuple[int, ...]:
     """Returns one or two tokens at which rows end at different steps."""
 
-    def early_ends(stops: tuple[int, ...]) -> list[int]:
-        ends = [_end(row, stops) for row in new]
-        return [end for end, row in zip(ends, new) if end < len(row)]
-
     def value(stops: tuple[int, ...]) -> tuple[int, int]:
-        ends = early_ends(stops)
+        ends = [_end(row, stops) for row in new if _end(row, stops) < len(row)]
         return len(set(ends)), len(ends)
 
     stops: tuple[int, ...] = ()
     tokens = sorted({token for row in new for token in row})
     # How many stop tokens there are is a shape, so one is cheaper.
-    while len(stops) < 2 and len(set(early_ends(stops))) < 2:
+    while len(stops) < 2 and value(stops)[0] < 2:
         stops = max(((*stops, token) for token in tokens), key=value)
     return stops
 
@@ -160,17 +150,17 @@ def _require_ends(
     session: Session, actual: Rows, expected: Rows, ties: list[Choice], claim: str
 ) -> None:
     """Fails if rows that are equal otherwise end elsewhere."""
+    late = (
+        "Each row needs its own flag of being done, set by each new token, the first one "
+        "(from the prefill) too."
+    )
+    early = (
+        "Did it end because another row did, or at a token of its prompt, or was its stop "
+        "token taken away?"
+    )
     tied = {choice.row for choice in ties}
     for row, (a, b) in enumerate(zip(actual, expected)):
         if len(a) != len(b) and row not in tied:
-            late = (
-                "Each row needs its own flag of being done, set by each new token, "
-                "the first one (from the prefill) too."
-            )
-            early = (
-                "Did it end because another row did, or at a token of its prompt, or "
-                "was its stop token taken away?"
-            )
             session.complain(
                 f"{claim}\n  Row {row} (a prompt of {len(session.prompts[row])} "
                 f"tokens) has {len(a)} new tokens {a}, expected were {len(b)}: {b}.",

@@ -19,9 +19,6 @@ class LoopKernels:
     token and emits a plain loop over the kernel's columns, which reads memory at a
     quarter of its speed. If it is reshaped before the loop, which copies nothing, XLA
     calls its matrix routine. On other backends it does nothing.
-
-    Args:
-        layers: the model's layers, and those within them.
     """
 
     def __init__(self, layers: list[keras.layers.Layer]) -> None:
