@@ -113,7 +113,7 @@ class CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
     def build(self, input_shape: Any) -> None:
         # Not in `__init__`, as the vocabulary of a restored tokenizer is loaded later.
         self.packer = keras_hub.layers.StartEndPacker(
-            start_value=self.start_token_id,
+            start_value=self.start_token_id if self.add_start_token else None,
             end_value=self.end_token_id,
             pad_value=self.pad_token_id,
             sequence_length=self.sequence_length,
@@ -151,26 +151,6 @@ class CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
                 f"`{name}={token!r}` is not in the tokenizer's vocabulary."
             )
         return int(token_id)
-
-    def generate_preprocess(self, x: Any, sequence_length: int | None = None) -> Any:
-        """Turns prompts into tokens.
-
-        Args:
-            x: a string or a list of strings.
-            sequence_length: int or `None`. The length to pad or cut to.
-
-        Returns:
-            A dict of `token_ids` and `padding_mask`.
-        """
-        if not self.built:
-            self.build(None)
-        token_ids, padding_mask = self.packer(
-            self.tokenizer(x),
-            sequence_length=sequence_length or self.sequence_length,
-            add_start_value=self.add_start_token,
-            add_end_value=False,
-        )
-        return {"token_ids": token_ids, "padding_mask": padding_mask}
 
     def generate_postprocess(self, x: Any) -> list[str] | str:
         """Turns tokens back into strings, without special tokens.
