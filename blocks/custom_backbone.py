@@ -153,15 +153,13 @@ class CustomBackbone(TokenModel, keras_hub.models.Backbone):
             with hide_full_remat():
                 self.token_embedding = run_hook(self, "create_embedding")
                 name_layer(self.token_embedding, "token_embedding")
-                self.position_embedding = run_hook(
-                    self, "create_position_embedding", cached=True, optional=True
-                )
+                self.position_embedding = run_hook(self, "create_position_embedding")
                 self.embeddings_dropout = keras.layers.Dropout(
                     self.dropout, name="embeddings_dropout"
                 )
             self.transformer_layers: list[CachedLayer] = []
             for i in range(self.num_layers):
-                decoder = run_hook(self, "create_decoder", i, cached=True)
+                decoder = run_hook(self, "create_decoder", i)
                 # One block may be used at several depths.
                 if not any(decoder is other for other in self.transformer_layers):
                     name_layer(decoder, f"transformer_layer_{i}")
@@ -381,5 +379,4 @@ class CustomBackbone(TokenModel, keras_hub.models.Backbone):
 def _run_hook(
     backbone: CustomBackbone, layer_index: int, name: str, inputs_shape: Shape
 ) -> keras.layers.Layer:
-    cached = name == "create_attention_layer"
-    return run_hook(backbone, name, inputs_shape, layer_index, cached=cached)
+    return run_hook(backbone, name, inputs_shape, layer_index)

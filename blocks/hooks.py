@@ -27,13 +27,17 @@ def dtype_policy_scope(policy: DType) -> Iterator[None]:
         keras.config.set_dtype_policy(before)
 
 
-def run_hook(
-    owner: Any, name: str, *args: Any, cached: bool = False, optional: bool = False
-) -> Any:
-    """Calls a hook of a block or backbone, and returns the layer that it made.
+# Hooks of which generation keeps a cache.
+_CACHED = (
+    "create_attention_layer",
+    "create_cross_attention_layer",
+    "create_decoder",
+    "create_position_embedding",
+)
 
-    The layer must be a `CachedLayer` if `cached`; there may be none if `optional`.
-    """
+
+def run_hook(owner: Any, name: str, *args: Any) -> Any:
+    """Calls a hook of a block or backbone, and returns the layer that it made."""
     where = f"`{type(owner).__name__}.{name}`"
     try:
         layer = getattr(owner, name)(*args)
@@ -47,7 +51,7 @@ def run_hook(
             f"`self.{missing[1]}` in `__init__` before `super().__init__(...)` "
             "(in a backbone), or before the block is built."
         ) from error
-    if layer is None and optional:
+    if layer is None and name == "create_position_embedding":
         return None
     if not isinstance(layer, keras.layers.Layer):
         what = "a class" if isinstance(layer, type) else "an instance of"
@@ -55,7 +59,7 @@ def run_hook(
         raise TypeError(
             f"{where} must return a Keras layer. It returned {what} {kind.__name__}."
         )
-    if cached and not isinstance(layer, CachedLayer):
+    if name in _CACHED and not isinstance(layer, CachedLayer):
         raise TypeError(
             f"{where} must return a layer with `create_cache`, that is, a "
             "subclass of `attention.CachedLayer`, as generation keeps a KV cache of "

@@ -119,9 +119,8 @@ class TransformerBlock(keras.layers.Layer):
 
     def _add_part(self, name: str, hook: str, inputs_shape: Shape) -> Any:
         """Makes a hook's layer the block's attribute `name`, and returns it."""
-        cached = hook.endswith("attention_layer")
         with dtype_policy_scope(self.dtype_policy):
-            layer = run_hook(self, hook, inputs_shape, cached=cached)
+            layer = run_hook(self, hook, inputs_shape)
         name_layer(layer, name)
         setattr(self, name, layer)
         return layer

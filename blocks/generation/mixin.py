@@ -13,7 +13,6 @@ import numpy as np
 from attention.contract import check_positive_int, describe
 from blocks.generation.outputs import (
     detokenize,
-    join_outputs,
     pad_token_id,
     stream_pieces,
     to_arrays,
@@ -112,8 +111,7 @@ class GenerationMixin(GenerationSteps):
         # All prompts are checked before the first is continued, so that no work is lost
         # to an error in the last.
         prompts, is_single = self._read(inputs, max_length, max_new_tokens)
-        outputs: list[Any] = []
-        pad = pad_token_id(self.preprocessor)
+        outputs: list[np.ndarray] = []
         seconds = self.generation_sizes.progress_seconds
         for batch in with_progress(prompts, verbose, seconds):
             if has_own_loop(sampler):
@@ -126,11 +124,16 @@ class GenerationMixin(GenerationSteps):
                     rows = [row[mask] for row, mask in zip(new, valid)]
             if not strip_prompt:
                 rows = [np.concatenate(pair) for pair in zip(batch.rows(times), rows)]
-            if batch.as_text:
-                outputs.append(detokenize(rows, self.preprocessor))
-            else:
-                outputs.append(to_arrays(rows, pad, batch.width))
-        return join_outputs(outputs, is_single, pad, times)
+            outputs += rows
+        if prompts[0].as_text:
+            texts: list[Any] = detokenize(outputs, self.preprocessor)
+            if times > 1:
+                texts = [texts[i : i + times] for i in range(0, len(texts), times)]
+            return texts[0] if is_single else texts
+        width = max(batch.width for batch in prompts)
+        arrays = to_arrays(outputs, pad_token_id(self.preprocessor), width)
+        shape = (() if is_single else (-1,)) + (() if times == 1 else (times,))
+        return {key: x.reshape(*shape, width) for key, x in arrays.items()}
 
     def stream(
         self,

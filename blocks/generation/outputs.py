@@ -32,38 +32,6 @@ def to_arrays(
     return {"token_ids": token_ids, "padding_mask": padding_mask}
 
 
-def join_outputs(
-    outputs: list[Any], is_single: bool, pad_token_id: int, num_return_sequences: int
-) -> Any:
-    """Joins the outputs of batches, which are lists of strings or dicts of arrays.
-
-    Several sequences get an axis after the batch axis, and a single prompt has none.
-    """
-    several = num_return_sequences > 1
-    if isinstance(outputs[0], list):
-        texts = [text for batch in outputs for text in batch]
-        if several:
-            starts = range(0, len(texts), num_return_sequences)
-            texts = [texts[i : i + num_return_sequences] for i in starts]
-        return texts[0] if is_single else texts
-    width = max(batch["token_ids"].shape[1] for batch in outputs)
-
-    def join(key: str, fill: int) -> np.ndarray:
-        padded = [
-            np.pad(x[key], ((0, 0), (0, width - x[key].shape[1])), constant_values=fill)
-            for x in outputs
-        ]
-        joined = np.concatenate(padded)
-        if several:
-            joined = joined.reshape(-1, num_return_sequences, width)
-        return joined[0] if is_single else joined
-
-    return {
-        "token_ids": join("token_ids", pad_token_id),
-        "padding_mask": join("padding_mask", 0),
-    }
-
-
 def detokenize(rows: list[np.ndarray], preprocessor: Any) -> list[str]:
     """Returns rows of tokens as strings."""
     arrays = to_arrays(rows, pad_token_id(preprocessor))
