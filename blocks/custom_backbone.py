@@ -170,11 +170,12 @@ class CustomBackbone(TokenModel, keras_hub.models.Backbone):
             name_layer(self.layer_norm, "layer_norm")
 
             # === Functional model ===
-            token_ids = keras.Input(shape=(None,), dtype="int32", name="token_ids")
-            padding_mask = keras.Input(
-                shape=(None,), dtype="int32", name="padding_mask"
-            )
-            x = self.token_embedding(token_ids)
+            inputs = {
+                name: keras.Input((None,), dtype="int32", name=name)
+                for name in ("token_ids", "padding_mask")
+            }
+            padding_mask = inputs["padding_mask"]
+            x = self.token_embedding(inputs["token_ids"])
             if self.position_embedding is not None:
                 name_layer(self.position_embedding, "position_embedding")
                 self.embeddings_add = keras.layers.Add(name="embeddings_add")
@@ -183,12 +184,7 @@ class CustomBackbone(TokenModel, keras_hub.models.Backbone):
             x = self.embeddings_dropout(x)
             x = self.transform(x, padding_mask)
             outputs = self.layer_norm(x)
-        super().__init__(
-            inputs={"token_ids": token_ids, "padding_mask": padding_mask},
-            outputs=outputs,
-            dtype=dtype,
-            **kwargs,
-        )
+        super().__init__(inputs=inputs, outputs=outputs, dtype=dtype, **kwargs)
 
     def create_embedding(self) -> keras.layers.Layer:
         """Hook: makes the token embedding.

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from attention import CacheScope, call_sites, grow_cache
+from attention import CacheScope, call_sites
 from attention.contract import Cache, Index, Tensor, max_positions
 from blocks.generation.backbone_inputs import backbone_inputs
 from blocks.generation.backends.loop_kernels import LoopKernels
@@ -56,10 +56,6 @@ class Engine:
         """Returns an empty KV cache for all of the backbone."""
         return tuple(x.create_cache(batch_size, capacity) for x in self.sites)
 
-    def grow_cache(self, cache: Cache, capacity: int) -> Cache:
-        """Returns a larger cache with the same contents."""
-        return grow_cache(self.sites, cache, capacity)
-
     def process(
         self,
         cache: Cache | None,
@@ -70,12 +66,8 @@ class Engine:
     ) -> tuple[Tensor, Cache]:
         """Processes the next tokens of each row: a prefill, or the tokens of a turn.
 
-        Args:
-            cache: the KV cache, whose memory is reused; `None` for a new one.
-            capacity: int. The size of the cache.
-            tokens: `int32` array of shape `(batch, width)`.
-            index: `int32` scalar or `(batch,)`: how many positions the cache holds.
-            lengths: `int32` array `(batch,)`: how many tokens of each row count.
+        The cache, whose memory is reused, is `None` for a new one. `tokens` are of shape
+        `(batch, width)`, of which `lengths`, `(batch,)`, count.
 
         Returns:
             The logits after the last token of each row, `(batch, vocabulary_size)`, and
@@ -105,15 +97,10 @@ class Engine:
     ) -> tuple:
         """Processes a token of each row and samples the next, up to `steps` times.
 
-        Args:
-            cache: the KV cache. Its memory is reused.
-            capacity: int. The size of the cache.
-            sampling: how tokens are chosen.
-            *state: `token`, `int32` `(batch,)`: the last of each row; `index`, `int32`
-                `(batch,)`, or `()` where all rows have one position, which is faster;
-                `room`, `int32` `(batch,)`: how many more tokens each row may get;
-                `finished`, boolean `(batch,)`: rows that get none; `steps`, at most
-                `sizes.block_steps`; and `stops`, `int32`: the tokens at which rows end.
+        `state` is the last `token` of each row; `index`, a scalar where all rows have one
+        position, which is faster; `room`: how many more tokens each row may get;
+        `finished`: rows that get none; `steps`, at most `sizes.block_steps`; and `stops`,
+        the tokens at which rows end. All but the last two are `(batch,)`.
 
         Returns:
             `(cache, token, index, room, finished, tokens, valid)`: the first five

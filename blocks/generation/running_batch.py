@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 from keras import ops, tree
 
+from attention import grow_cache
 from attention.contract import Cache, Index, Tensor
 from blocks.generation.engine import Engine
 from blocks.generation.prompts import pad_rows
@@ -79,7 +80,7 @@ class RunningBatch:
             self.cache, capacity, tokens[rows], self._index(), lengths[rows]
         )
         if capacity < self.capacity:
-            cache = self.engine.grow_cache(cache, self.capacity)
+            cache = grow_cache(self.engine.sites, cache, self.capacity)
         return logits, cache
 
     def _capacity_of(self, rows: np.ndarray, lengths: np.ndarray) -> int:
@@ -127,7 +128,7 @@ class RunningBatch:
             return
         self.capacity = self.sizes.round_up_capacity(positions)
         if self.cache is not None:
-            self.cache = self.engine.grow_cache(self.cache, self.capacity)
+            self.cache = grow_cache(self.engine.sites, self.cache, self.capacity)
 
     def repeat(self, times: int) -> None:
         """Makes each row `times` rows, one after the other."""

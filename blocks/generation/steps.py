@@ -50,6 +50,8 @@ class GenerationSteps:
     generation_sizes: GenerationSizes
     # How many times `compile` was called.
     times_compiled = 0
+    _generation_engine: Engine | None = None
+    _generation_jit_compile: Any = "auto"
 
     def prefill(self, inputs: Any, max_length: int) -> GenerationState:
         """Reads prompts: the first step of a generation loop of your own.
@@ -120,10 +122,33 @@ class GenerationSteps:
                 "`state` must come from `prefill` or the last `decode_step`. "
                 f"Received: state={describe(state)}"
             )
-        engine = self._engine()
-        tokens, capacity = self._check_step(tokens, state)
-        index, limit = state.cache_update_index, state.max_length
-        logits, cache = engine.step(state.cache, capacity, tokens, index, limit, donate)
+        cache, index, logits, limit = state
+        shape = tuple(getattr(tokens, "shape", np.shape(tokens)))
+        rows = logits.shape[0]
+        if shape != (rows,):
+            raise ValueError(
+                f"`tokens` must hold one token for each of the {rows} rows: shape "
+                f"({rows},). Received: tokens={describe(tokens)}"
+            )
+        tokens = ops.convert_to_tensor(tokens)
+        if "int" not in keras.backend.standardize_dtype(tokens.dtype):
+            raise TypeError(
+                f"`tokens` must be integers. Received: tokens={describe(tokens)}"
+            )
+        tokens = ops.cast(tokens, "int32")
+        if is_concrete(tokens):
+            check_tokens(ops.convert_to_numpy(tokens)[:, None], vocabulary_size(self))
+        capacity = int(ops.convert_to_numpy(limit)) if is_concrete(limit) else None
+        if capacity is not None and is_concrete(index):
+            reached = int(ops.convert_to_numpy(index).max())
+            if reached >= capacity:
+                raise ValueError(
+                    f"A row has {reached} tokens, and `state` has room for {capacity} "
+                    "positions. Call `prefill` with a larger `max_length`."
+                )
+        logits, cache = self._engine().step(
+            cache, capacity, tokens, index, limit, donate
+        )
         return logits, GenerationState(cache, index + 1, logits, limit)
 
     @property
@@ -133,7 +158,7 @@ class GenerationSteps:
         Look here for the reason of a recompile (retrace), or at the INFO messages of
         `logging.getLogger("blocks.generation")`. Empty on torch, which compiles nothing.
         """
-        engine = self.__dict__.get("_generation_engine")
+        engine = self._generation_engine
         return () if engine is None else tuple(engine.functions.steps)
 
     @property
@@ -144,17 +169,16 @@ class GenerationSteps:
     @property
     def xla_generation(self) -> bool:
         """Returns whether generation is compiled by XLA on TensorFlow."""
-        return self.__dict__.get("_generation_jit_compile", "auto") is not False
+        return self._generation_jit_compile is not False
 
     def _reset_generation(self, jit_compile: Any) -> None:
         self._generation_jit_compile = jit_compile
         self.times_compiled += 1
 
     def _engine(self) -> Engine:
-        engine = self.__dict__.get("_generation_engine")
-        if engine is None:
-            engine = self._generation_engine = Engine(self)
-        return engine
+        if self._generation_engine is None:
+            self._generation_engine = Engine(self)
+        return self._generation_engine
 
     def _read(
         self,
@@ -185,33 +209,3 @@ class GenerationSteps:
                 f"Received: inputs={describe(inputs)}"
             )
         return prompts, is_single
-
-    def _check_step(
-        self, tokens: Tensor, state: GenerationState
-    ) -> tuple[Tensor, int | None]:
-        """Returns the tokens of a step as `int32`, and the capacity where it is known."""
-        rows = state.logits.shape[0]
-        shape = tuple(getattr(tokens, "shape", np.shape(tokens)))
-        if shape != (rows,):
-            raise ValueError(
-                f"`tokens` must hold one token for each of the {rows} rows: shape "
-                f"({rows},). Received: tokens={describe(tokens)}"
-            )
-        tokens = ops.convert_to_tensor(tokens)
-        if "int" not in keras.backend.standardize_dtype(tokens.dtype):
-            raise TypeError(
-                f"`tokens` must be integers. Received: tokens={describe(tokens)}"
-            )
-        tokens = ops.cast(tokens, "int32")
-        if is_concrete(tokens):
-            check_tokens(ops.convert_to_numpy(tokens)[:, None], vocabulary_size(self))
-        index, limit = state.cache_update_index, state.max_length
-        if not is_concrete(limit):
-            return tokens, None
-        limit = int(ops.convert_to_numpy(limit))
-        if is_concrete(index) and (ops.convert_to_numpy(index) >= limit).any():
-            raise ValueError(
-                f"A row has {ops.convert_to_numpy(index).max()} tokens, and `state` has "
-                f"room for {limit} positions. Call `prefill` with a larger `max_length`."
-            )
-        return tokens, limit

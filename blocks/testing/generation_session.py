@@ -189,7 +189,8 @@ class Session(Checked):
         """Sets the sampler. The same name again leaves what is compiled alone."""
         if not isinstance(sampler, str) or sampler != self._sampler:
             self._sampler = sampler
-            self.doing = f"compiled with the sampler {_name(sampler)}"
+            name = sampler if isinstance(sampler, str) else type(sampler).__name__
+            self.doing = f"compiled with the sampler {name!r}"
             self.made.compile(sampler=sampler)
 
     def generate(self, prompts: Any = None, stops: Any = None, **limits: Any) -> Rows:
@@ -280,10 +281,6 @@ def _make_forward(lm: Any) -> Callable:
         return run(*([v.value for v in group] for group in groups), inputs)
 
     return forward
-
-
-def _name(sampler: Any) -> str:
-    return repr(sampler) if isinstance(sampler, str) else type(sampler).__name__
 
 
 def pad(rows: Rows, width: int | None = None) -> dict[str, np.ndarray]:
