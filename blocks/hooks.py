@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -42,14 +41,12 @@ def run_hook(owner: Any, name: str, *args: Any) -> Any:
     try:
         layer = getattr(owner, name)(*args)
     except AttributeError as error:
-        missing = re.search(r"has no attribute '(\w+)'", str(error))
-        if missing is None or type(owner).__name__ not in str(error):
+        if error.obj is not owner:
             raise
         raise AttributeError(
-            f"{where} read `self.{missing[1]}`, which is "
-            "not set. Hooks run while the layer or backbone is being made: set "
-            f"`self.{missing[1]}` in `__init__` before `super().__init__(...)` "
-            "(in a backbone), or before the block is built."
+            f"{where} read `self.{error.name}`, which is not set. Hooks run while the "
+            f"layer or backbone is being made: set `self.{error.name}` in `__init__` "
+            "before `super().__init__(...)` (in a backbone), or before the block is built."
         ) from error
     if layer is None and name == "create_position_embedding":
         return None
@@ -61,10 +58,9 @@ def run_hook(owner: Any, name: str, *args: Any) -> Any:
         )
     if name in _CACHED and not isinstance(layer, CachedLayer):
         raise TypeError(
-            f"{where} must return a layer with `create_cache`, that is, a "
-            "subclass of `attention.CachedLayer`, as generation keeps a KV cache of "
-            f"it. It returned {type(layer).__name__}; "
-            "`attention.MultiHeadAttention`, its siblings and "
+            f"{where} must return a layer with `create_cache`, that is, a subclass of "
+            "`attention.CachedLayer`, as generation keeps a KV cache of it. It returned "
+            f"{type(layer).__name__}; `attention.MultiHeadAttention`, its siblings and "
             "`attention.PositionEmbedding` can stand in for Keras's layers."
         )
     return layer
