@@ -4,6 +4,7 @@ import keras
 import pytest
 
 from blocks import CausalLM
+from tests.models import make_backbone, make_small_lm, make_text_lm
 
 
 def optimize(much):
@@ -47,3 +48,32 @@ def little_xla(request, monkeypatch):
             lambda lm: lm.__dict__.get("_generation_jit_compile") is True
         )
         monkeypatch.setattr(CausalLM, "xla_generation", asked_for)
+
+
+@pytest.fixture(scope="module")
+def lm():
+    """A small model. Tests leave it as it is, but for its sampler."""
+    return make_small_lm(make_backbone(num_layers=1))
+
+
+@pytest.fixture(scope="module")
+def text_lm():
+    """A small model of bytes, which ends rows with 1."""
+    return make_text_lm()
+
+
+@pytest.fixture
+def calls_of(monkeypatch):
+    """A function that returns a list to which each call of a method is added."""
+
+    def watch(owner, name):
+        calls, method = [], getattr(owner, name)
+
+        def call(self, *args):
+            calls.append(args)
+            return method(self, *args)
+
+        monkeypatch.setattr(owner, name, call)
+        return calls
+
+    return watch

@@ -39,25 +39,23 @@ TIMED = Case(
 )
 
 
-# === Weights ===
+def loaded(contestant, shape):
+    contestant.load(shape, random_weights(shape), "float32")
+    return contestant
 
 
 @both_shapes
 def test_all_libraries_have_the_same_model(shape):
-    weights = random_weights(shape)
     row = make_prompts((7,), shape.vocabulary_size, 3)[0]
     contestants = [Ours(), KerasHub()]
     if has_transformers:
         from benchmarks.torch_contestants import Transformers
 
         contestants.append(Transformers())
-    logits = []
-    for contestant in contestants:
-        contestant.load(shape, weights, "float32")
-        logits.append(contestant.logits(row))
-    assert np.abs(logits[0]).max() > 0.05
-    for others in logits[1:]:
-        np.testing.assert_allclose(others, logits[0], atol=1e-5)
+    first, *others = (loaded(x, shape).logits(row) for x in contestants)
+    assert np.abs(first).max() > 0.05
+    for logits in others:
+        np.testing.assert_allclose(logits, first, atol=1e-5)
 
 
 @pytest.mark.skipif(not has_transformers, reason="needs transformers")
@@ -67,7 +65,7 @@ def test_ragged_rows_of_transformers_are_ours():
     tokens = []
     prompts = make_prompts((3, 3, 6), LLAMA.vocabulary_size, 3)
     for contestant in (Ours(), Transformers()):
-        contestant.load(LLAMA, random_weights(LLAMA), "float32")
+        loaded(contestant, LLAMA)
         inputs = contestant.prepare(prompts, 12)
         for new in (None, 4):
             outputs = contestant.generate(inputs, 12, new, None)
@@ -79,8 +77,7 @@ def test_ragged_rows_of_transformers_are_ours():
 
 @both_shapes
 def test_sizes_are_those_of_the_model(shape):
-    ours = Ours()
-    ours.load(shape, random_weights(shape), "float32")
+    ours = loaded(Ours(), shape)
     prompts = make_prompts((5, 5), shape.vocabulary_size, 1)
     assert ours.cache_elements(prompts, 16) == shape.cache_elements(2, 16)
     count = sum(int(np.prod(x)) for x in weight_shapes(shape).values())
@@ -93,15 +90,12 @@ def test_sizes_are_those_of_the_model(shape):
 def test_weights_come_back_from_a_file(tmp_path):
     weights = random_weights(GPT2)
     save_weights(tmp_path / "w.npz", weights)
-    loaded = load_weights(tmp_path / "w.npz")
-    assert set(loaded) == set(weights) == set(weight_shapes(GPT2))
-    for name, value in weights.items():
-        np.testing.assert_array_equal(loaded[name], value)
-        np.testing.assert_array_equal(random_weights(GPT2)[name], value)
-    ours = Ours()
-    ours.load(GPT2, weights, "float32")
+    found = load_weights(tmp_path / "w.npz")
+    assert set(found) == set(weights) == set(weight_shapes(GPT2))
+    for name, value in random_weights(GPT2).items():
+        np.testing.assert_array_equal(found[name], value)
     with pytest.raises(ValueError, match="names differ"):
-        assign_weights(ours.lm.backbone, random_weights(LLAMA))
+        assign_weights(loaded(Ours(), GPT2).lm.backbone, random_weights(LLAMA))
 
 
 # === Tokens ===
@@ -110,57 +104,47 @@ def test_weights_come_back_from_a_file(tmp_path):
 class Gap:
     """Processes that only know a gap of two logits."""
 
-    def __init__(self, gap):
-        self.gap = gap
-
     def worker(self, name):
         return self
 
     def call(self, operation, **arguments):
         self.asked = (operation, arguments)
-        return {"gap": self.gap}
+        return {"gap": 0.01}
 
 
-def compare(first, second, case=TIMED, near_tie=0.0):
-    pool = Gap(0.01)
+FIRST = [[7, 8], [7, 9]]
+
+
+def compare(second, case=TIMED, near_tie=0.0):
+    pool = Gap()
     tokens = Tokens(pool, case, [[1, 2, 3], [4, 5, 6]], near_tie)
-    tokens.compare("all", "a", first)
+    tokens.compare("all", "a", FIRST)
     tokens.compare("all", "b", second)
     return tokens, pool
 
 
 def test_other_tokens_void_the_row_unless_nearly_tied_or_limited():
-    tokens, pool = compare([[7, 8], [7, 9]], [[7, 8], [7, 5]])
+    tokens, pool = compare([[7, 8], [7, 5]])
     assert tokens.void.startswith("void: tokens differ at row 1, new token 2: b, a")
     assert "0.01 apart" in tokens.void
     assert pool.asked == ("gap", {"row": [4, 5, 6, 7], "first": 9, "second": 5})
-    tokens, _ = compare([[7, 8], [7, 9]], [[7, 8], [7, 5]], near_tie=0.02)
+    tokens, _ = compare([[7, 8], [7, 5]], near_tie=0.02)
     assert tokens.void is None
     assert tokens.notes[0].startswith("near tie: tokens differ at row 1")
-    tokens, _ = compare([[7, 8], [7, 9]], [[7, 8], [7]])
+    tokens, _ = compare([[7, 8], [7]])
     assert tokens.void == "void: b gave 1 new tokens in row 1, a 2"
     limited = dataclasses.replace(TIMED, max_new_tokens=2)
-    tokens, _ = compare([[7, 8], [7, 9]], [[7, 8, 3], [7, 9, 5]], limited)
+    tokens, _ = compare([[7, 8, 3], [7, 9, 5]], limited)
     assert tokens.void is None
     assert until_stop([4, 5, 6, 0, 0], [5, 6]) == [4, 5]
     assert until_stop([4, 5], None) == [4, 5]
 
 
-# === Runs that share the work ===
-
-
 def test_a_later_run_replaces_its_own_cases():
-    settings = {
-        "quick": True,
-        "device": "cpu",
-        "dtype": "float32",
-        "contestants": ["ours/jax"],
-        "rounds": 2,
-    }
-
-    def a_run(*rows, **others):
+    def a_run(*rows, dtype="float32"):
+        settings = {"quick": True, "device": "cpu", "dtype": dtype, "rounds": 2}
         return {
-            "settings": {**settings, **others},
+            "settings": {**settings, "contestants": ["ours/jax"]},
             "machine": {"processor": "p", "cores": 2, "gpu": "", "versions": {}},
             "rows": list(rows),
             "minutes": 2.0,
@@ -241,8 +225,8 @@ def tiny_plan(*cases):
     return Plan((GPT2,), {GPT2.name: cases}, "float32", 0.0)
 
 
-@pytest.fixture(scope="module")
-def tiny_report():
+@pytest.mark.slow
+def test_a_run_has_all_rows_and_a_table(tmp_path, capsys):
     cases = (
         TIMED,
         Case("tiny ragged", "time", (2, 3), 9, few=2),
@@ -252,11 +236,8 @@ def tiny_report():
         Case("elsewhere", "time", (3,), 9),
     )
     names = ["ours/tensorflow", "keras_hub/tensorflow"]
-    return generate.run(tiny_plan(*cases), names, rounds=2, quick=True, only=["tiny"])
-
-
-@pytest.mark.slow
-def test_a_run_has_all_rows_and_a_table(tiny_report, tmp_path, capsys):
+    plan = tiny_plan(*cases)
+    tiny_report = generate.run(plan, names, rounds=2, quick=True, only=["tiny"])
     path = tmp_path / "report.json"
     path.write_text(json.dumps(tiny_report), encoding="utf-8")
     generate.main(["--table", str(path)])

@@ -17,10 +17,10 @@ from tests.helpers import raises
 from tests.models import (
     RAGGED,
     byte_preprocessor,
+    generated,
     make_backbone,
     make_lm,
     prompts,
-    rows_of,
 )
 
 # === Hooks and arguments ===
@@ -42,6 +42,7 @@ def uncached():
 
 PARTS = ["create_attention_layer", "create_ffn", "create_norm"]
 WHOLE = ["create_embedding", "create_decoder", "create_final_norm"]
+CACHED = "`create_cache`"
 
 
 @pytest.mark.parametrize(
@@ -52,25 +53,15 @@ WHOLE = ["create_embedding", "create_decoder", "create_final_norm"]
         (decoder_whose, "create_ffn", lambda: "gelu", ["str"]),
         (decoder_whose, "create_norm", lambda: keras.layers.Dense, ["a class Dense"]),
         (decoder_whose, "create_ffn", lambda: keras.ops.gelu, ["function"]),
-        (
-            decoder_whose,
-            "create_attention_layer",
-            uncached,
-            ["`create_cache`", "attention.MultiHeadAttention"],
-        ),
-        (
-            decoder_whose,
-            "create_attention_layer",
-            lambda: FeedForward(8),
-            ["`create_cache`"],
-        ),
-        (backbone_whose, "create_decoder", lambda: FeedForward(8), ["create_cache"]),
-        (backbone_whose, "create_attention_layer", uncached, ["create_cache"]),
+        (decoder_whose, PARTS[0], uncached, [CACHED, "attention.MultiHeadAttention"]),
+        (decoder_whose, PARTS[0], lambda: FeedForward(8), [CACHED]),
+        (backbone_whose, "create_decoder", lambda: FeedForward(8), [CACHED]),
+        (backbone_whose, PARTS[0], uncached, [CACHED]),
         (
             backbone_whose,
             "create_position_embedding",
             lambda: keras_hub.layers.PositionEmbedding(32),
-            ["create_cache"],
+            [CACHED],
         ),
     ],
 )
@@ -104,38 +95,30 @@ def test_arguments_out_of_range(name, value, kind):
             make(**arguments)
 
 
+def backbone_of_a_plain_embedding():
+    return backbone_whose("create_embedding", lambda: keras.layers.Embedding(60, 16))
+
+
 @pytest.mark.parametrize(
     ("make", "kind", "words"),
     [
-        (lambda: make_backbone(vocabulary_size=0), ValueError, ["vocabulary_size=0"]),
-        (lambda: make_backbone(num_layers=0), ValueError, ["num_layers=0"]),
-        (lambda: make_backbone(hidden_dim=0), ValueError, ["hidden_dim=0"]),
-        (lambda: FeedForward(0), ValueError, ["`intermediate_dim`"]),
-        (lambda: GatedFeedForward(None), TypeError, ["`intermediate_dim`"]),
+        (lambda: make_backbone(vocabulary_size=0), ValueError, "vocabulary_size=0"),
+        (lambda: make_backbone(num_layers=0), ValueError, "num_layers=0"),
+        (lambda: make_backbone(hidden_dim=0), ValueError, "hidden_dim=0"),
+        (lambda: FeedForward(0), ValueError, "`intermediate_dim`"),
+        (lambda: GatedFeedForward(None), TypeError, "`intermediate_dim`"),
         (
             lambda: make_backbone(num_key_value_heads=3),
             ValueError,
-            ["divisible by `num_key_value_heads`"],
+            "divisible by `num_key_value_heads`",
         ),
-        (
-            lambda: make_backbone(hidden_dim=18),
-            ValueError,
-            ["divisible by `num_heads`"],
-        ),
-        (lambda: CausalLM("gpt2"), TypeError, ["`backbone` must be"]),
-        (
-            lambda: CausalLM(
-                backbone_whose(
-                    "create_embedding", lambda: keras.layers.Embedding(60, 16)
-                )
-            ),
-            TypeError,
-            ["reverse=True"],
-        ),
+        (lambda: make_backbone(hidden_dim=18), ValueError, "divisible by `num_heads`"),
+        (lambda: CausalLM("gpt2"), TypeError, "`backbone` must be"),
+        (lambda: CausalLM(backbone_of_a_plain_embedding()), TypeError, "reverse=True"),
     ],
 )
 def test_models_that_can_not_be_made(make, kind, words):
-    with raises(kind, *words):
+    with raises(kind, words):
         make()
 
 
@@ -144,7 +127,11 @@ def test_models_that_can_not_be_made(make, kind, words):
 
 @pytest.fixture(scope="module")
 def lm():
-    return make_lm(make_backbone(num_layers=1, max_sequence_length=16))
+    """After all that is refused, it gives what it gave before."""
+    lm = make_lm(make_backbone(num_layers=1, max_sequence_length=16))
+    before = generated(lm, max_length=16)
+    yield lm
+    assert generated(lm, max_length=16) == before
 
 
 @pytest.fixture(scope="module")
@@ -153,56 +140,103 @@ def text_lm():
     return make_lm(backbone, byte_preprocessor(sequence_length=8))
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_lost(request):
-    """Whatever was refused, the next call gives what the first gave."""
-    if "lm" not in request.fixturenames:
-        yield
-        return
-    model = request.getfixturevalue("lm")
-    x = prompts([[1, 2, 3]])
-    before = rows_of(model.generate(x, stop_token_ids=None, max_length=9))
-    yield
-    assert rows_of(model.generate(x, stop_token_ids=None, max_length=9)) == before
-
-
-def refuse(model, inputs, kind, *words, **kwargs):
-    kwargs.setdefault("stop_token_ids", None)
+def refuse(model, inputs, kind, *words, **options):
     with pytest.raises(kind) as error:
-        model.generate(inputs, **kwargs)
+        model.generate(inputs, **{"stop_token_ids": None, **options})
     message = str(error.value)
-    for word in words:
-        assert word in message, message
     # Types and shapes are told, never contents.
-    assert "[[" not in message
-    assert "array(" not in message
-    assert "numpy=" not in message
+    assert all(word in message for word in words), message
+    assert not any(word in message for word in ("[[", "array(", "numpy=")), message
 
 
-def test_prompts_that_are_too_long(lm, text_lm):
-    x = prompts([[1, 2], [1, 2, 3, 4, 5]])
-    words = ("Prompt 1 has 5 tokens", "`max_length` of 4")
-    refuse(lm, x, ValueError, *words, max_length=4)
-    words = ("Prompt 1", "`sequence_length` of 8", "larger `max_length`")
-    refuse(text_lm, ["a", "abcdefghijkl"], ValueError, *words)
-    refuse(text_lm, "abcdef", ValueError, "Prompt 0", "`max_length` of 3", max_length=3)
-    # More than the learned positions.
-    x = prompts([[1, 2, 3]])
-    words = ("16 positions", "sequences of 17 tokens", "`max_sequence_length`")
-    refuse(lm, x, ValueError, *words, max_length=17)
-    refuse(lm, x, ValueError, *words, max_new_tokens=14)
-    refuse(lm, prompts([list(range(17))]), ValueError, *words)
-    outputs = lm.generate(x, stop_token_ids=None, max_length=16)
-    assert len(rows_of(outputs)[0]) == 16
+X = prompts(RAGGED)
+LEFT = {key: value[:, ::-1] for key, value in X.items()}
+HOLE = {**prompts([[1, 2, 3, 4]]), "padding_mask": np.array([[1, 0, 1, 1]])}
+FLOATS = X["token_ids"].astype("float32")
+POSITIONS = ("16 positions", "sequences of 17 tokens", "`max_sequence_length`")
+MASK = "Row 0 of `padding_mask`"
+SHAPE = "(batch, length)"
 
 
-@pytest.mark.parametrize("token", [-1, 60, 2**33])
-def test_tokens_outside_of_the_vocabulary(lm, token):
-    x = prompts([[1, 2], [3, 4]])
-    x["token_ids"] = x["token_ids"].astype("int64")
-    x["token_ids"][1, 1] = token
-    words = (f"Token {token} at position 1 of row 1", "vocabulary of 60")
-    refuse(lm, x, ValueError, *words, max_length=8)
+def with_token(token):
+    tokens = X["token_ids"].astype("int64")
+    return {**X, "token_ids": np.where(tokens == 9, token, tokens)}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "options", "kind", "words"),
+    [
+        # Prompts that are too long.
+        (X, {"max_length": 4}, ValueError, ["Prompt 1 has 7", "`max_length` of 4"]),
+        (X, {"max_length": 17}, ValueError, POSITIONS),
+        (X, {"max_new_tokens": 10}, ValueError, POSITIONS),
+        (prompts([list(range(17))]), {}, ValueError, POSITIONS),
+        # Prompts without tokens.
+        (
+            prompts([[1], []]),
+            {},
+            ValueError,
+            ["Prompt 1 has no tokens", "padding_mask"],
+        ),
+        ({k: v[:0] for k, v in X.items()}, {}, ValueError, ["`token_ids` is empty"]),
+        # Prompts that are not padded on the right.
+        (LEFT, {}, ValueError, [MASK, "padded on the right"]),
+        (HOLE, {}, ValueError, [MASK]),
+        # What is no prompt.
+        (3, {}, TypeError, ["`inputs` must be", "inputs=3"]),
+        (None, {}, TypeError, ["`inputs` must be", "inputs=None"]),
+        ([[1, 2], 3], {}, ValueError, ["`inputs` must have the shape (batch, length)"]),
+        ("text", {}, ValueError, ["no `preprocessor`"]),
+        ({"tokens": FLOATS}, {}, ValueError, ["key `token_ids`", "(3, 7)"]),
+        ({**X, "token_ids": FLOATS}, {}, TypeError, ["`token_ids` must be", "float32"]),
+        (FLOATS, {}, TypeError, ["`inputs` must be token ids"]),
+        ({**X, "padding_mask": FLOATS[:, :3]}, {}, ValueError, ["(3, 7)", "(3, 3)"]),
+        ({k: v[None] for k, v in X.items()}, {}, ValueError, [SHAPE]),
+        *[
+            (with_token(x), {}, ValueError, [f"Token {x} at position 1 of row 1", "60"])
+            for x in (-1, 60, 2**33)
+        ],
+        # Lengths and stop tokens.
+        *[
+            (X, {name: value}, kind, [f"`{name}` must be a positive integer"])
+            for name in ("max_length", "max_new_tokens")
+            for value, kind in ((0, ValueError), (-3, ValueError), (4.5, TypeError))
+        ],
+        *[
+            (X, {"stop_token_ids": value}, TypeError, ["`stop_token_ids`"])
+            for value in (5.0, "end", [1.5], [[1]])
+        ],
+        *[
+            (X, {"stop_token_ids": value}, ValueError, ["vocabulary of 60"])
+            for value in (60, [3, -1])
+        ],
+        (X, {"stop_token_ids": "auto"}, ValueError, ["no preprocessor"]),
+    ],
+)
+def test_wrong_inputs(lm, inputs, options, kind, words):
+    refuse(lm, inputs, kind, *words, **options)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "options", "kind", "words"),
+    [
+        (["a", "b" * 12], {}, ValueError, ["Prompt 1", "`sequence_length` of 8"]),
+        ("abcdef", {"max_length": 3}, ValueError, ["Prompt 0", "`max_length` of 3"]),
+        ("", {}, ValueError, ["Prompt 0 has no tokens", "start token"]),
+        (["a", ""], {}, ValueError, ["Prompt 1 has no tokens"]),
+        ([], {}, ValueError, ["`inputs` is empty"]),
+        (
+            tf.data.Dataset.from_tensor_slices(["a"]).take(0),
+            {},
+            ValueError,
+            ["dataset without elements"],
+        ),
+        (["a", 2], {}, TypeError, ["all text or all token ids", "2"]),
+        ([["a"], ["b"]], {}, TypeError, ["`inputs` must be token ids", "list("]),
+    ],
+)
+def test_wrong_texts(text_lm, inputs, options, kind, words):
+    refuse(text_lm, inputs, kind, *words, **options)
 
 
 def test_a_tokenizer_of_another_model(lm):
@@ -210,68 +244,12 @@ def test_a_tokenizer_of_another_model(lm):
         CausalLM(lm.backbone, byte_preprocessor())
 
 
-def test_empty_prompts(lm, text_lm):
-    refuse(text_lm, "", ValueError, "Prompt 0 has no tokens", "start token")
-    refuse(text_lm, ["a", ""], ValueError, "Prompt 1 has no tokens")
-    refuse(lm, prompts([[1], []]), ValueError, "Prompt 1 has no tokens", "padding_mask")
-    refuse(text_lm, [], ValueError, "`inputs` is empty")
-    empty = {k: v[:0] for k, v in prompts(RAGGED).items()}
-    refuse(lm, empty, ValueError, "`token_ids` is empty")
-    dataset = tf.data.Dataset.from_tensor_slices(["a"]).take(0)
-    refuse(text_lm, dataset, ValueError, "dataset without elements")
-
-
-def test_prompts_that_are_padded_on_the_left(lm):
-    x = {key: value[:, ::-1] for key, value in prompts(RAGGED).items()}
-    refuse(lm, x, ValueError, "Row 0 of `padding_mask`", "padded on the right")
-    x = prompts([[1, 2, 3, 4]])
-    x["padding_mask"][0, 1] = 0
-    refuse(lm, x, ValueError, "Row 0 of `padding_mask`")
-
-
-def test_wrong_inputs(lm, text_lm):
-    refuse(lm, 3, TypeError, "`inputs` must be", "inputs=3")
-    refuse(lm, None, TypeError, "`inputs` must be", "inputs=None")
-    refuse(text_lm, ["a", 2], TypeError, "all text or all token ids", "2")
-    refuse(text_lm, [["a"], ["b"]], TypeError, "`inputs` must be token ids", "list(")
-    refuse(lm, [[1, 2], 3], ValueError, "`inputs` must have the shape (batch, length)")
-    refuse(lm, "text", ValueError, "no `preprocessor`")
-    x = prompts(RAGGED)
-    refuse(lm, {"tokens": x["token_ids"]}, ValueError, "key `token_ids`", "(3, 7)")
-    floats = {**x, "token_ids": x["token_ids"].astype("float32")}
-    refuse(lm, floats, TypeError, "`token_ids` must be token ids", "float32")
-    refuse(lm, floats["token_ids"], TypeError, "`inputs` must be token ids")
-    narrow = {**x, "padding_mask": x["padding_mask"][:, :3]}
-    refuse(lm, narrow, ValueError, "(3, 7)", "(3, 3)")
-    deep = {key: value[None] for key, value in x.items()}
-    refuse(lm, deep, ValueError, "(batch, length)")
-
-
-def test_wrong_lengths_and_stop_tokens(lm):
-    x = prompts(RAGGED)
-    for name in ("max_length", "max_new_tokens"):
-        for value, kind in ((0, ValueError), (-3, ValueError), (4.5, TypeError)):
-            refuse(lm, x, kind, f"`{name}` must be a positive integer", **{name: value})
-    for value in (5.0, "end", [1.5], [[1]]):
-        refuse(lm, x, TypeError, "`stop_token_ids`", stop_token_ids=value)
-    for value in (60, [3, -1]):
-        refuse(lm, x, ValueError, "vocabulary of 60", stop_token_ids=value)
-    refuse(lm, x, ValueError, "no preprocessor", stop_token_ids="auto")
-
-
-def test_samplers_that_do_not_fit(lm):
-    with pytest.raises(TypeError, match="`sampler` must be"):
-        lm.compile(sampler=3)
-    other = CausalLM(lm.backbone)
-    sampler = keras_hub.samplers.BeamSampler(num_beams=2, return_all_beams=True)
-    other.compile(sampler=sampler)
-    refuse(other, prompts(RAGGED), ValueError, "return_all_beams=False", max_length=9)
-    other.compile(sampler=keras_hub.samplers.SpeculativeSampler())
-    refuse(other, prompts(RAGGED), ValueError, "SpeculativeSampler", max_length=9)
-
-
 def test_models_that_can_not_generate(lm):
+    with raises(TypeError, "`sampler` must be"):
+        lm.compile(sampler=3)
     other = CausalLM(lm.backbone, compile=False)
-    refuse(other, prompts(RAGGED), ValueError, "not compiled", max_length=9)
+    refuse(other, X, ValueError, "not compiled", max_length=9)
+    other.compile(sampler=keras_hub.samplers.BeamSampler(2, return_all_beams=True))
+    refuse(other, X, ValueError, "return_all_beams=False", max_length=9)
     uncached = keras_hub.models.GPT2Backbone(60, 1, 2, 8, 16, max_sequence_length=16)
-    refuse(make_lm(uncached), prompts(RAGGED), ValueError, "calls no cached layer")
+    refuse(make_lm(uncached), X, ValueError, "calls no cached layer")

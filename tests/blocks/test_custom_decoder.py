@@ -9,39 +9,32 @@ import keras
 import numpy as np
 import pytest
 
-import attention
+import blocks
 from attention import MultiHeadAttention
 from attention.testing import check_cached_layer
 from blocks import CustomDecoder, GatedFeedForward
-from tests.models import randomize, to_numpy
+from tests.helpers import assert_close, raises, sample, to_numpy
+from tests.models import randomize
 
 WIDTH = 16
 
 
-def make_inputs(batch=2, length=6, seed=0):
-    rng = np.random.default_rng(seed)
-    return rng.normal(size=(batch, length, WIDTH)).astype("float32")
-
-
 def make_block(cls=CustomDecoder, **kwargs):
-    arguments = {"intermediate_dim": 32, "num_heads": 4, **kwargs}
-    block = cls(**arguments)
+    block = cls(intermediate_dim=32, num_heads=4, **kwargs)
     block.build((None, None, WIDTH))
     randomize(block)
     return block
 
 
-def check_with_a_cache(cls, **kwargs):
+def check_with_a_cache(cls):
     """What replaces a part decodes, and leaves out padding."""
-    checks = ["prefill_and_steps", "padding"]
+    check_cached_layer(
+        lambda: cls(intermediate_dim=32, num_heads=4),
+        max_length=8,
+        batch_size=2,
+        checks=["prefill_and_steps", "padding"],
+    )
 
-    def make():
-        return cls(**{"intermediate_dim": 32, "num_heads": 4, **kwargs})
-
-    check_cached_layer(make, max_length=8, batch_size=2, checks=checks)
-
-
-# === The discussion's snippet ===
 
 SNIPPET = """
 class CustomDecoder(keras_nlp.layers.CustomDecoder):
@@ -62,13 +55,10 @@ class CustomDecoder(keras_nlp.layers.CustomDecoder):
 
 
 def test_the_snippet_of_the_discussion_runs_as_written():
-    import blocks
-
+    layers = types.SimpleNamespace(CustomAttention=MultiHeadAttention)
     namespace = {
         "keras_nlp": types.SimpleNamespace(layers=blocks),
-        "keras": types.SimpleNamespace(
-            layers=types.SimpleNamespace(CustomAttention=attention.MultiHeadAttention)
-        ),
+        "keras": types.SimpleNamespace(layers=layers),
         "clone_initializer": blocks.clone_initializer,
     }
     exec(SNIPPET, namespace)
@@ -77,9 +67,6 @@ def test_the_snippet_of_the_discussion_runs_as_written():
     assert block.self_attention.key_dim == WIDTH // 4
     assert block.self_attention.dropout == 0.1
     check_with_a_cache(namespace["CustomDecoder"])
-
-
-# === Hooks ===
 
 
 class GatedRmsDecoder(CustomDecoder):
@@ -96,9 +83,9 @@ class SublayersDecoder(CustomDecoder):
 
     def create_ffn(self, inputs_shape):
         class Mlp(keras.layers.Layer):
-            def __init__(self, intermediate_dim, width):
+            def __init__(self, inner, width):
                 super().__init__()
-                self.up = keras.layers.Dense(intermediate_dim, activation="relu")
+                self.up = keras.layers.Dense(inner, activation="relu")
                 self.down = keras.layers.Dense(width)
 
             def call(self, x):
@@ -109,12 +96,8 @@ class SublayersDecoder(CustomDecoder):
 
 class SequentialDecoder(CustomDecoder):
     def create_ffn(self, inputs_shape):
-        return keras.Sequential(
-            [
-                keras.layers.Dense(self.intermediate_dim, activation="relu"),
-                keras.layers.Dense(inputs_shape[-1]),
-            ]
-        )
+        widths = (self.intermediate_dim, inputs_shape[-1])
+        return keras.Sequential([keras.layers.Dense(width) for width in widths])
 
 
 @pytest.mark.parametrize("cls", [GatedRmsDecoder, SublayersDecoder, SequentialDecoder])
@@ -136,60 +119,41 @@ def test_initializers_reach_the_layers():
     for layer in (block.self_attention.query_dense, block.ffn.intermediate_dense):
         assert np.all(to_numpy(layer.kernel) == 0)
         assert np.all(to_numpy(layer.bias) == 1)
-    block = CustomDecoder(
-        16, 4, kernel_initializer=keras.initializers.RandomNormal(seed=3)
-    )
-    block.build((None, None, WIDTH))
+    block = make_block(kernel_initializer=keras.initializers.RandomNormal(seed=3))
     # A seeded initializer fills each layer as it would fill any other.
     assert block.kernel_initializer is not block.ffn.kernel_initializer
 
 
 def test_normalize_first():
-    x = keras.ops.convert_to_tensor(make_inputs())
+    x = keras.ops.convert_to_tensor(sample())
     block = make_block()
     h = x + block.self_attention(block.attention_norm(x))
-    expected = h + block.ffn(block.ffn_norm(h))
-    np.testing.assert_allclose(to_numpy(block(x)), to_numpy(expected), atol=1e-5)
+    assert_close(block(x), h + block.ffn(block.ffn_norm(h)))
     block = make_block(normalize_first=False)
-    attended = block.attention_norm(x + block.self_attention(x))
-    expected = block.ffn_norm(attended + block.ffn(attended))
-    np.testing.assert_allclose(to_numpy(block(x)), to_numpy(expected), atol=1e-5)
+    h = block.attention_norm(x + block.self_attention(x))
+    assert_close(block(x), block.ffn_norm(h + block.ffn(h)))
 
 
 def test_dropout_acts_in_training_only():
     block = make_block(dropout=0.5)
-    x = make_inputs()
-    plain = to_numpy(block(x))
-    np.testing.assert_array_equal(to_numpy(block(x, training=False)), plain)
-    first = to_numpy(block(x, training=True))
-    second = to_numpy(block(x, training=True))
+    x = sample()
+    plain, again = (to_numpy(block(x, training=training)) for training in (None, False))
+    np.testing.assert_array_equal(again, plain)
+    first, second = (to_numpy(block(x, training=True)) for _ in range(2))
     assert np.abs(first - plain).max() > 0.1
     assert np.abs(first - second).max() > 0.1
-
-
-# === Dtypes ===
-
-
-class ForgetfulDecoder(CustomDecoder):
-    """Its hooks don't say `dtype=`, and the feed-forward layer has sublayers."""
-
-    create_ffn = SublayersDecoder.create_ffn
 
 
 @pytest.mark.parametrize("dtype", ["mixed_bfloat16", "bfloat16"])
 def test_a_hook_that_forgets_the_dtype_has_the_blocks(dtype):
     before = keras.config.dtype_policy()
-    block = make_block(ForgetfulDecoder, dtype=dtype)
+    block = make_block(SublayersDecoder, dtype=dtype)
     assert keras.config.dtype_policy() is before
-    for layer in (
-        block.self_attention,
-        block.self_attention.query_dense,
-        block.ffn.up,
-        block.attention_norm,
-        block.residual_dropout,
-    ):
+    attention_layers = (block.self_attention, block.self_attention.query_dense)
+    others = (block.ffn.up, block.attention_norm, block.residual_dropout)
+    for layer in (*attention_layers, *others):
         assert layer.dtype_policy.name == dtype
-    outputs = block(make_inputs())
+    outputs = block(sample())
     assert keras.backend.standardize_dtype(outputs.dtype) == "bfloat16"
     variable_dtype = "float32" if dtype.startswith("mixed") else "bfloat16"
     assert {w.dtype for w in block.weights if "seed" not in w.path} == {variable_dtype}
@@ -197,13 +161,12 @@ def test_a_hook_that_forgets_the_dtype_has_the_blocks(dtype):
     assert keras.backend.standardize_dtype(cache[0]["key"].dtype) == "bfloat16"
 
 
-class FailingDecoder(CustomDecoder):
-    def create_norm(self, inputs_shape):
-        raise RuntimeError("no norm today")
-
-
 def test_the_policy_is_restored_when_a_hook_fails():
+    class FailingDecoder(CustomDecoder):
+        def create_norm(self, inputs_shape):
+            raise RuntimeError("no norm today")
+
     before = keras.config.dtype_policy()
-    with pytest.raises(RuntimeError, match="no norm today"):
+    with raises(RuntimeError, "no norm today"):
         make_block(FailingDecoder, dtype="bfloat16")
     assert keras.config.dtype_policy() is before

@@ -7,8 +7,8 @@ import pytest
 import tensorflow as tf
 
 from blocks import CausalLMPreprocessor
-from tests.helpers import raises
-from tests.models import byte_preprocessor, make_backbone, make_lm, to_numpy
+from tests.helpers import raises, to_numpy
+from tests.models import byte_preprocessor, log_softmax, make_backbone, make_lm
 
 
 def word_tokenizer(**kwargs):
@@ -31,6 +31,10 @@ def as_lists(*arrays):
     return [to_numpy(x).astype(int).tolist() for x in arrays]
 
 
+def words(*args, **kwargs):
+    return CausalLMPreprocessor(word_tokenizer(), *args, **kwargs)
+
+
 def test_samples_are_shifted_and_padding_is_left_out():
     preprocessor = byte_preprocessor(sequence_length=6)
     x, y, sample_weight = preprocessor(["abc", "abcdefghi"])
@@ -45,24 +49,15 @@ def test_samples_are_shifted_and_padding_is_left_out():
 
 def test_special_tokens_by_name_and_by_id():
     for start, end, pad in (("[CLS]", "[SEP]", 0), (2, np.int64(3), 0)):
-        preprocessor = CausalLMPreprocessor(
-            word_tokenizer(), 6, start_token=start, end_token=end, pad_token_id=pad
-        )
+        preprocessor = words(6, start_token=start, end_token=end, pad_token_id=pad)
         assert (preprocessor.start_token_id, preprocessor.end_token_id) == (2, 3)
         x, y, _ = preprocessor(["the fox"])
         assert as_lists(x["token_ids"], y) == [
             [[2, 4, 6, 3, 0, 0]],
             [[4, 6, 3, 0, 0, 0]],
         ]
-    without = CausalLMPreprocessor(
-        word_tokenizer(),
-        6,
-        start_token=2,
-        end_token=3,
-        pad_token_id=7,
-        add_start_token=False,
-        add_end_token=False,
-    )
+    special = {"start_token": 2, "end_token": 3, "pad_token_id": 7}
+    without = words(6, **special, add_start_token=False, add_end_token=False)
     x, _, _ = without(["the fox"])
     assert as_lists(x["token_ids"]) == [[[4, 6, 7, 7, 7, 7]]]
 
@@ -113,14 +108,11 @@ def test_fit_on_raw_strings():
     assert last < first
     # The loss is the mean over real targets: the same by hand.
     x, y, weight = preprocessor(texts)
-    logits = to_numpy(lm({k: to_numpy(v) for k, v in x.items()})).astype("float64")
-    logits -= np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    scores = log_softmax(to_numpy(lm({k: to_numpy(v) for k, v in x.items()})))
     y, weight = to_numpy(y), to_numpy(weight).astype("float64")
-    losses = -np.take_along_axis(logits, y[..., None], axis=-1)[..., 0]
-    evaluated = lm.evaluate(texts, batch_size=8, verbose=0, return_dict=True)
-    np.testing.assert_allclose(
-        evaluated["loss"], (losses * weight).sum() / weight.size, rtol=1e-3
-    )
+    losses = -np.take_along_axis(scores, y[..., None], axis=-1)[..., 0]
+    found = lm.evaluate(texts, batch_size=8, verbose=0, return_dict=True)["loss"]
+    assert found == pytest.approx((losses * weight).sum() / weight.size, rel=1e-3)
 
 
 def test_prompts_and_back():
@@ -136,9 +128,7 @@ def test_prompts_and_back():
 
 
 def test_special_tokens_are_not_part_of_the_text():
-    preprocessor = CausalLMPreprocessor(
-        word_tokenizer(), 6, start_token="[CLS]", end_token="[SEP]"
-    )
+    preprocessor = words(6, start_token="[CLS]", end_token="[SEP]")
     x = preprocessor.generate_preprocess(["the foxes"])
     assert as_lists(x["token_ids"]) == [[[2, 4, 6, 7, 0, 0]]]
     assert preprocessor.generate_postprocess(x) == ["the foxes"]
@@ -150,15 +140,8 @@ def test_special_tokens_are_not_part_of_the_text():
 
 
 def test_config_round_trip():
-    preprocessor = CausalLMPreprocessor(
-        word_tokenizer(),
-        7,
-        start_token="[CLS]",
-        end_token=3,
-        pad_token_id=1,
-        add_start_token=False,
-        name="texts",
-    )
+    special = {"start_token": "[CLS]", "end_token": 3, "pad_token_id": 1}
+    preprocessor = words(7, **special, add_start_token=False, name="texts")
     restored = CausalLMPreprocessor.from_config(preprocessor.get_config())
     assert restored.get_config() == preprocessor.get_config()
     assert restored.sequence_length == 7
@@ -175,36 +158,16 @@ def test_sequence_length_may_be_set_later():
 
 
 @pytest.mark.parametrize(
-    ("make", "kind", "words"),
+    ("arguments", "kind", "part"),
     [
-        (
-            lambda: CausalLMPreprocessor(word_tokenizer(), 6, start_token="[END]"),
-            ValueError,
-            "`start_token='[END]'` is not in",
-        ),
-        (
-            lambda: CausalLMPreprocessor(word_tokenizer(), 6, end_token=8),
-            ValueError,
-            "end_token=8",
-        ),
-        (lambda: CausalLMPreprocessor("gpt2"), TypeError, "`tokenizer` must be a"),
-        (
-            lambda: CausalLMPreprocessor(word_tokenizer(dtype="string")),
-            TypeError,
-            'dtype="int32"',
-        ),
-        (
-            lambda: CausalLMPreprocessor(word_tokenizer(), 0),
-            ValueError,
-            "`sequence_length`",
-        ),
-        (
-            lambda: CausalLMPreprocessor(word_tokenizer(), 4, pad_token_id=-1),
-            ValueError,
-            "pad_token_id=-1",
-        ),
+        ({"start_token": "[END]"}, ValueError, "`start_token='[END]'` is not in"),
+        ({"end_token": 8}, ValueError, "end_token=8"),
+        ({"tokenizer": "gpt2"}, TypeError, "`tokenizer` must be a"),
+        ({"tokenizer": word_tokenizer(dtype="string")}, TypeError, 'dtype="int32"'),
+        ({"sequence_length": 0}, ValueError, "`sequence_length`"),
+        ({"pad_token_id": -1}, ValueError, "pad_token_id=-1"),
     ],
 )
-def test_wrong_arguments(make, kind, words):
-    with raises(kind, words):
-        make()
+def test_wrong_arguments(arguments, kind, part):
+    with raises(kind, part):
+        CausalLMPreprocessor(**{"tokenizer": word_tokenizer(), **arguments})

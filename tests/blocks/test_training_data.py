@@ -7,18 +7,7 @@ import tensorflow as tf
 
 from blocks.training_data import shuffled
 from tests.helpers import raises
-from tests.models import RAGGED, byte_preprocessor, make_backbone, make_lm, prompts
-
-
-@pytest.fixture(scope="module")
-def lm():
-    return make_lm(make_backbone(num_layers=1))
-
-
-@pytest.fixture(scope="module")
-def text_lm():
-    backbone = make_backbone(num_layers=1, vocabulary_size=256)
-    return make_lm(backbone, byte_preprocessor())
+from tests.models import RAGGED, make_lm, prompts
 
 
 def test_samples_in_memory_are_shuffled_in_each_epoch():
@@ -44,14 +33,10 @@ def test_what_fit_is_given_counts_once(text_lm, recwarn):
             count[0] += 1
 
     texts = np.array(["ab", "cd", "ef", "gh"])
-    for x in (
-        texts,
-        texts.tolist(),
-        tf.data.Dataset.from_tensor_slices(texts).batch(1),
-    ):
+    dataset = tf.data.Dataset.from_tensor_slices(texts).batch(1)
+    for x, size in ((texts, 1), (texts.tolist(), 1), (dataset, None)):
         count = [0]
-        size = {} if isinstance(x, tf.data.Dataset) else {"batch_size": 1}
-        text_lm.fit(x, epochs=2, callbacks=[Batches()], verbose=0, **size)
+        text_lm.fit(x, batch_size=size, epochs=2, callbacks=[Batches()], verbose=0)
         assert count == [8]
     history = text_lm.fit(texts.tolist(), validation_split=0.5, verbose=0).history
     expected = text_lm.evaluate(texts[2:], return_dict=True, verbose=0)
@@ -86,24 +71,17 @@ def test_odd_text(text_lm, x, kind):
 def test_odd_tokens(lm):
     x, y = prompts(RAGGED), np.zeros((3, 7), "int32")
     for token in (-1, 60):
-        wrong = {
-            **x,
-            "token_ids": np.where(x["token_ids"] == 14, token, x["token_ids"]),
-        }
-        for call in (
-            lm.fit,
-            lm.evaluate,
-            lambda x, y, **kwargs: lm.predict(x, **kwargs),
-        ):
+        wrong = np.where(x["token_ids"] == 14, token, x["token_ids"])
+        wrong = {**x, "token_ids": wrong}
+        for call, *targets in ((lm.fit, y), (lm.evaluate, y), (lm.predict,)):
             with raises(ValueError, f"Token {token} at position 6 of row 1"):
-                call(wrong, y, verbose=0)
+                call(wrong, *targets, verbose=0)
         with raises(ValueError, f"Token {token}", "`y`"):
             lm.fit(x, np.full_like(y, token), verbose=0)
     left = {key: value[:, ::-1] for key, value in x.items()}
-    with raises(ValueError, "Row 0 of `padding_mask`", "on the right"):
-        lm.fit(left, y, verbose=0)
-    with raises(ValueError, "Row 0 of `padding_mask`", "on the right"):
-        lm.fit(x, y, validation_data=(left, y), verbose=0)
+    for data, validation in ((left, None), (x, (left, y))):
+        with raises(ValueError, "Row 0 of `padding_mask`", "on the right"):
+            lm.fit(data, y, validation_data=validation, verbose=0)
     # A loss may leave out what is no token.
     other = make_lm(lm.backbone)
     loss = keras.losses.SparseCategoricalCrossentropy(True, ignore_class=-1)

@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import keras
-import keras_hub
 import numpy as np
 import pytest
 
@@ -12,18 +11,17 @@ from tests.models import (
     RAGGED,
     brute_force_greedy,
     check_generation,
+    generated,
     make_backbone,
     make_lm,
     make_small_lm,
-    prompts,
     randomize,
-    rows_of,
     to_numpy,
 )
 
 
-@pytest.fixture(scope="module")
-def training_lm():
+@pytest.fixture
+def lm():
     return make_lm(make_backbone(num_layers=1))
 
 
@@ -33,64 +31,43 @@ def fit(lm, **kwargs):
     lm.fit(x, tokens[:, 1:], verbose=0, **kwargs)
 
 
-class FreshSnapshots(keras.callbacks.Callback):
-    """Generates after each epoch, as people do to see how it is going."""
-
-    def __init__(self):
-        super().__init__()
-        self.matches = []
-
-    def on_epoch_end(self, epoch, logs=None):
-        x = prompts([[20, 21]])
-        outputs = self.model.generate(x, stop_token_ids=None, max_length=8)
-        wanted = brute_force_greedy(self.model, [[20, 21]], [8])
-        self.matches.append((rows_of(outputs) == wanted, rows_of(outputs)))
-
-
-def test_generation_sees_each_epoch(training_lm):
-    callback = FreshSnapshots()
-    fit(training_lm, epochs=3, callbacks=[callback])
-    assert [match for match, _ in callback.matches] == [True] * 3
-    assert callback.matches[0][1] != callback.matches[-1][1]
-
-
-def test_generation_after_fit_and_load_weights(training_lm, tmp_path):
-    lm = training_lm
-    x = prompts(RAGGED)
-
-    def generate():
-        return rows_of(lm.generate(x, stop_token_ids=None, max_length=12))
-
-    before = generate()
+def test_generation_sees_each_epoch_and_what_is_loaded(lm, tmp_path):
+    found = [check_generation(lm)]
     lm.save_weights(tmp_path / "before.weights.h5")
+
+    class Snapshots(keras.callbacks.Callback):
+        """Generates after each epoch, as people do to see how it is going."""
+
+        def on_epoch_end(self, epoch, logs=None):
+            found.append(check_generation(self.model))
+
+    fit(lm, epochs=3, callbacks=[Snapshots()])
     fit(lm, epochs=4)
-    assert generate() == brute_force_greedy(lm, RAGGED, [12] * 3)
-    assert generate() != before
+    found.append(check_generation(lm))
+    assert len(found) == 5
+    assert found[0] != found[1] != found[3]
     lm.load_weights(tmp_path / "before.weights.h5")
-    assert generate() == before
+    assert check_generation(lm) == found[0]
     randomize(lm, seed=5)
-    assert generate() == brute_force_greedy(lm, RAGGED, [12] * 3)
+    assert check_generation(lm) != found[0]
 
 
-def test_lora_trains_its_own_weights_only():
-    lm = make_lm(make_backbone(num_layers=1))
-    check_generation(lm)
+def test_lora_trains_its_own_weights_only(lm):
+    first = check_generation(lm)
     lm.enable_lora(2)
+    for weight in lm.trainable_weights:
+        weight.assign(np.full(tuple(weight.shape), 0.5))
+    # Before it is compiled again, too.
+    second = check_generation(lm)
     lm.compile(optimizer=keras.optimizers.Adam(0.1), sampler="greedy")
-    names = [w.path for w in lm.trainable_weights]
-    assert names
-    assert all("lora" in name for name in names)
-    before = {w.path: to_numpy(w) for w in lm.weights}
-    first = lm.generate(prompts(RAGGED), stop_token_ids=None, max_length=12)
+    before = [to_numpy(w) for w in lm.weights]
     fit(lm, epochs=6)
     changed = {
-        w.path for w in lm.weights if not np.array_equal(before[w.path], to_numpy(w))
+        w.path for w, x in zip(lm.weights, before) if not np.array_equal(x, to_numpy(w))
     }
     assert changed
     assert all("lora" in path for path in changed)
-    check_generation(lm)
-    after = lm.generate(prompts(RAGGED), stop_token_ids=None, max_length=12)
-    assert rows_of(first) != rows_of(after)
+    assert first != second != check_generation(lm)
 
 
 def test_lora_without_a_target():
@@ -99,52 +76,16 @@ def test_lora_without_a_target():
         backbone.enable_lora(2, target_layer_names=["wuery"])
     backbone = make_backbone(num_layers=1)
     backbone.enable_lora(2, target_layer_names=["intermediate"])
-    assert {w.path.split("/")[2] for w in backbone.trainable_weights} == {
-        "intermediate"
-    }
+    names = {w.path.split("/")[2] for w in backbone.trainable_weights}
+    assert names == {"intermediate"}
 
 
-def test_lora_without_compiling_again():
-    lm = make_lm(make_backbone(num_layers=1))
-    x = prompts(RAGGED)
-    lm.generate(x, stop_token_ids=None, max_length=12)
-    lm.backbone.enable_lora(2)
-    for weight in lm.backbone.trainable_weights:
-        weight.assign(np.full(tuple(weight.shape), 0.5))
-    check_generation(lm)
-
-
-def test_quantization_is_noticed():
-    lm = make_lm(make_backbone(num_layers=1))
+def test_quantization_is_noticed(lm):
     check_generation(lm)
     lm.quantize("int8")
     assert any(w.dtype == "int8" for w in lm.weights)
-    outputs = lm.generate(prompts(RAGGED), stop_token_ids=None, max_length=12)
-    wanted = brute_force_greedy(lm.predict_on_batch, RAGGED, [12] * 3)
-    assert rows_of(outputs) == wanted
-
-
-def test_other_samplers_and_other_settings_are_noticed(training_lm):
-    lm = training_lm
-    x = prompts(RAGGED)
-
-    def generate():
-        return rows_of(lm.generate(x, stop_token_ids=None, max_length=12))
-
-    lm.compile(sampler="greedy")
-    greedy = generate()
-    lm.compile(sampler=keras_hub.samplers.TopKSampler(k=1))
-    assert generate() == greedy
-    lm.sampler.k = 40
-    lm.sampler.temperature = 50.0
-    assert generate() != greedy
-    lm.sampler.temperature = 1e-4
-    assert generate() == greedy
-    lm.compile(sampler="greedy")
-    assert generate() == greedy
-
-
-# === However layers are kept ===
+    wanted = brute_force_greedy(lm.predict_on_batch, RAGGED, 12)
+    assert generated(lm, max_length=12) == wanted
 
 
 class Kernels(NamedTuple):

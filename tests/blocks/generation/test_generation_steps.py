@@ -13,19 +13,19 @@ from attention import LatentAttention, RotaryAttention
 from blocks import CausalLM, CustomBackbone, GenerationSizes, GenerationState
 from blocks.generation import engine
 from blocks.generation.compilation import StepKey
-from tests.helpers import compiled, raises
-from tests.hybrid import HybridBackbone
+from tests.helpers import assert_close, compiled, raises
 from tests.models import (
     RAGGED,
     SMALL_SIZES,
     brute_force_greedy,
+    check_generation,
+    generated,
     make_backbone,
     make_lm,
     make_small_lm,
     make_variant,
     next_token_logits,
     prompts,
-    rows_of,
     to_numpy,
 )
 
@@ -35,36 +35,28 @@ BACKEND = keras.config.backend()
 @functools.cache
 def shared_lm(kind):
     """One for all tests that leave it as it is, as each is compiled."""
-    is_hybrid = kind == "hybrid"
-    return make_lm(make_backbone(HybridBackbone) if is_hybrid else make_variant(kind))
+    return make_lm(make_variant(kind))
 
 
-def step_greedily(lm, rows, steps, step, max_length=20):
-    state = lm.prefill(prompts(rows), max_length)
-    rows = [list(row) for row in rows]
-    for _ in range(steps):
+@pytest.mark.parametrize("kind", ["mha", "gqa", "rotary", "leak"])
+@pytest.mark.parametrize("how", ["eager", "compiled", "donated"])
+def test_a_loop_of_the_users_own(kind, how):
+    lm = shared_lm(kind)
+    step = {
+        "eager": lm.decode_step,
+        "compiled": compiled(lambda tokens, state: lm.decode_step(tokens, state)),
+        "donated": functools.partial(lm.decode_step, donate=True),
+    }[how]
+    rows = [list(row) for row in RAGGED]
+    state = lm.prefill(prompts(rows), max_length=20)
+    for _ in range(6):
         tokens = ops.cast(ops.argmax(state.logits, axis=-1), "int32")
         for row, token in zip(rows, to_numpy(tokens)):
             row.append(int(token))
         _, state = step(tokens, state)
-    return rows, state
-
-
-@pytest.mark.parametrize("kind", ["mha", "gqa", "rotary", "hybrid"])
-@pytest.mark.parametrize("how", ["eager", "compiled", "donated"])
-def test_a_loop_of_the_users_own(kind, how):
-    lm = shared_lm(kind)
-    steps = {
-        "eager": lm.decode_step,
-        "compiled": compiled(lambda tokens, state: lm.decode_step(tokens, state)),
-        "donated": functools.partial(lm.decode_step, donate=True),
-    }
-    rows, state = step_greedily(lm, RAGGED, 6, steps[how])
-    limits = [len(row) + 6 for row in RAGGED]
-    assert rows == brute_force_greedy(lm, RAGGED, limits)
-    assert to_numpy(state.cache_update_index).tolist() == limits
-    expected = next_token_logits(lm, rows, 20)
-    np.testing.assert_allclose(to_numpy(state.logits), expected, atol=1e-4)
+    assert rows == brute_force_greedy(lm, RAGGED, max_new_tokens=6)
+    assert to_numpy(state.cache_update_index).tolist() == [len(row) for row in rows]
+    assert_close(state.logits, next_token_logits(lm, rows, 20), atol=1e-4)
 
 
 def test_a_state_is_a_pytree_that_does_not_change():
@@ -82,23 +74,20 @@ def test_a_state_is_a_pytree_that_does_not_change():
         np.testing.assert_array_equal(old, to_numpy(leaf))
 
 
-def test_errors_of_steps():
-    lm = make_lm(make_backbone(num_layers=1))
-    with raises(ValueError, "7 tokens", "5"):
-        lm.prefill(prompts(RAGGED), max_length=5)
-    with raises(ValueError, "64 positions", "65"):
-        lm.prefill(prompts(RAGGED), max_length=65)
-    with raises(ValueError, "`max_length`"):
-        lm.prefill(prompts(RAGGED), max_length=0)
+def test_errors_of_steps(lm):
+    for length, *words in ((5, "7 tokens", "5"), (65, "64", "65"), (0, "`max_length`")):
+        with raises(ValueError, *words):
+            lm.prefill(prompts(RAGGED), max_length=length)
     state = lm.prefill(prompts(RAGGED), max_length=8)
     with raises(TypeError, "`state`", "prefill"):
         lm.decode_step(np.array([1, 2, 3]), tuple(state))
-    with raises(ValueError, "`tokens`", "3 rows", "(2,)"):
-        lm.decode_step(np.array([1, 2]), state)
-    with raises(TypeError, "`tokens`", "integers"):
-        lm.decode_step(np.array([1.0, 2.0, 3.0]), state)
-    with raises(ValueError, "Token 60"):
-        lm.decode_step(np.array([1, 60, 3]), state)
+    for tokens, kind, *words in (
+        ([1, 2], ValueError, "`tokens`", "3 rows", "(2,)"),
+        ([1.0, 2.0, 3.0], TypeError, "`tokens`", "integers"),
+        ([1, 60, 3], ValueError, "Token 60"),
+    ):
+        with raises(kind, *words):
+            lm.decode_step(np.array(tokens), state)
     _, state = lm.decode_step(np.array([1, 2, 3]), state)
     with raises(ValueError, "8 tokens", "8 positions", "`max_length`"):
         lm.decode_step(np.array([1, 2, 3]), state)
@@ -115,54 +104,38 @@ def test_errors_of_steps():
 
 def test_capacities_and_chunks():
     sizes = GenerationSizes()
-    round_up_capacity, chunk_length = sizes.round_up_capacity, sizes.chunk_length
-    capacities = sorted({round_up_capacity(n) for n in range(1, 5000)})
-    assert capacities == [144, 288, 576, 864, 1152, 1728, 2304, 3456, 4608, 6912]
-    assert all(n <= round_up_capacity(n) < 2 * max(n, 72.5) for n in range(1, 5000))
-    assert [chunk_length(1, c) for c in (8, 128, 1024, 10**5)] == [8, 32, 256, 512]
+    capacities = [sizes.round_up_capacity(n) for n in range(1, 5000)]
+    found = sorted(set(capacities))
+    assert found == [144, 288, 576, 864, 1152, 1728, 2304, 3456, 4608, 6912]
+    assert all(n <= x < 2 * max(n, 72.5) for n, x in enumerate(capacities, 1))
+    chunks = [sizes.chunk_length(1, c) for c in (8, 128, 1024, 10**5)]
+    assert chunks == [8, 32, 256, 512]
     # A long prompt of many rows is bounded, too.
-    assert chunk_length(8, 10**5) == 128
-    assert chunk_length(10**4, 10**5) == 32
+    assert [sizes.chunk_length(rows, 10**5) for rows in (8, 10**4)] == [128, 32]
     with raises(ValueError, "`min_chunk`", "0"):
         GenerationSizes(min_chunk=0)
 
 
 @pytest.mark.parametrize("kind", ["mha", "rotary", "t5"])
-def test_long_prompts_are_processed_in_chunks(kind, monkeypatch):
+def test_long_prompts_are_processed_in_chunks(kind, calls_of):
     lm = make_small_lm(make_variant(kind))
     rows = [[(7 * i + j) % 60 for i in range(n)] for j, n in enumerate((30, 1, 13, 16))]
-    widths = set()
-    hidden_states = engine.Engine.hidden_states
-
-    def spy(self, tokens, mask):
-        widths.add(tokens.shape[1])
-        return hidden_states(self, tokens, mask)
-
-    monkeypatch.setattr(engine.Engine, "hidden_states", spy)
-    out = lm.generate(prompts(rows), stop_token_ids=None, max_new_tokens=5)
-    expected = brute_force_greedy(lm, rows, [len(row) + 5 for row in rows], width=40)
-    assert rows_of(out) == expected
+    calls = calls_of(engine.Engine, "hidden_states")
+    check_generation(lm, rows, max_new_tokens=5)
+    widths = {tokens.shape[1] for tokens, mask in calls}
     # A fourth of a cache of 48, not of the prompt's 30; and single tokens.
     assert max(widths) <= 12
     assert 1 in widths
 
 
-def test_short_prompts_do_not_wait_for_long_ones(monkeypatch):
+def test_short_prompts_do_not_wait_for_long_ones(calls_of):
     sizes = dataclasses.replace(SMALL_SIZES, min_tokens_saved=8)
     lm = make_lm(make_backbone(), generation_sizes=sizes)
-    processed = []
-    process = engine.Engine.process
-
-    def spy(self, cache, capacity, tokens, index, lengths, *args):
-        processed.append((capacity, lengths.tolist()))
-        return process(self, cache, capacity, tokens, index, lengths, *args)
-
-    monkeypatch.setattr(engine.Engine, "process", spy)
+    calls = calls_of(engine.Engine, "process")
     rows = [[1, 2], list(range(1, 31)), [5, 6, 7], [8]]
-    out = lm.generate(prompts(rows), stop_token_ids=None, max_new_tokens=6)
-    assert processed == [(8, [1, 2, 3]), (32, [30])]
-    limits = [len(row) + 6 for row in rows]
-    assert rows_of(out) == brute_force_greedy(lm, rows, limits, width=40)
+    check_generation(lm, rows, max_new_tokens=6)
+    found = [(capacity, lengths.tolist()) for _, capacity, _, _, lengths, *_ in calls]
+    assert found == [(8, [1, 2, 3]), (32, [30])]
 
 
 # === Compiled steps ===
@@ -180,28 +153,27 @@ def test_few_compilations_for_many_lengths(monkeypatch):
         )
     lm = make_lm(make_backbone(max_sequence_length=1024, num_layers=1))
     for length in np.linspace(1, 512, 50).astype(int):
-        row = [int(i) % 60 for i in range(length)]
-        lm.generate(prompts([row]), stop_token_ids=None, max_new_tokens=8)
+        generated(lm, [np.arange(length) % 60], max_new_tokens=8)
     assert 0 < lm.compilations <= 8
     assert warned == []
 
 
-class WindowBackbone(CustomBackbone):
-    def create_attention_layer(self, inputs_shape, layer_index):
-        return RotaryAttention(self.num_heads, 2, window=320)
-
-
-class LatentBackbone(CustomBackbone):
-    def create_attention_layer(self, inputs_shape, layer_index):
-        # No kernel is as large as the hidden states of 4 rows.
-        return LatentAttention(self.num_heads, rotary_dim=6)
+MIXERS = {
+    "window": lambda heads: RotaryAttention(heads, 2, window=320),
+    # No kernel is as large as the hidden states of 4 rows.
+    "latent": lambda heads: LatentAttention(heads, rotary_dim=6),
+}
 
 
 def make_mixer(kind, **overrides):
-    others = {"window": WindowBackbone, "latent": LatentBackbone}
-    if kind in others:
-        return make_backbone(others[kind], learned_positions=False, **overrides)
-    return make_variant(kind, **overrides)
+    if kind not in MIXERS:
+        return make_variant(kind, **overrides)
+
+    class Backbone(CustomBackbone):
+        def create_attention_layer(self, inputs_shape, layer_index):
+            return MIXERS[kind](self.num_heads)
+
+    return make_backbone(Backbone, learned_positions=False, **overrides)
 
 
 def while_bodies(hlo):
@@ -222,7 +194,7 @@ def test_a_decode_step_moves_no_cache_and_no_kernel(kind, rows_differ, batch_siz
     capacity = 640
     lm = CausalLM(make_mixer(kind, hidden_dim=32))
     lm.compile(sampler="greedy")
-    lm.generate(prompts([[1]]), stop_token_ids=None, max_new_tokens=2)
+    generated(lm, [[1]], max_new_tokens=2)
     steps = lm._engine()
     decode = steps.functions.get(
         StepKey("decode", batch_size, capacity),

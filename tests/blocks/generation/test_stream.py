@@ -10,29 +10,25 @@ from tests.helpers import raises
 from tests.models import (
     RAGGED,
     bpe_preprocessor,
-    byte_preprocessor,
+    generated,
     make_backbone,
     make_small_lm,
+    make_text_lm,
     prompts,
-    rows_of,
 )
 
 
 @pytest.fixture(scope="module")
 def text_lm():
     # All bytes: what it makes is full of broken and of whole characters.
-    backbone = make_backbone(num_layers=1, vocabulary_size=256)
-    return make_small_lm(
-        backbone, byte_preprocessor(sequence_length=48, end_token=None)
-    )
+    return make_text_lm(sequence_length=48, end_token=None)
 
 
 @pytest.mark.parametrize("strip_prompt", [False, True])
 def test_one_prompt(text_lm, strip_prompt):
     options = {"strip_prompt": strip_prompt, "stop_token_ids": None}
     pieces = list(text_lm.stream("räum auf", **options))
-    whole = text_lm.generate("räum auf", **options)
-    assert "".join(pieces) == whole
+    assert "".join(pieces) == text_lm.generate("räum auf", **options)
     assert len(pieces) > 10
     assert (pieces[0] == "räum auf") is not strip_prompt
 
@@ -54,25 +50,19 @@ def test_text_of_a_model_with_more_tokens_than_its_tokenizer():
 
 def test_several_prompts(text_lm):
     texts = ["a", "bcd and more", "ef"]
-    options = {"stop_token_ids": None, "max_new_tokens": 9}
-    pieces = list(text_lm.stream(texts, **options))
-    assert ["".join(row) for row in zip(*pieces)] == text_lm.generate(texts, **options)
-    assert pieces[0] == texts
-
-
-def test_a_stop_token_ends_a_row(text_lm):
-    texts = ["a", "bcd"]
     whole = text_lm.generate(texts, stop_token_ids=None, strip_prompt=True)
-    stop = whole[0].encode()[4]
-    options = {"stop_token_ids": [stop]}
-    pieces = list(text_lm.stream(texts, **options))
-    assert ["".join(row) for row in zip(*pieces)] == text_lm.generate(texts, **options)
+    # A stop token ends a row.
+    for stops in (None, [whole[0].encode()[4]]):
+        options = {"stop_token_ids": stops, "max_new_tokens": 9}
+        pieces = list(text_lm.stream(texts, **options))
+        assert pieces[0] == texts
+        joined = ["".join(row) for row in zip(*pieces)]
+        assert joined == text_lm.generate(texts, **options)
 
 
-def test_tokens_where_there_is_no_preprocessor():
-    lm = make_small_lm(make_backbone(num_layers=1))
+def test_tokens_where_there_is_no_preprocessor(lm):
+    expected = generated(lm, max_length=13)
     options = {"stop_token_ids": None, "max_length": 13}
-    expected = rows_of(lm.generate(prompts(RAGGED), **options))
     pieces = list(lm.stream(prompts(RAGGED), **options))
     assert [np.concatenate(row).tolist() for row in zip(*pieces)] == expected
     pieces = list(lm.stream(RAGGED[0], **options, strip_prompt=True))
@@ -80,64 +70,47 @@ def test_tokens_where_there_is_no_preprocessor():
     assert [len(x) for x in pieces] == [1] * 10
 
 
-class Scripted:
-    """A preprocessor whose tokens are bytes of UTF-8."""
-
-    def generate_postprocess(self, x):
-        rows = zip(x["token_ids"], x["padding_mask"])
-        return [
-            bytes(t[m].astype("uint8")).decode("utf-8", errors="replace")
-            for t, m in rows
-        ]
-
-
-@pytest.mark.parametrize("text", ["añ€𝄞", "\ufffd" * 2, "é" * 5])
-def test_no_character_is_split(text):
-    pieces = TextPieces(1, Scripted())
-    found = [
-        pieces.add([np.array([byte], "int32")], finished=False)[0]
-        for byte in text.encode()
-    ]
-    found.append(pieces.add([np.zeros((0,), "int32")], finished=True)[0])
-    assert "".join(found) == text
-    # Whole characters or nothing, as soon as the last byte is there.
-    assert all(len(piece) <= 1 for piece in found[:-1])
-    assert found[-1] == (text if "\ufffd" in text else "")
-
-
-def test_bytes_that_never_become_a_character_come_last():
-    pieces = TextPieces(1, Scripted())
-    assert pieces.add([np.array([97, 0xE2, 0x82], "int32")], finished=False) == ["a"]
-    assert pieces.add([np.zeros((0,), "int32")], finished=True) == ["\ufffd"]
-
-
-@pytest.mark.parametrize("options", [{"replacement_char": 63}, {"errors": "strict"}])
-def test_other_ways_to_decode_bytes(options):
+def pieces_of(rows, **options):
+    """The pieces of text that rows of bytes give, byte by byte and at the end."""
     tokenizer = keras_hub.tokenizers.ByteTokenizer(**options)
     preprocessor = CausalLMPreprocessor(tokenizer, sequence_length=16)
-    texts = ["a?世 é.", "né?"]
-    pieces = TextPieces(2, preprocessor)
-    rows = [list(text.encode()) for text in texts]
+    pieces = TextPieces(len(rows), preprocessor)
     found = []
     for place in range(max(map(len, rows)) + 1):
         new = [np.array(row[place : place + 1], "int32") for row in rows]
         found.append(pieces.add(new, finished=not any(map(len, new))))
-    assert ["".join(row) for row in zip(*found)] == texts
-    # As soon as they are there.
-    assert all(len(piece) <= 2 for both in found for piece in both)
+    return [list(row) for row in zip(*found)]
+
+
+@pytest.mark.parametrize("texts", [["añ€𝄞"], ["é" * 5], ["a?世 é.", "né?"]])
+@pytest.mark.parametrize(
+    "options", [{}, {"replacement_char": 63}, {"errors": "strict"}]
+)
+def test_no_character_is_split(texts, options):
+    rows = [list(text.encode()) for text in texts]
+    for text, found in zip(texts, pieces_of(rows, **options)):
+        assert "".join(found) == text
+        # Whole characters or nothing, as soon as the last byte is there.
+        assert all(len(piece) <= (2 if options else 1) for piece in found)
+        assert options or found[-1] == ""
+
+
+def test_what_may_not_become_a_character_comes_last():
+    (found,) = pieces_of([list("\ufffd\ufffd".encode())])
+    assert found == [*[""] * 6, "\ufffd\ufffd"]
+    (found,) = pieces_of([[97, 0xE2, 0x82]])
+    assert found == ["a", "", "", "\ufffd"]
 
 
 def test_errors_come_at_once(text_lm):
-    with raises(ValueError, "Prompt 0", "max_length"):
-        text_lm.stream("a long prompt", max_length=4)
-    with raises(TypeError, "`stop_token_ids`"):
-        text_lm.stream("a", stop_token_ids="x")
-    with raises(ValueError, "`stop_token_ids`", "vocabulary of 256", f"{2**40}"):
-        text_lm.stream("a", stop_token_ids=[2**40])
-    with raises(TypeError, "`inputs`"):
-        text_lm.stream(3)
-    lm = make_small_lm(
-        text_lm.backbone, text_lm.preprocessor, keras_hub.samplers.BeamSampler()
-    )
+    for options, kind, *words in (
+        ({"inputs": "a long prompt", "max_length": 4}, ValueError, "Prompt 0"),
+        ({"stop_token_ids": "x"}, TypeError, "`stop_token_ids`"),
+        ({"stop_token_ids": [2**40]}, ValueError, "`stop_token_ids`", f"{2**40}"),
+        ({"inputs": 3}, TypeError, "`inputs`"),
+    ):
+        with raises(kind, *words):
+            text_lm.stream(**{"inputs": "a", **options})
+    lm = make_small_lm(text_lm.backbone, text_lm.preprocessor, sampler="beam")
     with raises(ValueError, "BeamSampler", "`stream`"):
         lm.stream("a")
