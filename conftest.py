@@ -56,6 +56,11 @@ def pytest_cmdline_main(config):
         option.numprocesses = 2
 
 
+def pytest_itemcollected(item):
+    if os.environ["KERAS_BACKEND"] == "jax" and item.get_closest_marker("slow_on_jax"):
+        item.add_marker("slow")
+
+
 @pytest.fixture(autouse=True)
 def _same_start_for_each_test():
     """Each test draws the same weights, and leaves the global policy alone."""

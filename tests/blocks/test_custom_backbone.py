@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+import pytest
 
 from attention import MultiHeadAttention, RotaryAttention
 from blocks import (
@@ -133,6 +134,7 @@ class ScaledEmbeddingBackbone(CustomBackbone):
         return RotaryAttention(self.num_heads)
 
 
+@pytest.mark.slow_on_jax
 def test_embedding_hooks():
     backbone = make_backbone(ScaledEmbeddingBackbone)
     assert type(backbone.token_embedding) is ScaledEmbedding

@@ -142,6 +142,7 @@ def test_greedy_tokens_are_equal(name):
     assert rows_of(outputs) == rows_of(expected)
 
 
+@pytest.mark.slow_on_jax
 def test_contrastive_search_is_keras_hubs():
     sampler = keras_hub.samplers.ContrastiveSampler(k=3, alpha=0.3)
     models = [compiled(type(x), x.backbone, sampler) for x in make_models("gpt2")]

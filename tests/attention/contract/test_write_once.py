@@ -1,6 +1,7 @@
 """The example `write_once.py`: it runs, and its recurrence and generation are right."""
 
 import numpy as np
+import pytest
 from keras import ops
 
 import tests.models
@@ -35,6 +36,7 @@ def test_the_recurrence_keeps_the_contract_and_equals_its_formula():
         assert_close(full[:, t], expected)
 
 
+@pytest.mark.slow_on_jax
 def test_generation_equals_the_model_without_a_cache():
     model = example.language_model(16, 2, 1)
     tests.models.randomize(model)

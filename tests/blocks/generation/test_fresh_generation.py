@@ -80,6 +80,7 @@ def test_lora_without_a_target():
     assert names == {"intermediate"}
 
 
+@pytest.mark.slow_on_jax
 def test_quantization_is_noticed(lm):
     check_generation(lm)
     lm.quantize("int8")

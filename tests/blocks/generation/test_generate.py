@@ -145,6 +145,7 @@ def text_rows(text_lm):
     return [row[: row.index(1) + 1] if 1 in row else row for row in rows]
 
 
+@pytest.mark.slow_on_jax
 def test_texts_in_texts_out(text_lm, text_rows):
     wanted = [decode(row) for row in text_rows]
     dataset = tf.data.Dataset.from_tensor_slices(TEXTS)

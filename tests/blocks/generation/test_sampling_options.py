@@ -184,6 +184,7 @@ def test_logits_that_are_nan_are_an_error(lm, sampler):
 
 
 @pytest.mark.parametrize("sampler", ["random", "top_k", "top_p", *SEARCHES])
+@pytest.mark.slow_on_jax
 def test_tokens_that_the_tokenizer_has_not_are_never_chosen(sampler):
     backbone = make_backbone(num_layers=1, vocabulary_size=300)
     # Without them, nearly all tokens would be among the last 44.

@@ -72,6 +72,7 @@ def test_rows_of_different_lengths(lm):
     assert tokens(session) == brute_force_greedy(lm, rows, max_new_tokens=4)
 
 
+@pytest.mark.slow_on_jax
 def test_a_row_that_got_nothing_goes_on(lm):
     session = lm.start(tokens_of(PROMPT, [9, 2]))
     new = session.generate(max_length=5, stop_token_ids=None)
@@ -80,6 +81,7 @@ def test_a_row_that_got_nothing_goes_on(lm):
     assert tokens(session) == brute_force_greedy(lm, [PROMPT, [9, 2]], 9)
 
 
+@pytest.mark.slow_on_jax
 def test_text_and_streams():
     lm = make_text_lm(sequence_length=40)
     session = lm.start("hello")
@@ -151,6 +153,7 @@ def test_a_step_that_fails_loses_nothing(lm, monkeypatch, step):
 
 
 @pytest.mark.parametrize("kind", [slow("mha"), "rotary", "leak"])
+@pytest.mark.slow_on_jax
 def test_forks_do_not_affect_each_other(kind):
     lm = shared_lm(kind)
     session = lm.start(tokens_of(PROMPT))
@@ -219,6 +222,7 @@ def changes_of_weights(folder):
     }
 
 
+@pytest.mark.slow_on_jax
 def test_a_changed_model_is_noticed(tmp_path):
     lm = make_small_lm(make_backbone(num_layers=1))
     for name, change in changes_of_weights(tmp_path).items():

@@ -59,6 +59,7 @@ def test_stop_tokens_within_a_guess():
         assert generated(lm, **options, speculation=speculation) == expected
 
 
+@pytest.mark.slow_on_jax
 def test_limits_of_rows_and_of_positions():
     lm = make_small_lm(make_backbone(max_sequence_length=16))
     small = make_small_lm(make_backbone(max_sequence_length=12, num_layers=1))
@@ -71,6 +72,7 @@ def test_limits_of_rows_and_of_positions():
 
 
 @pytest.mark.parametrize("kind", [slow("mha"), "rotary"])
+@pytest.mark.slow_on_jax
 def test_more_guesses_than_a_cache_has_room_for(kind):
     lm = other_model(kind)
     expected = generated(lm, max_new_tokens=9)

@@ -150,6 +150,7 @@ class SparseBackbone(CustomBackbone):
         return DynamicTanh()
 
 
+@pytest.mark.slow_on_jax
 def test_the_kit():
     check_cached_layer(lambda: MixtureOfExperts(4, 12), max_length=9)
 
