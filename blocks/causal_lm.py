@@ -196,6 +196,8 @@ class CausalLM(TokenModel, GenerationMixin, keras_hub.models.CausalLM):
         if isinstance(validation_data, tuple):
             checked = read_samples(self, *validation_data[:2])
             validation_data = (*checked, *validation_data[2:])
+        else:
+            validation_data, _ = read_samples(self, validation_data)
         if in_memory and kwargs.pop("shuffle", True):
             samples = keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
             x, held_out = shuffled(samples, batch_size or 32, validation_split)

@@ -1,4 +1,4 @@
-"""Checks and shuffles training data that is in memory."""
+"""Checks training data, and shuffles what is in memory."""
 
 from __future__ import annotations
 
@@ -30,9 +30,11 @@ def read_samples(task: Any, x: Any, y: Any = None) -> tuple[Any, Any]:
     """Checks samples that are in memory, as far as their form is known.
 
     Returns:
-        `(x, y)`: text as a list of strings, tokens with 0 for padding. Data that yields
-        batches, as it is.
+        `(x, y)`: text as a list of strings, tokens with 0 for padding. A
+        `tf.data.Dataset` checks its batches; other data that yields batches, as it is.
     """
+    if isinstance(x, tf.data.Dataset) and task.preprocessor is None:
+        return with_checked_batches(x, vocabulary_size(task)), y
     if not is_in_memory(x):
         return x, y
     preprocessor = task.preprocessor
@@ -61,6 +63,35 @@ def read_samples(task: Any, x: Any, y: Any = None) -> tuple[Any, Any]:
         ):
             check_tokens(ops.convert_to_numpy(y), task.output.shape[-1], " (in `y`)")
     return x, y
+
+
+def with_checked_batches(data: tf.data.Dataset, size: int | None) -> tf.data.Dataset:
+    """Returns the same batches, with an error for tokens or a mask that can't be right.
+
+    A compiled training step can't raise one, and would train on.
+    """
+
+    def check(x: Any, *targets: Any) -> Any:
+        if isinstance(x, dict) and "token_ids" in x:
+            tokens = x["token_ids"]
+            real = tf.cast(x.get("padding_mask", tf.ones_like(tokens)), "bool")
+            tf.debugging.Assert(
+                ~tf.reduce_any(real[..., 1:] & ~real[..., :-1]),
+                ["Rows of `padding_mask` must be padded on the right: 1, ..., 0, ..."],
+            )
+            wrong = tokens < 0 if size is None else (tokens < 0) | (tokens >= size)
+            tf.debugging.Assert(
+                ~tf.reduce_any(real & wrong),
+                [
+                    f"`token_ids` are outside of the model's vocabulary of {size} tokens."
+                ],
+            )
+        return (x, *targets) if targets else x
+
+    data = data.map(check)
+    # Where the first is wrong, it is said before the training on JAX takes the weights.
+    next(iter(data.take(1)), None)
+    return data
 
 
 def shuffled(

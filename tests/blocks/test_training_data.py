@@ -83,6 +83,13 @@ def test_odd_tokens(lm):
     for data, validation in ((left, None), (x, (left, y))):
         with raises(ValueError, "Row 0 of `padding_mask`", "on the right"):
             lm.fit(data, y, validation_data=validation, verbose=0)
+    right, *others = (
+        tf.data.Dataset.from_tensor_slices((z, y)).batch(2) for z in (x, left, wrong)
+    )
+    for data, part in zip(others, ("on the right", "vocabulary of 60 tokens")):
+        for arguments in ((data, None), (right, data)):
+            with raises(tf.errors.InvalidArgumentError, part):
+                lm.fit(arguments[0], validation_data=arguments[1], verbose=0)
     # A loss may leave out what is no token.
     other = make_lm(lm.backbone)
     loss = keras.losses.SparseCategoricalCrossentropy(True, ignore_class=-1)
