@@ -131,6 +131,8 @@ ON_JAX += ["rwkv_channel_mix", "short_convolution", "position_embedding", "decod
 def test_layers(name):
     tolerance = ROUNDED.get(name)
     checks = [x for x in CHECKS if tolerance is None or x != "gradients"]
+    if name == "top_k":
+        checks.remove("low_precision")  # rounding decides between two like keys
     if keras.config.backend() == "torch":
         checks.remove("compiled")
     report = check_cached_layer(
