@@ -71,21 +71,13 @@ def with_checked_batches(data: tf.data.Dataset, size: int | None) -> tf.data.Dat
     A compiled training step can't raise one, and would train on.
     """
 
+    def check_arrays(tokens: Any, *mask: Any) -> None:
+        check_tokens(read_tokens(tokens, *mask)[0], size)
+
     def check(x: Any, *targets: Any) -> Any:
         if isinstance(x, dict) and "token_ids" in x:
-            tokens = x["token_ids"]
-            real = tf.cast(x.get("padding_mask", tf.ones_like(tokens)), "bool")
-            tf.debugging.Assert(
-                ~tf.reduce_any(real[..., 1:] & ~real[..., :-1]),
-                ["Rows of `padding_mask` must be padded on the right: 1, ..., 0, ..."],
-            )
-            wrong = tokens < 0 if size is None else (tokens < 0) | (tokens >= size)
-            tf.debugging.Assert(
-                ~tf.reduce_any(real & wrong),
-                [
-                    f"`token_ids` are outside of the model's vocabulary of {size} tokens."
-                ],
-            )
+            names = [name for name in ("token_ids", "padding_mask") if name in x]
+            tf.numpy_function(check_arrays, [x[name] for name in names], [])
         return (x, *targets) if targets else x
 
     data = data.map(check)
