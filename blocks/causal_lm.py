@@ -8,6 +8,7 @@ import keras
 import keras_hub
 
 from attention.contract import describe
+from blocks.checkpoints import hugging_face
 from blocks.generation.backbone_inputs import (
     backbone_inputs,
     check_backbone,
@@ -281,6 +282,23 @@ class CausalLM(TokenModel, GenerationMixin, keras_hub.models.CausalLM):
         tokenizer = getattr(self.preprocessor, "tokenizer", None)
         check_registered(self, self.backbone, self.preprocessor, tokenizer)
         super().save_to_preset(preset_dir, max_shard_size=max_shard_size)
+
+    def export_to_transformers(self, path: str, dtype: str | None = None) -> None:
+        """Writes a folder that transformers loads, without a line of this library.
+
+        Weights that LoRA has updated are written as they are computed with. It is the
+        road to servers that read such folders: vLLM, TGI, SGLang.
+
+        Args:
+            path: str. The folder; it is made if need be.
+            dtype: str or `None`. `"float32"`, `"float16"` or `"bfloat16"`; `None` means
+                the dtype of the weights.
+
+        Raises:
+            ValueError: if the backbone computes what no published architecture does,
+                such as another attention. It says what differs, and nothing is written.
+        """
+        hugging_face.export_backbone(self.backbone, path, dtype)
 
     @classmethod
     def from_preset(

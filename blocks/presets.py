@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 import glob
+import importlib
 import json
 import os
 import re
@@ -16,6 +17,9 @@ import keras
 import keras_hub
 
 from attention.contract import describe
+from blocks.checkpoints import hugging_face
+
+_DATA = ["*.json", "*.safetensors", "*.jinja", "*.h5", "assets/*"]
 
 
 def check_registered(*objects: Any) -> None:
@@ -55,6 +59,8 @@ def load_task(cls: type, preset: str, load_weights: bool, **kwargs: Any) -> Any:
     and so finds none for a user's subclass.
     """
     folder = _local_folder(preset)
+    if hugging_face.is_published(folder):
+        return _load_published(cls, folder, load_weights, **kwargs)
     config = _read_json(folder, "config.json")
     task_config = _read_json(folder, "task.json")
     _find_class(folder, config)
@@ -77,6 +83,14 @@ def load_task(cls: type, preset: str, load_weights: bool, **kwargs: Any) -> Any:
     return task
 
 
+def _load_published(cls: type, folder: str, load_weights: bool, **kwargs: Any) -> Any:
+    """Returns a task of a folder as transformers writes them."""
+    if "backbone" not in kwargs:
+        dtype = kwargs.pop("dtype", None)
+        kwargs["backbone"] = hugging_face.load_backbone(folder, load_weights, dtype)
+    return cls(**kwargs)
+
+
 def _local_folder(preset: str) -> str:
     """Returns the folder of a preset; a handle is downloaded."""
     if not isinstance(preset, (str, os.PathLike)):
@@ -89,7 +103,8 @@ def _local_folder(preset: str) -> str:
     if scheme == "hf" and handle:
         import huggingface_hub
 
-        return huggingface_hub.snapshot_download(handle)
+        # Data only: neither code nor pickled weights.
+        return huggingface_hub.snapshot_download(handle, allow_patterns=_DATA)
     if scheme == "kaggle" and handle:
         import kagglehub
 
@@ -126,7 +141,10 @@ def _read_json(folder: str, name: str) -> dict[str, Any]:
 
 
 def _find_class(folder: str, config: dict[str, Any]) -> Any:
-    name = config["registered_name"]
+    name, module = config["registered_name"], config.get("module") or ""
+    if module.startswith("blocks.models."):
+        # Of this library, but imported only where it is needed.
+        importlib.import_module(module)
     cls = keras.saving.get_registered_object(name)
     if cls is None:
         raise ValueError(

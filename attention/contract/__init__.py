@@ -4,6 +4,7 @@
 """
 
 from attention.contract.arguments import (
+    arguments_of,
     check_fraction,
     check_optional_positive_int,
     check_positive_int,
@@ -55,6 +56,7 @@ __all__ = [
     "Shape",
     "Tensor",
     "all_layers",
+    "arguments_of",
     "build_as_one",
     "call_sites",
     "call_with_cache",

@@ -110,6 +110,6 @@ def arguments_of(cls: Any, layer: Any) -> dict[str, Any]:
     They are its attributes of these names, serialized for `get_config`.
     """
     found = list(inspect.signature(cls.__init__).parameters.values())[1:]
-    names = [p.name for p in found if p.kind is p.POSITIONAL_OR_KEYWORD]
+    names = [p.name for p in found if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     serialize = keras.saving.serialize_keras_object
     return {name: serialize(getattr(layer, name)) for name in names}

@@ -1,0 +1,244 @@
+"""The tables from published configurations and names of weights to ours."""
+
+from __future__ import annotations
+
+import importlib
+import pathlib
+import pkgutil
+from collections.abc import Iterator
+from typing import Any, ClassVar, NamedTuple
+
+from attention.contract import describe
+from blocks.checkpoints.conversions import Conversion, to_conversion
+
+REQUIRED = object()
+
+
+class Entry(NamedTuple):
+    """Tensors of a checkpoint and the weights that they are.
+
+    Attributes:
+        names: list of str. The tensors' names.
+        paths: list of str. The weights' paths.
+        conversion: from one to the other.
+    """
+
+    names: list[str]
+    paths: list[str]
+    conversion: Conversion
+
+
+class Architecture:
+    """A published architecture: what its configuration and tensors are called here.
+
+    A subclass is a table. It is registered by `register_architecture`, and then
+    `CausalLM.from_preset` reads folders whose `config.json` has its `model_type`, and
+    `export_to_transformers` writes them.
+
+    Attributes:
+        model_type: str. The `model_type` of configurations.
+        causal_lm_class: str. The name of transformers' class.
+        backbone_class: the `blocks.CustomBackbone` that computes it.
+        config: dict from arguments of the backbone to keys of a configuration, or to
+            pairs of a key and the value that it has where it is missing.
+        constants: dict from keys of a configuration to the only value that the
+            backbone computes; also what a missing key means.
+        weights: dict from names of tensors to paths of weights or a `Conversion`.
+        layer_prefix: str. What the names of a block's tensors begin with; `{i}` stands
+            for its number.
+        layer_weights: as `weights`, for each block; paths begin within the block.
+        base_prefix: str. What a checkpoint of the backbone alone leaves out of names.
+        ignored: tuple of str. Ends of names of tensors that are no weights.
+
+    Example:
+
+    >>> from blocks import CustomBackbone
+    >>> from blocks.checkpoints import Architecture, register_architecture
+    >>> class TinyBackbone(CustomBackbone):
+    ...     pass
+    >>> @register_architecture
+    ... class Tiny(Architecture):
+    ...     model_type = "tiny"
+    ...     backbone_class = TinyBackbone
+    ...     config = {"vocabulary_size": "vocab_size", "num_layers": "depth"}
+    ...     weights = {"embed.weight": "token_embedding/embeddings"}
+    ...     layer_prefix = "blocks.{i}."
+    ...     layer_weights = {"query.weight": "self_attention/query/kernel"}
+    >>> Tiny().read_config({"vocab_size": 9, "depth": 2})
+    {'vocabulary_size': 9, 'num_layers': 2}
+    """
+
+    model_type: ClassVar[str]
+    causal_lm_class: ClassVar[str] = ""
+    backbone_class: ClassVar[type]
+    config: ClassVar[dict[str, Any]] = {}
+    constants: ClassVar[dict[str, Any]] = {}
+    weights: ClassVar[dict[str, Any]] = {}
+    layer_prefix: ClassVar[str] = ""
+    layer_weights: ClassVar[dict[str, Any]] = {}
+    base_prefix: ClassVar[str] = ""
+    ignored: ClassVar[tuple[str, ...]] = (".rotary_emb.inv_freq",)
+
+    def read_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        """Returns arguments of the backbone for a published configuration.
+
+        Raises:
+            ValueError: if a key is missing, or has a value that the backbone does not
+                compute.
+        """
+        arguments = {}
+        for name, key in self.config.items():
+            key, default = key if isinstance(key, tuple) else (key, REQUIRED)
+            value = config.get(key, default)
+            if value is REQUIRED:
+                raise ValueError(
+                    f"The configuration of model type '{self.model_type}' has no "
+                    f"'{key}'. It has {sorted(config)}"
+                )
+            arguments[name] = value
+        for key, only in self.constants.items():
+            found = config.get(key, only)
+            if found not in (only if isinstance(only, tuple) else (only,)):
+                raise ValueError(
+                    f"The configuration has {key}={found!r}, and '{self.model_type}' "
+                    f"is computed here for {key}={only!r} only."
+                )
+        return arguments
+
+    def write_config(self, backbone: Any) -> dict[str, Any]:
+        """Returns the published configuration of a backbone, of `backbone_class`."""
+        config: dict[str, Any] = {"model_type": self.model_type}
+        if self.causal_lm_class:
+            config["architectures"] = [self.causal_lm_class]
+        for key, only in self.constants.items():
+            config[key] = only[0] if isinstance(only, tuple) else only
+        for name, key in self.config.items():
+            config[key[0] if isinstance(key, tuple) else key] = getattr(backbone, name)
+        return config
+
+    def entries(self, backbone: Any) -> Iterator[Entry]:
+        """Yields an `Entry` for each line of the table that this backbone has."""
+        paths = {weight.path for weight in backbone.weights}
+        tables = [("", "", self.weights, 0)]
+        for i in range(backbone.num_layers):
+            prefix = self.layer_prefix.format(i=i)
+            tables.append((prefix, f"transformer_layer_{i}/", self.layer_weights, i))
+        for prefix, block, table, i in tables:
+            for name, value in table.items():
+                conversion = to_conversion(value)
+                ours = [block + path for path in conversion.paths]
+                if not set(ours) & paths:
+                    continue
+                count = self.num_experts(backbone, i) if "{e}" in name else 1
+                names = [prefix + name.format(e=e) for e in range(count)]
+                yield Entry(names, ours, conversion)
+
+    def num_experts(self, backbone: Any, layer_index: int) -> int:
+        """Returns how many tensors a name with `{e}` stands for."""
+        return backbone.num_experts
+
+    def is_ignored(self, name: str, backbone: Any) -> bool:
+        """Returns whether a tensor of this name is no weight."""
+        tied = backbone.tie_word_embeddings and name == "lm_head.weight"
+        return tied or name.endswith(self.ignored)
+
+
+_REGISTERED: dict[str, Architecture] = {}
+
+
+def register_architecture(cls: type[Architecture]) -> type[Architecture]:
+    """Registers an `Architecture` under its `model_type`; usable as a decorator.
+
+    One that was registered before under the same `model_type` is replaced.
+
+    Returns:
+        The class.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, Architecture)):
+        raise TypeError(
+            "`register_architecture` takes a subclass of "
+            f"`blocks.checkpoints.Architecture`. Received: {describe(cls)}"
+        )
+    _REGISTERED[cls.model_type] = cls()
+    return cls
+
+
+def known_model_types() -> list[str]:
+    """Returns the model types that can be loaded, sorted."""
+    return sorted({*_modules(), *_REGISTERED})
+
+
+def _modules() -> set[str]:
+    """Returns the names of the modules in `blocks/models`, which are model types.
+
+    Each is imported when it is needed: it needs `blocks` itself.
+    """
+    folder = pathlib.Path(__file__).parent.parent / "models"
+    return {module.name for module in pkgutil.iter_modules([str(folder)])}
+
+
+def find_architecture(model_type: str) -> Architecture:
+    """Returns the architecture of a model type.
+
+    Raises:
+        ValueError: if there is none; it lists the known ones.
+    """
+    if model_type not in _REGISTERED and model_type in _modules():
+        importlib.import_module(f"blocks.models.{model_type}")
+    if model_type not in _REGISTERED:
+        raise ValueError(
+            f"There is no architecture for model_type={model_type!r}. The known ones "
+            f"are {known_model_types()}. To add one, write a subclass of "
+            "`blocks.checkpoints.Architecture` and put "
+            "`@blocks.checkpoints.register_architecture` above it."
+        )
+    return _REGISTERED[model_type]
+
+
+def architecture_of(backbone: Any) -> Architecture:
+    """Returns the architecture that a backbone is computed by.
+
+    Raises:
+        ValueError: if none was made for its class or a parent of it.
+    """
+    for name in _modules():
+        find_architecture(name)
+    by_class = {item.backbone_class: item for item in _REGISTERED.values()}
+    for cls in type(backbone).__mro__:
+        if cls in by_class:
+            return by_class[cls]
+    raise ValueError(
+        f"No published architecture is computed by a {type(backbone).__name__}. There "
+        f"is one for each of {sorted(cls.__name__ for cls in by_class)} and their "
+        "subclasses; `blocks.checkpoints.register_architecture` adds your own."
+    )
+
+
+def read_rotary(
+    config: dict[str, Any], theta: float = 10_000.0
+) -> tuple[float, dict[str, Any] | None]:
+    """Returns the base and the scaling of a configuration's rotary positions.
+
+    `theta` is the base where there is none. The scaling is `None`, or as for
+    `attention.RotaryPosition`.
+    """
+    found = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    theta = found.pop("rope_theta", None) or config.get("rope_theta") or theta
+    found.pop("partial_rotary_factor", None)
+    kind = found.pop("type", None)
+    found.setdefault("rope_type", kind)
+    if found["rope_type"] in (None, "default"):
+        return theta, None
+    length = config.get("original_max_position_embeddings")
+    if found["rope_type"] in ("yarn", "longrope"):
+        length = length or config.get("max_position_embeddings")
+    if length is not None:
+        found.setdefault("original_max_position_embeddings", length)
+    return theta, found
+
+
+def write_rotary(theta: float, scaling: dict[str, Any] | None) -> dict[str, Any]:
+    """Returns the keys of a configuration for rotary positions."""
+    parameters = {"rope_theta": theta, "rope_type": "default", **(scaling or {})}
+    written = {"rope_theta": theta, "rope_parameters": parameters}
+    return written if scaling is None else {**written, "rope_scaling": dict(scaling)}

@@ -1,0 +1,209 @@
+"""How tensors of published checkpoints and weights of layers become each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+# Of weights that exist, which have no unknown sizes.
+Shape = tuple[int, ...]
+Arrays = Iterator[np.ndarray]
+
+
+class Conversion:
+    """One or more tensors of a checkpoint, and the weights that they are.
+
+    A subclass implements the three methods below. All sequences are in the order of
+    the names in the table and of `paths`.
+
+    Args:
+        *paths: str. The paths of the weights; within a block, from the block on.
+    """
+
+    def __init__(self, *paths: str) -> None:
+        self.paths = paths
+
+    def tensor_shapes(self, shapes: Sequence[Shape], count: int) -> list[Shape]:
+        """Returns the shapes of `count` tensors for weights of these shapes."""
+        raise NotImplementedError
+
+    def load(self, tensors: Arrays, shapes: Sequence[Shape]) -> list[np.ndarray]:
+        """Returns the weights, from tensors that are read as they are asked for."""
+        raise NotImplementedError
+
+    def save(self, weights: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
+        """Returns the tensors, from the weights."""
+        raise NotImplementedError
+
+
+class Plain(Conversion):
+    """A tensor with the weight's numbers in the same order.
+
+    Args:
+        path: str. The path of the weight.
+        rank: int or `None`. The tensor's rank, if it is not the weight's: 1 flattens
+            (a bias of heads); more puts axes of size 1 in front of the last.
+    """
+
+    def __init__(self, path: str, rank: int | None = None) -> None:
+        super().__init__(path)
+        self.rank = rank
+
+    def tensor_shapes(self, shapes: Sequence[Shape], count: int) -> list[Shape]:
+        (shape,) = shapes
+        rank = len(shape) if self.rank is None else self.rank
+        if rank == 1:
+            return [(math.prod(shape),)]
+        return [(*shape[:-1], *[1] * (rank - len(shape)), *shape[-1:])]
+
+    def load(self, tensors: Arrays, shapes: Sequence[Shape]) -> list[np.ndarray]:
+        return [next(tensors).reshape(shapes[0])]
+
+    def save(self, weights: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
+        (shape,) = self.tensor_shapes([weights[0].shape], count)
+        return [weights[0].reshape(shape)]
+
+
+class Dense(Conversion):
+    """A matrix `(outputs, inputs)`, as torch stores it, that is one or more kernels.
+
+    Several kernels, or biases, lie behind one another along the axis of outputs.
+
+    Args:
+        *paths: str. The paths of kernels, or of biases.
+        inputs: int. How many of a kernel's first axes are inputs.
+        transposed: bool. Whether the matrix is `(inputs, outputs)`.
+    """
+
+    def __init__(self, *paths: str, inputs: int = 1, transposed: bool = False) -> None:
+        super().__init__(*paths)
+        self.inputs, self.transposed = inputs, transposed
+
+    def _sizes(self, shape: Shape) -> tuple[int, ...]:
+        """Returns the outputs of a weight and, of a kernel, its inputs."""
+        if self._is_bias():
+            return (math.prod(shape),)
+        return math.prod(shape[self.inputs :]), math.prod(shape[: self.inputs])
+
+    def _is_bias(self) -> bool:
+        return self.paths[0].endswith("bias")
+
+    def tensor_shapes(self, shapes: Sequence[Shape], count: int) -> list[Shape]:
+        sizes = [self._sizes(shape) for shape in shapes]
+        shape = (sum(size[0] for size in sizes), *sizes[0][1:])
+        return [shape[::-1] if self.transposed else shape]
+
+    def split(self, tensor: np.ndarray, shapes: Sequence[Shape]) -> list[np.ndarray]:
+        """Cuts outputs, the first axis, into those of each weight."""
+        ends = np.cumsum([self._sizes(shape)[0] for shape in shapes])
+        return np.split(tensor, ends[:-1])
+
+    def join(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """Undoes `split`."""
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def load(self, tensors: Arrays, shapes: Sequence[Shape]) -> list[np.ndarray]:
+        tensor = next(tensors)
+        tensor = tensor.T if self.transposed else tensor
+        parts = self.split(tensor, shapes)
+        return [part.T.reshape(shape) for part, shape in zip(parts, shapes)]
+
+    def save(self, weights: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
+        parts = [x.reshape(self._sizes(x.shape)[::-1]).T for x in weights]
+        tensor = self.join(parts)
+        return [tensor.T if self.transposed else tensor]
+
+
+class DenseByGroup(Dense):
+    """Queries, keys and values that lie group by group in one matrix.
+
+    A group is a key/value head: its query heads, its key and its value, as in GPT-NeoX,
+    BLOOM and Falcon.
+
+    Args:
+        query: str. The path of the kernel, or bias, of queries.
+        key: str. That of keys.
+        value: str. That of values.
+    """
+
+    def __init__(self, query: str, key: str, value: str) -> None:
+        super().__init__(query, key, value)
+
+    def split(self, tensor: np.ndarray, shapes: Sequence[Shape]) -> list[np.ndarray]:
+        heads = [shape[-2] for shape in shapes]
+        groups, ends = heads[1], np.cumsum([count // heads[1] for count in heads])
+        size = shapes[0][-1]
+        x = tensor.reshape((groups, ends[-1], size, *tensor.shape[1:]))
+        parts = np.split(x, ends[:-1], axis=1)
+        return [part.reshape((-1, *tensor.shape[1:])) for part in parts]
+
+    def save(self, weights: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
+        groups, size = weights[1].shape[-2:]
+        parts = [x.reshape(self._sizes(x.shape)[::-1]).T for x in weights]
+        rest = parts[0].shape[1:]
+        parts = [x.reshape((groups, -1, size, *rest)) for x in parts]
+        return [np.concatenate(parts, axis=1).reshape((-1, *rest))]
+
+
+class Stacked(Conversion):
+    """A tensor for each expert, in one weight `(experts, ...)`.
+
+    Args:
+        path: str. The path of the weight, whose kernels are `(inputs, outputs)`.
+    """
+
+    def tensor_shapes(self, shapes: Sequence[Shape], count: int) -> list[Shape]:
+        return [tuple(shapes[0][:0:-1])] * count
+
+    def load(self, tensors: Arrays, shapes: Sequence[Shape]) -> list[np.ndarray]:
+        weight = np.empty(0)
+        for i, tensor in enumerate(tensors):
+            if i == 0:
+                weight = np.empty(shapes[0], tensor.dtype)
+            weight[i] = tensor.T
+        return [weight]
+
+    def save(self, weights: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
+        return [x.T for x in weights[0]]
+
+
+class Changed(Conversion):
+    """Another conversion whose tensors are changed on the way.
+
+    Args:
+        conversion: the conversion.
+        load: called with a tensor; returns what `conversion` reads, of the same shape.
+        save: called with what `conversion` writes; returns the tensor.
+    """
+
+    def __init__(self, conversion: Any, load: Any, save: Any) -> None:
+        self.inner = to_conversion(conversion)
+        super().__init__(*self.inner.paths)
+        self._load, self._save = load, save
+
+    def tensor_shapes(self, shapes: Sequence[Shape], count: int) -> list[Shape]:
+        return self.inner.tensor_shapes(shapes, count)
+
+    def load(self, tensors: Arrays, shapes: Sequence[Shape]) -> list[np.ndarray]:
+        return self.inner.load((self._load(x) for x in tensors), shapes)
+
+    def save(self, weights: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
+        return [self._save(x) for x in self.inner.save(weights, count)]
+
+
+def to_conversion(value: str | Conversion) -> Conversion:
+    """Returns the conversion of a table's entry.
+
+    A path alone means what its last part says: a kernel is a matrix `(outputs, inputs)`
+    there, embeddings are as they are, and all else is one-dimensional.
+    """
+    if isinstance(value, Conversion):
+        return value
+    if value.endswith("attention_output/kernel"):
+        return Dense(value, inputs=2)
+    if value.endswith(("/kernel", "reverse_embeddings")):
+        return Dense(value)
+    return Plain(value, rank=None if value.endswith("embeddings") else 1)

@@ -1,0 +1,215 @@
+"""Reading and writing folders as transformers writes them."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from attention.contract import DType, all_layers, describe
+from blocks.checkpoints.architecture import (
+    Architecture,
+    architecture_of,
+    find_architecture,
+)
+from blocks.checkpoints.loading import load_weights, weights_from
+from blocks.checkpoints.tensor_files import DTYPE_NAMES, SafetensorsFolder
+
+_SHARD_BYTES = 5 * 10**9
+
+
+def is_published(folder: str) -> bool:
+    """Returns whether a folder's `config.json` is one of transformers."""
+    try:
+        return "model_type" in _read_config(folder)
+    except ValueError:
+        return False
+
+
+def _read_config(folder: str) -> dict[str, Any]:
+    path = pathlib.Path(folder, "config.json")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"'{path}' is missing or damaged: {error}") from error
+    return config if isinstance(config, dict) else {}
+
+
+def load_backbone(folder: str, with_weights: bool = True, dtype: DType = None) -> Any:
+    """Returns the backbone of a folder as transformers writes them.
+
+    Args:
+        folder: str.
+        with_weights: bool. Whether to read its weights, or draw some.
+        dtype: the dtype or policy of all layers; `None` means Keras's own.
+
+    Raises:
+        ValueError: if its architecture is unknown, its configuration asks for what is
+            not computed here, or its tensors do not fit.
+    """
+    config = _read_config(folder)
+    architecture = find_architecture(config["model_type"])
+    if config.get("quantization_config") and with_weights:
+        raise ValueError(
+            f"The weights of '{folder}' are quantized: "
+            f"{config['quantization_config'].get('quant_method')!r}. Load the "
+            "checkpoint that was quantized, and call `quantize` on it, or pass a GGUF "
+            "file."
+        )
+    arguments = architecture.read_config(config)
+
+    def make() -> Any:
+        return architecture.backbone_class(**arguments, dtype=dtype)
+
+    if not with_weights:
+        return make()
+    return load_weights(make, architecture, SafetensorsFolder(folder))
+
+
+def export_backbone(backbone: Any, folder: str, dtype: str | None = None) -> None:
+    """Writes a backbone's configuration and weights for transformers.
+
+    Args:
+        backbone: a `blocks.CustomBackbone` of a published architecture.
+        folder: str. It is made if need be.
+        dtype: str or `None`. The dtype of the tensors; `None` means that of the weights.
+
+    Raises:
+        ValueError: if no published architecture computes what the backbone does. It
+            says what differs, and nothing is written.
+    """
+    if dtype is not None and dtype not in ("float32", "float16", "bfloat16"):
+        raise ValueError(
+            "`dtype` must be 'float32', 'float16', 'bfloat16' or None. Received: "
+            f"dtype={describe(dtype)}"
+        )
+    architecture = architecture_of(backbone)
+    config = architecture.write_config(backbone)
+    _check_same_computation(architecture, backbone, config)
+    os.makedirs(folder, exist_ok=True)
+    written = dtype or backbone.token_embedding.variable_dtype
+    _write_tensors(pathlib.Path(folder), _tensors(architecture, backbone, dtype))
+    write_json(folder, "config.json", {**config, "dtype": written})
+
+
+def write_json(folder: str, name: str, content: dict[str, Any]) -> None:
+    """Writes a dict into a file of a folder."""
+    path = pathlib.Path(folder, name)
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _tensors(
+    architecture: Architecture, backbone: Any, dtype: str | None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields names and tensors, a few in memory at a time."""
+    values = {weight.path: weight for weight in backbone.weights}
+    for layer in all_layers(backbone):
+        if getattr(layer, "lora_enabled", False):
+            # With its low-rank update added.
+            path = next(w.path for w in layer.weights if w.name == "kernel")
+            values[path] = layer.kernel
+    for entry in architecture.entries(backbone):
+        arrays = [ops.convert_to_numpy(values[path]) for path in entry.paths]
+        tensors = entry.conversion.save(arrays, len(entry.names))
+        for name, tensor in zip(entry.names, tensors):
+            kind = DTYPE_NAMES[dtype] if dtype else tensor.dtype
+            yield name, np.ascontiguousarray(tensor, kind)
+
+
+def _write_tensors(
+    folder: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]]
+) -> None:
+    """Writes one file, or shards and their index."""
+    from safetensors.numpy import save_file
+
+    shards: list[list[str]] = []
+    held: dict[str, np.ndarray] = {}
+    sizes = 0
+
+    def write() -> None:
+        path = folder / f"part-{len(shards)}"
+        save_file(held, path, metadata={"format": "pt"})
+        shards.append(list(held))
+        held.clear()
+
+    for name, tensor in tensors:
+        bytes_held = sum(x.nbytes for x in held.values())
+        if held and bytes_held + tensor.nbytes > _SHARD_BYTES:
+            write()
+        held[name] = tensor
+        sizes += tensor.nbytes
+    write()
+    if len(shards) == 1:
+        (folder / "part-0").replace(folder / "model.safetensors")
+        return
+    weight_map = {}
+    for i, names in enumerate(shards):
+        file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        (folder / f"part-{i}").replace(folder / file)
+        weight_map.update(dict.fromkeys(names, file))
+    index = {"metadata": {"total_size": sizes}, "weight_map": weight_map}
+    write_json(str(folder), "model.safetensors.index.json", index)
+
+
+def _check_same_computation(
+    architecture: Architecture, backbone: Any, config: dict[str, Any]
+) -> None:
+    """Raises an error if the architecture's backbone computes something else."""
+    arguments = architecture.read_config(config)
+    with weights_from(lambda: lambda weight: ops.zeros(weight.shape, weight.dtype)):
+        published = architecture.backbone_class(**arguments, dtype="bfloat16")
+    ours, theirs = _parts(backbone), _parts(published)
+    differences = []
+    for path in sorted({*ours, *theirs}):
+        if ours.get(path) == theirs.get(path):
+            continue
+        mine, other = ours.get(path), theirs.get(path)
+        if mine is None or other is None:
+            where = "only here" if other is None else "missing here"
+            differences.append(f"{path}: {where}")
+            continue
+        changed = [
+            f"{key}={mine.get(key)!r}, published {other.get(key)!r}"
+            for key in sorted({*mine, *other})
+            if mine.get(key) != other.get(key)
+        ]
+        differences.append(f"{path}: {'; '.join(changed)}")
+    if differences:
+        shown = "\n".join(differences[:20])
+        raise ValueError(
+            f"No architecture of transformers computes what this "
+            f"{type(backbone).__name__} does, so nothing was written. Compared with "
+            f"'{architecture.model_type}', {len(differences)} parts differ:\n{shown}"
+        )
+
+
+# What changes no outputs, or only those of training.
+_IRRELEVANT = {"name", "dtype", "trainable", "cache_dtype", "dropout", "seed", "rate"}
+
+
+def _parts(backbone: Any) -> dict[str, dict[str, Any]]:
+    """Returns the configuration of each layer within a backbone, by path."""
+    found = {}
+    for layer in all_layers(backbone):
+        if layer is backbone or isinstance(layer, keras.layers.InputLayer):
+            continue
+        config = layer.get_config()
+        kept = {
+            key: value
+            for key, value in config.items()
+            if key not in _IRRELEVANT
+            and not key.endswith(("initializer", "regularizer", "constraint"))
+            and not key.startswith(("lora", "quantization", "in_backbone"))
+        }
+        transform = getattr(type(layer), "transform", None)
+        kept["class"] = getattr(transform, "__qualname__", type(layer).__name__)
+        found[layer.path or layer.name] = kept
+    transform = type(backbone).transform
+    found[""] = {"transform": transform.__qualname__}
+    return found

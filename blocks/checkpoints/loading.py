@@ -1,0 +1,220 @@
+"""Making a model whose weights are read from a checkpoint, and never drawn."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from attention.contract import DType, Shape, Tensor
+from blocks.checkpoints.architecture import Architecture, Entry
+from blocks.checkpoints.tensor_files import DTYPE_NAMES, Checkpoint
+
+# One model at a time is made with weights to come.
+_lock = threading.RLock()
+# A progress bar is shown for loads that take longer than these seconds.
+_PATIENCE = 3.0
+
+Value = Callable[[Any], Any]
+
+
+class _Later:
+    """An initializer that stands for a value to come; placeholders are zeros."""
+
+    def __init__(self, given: Any) -> None:
+        self.given = given
+        self.variable: Any = None
+        self.value_of: Value | None = None
+
+    def __call__(self, shape: Shape, dtype: DType = None) -> Tensor:
+        if self.value_of is None:
+            return ops.zeros(shape, dtype)
+        value = self.value_of(self.variable)
+        if value is None:
+            given = self.given
+            if given is None:
+                given = "glorot_uniform" if "float" in str(dtype) else "zeros"
+            value = keras.initializers.get(given)(shape, dtype=dtype)
+        return value
+
+
+@contextlib.contextmanager
+def weights_from(make_values: Callable[[], Value]) -> Iterator[None]:
+    """Makes the weights of models made within it when it ends, from given values.
+
+    Keras draws random weights at once. Within this context a weight has only a path, a
+    shape and a dtype.
+
+    Args:
+        make_values: called at the end; returns a function from a weight, of which only
+            these are known, to its value; `None` means its own initializer. If it
+            raises an error, no value is read.
+    """
+    layer = keras.layers.Layer
+    add_weight = layer.add_weight
+    made: list[_Later] = []
+
+    def add_later(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Positional: shape, initializer, dtype.
+        later = _Later(args[1] if len(args) > 1 else kwargs.get("initializer"))
+        if len(args) > 1:
+            args = (args[0], later, *args[2:])
+        else:
+            kwargs["initializer"] = later
+        later.variable = add_weight(self, *args, **kwargs)
+        made.append(later)
+        return later.variable
+
+    with _lock, keras.StatelessScope():
+        layer.add_weight = add_later
+        try:
+            yield
+        finally:
+            layer.add_weight = add_weight
+        value_of = make_values()
+        for later in made:
+            later.value_of = value_of
+
+
+def load_weights(
+    make: Callable[[], Any], architecture: Architecture, checkpoint: Checkpoint
+) -> Any:
+    """Returns the backbone that `make` makes, with a checkpoint's weights.
+
+    A tensor at a time is read, and becomes a weight in its dtype and, where a
+    distribution is set, in its layout.
+
+    Raises:
+        ValueError: if tensors are missing, surplus or have another shape. It names them
+            all, and nothing was read.
+    """
+    found: list[Any] = []
+
+    def make_values() -> Value:
+        backbone = found[0]
+        shapes = checkpoint.shapes()
+        entries = list(architecture.entries(backbone))
+        names = _present_names(architecture, entries, shapes)
+        _check_tensors(architecture, backbone, entries, names, shapes)
+        return _Values(entries, names, checkpoint, backbone)
+
+    with weights_from(make_values):
+        found.append(make())
+    return found[0]
+
+
+class _Values:
+    """Reads the value of a weight, and keeps others of the same tensor for later."""
+
+    def __init__(
+        self,
+        entries: list[Entry],
+        names: dict[str, str],
+        checkpoint: Checkpoint,
+        backbone: Any,
+    ) -> None:
+        self.entry_of = {path: entry for entry in entries for path in entry.paths}
+        self.names, self.checkpoint = names, checkpoint
+        self.shapes = {weight.path: tuple(weight.shape) for weight in backbone.weights}
+        self.kept: dict[str, Any] = {}
+        self.progress = _Progress(sum(np.prod(x) for x in self.shapes.values()))
+
+    def __call__(self, variable: Any) -> Tensor | None:
+        path = variable.path
+        if path not in self.entry_of:
+            return None
+        if path not in self.kept:
+            entry = self.entry_of[path]
+            tensors = (self.checkpoint.read(self.names[name]) for name in entry.names)
+            shapes = [self.shapes[path] for path in entry.paths]
+            loaded = entry.conversion.load(tensors, shapes)
+            self.kept.update(zip(entry.paths, loaded))
+        value = self.kept.pop(path)
+        self.progress.add(value.size)
+        return to_tensor(value, variable.dtype)
+
+
+def to_tensor(value: np.ndarray, dtype: str) -> Tensor:
+    """Returns an array, which may be a view such as a transposed matrix, as a tensor."""
+    # To the dtype and into the order of memory in one copy.
+    value = np.ascontiguousarray(value, DTYPE_NAMES.get(dtype, value.dtype))
+    return ops.convert_to_tensor(value, dtype=dtype)
+
+
+class _Progress:
+    """Shows a progress bar once loading has taken some seconds."""
+
+    def __init__(self, total: int) -> None:
+        self.start = time.monotonic()
+        self.total, self.done = int(total), 0
+        self.bar: Any = None
+
+    def add(self, count: int) -> None:
+        self.done += count
+        if self.bar is None and time.monotonic() - self.start > _PATIENCE:
+            self.bar = keras.utils.Progbar(self.total, unit_name="weight")
+        if self.bar is not None:
+            self.bar.update(self.done)
+
+
+def _present_names(
+    architecture: Architecture, entries: list[Entry], shapes: dict[str, Shape]
+) -> dict[str, str]:
+    """Returns the name in the checkpoint of each name in the table.
+
+    A checkpoint of the backbone alone leaves out `base_prefix`.
+    """
+    base = architecture.base_prefix
+    wanted = [name for entry in entries for name in entry.names]
+    return {
+        name: name if name in shapes else name.removeprefix(base) for name in wanted
+    }
+
+
+def _check_tensors(
+    architecture: Architecture,
+    backbone: Any,
+    entries: list[Entry],
+    names: dict[str, str],
+    shapes: dict[str, Shape],
+) -> None:
+    ours = {weight.path: tuple(weight.shape) for weight in backbone.weights}
+    problems = []
+    for entry in entries:
+        lacking = [path for path in entry.paths if path not in ours]
+        if lacking:
+            problems.append(f"the model has no {lacking}, of which {entry.names} is")
+            continue
+        expected = entry.conversion.tensor_shapes(
+            [ours[path] for path in entry.paths], len(entry.names)
+        )
+        for name, shape in zip(entry.names, expected):
+            found = shapes.get(names[name])
+            if found is None:
+                problems.append(f"missing: {name} {tuple(shape)}")
+            elif tuple(found) != tuple(shape):
+                problems.append(
+                    f"misshapen: {name} is {tuple(found)}, and the model has "
+                    f"{tuple(shape)}"
+                )
+    known = {path for entry in entries for path in entry.paths}
+    trained = {weight.path for weight in backbone.trainable_weights}
+    problems += [f"in no table: weight {path}" for path in sorted(trained - known)]
+    surplus = sorted(set(shapes) - set(names.values()))
+    problems += [
+        f"surplus: {name} {tuple(shapes[name])}"
+        for name in surplus
+        if not architecture.is_ignored(name, backbone)
+    ]
+    if problems:
+        raise ValueError(
+            f"The checkpoint does not fit the model that its configuration describes "
+            f"(model type '{architecture.model_type}'); nothing was loaded. "
+            f"{len(problems)} differences:\n" + "\n".join(problems)
+        )

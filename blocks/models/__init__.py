@@ -1,0 +1,1 @@
+"""Published architectures, written with hooks: a file each."""

@@ -1,0 +1,187 @@
+"""Published architectures beside transformers, with the same random weights.
+
+A new architecture is a line in `CASES`; its unusual configurations are lines, too.
+"""
+
+import warnings
+
+import keras
+import numpy as np
+import pytest
+
+from attention import call_with_cache, create_cache
+from blocks import CausalLM
+from tests.helpers import to_numpy
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+LENGTHS = (11, 5, 8)
+PREFILLED = 4
+VOCABULARY_SIZE = 61
+# What configurations of the Llama kind have in common.
+DECODER = {
+    "vocab_size": VOCABULARY_SIZE,
+    "hidden_size": 24,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+GPT2 = {
+    "vocab_size": VOCABULARY_SIZE,
+    "n_embd": 24,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 32,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+LLAMA3 = {
+    "rope_theta": 500.0,
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+def unusual(value):
+    """A case of an architecture that another case loads on every backend."""
+    return pytest.param(value, marks=pytest.mark.slow)
+
+
+# Each is the name of a transformers configuration, and its arguments.
+FIRST = [
+    ("GPT2Config", GPT2),
+    unusual(("GPT2Config", {**GPT2, "n_inner": 20, "tie_word_embeddings": False})),
+    ("LlamaConfig", DECODER),
+    unusual(
+        (
+            "LlamaConfig",
+            {
+                **DECODER,
+                "num_key_value_heads": 1,
+                "head_dim": 10,
+                "attention_bias": True,
+                "mlp_bias": True,
+                "rope_parameters": LLAMA3,
+                "tie_word_embeddings": True,
+            },
+        )
+    ),
+]
+
+LLAMA_KIND = []
+
+OTHER_ATTENTION = []
+
+RECURRENT = []
+
+CASES = [*FIRST, *LLAMA_KIND, *OTHER_ATTENTION, *RECURRENT]
+
+
+def randomize(model):
+    """Gives a torch model weights large enough that tokens differ in what follows."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn_like(parameter)
+            if parameter.ndim < 2:
+                parameter += 0.1 * noise
+            else:
+                parameter.copy_(noise / parameter.shape[-1] ** 0.5)
+
+
+def case_name(case):
+    return case[0].removesuffix("Config")
+
+
+@pytest.fixture(params=CASES, ids=case_name, scope="module")
+def models(request, tmp_path_factory):
+    """A transformers model, and ours that is loaded from its folder."""
+    name, arguments = request.param
+    config = getattr(transformers, name)(**arguments)
+    config._attn_implementation = "eager"
+    reference = transformers.AutoModelForCausalLM.from_config(config).eval()
+    randomize(reference)
+    folder = tmp_path_factory.mktemp(name)
+    reference.save_pretrained(folder)
+    return reference, CausalLM.from_preset(str(folder))
+
+
+def prompts():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, VOCABULARY_SIZE, (len(LENGTHS), max(LENGTHS)))
+    mask = np.arange(max(LENGTHS)) < np.array(LENGTHS)[:, None]
+    tokens = np.where(mask, tokens, 0).astype("int32")
+    return {"token_ids": tokens, "padding_mask": mask.astype("int32")}
+
+
+def expected_logits(reference, row):
+    with torch.no_grad():
+        return reference(torch.tensor(row[None].astype("int64"))).logits[0].numpy()
+
+
+def test_logits_through_padding_and_a_cache(models):
+    reference, lm = models
+    x = prompts()
+    outputs = to_numpy(lm(x))
+    # A padded prefill, then the rest of each row, a token at a time.
+    cache = create_cache(lm.backbone, len(LENGTHS), max(LENGTHS))
+    lengths = np.minimum(LENGTHS, PREFILLED) - np.array([0, 1, 0])
+    first = {
+        "token_ids": x["token_ids"][:, :PREFILLED],
+        "padding_mask": (np.arange(PREFILLED) < lengths[:, None]).astype("int32"),
+    }
+    hidden, cache = call_with_cache(lm.backbone, first, cache, 0)
+    cached = [
+        [*row[:n]] for row, n in zip(to_numpy(lm.compute_logits(hidden)), lengths)
+    ]
+    for step in range(3):
+        index = (lengths + step).astype("int32")
+        token = np.take_along_axis(x["token_ids"], index[:, None], axis=1)
+        inputs = {"token_ids": token, "padding_mask": np.ones_like(token)}
+        hidden, cache = call_with_cache(lm.backbone, inputs, cache, index)
+        for row, logits in zip(cached, to_numpy(lm.compute_logits(hidden))):
+            row.append(logits[0])
+    for i, length in enumerate(LENGTHS):
+        expected = expected_logits(reference, x["token_ids"][i, :length])
+        assert expected.std() > 0.1
+        difference = np.abs(outputs[i, :length] - expected).max()
+        steps = min(len(cached[i]), length)
+        by_steps = np.abs(np.array(cached[i])[:steps] - expected[:steps]).max()
+        assert difference < 1e-4, (i, difference)
+        assert by_steps < 1e-4, (i, by_steps)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="compiles elsewhere")
+def test_greedy_tokens_and_the_road_back(models, tmp_path):
+    reference, lm = models
+    x, new = prompts(), 8
+    lm.compile(sampler="greedy")
+    for i, length in enumerate(LENGTHS[:2]):
+        row = x["token_ids"][i : i + 1, :length]
+        outputs = lm.generate(row, max_new_tokens=new, stop_token_ids=None)
+        tokens = torch.tensor(row.astype("int64"))
+        for _ in range(new):
+            with torch.no_grad():
+                best = reference(tokens).logits[:, -1].argmax(-1)
+            tokens = torch.cat([tokens, best[:, None]], dim=1)
+        assert outputs["token_ids"].tolist() == tokens.tolist()
+    lm.export_to_transformers(str(tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exported, info = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path, output_loading_info=True, attn_implementation="eager"
+        )
+    assert type(exported) is type(reference)
+    assert not any(info.values()), info
+    row = x["token_ids"][0]
+    outputs, expected = (expected_logits(m, row) for m in (exported, reference))
+    assert np.abs(outputs - expected).max() < 1e-5
