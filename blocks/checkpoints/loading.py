@@ -12,8 +12,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from attention.contract import DType, Shape, Tensor
+from attention.contract import DType, Tensor
 from blocks.checkpoints.architecture import Architecture, Entry
+from blocks.checkpoints.conversions import Shape
 from blocks.checkpoints.tensor_files import DTYPE_NAMES, Checkpoint
 
 # One model at a time is made with weights to come.
