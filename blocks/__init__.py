@@ -13,6 +13,7 @@ from blocks.generation import (
     Session,
     Speculation,
 )
+from blocks.json_tokenizer import JsonTokenizer
 from blocks.layers.feed_forward import FeedForward, GatedFeedForward, gelu_approximate
 from blocks.layers.mixture_of_experts import MixtureOfExperts
 from blocks.layers.norms import DynamicTanh
@@ -30,6 +31,7 @@ __all__ = [
     "GatedFeedForward",
     "GenerationSizes",
     "GenerationState",
+    "JsonTokenizer",
     "MixtureOfExperts",
     "PromptLookup",
     "Session",

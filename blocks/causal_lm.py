@@ -18,6 +18,7 @@ from blocks.generation.backbone_inputs import (
 from blocks.generation.compilation import GenerationSizes
 from blocks.generation.mixin import GenerationMixin
 from blocks.generation.prompts import tokenizer_size, vocabulary_size
+from blocks.preprocessor import CausalLMPreprocessor
 from blocks.presets import check_registered, load_task
 from blocks.token_model import TokenModel
 from blocks.training_data import is_in_memory, read_samples, shuffled
@@ -132,6 +133,37 @@ class CausalLM(TokenModel, GenerationMixin, keras_hub.models.CausalLM):
             A tensor of shape `(batch, length, vocabulary_size)`.
         """
         return token_embedding(self.backbone)(hidden_states, reverse=True)
+
+    def apply_chat_template(
+        self,
+        messages: Any,
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str | list[str]:
+        """Turns conversations into prompts: see `CausalLMPreprocessor`'s.
+
+        Args:
+            messages: list of dicts with `role` and `content`, or a list of such lists.
+            tools: list of dicts or `None`. JSON schemas of functions.
+            add_generation_prompt: bool. Whether an answer is to follow.
+            **variables: for variables of the template.
+
+        Returns:
+            A string, or a list with one for each conversation.
+
+        Raises:
+            TypeError: if an argument has the wrong type.
+            ValueError: if there is no chat template, or it fails.
+        """
+        if not isinstance(self.preprocessor, CausalLMPreprocessor):
+            raise ValueError(
+                "Chat templates belong to a `blocks.CausalLMPreprocessor`. The model's "
+                f"preprocessor is {describe(self.preprocessor)}"
+            )
+        return self.preprocessor.apply_chat_template(
+            messages, tools, add_generation_prompt, **variables
+        )
 
     def compile(self, *args: Any, sampler: Any = "top_k", **kwargs: Any) -> None:
         """Configures training and generation, as KerasHub's `compile`.

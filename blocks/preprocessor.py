@@ -13,7 +13,10 @@ import keras_hub
 from keras import ops
 
 from attention.contract import check_positive_int, describe
-from blocks.generation.prompts import tokenizer_size
+from blocks.chat_template import render_chats
+from blocks.generation.prompts import end_token_ids, tokenizer_size
+from blocks.hugging_face_files import read_preprocessor
+from blocks.start_packer import StartPacker
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
@@ -40,9 +43,15 @@ class CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         pad_token_id: int or `None`. The id of padding. `None` takes the tokenizer's
             `pad_token_id`, or else 0.
         add_start_token: bool. Whether training samples and prompts begin with
-            the start token, if there is one.
+            the start token, if there is one. A text that already begins with it, as
+            chat templates write it, gets no second one.
         add_end_token: bool. Whether training samples end with the end token, if
             there is one.
+        stop_token_ids: list of int or `None`. The tokens at which `generate` stops, where
+            these are others than the end token.
+        chat_template: str, dict of str or `None`. A Jinja template that turns
+            conversations into prompts; a dict has several by name, of which
+            `"tool_use"` is used with tools, and `"default"` else.
         **kwargs: arguments of `keras.layers.Layer`.
 
     Raises:
@@ -71,6 +80,8 @@ class CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         pad_token_id: int | None = None,
         add_start_token: bool = True,
         add_end_token: bool = True,
+        stop_token_ids: list[int] | None = None,
+        chat_template: str | dict[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(tokenizer, keras_hub.tokenizers.Tokenizer):
@@ -92,7 +103,9 @@ class CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         )
         self.start_token = start_token
         self.end_token = end_token
+        self.chat_template = chat_template
         self._given_pad_token_id = pad_token_id
+        self._given_stop_token_ids = stop_token_ids
         self._check_special_tokens()
 
     def _check_special_tokens(self) -> None:
@@ -103,6 +116,7 @@ class CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
             ("start_token", self.start_token_id),
             ("end_token", self.end_token_id),
             ("pad_token_id", self.pad_token_id),
+            *(("stop_token_ids", token_id) for token_id in self.stop_token_ids),
         ):
             if token_id is not None and not 0 <= token_id < size:
                 raise ValueError(
@@ -110,9 +124,56 @@ class CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
                     f"tokens. Received: {name}={token_id}"
                 )
 
+    @classmethod
+    def from_hugging_face(
+        cls,
+        folder: str | os.PathLike,
+        sequence_length: int = 1024,
+        vocabulary_size: int | None = None,
+        **kwargs: Any,
+    ) -> CausalLMPreprocessor:
+        """Makes a preprocessor from the folder of a published model.
+
+        It reads `tokenizer.json`, and what there is of `tokenizer_config.json`,
+        `special_tokens_map.json`, `chat_template.jinja`, `generation_config.json` (the stop
+        tokens) and `config.json`. All are plain data: nothing is executed. Prompts
+        begin with a start token if the `tokenizer.json` puts one before each
+        text.
+
+        Args:
+            folder: str or path. The folder.
+            sequence_length: int. The length of training samples, and the default
+                `max_length` of `generate`.
+            vocabulary_size: int or `None`. The size of the model's vocabulary. Added
+                tokens beyond it, which a model without images may lack, are left out.
+            **kwargs: arguments of the class, which replace those read.
+
+        Returns:
+            A `CausalLMPreprocessor` with a `blocks.JsonTokenizer`.
+
+        Raises:
+            ValueError: if there is no `tokenizer.json`, or a file is damaged.
+
+        Example:
+
+        >>> import pathlib, tempfile, tokenizers
+        >>> from blocks import CausalLMPreprocessor
+        >>> model = tokenizers.models.BPE({"a": 0, "b": 1, "<|end|>": 2}, [])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder)
+        ...     tokenizers.Tokenizer(model).save(str(path / "tokenizer.json"))
+        ...     _ = (path / "generation_config.json").write_text('{"eos_token_id": [2]}')
+        ...     preprocessor = CausalLMPreprocessor.from_hugging_face(path)
+        >>> preprocessor.stop_token_ids
+        (2,)
+        """
+        arguments = read_preprocessor(folder, vocabulary_size)
+        arguments["sequence_length"] = sequence_length
+        return cls(**{**arguments, **kwargs})
+
     def build(self, input_shape: Any) -> None:
         # Not in `__init__`, as the vocabulary of a restored tokenizer is loaded later.
-        self.packer = keras_hub.layers.StartEndPacker(
+        self.packer = StartPacker(
             start_value=self.start_token_id if self.add_start_token else None,
             end_value=self.end_token_id,
             pad_value=self.pad_token_id,
@@ -138,6 +199,13 @@ class CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
             return self._given_pad_token_id
         return getattr(self.tokenizer, "pad_token_id", None) or 0
 
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Returns the ids of the tokens at which `generate` stops."""
+        if self._given_stop_token_ids is None:
+            return end_token_ids(self)
+        return tuple(self._given_stop_token_ids)
+
     def _token_id(self, name: str, token: str | int | None) -> int | None:
         if token is None:
             return getattr(self.tokenizer, f"{name}_id", None)
@@ -153,7 +221,7 @@ class CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         return int(token_id)
 
     def generate_postprocess(self, x: Any) -> list[str] | str:
-        """Turns tokens back into strings, without special tokens.
+        """Turns tokens back into strings, without start, end and stop tokens.
 
         Args:
             x: a dict of `token_ids` and `padding_mask` of shape `(batch,
@@ -170,8 +238,79 @@ class CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         special = {self.start_token_id, self.end_token_id} - {None}
         texts = []
         for tokens, real in zip(token_ids, mask):
-            kept = [int(t) for t in tokens[real] if int(t) not in special]
+            found = tokens[real].tolist()
+            if found and found[-1] in self.stop_token_ids:
+                found.pop()
+            kept = [t for t in found if t not in special]
             texts.append(_to_text(self.tokenizer.detokenize([kept])) if kept else "")
+        return texts
+
+    def apply_chat_template(
+        self,
+        messages: Any,
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str | list[str]:
+        """Turns conversations into prompts, by the model's `chat_template`.
+
+        The result is what `generate`, `stream` and `start` take. The start token is in
+        it where the template writes it, and they add no second one.
+
+        Templates are run in Jinja2's sandbox, which keeps them from the interpreter and
+        from files. As in `transformers`, a message with the text of a special token has
+        that token: don't pass on what strangers wrote where that matters.
+
+        Args:
+            messages: list of dicts with `role` and `content`, and whatever else
+                the template knows; or a list of such lists.
+            tools: list of dicts or `None`. JSON schemas of the functions that the
+                model may call.
+            add_generation_prompt: bool. Whether the text ends with what comes before
+                an answer of the model.
+            **variables: plain data for variables of the template, such as
+                `enable_thinking=False`.
+
+        Returns:
+            A string, or a list with one for each conversation.
+
+        Raises:
+            ImportError: if Jinja2 is not installed.
+            TypeError: if an argument has the wrong type.
+            ValueError: if there is no template, a message lacks a key, or the template
+                fails, as for a role that it does not know.
+
+        Example:
+
+        >>> import keras_hub
+        >>> from blocks import CausalLMPreprocessor
+        >>> template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\\n{% endfor %}"
+        >>> preprocessor = CausalLMPreprocessor(
+        ...     keras_hub.tokenizers.ByteTokenizer(), end_token=1, chat_template=template
+        ... )
+        >>> preprocessor.apply_chat_template([{"role": "user", "content": "Hi"}])
+        'user: Hi\\n'
+        """
+        variables = {
+            **self._token_texts(),
+            "add_generation_prompt": add_generation_prompt,
+            **variables,
+        }
+        return render_chats(self.chat_template, messages, tools, **variables)
+
+    def _token_texts(self) -> dict[str, str]:
+        """Returns the special tokens as templates call them."""
+        ids = {
+            "bos_token": self.start_token_id,
+            "eos_token": self.end_token_id,
+            "pad_token": self._given_pad_token_id,
+        }
+        texts = {}
+        for name, token_id in ids.items():
+            # A tokenizer of bytes has no name for each of its tokens.
+            with contextlib.suppress(NotImplementedError, ValueError):
+                if token_id is not None:
+                    texts[name] = self.tokenizer.id_to_token(token_id)
         return texts
 
     def save_to_preset(self, preset_dir: str) -> None:
@@ -199,6 +338,8 @@ class CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
             start_token=self.start_token,
             end_token=self.end_token,
             pad_token_id=self._given_pad_token_id,
+            stop_token_ids=self._given_stop_token_ids,
+            chat_template=self.chat_template,
         )
         return config
 

@@ -231,7 +231,16 @@ def resolve_stops(stop_token_ids: Any, task: Any) -> tuple[int, ...]:
                 "preprocessor, but the model has no preprocessor. Pass "
                 "`stop_token_ids=None` to end at `max_length`, or token ids."
             )
-        return _end_token_ids(task.preprocessor)
+        stops = getattr(task.preprocessor, "stop_token_ids", None)
+        if stops is None:
+            stops = end_token_ids(task.preprocessor)
+        if not stops:
+            warnings.warn(
+                "The preprocessor has no end token, so rows end at `max_length` or "
+                "`max_new_tokens` only. Pass `stop_token_ids=None` to say so.",
+                stacklevel=3,
+            )
+        return stops
     several = hasattr(stop_token_ids, "__iter__")
     given = stop_token_ids if several else [stop_token_ids]
     try:
@@ -251,21 +260,14 @@ def resolve_stops(stop_token_ids: Any, task: Any) -> tuple[int, ...]:
     return stops
 
 
-def _end_token_ids(preprocessor: Any) -> tuple[int, ...]:
+def end_token_ids(preprocessor: Any) -> tuple[int, ...]:
     """Returns the end tokens of our preprocessors, or of KerasHub's tokenizers."""
     tokenizer = getattr(preprocessor, "tokenizer", None)
     ids = [getattr(preprocessor, "end_token_id", None)]
     if getattr(preprocessor, "end_token", None) is None:
         # Llama 3 has two: of a message and of a text.
         ids += [getattr(tokenizer, f"end_token{i}_id", None) for i in ("", "2")]
-    found = tuple(dict.fromkeys(int(x) for x in ids if x is not None))
-    if not found:
-        warnings.warn(
-            "The preprocessor has no end token, so rows end at `max_length` or "
-            "`max_new_tokens` only. Pass `stop_token_ids=None` to say so.",
-            stacklevel=4,
-        )
-    return found
+    return tuple(dict.fromkeys(int(x) for x in ids if x is not None))
 
 
 # === Rows of tokens ===

@@ -1,0 +1,107 @@
+"""Reads what a Hugging Face folder says about text: plain data, nothing is executed."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+from attention.contract import describe
+from blocks.json_tokenizer import FILE_NAME, JsonTokenizer
+
+
+def read_preprocessor(
+    folder: str | os.PathLike, vocabulary_size: int | None
+) -> dict[str, Any]:
+    """Returns arguments of a `CausalLMPreprocessor`, as its `from_hugging_face`."""
+    path = os.path.join(folder, FILE_NAME)
+    if not os.path.isfile(path):
+        raise ValueError(
+            f"The folder '{os.fspath(folder)}' has no {FILE_NAME}. Models that have only "
+            "an older format (a `tokenizer.model`, or `vocab.json` and `merges.txt`) get "
+            "one by `transformers.AutoTokenizer.from_pretrained(folder)"
+            ".save_pretrained(folder)`."
+        )
+    tokenizer = _read_tokenizer(path, vocabulary_size)
+    # Of files with the same content the later ones count.
+    config = _read_json(folder, "special_tokens_map.json", "tokenizer_config.json")
+    generation = _read_json(folder, "config.json", "generation_config.json")
+
+    def find(kind: str) -> list[int]:
+        """Returns the ids of a kind of special token, if there are any."""
+        name = f"{kind}_token"
+        ids = generation.get(f"{name}_id")
+        if name in config:
+            ids = _token_id(tokenizer, config[name])
+        ids = ids if isinstance(ids, list) else [ids]
+        size = tokenizer.vocabulary_size()
+        return [x for x in ids if isinstance(x, int) and 0 <= x < size]
+
+    # The file decides whether texts begin with it, as in transformers 5.
+    start = tokenizer.start_token_id
+    stops = generation.get("eos_token_id")
+    stops = stops if isinstance(stops, list) or stops is None else [stops]
+    return {
+        "tokenizer": tokenizer,
+        "start_token": next(iter(find("bos")), None) if start is None else start,
+        "end_token": next(iter(find("eos")), None),
+        "pad_token_id": next(iter(find("pad")), None),
+        "add_start_token": start is not None,
+        "stop_token_ids": stops,
+        "chat_template": _read_template(folder, config.get("chat_template")),
+    }
+
+
+def _read_tokenizer(path: str, vocabulary_size: int | None) -> JsonTokenizer:
+    tokenizer = JsonTokenizer(path)
+    if vocabulary_size is None or tokenizer.vocabulary_size() <= vocabulary_size:
+        return tokenizer
+    # Tokens of other models of a family, as of images, that this model lacks.
+    with open(path, encoding="utf-8") as file:
+        content = json.load(file)
+    tokens = content.get("added_tokens") or []
+    content["added_tokens"] = [x for x in tokens if x["id"] < vocabulary_size]
+    return JsonTokenizer(json.dumps(content))
+
+
+def _read_json(folder: str | os.PathLike, *names: str) -> dict[str, Any]:
+    """Returns the content of those files that are there, as one dict."""
+    merged: dict[str, Any] = {}
+    for name in names:
+        path = os.path.join(folder, name)
+        if not os.path.isfile(path):
+            continue
+        try:
+            with open(path, encoding="utf-8") as file:
+                content = json.load(file)
+        except ValueError as error:
+            raise ValueError(
+                f"'{path}' is damaged or truncated ({error}). Download it again."
+            ) from error
+        if not isinstance(content, dict):
+            raise ValueError(
+                f"'{path}' must hold a JSON object. Received: {describe(content)}"
+            )
+        merged.update(content)
+    return merged
+
+
+def _token_id(tokenizer: JsonTokenizer, token: Any) -> int | None:
+    """Returns the id of a token, which a config has as a string or a dict."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    if not isinstance(token, str):
+        return None
+    return tokenizer.backend.token_to_id(token)
+
+
+def _read_template(
+    folder: str | os.PathLike, template: Any
+) -> str | dict[str, str] | None:
+    path = os.path.join(folder, "chat_template.jinja")
+    if os.path.isfile(path):
+        with open(path, encoding="utf-8") as file:
+            return file.read()
+    if isinstance(template, list):
+        return {x["name"]: x["template"] for x in template}
+    return template
