@@ -7,7 +7,7 @@ import pytest
 from blocks import CausalLMPreprocessor, JsonTokenizer
 from tests.helpers import raises
 from tests.made_tokenizers import byte_level
-from tests.models import make_backbone, make_lm
+from tests.models import EagerLM, make_backbone, make_lm
 
 CHATML = """\
 {%- if tools %}
@@ -268,7 +268,8 @@ def test_folders_with_errors(tmp_path):
 @pytest.mark.slow_on_jax
 def test_generation_stops_at_each_stop_token():
     backbone = make_backbone(num_layers=1, vocabulary_size=600)
-    lm = make_lm(backbone, preprocessor_of())
+    lm = EagerLM(backbone, preprocessor_of())
+    lm.compile(sampler="greedy")
     tokenizer = lm.preprocessor.tokenizer
     prompt = "a<|end|>b"
     outputs = lm.generate([67, 1, 68], max_new_tokens=8, stop_token_ids=None)
@@ -288,7 +289,8 @@ def test_turns_of_a_session():
     """The second turn adds only the text that is new, as a user would."""
     template = CHATML.replace("<|im_end|>", "<|end|>")
     backbone = make_backbone(num_layers=1, vocabulary_size=600, learned_positions=False)
-    lm = make_lm(backbone, preprocessor_of(template))
+    lm = EagerLM(backbone, preprocessor_of(template))
+    lm.compile(sampler="greedy")
     tokenizer, stops = lm.preprocessor.tokenizer, lm.preprocessor.stop_token_ids
     text = lm.apply_chat_template([USER])
     session = lm.start(text)

@@ -11,7 +11,7 @@ from blocks import CausalLM, CausalLMPreprocessor, JsonTokenizer
 from blocks.generation.outputs import TextPieces
 from tests.helpers import raises, to_numpy
 from tests.made_tokenizers import HARD_TEXTS, byte_level, metaspace
-from tests.models import make_backbone, make_lm
+from tests.models import EagerLM, make_backbone, make_lm
 
 KINDS = pytest.mark.parametrize("make", [byte_level, metaspace])
 INVALID = b"\xff\xfe ok \xf0\x9f\x98"
@@ -136,32 +136,37 @@ def test_pieces_of_a_stream_are_whole_characters(make):
 
 
 @pytest.mark.slow_on_jax
-def test_training_generation_and_files(tmp_path):
+def test_training_and_generation():
     backbone = make_backbone(num_layers=1, vocabulary_size=600)
-    template = "{% for m in messages %}{{ bos_token }}{{ m.content }}{% endfor %}"
-    preprocessor = preprocessor_of(
-        byte_level, "<s>", stop_token_ids=[1, 2], chat_template=template
-    )
-    lm = make_lm(backbone, preprocessor)
+    lm = EagerLM(backbone, preprocessor_of(byte_level, "<s>"))
+    lm.compile(optimizer="adam", sampler="greedy")
     lm.fit(["some text", "中文", "🤖"], batch_size=2, verbose=0)
     texts = ["the text", "🤖"]
     outputs = lm.generate(texts)
     assert all(output.startswith(text) for output, text in zip(outputs, texts))
     assert "".join(lm.stream(texts[1])) == outputs[1]
+
+
+def test_files(tmp_path):
+    template = "{% for m in messages %}{{ bos_token }}{{ m.content }}{% endfor %}"
+    preprocessor = preprocessor_of(
+        byte_level, "<s>", stop_token_ids=[1, 2], chat_template=template
+    )
+    lm = make_lm(make_backbone(num_layers=1, vocabulary_size=600), preprocessor)
     lm.save_to_preset(str(tmp_path / "preset"))
     lm.save(tmp_path / "lm.keras")
     assert (tmp_path / "preset/assets/tokenizer/tokenizer.json").exists()
     for restored in (
-        CausalLM.from_preset(str(tmp_path / "preset")),
-        keras.models.load_model(tmp_path / "lm.keras"),
+        CausalLM.from_preset(str(tmp_path / "preset")).preprocessor,
+        keras.models.load_model(tmp_path / "lm.keras").preprocessor,
     ):
-        restored.compile(sampler="greedy")
-        assert type(restored.preprocessor.tokenizer) is JsonTokenizer
-        assert restored.preprocessor.get_config() == preprocessor.get_config()
-        assert restored.preprocessor.stop_token_ids == (1, 2)
-        assert restored.generate(texts) == outputs
-        chat = [{"role": "user", "content": "a"}]
-        assert restored.apply_chat_template(chat) == "<s>a"
+        assert type(restored.tokenizer) is JsonTokenizer
+        assert restored.get_config() == preprocessor.get_config()
+        assert restored.stop_token_ids == (1, 2)
+        assert prompt_ids(restored, BYTES) == prompt_ids(preprocessor, BYTES)
+        assert (
+            restored.apply_chat_template([{"role": "user", "content": "a"}]) == "<s>a"
+        )
 
 
 def test_a_saved_config_reads_no_file(tmp_path):
