@@ -54,6 +54,9 @@ class Mamba2(RecurrentMixer):
         kernel_size: int. How many tokens the convolution sees.
         use_bias: bool. Whether the input and output projections have biases.
         epsilon: float. Of the norm.
+        convolution_bias: bool. Whether the convolution has a bias.
+        step_limit: pair of numbers or `None`. The least and the largest step; `None`
+            means that steps have no limits.
         **kwargs: `kernel_initializer`, and arguments of `keras.layers.Layer`.
 
     Call arguments and results are those of `Retention`.
@@ -83,6 +86,8 @@ class Mamba2(RecurrentMixer):
         kernel_size: int = 4,
         use_bias: bool = False,
         epsilon: float = 1e-5,
+        convolution_bias: bool = True,
+        step_limit: tuple[float, float] | None = None,
         **kwargs: Any,
     ) -> None:
         refuse_arguments(self, kwargs, key_dim="it is called `state_dim` here")
@@ -97,6 +102,8 @@ class Mamba2(RecurrentMixer):
             )
         self.kernel_size = kernel_size
         self.use_bias, self.epsilon = bool(use_bias), epsilon
+        self.convolution_bias = bool(convolution_bias)
+        self.step_limit = None if step_limit is None else list(step_limit)
 
     def build(self, inputs_shape: Shape) -> None:
         width = check_sequence_shape(self.name, inputs_shape)
@@ -110,7 +117,7 @@ class Mamba2(RecurrentMixer):
             self, "input", inner + convolved + heads, width, self.use_bias
         )
         self.convolution = self.make_convolution(
-            self.kernel_size, convolved, use_bias=True
+            self.kernel_size, convolved, self.convolution_bias
         )
         self.log_rate = self.add_float32_weight("log_rate", (heads,), _log_of_heads)
         self.step_bias = self.add_float32_weight(
@@ -137,6 +144,8 @@ class Mamba2(RecurrentMixer):
             for y in (key, query)
         )
         step = ops.softplus(float32(step) + self.step_bias)[..., None]  # (b, l, h, 1)
+        if self.step_limit is not None:
+            step = ops.clip(step, *self.step_limit)
         log_decay = -ops.exp(self.log_rate)[:, None] * step
         heads = self.recurrence(query, key, step * value, log_decay)  # (b, l, h, v)
         heads = heads + self.skip[:, None] * value

@@ -10,6 +10,7 @@ from blocks.checkpoints.conversions import (
     Conversion,
     Dense,
     DenseByGroup,
+    Depthwise,
     Plain,
     Stacked,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "Conversion",
     "Dense",
     "DenseByGroup",
+    "Depthwise",
     "Plain",
     "Stacked",
     "known_model_types",

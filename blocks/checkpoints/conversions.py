@@ -148,6 +148,24 @@ class DenseByGroup(Dense):
         return [np.concatenate(parts, axis=1).reshape((-1, *rest))]
 
 
+class Depthwise(Conversion):
+    """The kernel of a depthwise convolution, `(channels, 1, size)` in torch.
+
+    Args:
+        path: str. The path of the weight, `(size, channels)`.
+    """
+
+    def tensor_shapes(self, shapes: Sequence[Shape], count: int) -> list[Shape]:
+        size, channels = shapes[0]
+        return [(channels, 1, size)]
+
+    def load(self, tensors: Arrays, shapes: Sequence[Shape]) -> list[np.ndarray]:
+        return [next(tensors)[:, 0].T]
+
+    def save(self, weights: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
+        return [weights[0].T[:, None]]
+
+
 class Stacked(Conversion):
     """A tensor for each expert, in one weight `(experts, ...)`.
 

@@ -35,10 +35,15 @@ def is_published(folder: str) -> bool:
 def _read_config(folder: str) -> dict[str, Any]:
     path = pathlib.Path(folder, "config.json")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"), object_hook=_as_number)
     except (OSError, ValueError) as error:
         raise ValueError(f"'{path}' is missing or damaged: {error}") from error
     return config if isinstance(config, dict) else {}
+
+
+def _as_number(item: dict[str, Any]) -> Any:
+    """Returns what transformers writes as `{"__float__": "Infinity"}` as a number."""
+    return float(item["__float__"]) if item.keys() == {"__float__"} else item
 
 
 def load_backbone(folder: str, with_weights: bool = True, dtype: DType = None) -> Any:

@@ -81,7 +81,38 @@ LLAMA_KIND = []
 
 OTHER_ATTENTION = []
 
-RECURRENT = []
+MAMBA2 = {
+    "vocab_size": VOCABULARY_SIZE,
+    "hidden_size": 24,
+    "num_hidden_layers": 2,
+    "num_heads": 4,
+    "head_dim": 12,
+    "state_size": 6,
+    "n_groups": 2,
+    "chunk_size": 16,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+RECURRENT = [
+    ("Mamba2Config", MAMBA2),
+    unusual(
+        (
+            "Mamba2Config",
+            {
+                **MAMBA2,
+                "expand": 3,
+                "head_dim": 18,
+                "n_groups": 1,
+                "conv_kernel": 3,
+                "use_bias": True,
+                "use_conv_bias": False,
+                "time_step_limit": [0.02, 0.1],
+                "tie_word_embeddings": True,
+            },
+        )
+    ),
+]
 
 CASES = [*FIRST, *LLAMA_KIND, *OTHER_ATTENTION, *RECURRENT]
 
