@@ -165,6 +165,24 @@ class CustomDecoder(TransformerBlock, CompositeCachedLayer):
             attention.build(x_shape, encoder_shape)
         build_layer(norm, x_shape, self.compute_dtype)
 
+    def compute_output_spec(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # Keras traces a layer's call to know its outputs, which takes most of the time
+        # that making a deep model takes. Blocks of one kind are traced once.
+        plain = all(kwargs.get(name) is None for name in _NEEDS_TRACING) and not args
+        parts = ("self_attention", "ffn", *self.norm_names)
+        kinds = tuple(type(getattr(self, name)) for name in parts)
+        kind = (type(self), *kinds, tuple(x.shape), self.compute_dtype)
+        own = inspect.signature(CustomDecoder.transform).parameters
+        plain = (
+            plain and inspect.signature(self.transform).parameters.keys() <= own.keys()
+        )
+        if plain and kind in _TRACED:
+            return keras.KerasTensor(x.shape, dtype=self.compute_dtype)
+        outputs = super().compute_output_spec(x, *args, **kwargs)
+        if plain and getattr(outputs, "shape", None) == x.shape:
+            _TRACED.add(kind)
+        return outputs
+
     def get_build_config(self) -> dict[str, Any] | None:
         config = super().get_build_config()
         if config is None or self._encoder_shape is None:
@@ -222,3 +240,8 @@ class CustomDecoder(TransformerBlock, CompositeCachedLayer):
                 padding_mask=padding_mask,
             )
         return self.add_residual(x, self.ffn_norm, self.ffn)
+
+
+_NEEDS_TRACING = ("cache", "encoder_sequence")
+# The kinds of blocks that have been traced, and whose outputs are like `x`.
+_TRACED: set[tuple] = set()

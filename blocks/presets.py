@@ -18,7 +18,12 @@ import keras_hub
 
 from attention.contract import describe
 from blocks.checkpoints import hugging_face
+from blocks.checkpoints.gguf_file import GgufFile
+from blocks.gguf_tokenizer import read_gguf_preprocessor
+from blocks.preprocessor import CausalLMPreprocessor
 
+# Of samples to train on, of published models that take longer ones.
+_SEQUENCE_LENGTH = 1024
 _DATA = ["*.json", "*.safetensors", "*.jinja", "*.h5", "assets/*"]
 
 
@@ -58,6 +63,8 @@ def load_task(cls: type, preset: str, load_weights: bool, **kwargs: Any) -> Any:
     KerasHub looks for a task class made for exactly the class of the saved backbone,
     and so finds none for a user's subclass.
     """
+    if str(preset).endswith(".gguf") and os.path.isfile(preset):
+        return _load_published(cls, GgufFile(preset), load_weights, **kwargs)
     folder = _local_folder(preset)
     if hugging_face.is_published(folder):
         return _load_published(cls, folder, load_weights, **kwargs)
@@ -83,12 +90,28 @@ def load_task(cls: type, preset: str, load_weights: bool, **kwargs: Any) -> Any:
     return task
 
 
-def _load_published(cls: type, folder: str, load_weights: bool, **kwargs: Any) -> Any:
-    """Returns a task of a folder as transformers writes them."""
+def _load_published(
+    cls: type, source: str | GgufFile, load_weights: bool, **kwargs: Any
+) -> Any:
+    """Returns a task of a folder as transformers writes them, or of a GGUF file."""
     if "backbone" not in kwargs:
         dtype = kwargs.pop("dtype", None)
-        kwargs["backbone"] = hugging_face.load_backbone(folder, load_weights, dtype)
+        kwargs["backbone"] = hugging_face.load_backbone(source, load_weights, dtype)
+    if "preprocessor" not in kwargs:
+        kwargs["preprocessor"] = _read_preprocessor(source, kwargs["backbone"])
     return cls(**kwargs)
+
+
+def _read_preprocessor(source: str | GgufFile, backbone: Any) -> Any:
+    length = min(backbone.max_sequence_length, _SEQUENCE_LENGTH)
+    if isinstance(source, GgufFile):
+        arguments = read_gguf_preprocessor(source)
+        return CausalLMPreprocessor(**arguments, sequence_length=length)
+    if not os.path.exists(os.path.join(source, "tokenizer.json")):
+        return None
+    return CausalLMPreprocessor.from_hugging_face(
+        source, length, vocabulary_size=backbone.vocabulary_size
+    )
 
 
 def _local_folder(preset: str) -> str:

@@ -97,8 +97,9 @@ class Architecture:
                 )
             arguments[name] = value
         for key, only in self.constants.items():
-            found = config.get(key, only)
-            if found not in (only if isinstance(only, tuple) else (only,)):
+            known = only if isinstance(only, tuple) else (only,)
+            found = config.get(key, known[0])
+            if found not in known:
                 raise ValueError(
                     f"The configuration has {key}={found!r}, and '{self.model_type}' "
                     f"is computed here for {key}={only!r} only."

@@ -18,6 +18,7 @@ from blocks.checkpoints.architecture import (
     architecture_of,
     find_architecture,
 )
+from blocks.checkpoints.gguf_file import GgufFile
 from blocks.checkpoints.loading import load_weights, weights_from
 from blocks.checkpoints.tensor_files import DTYPE_NAMES, SafetensorsFolder
 
@@ -46,11 +47,13 @@ def _as_number(item: dict[str, Any]) -> Any:
     return float(item["__float__"]) if item.keys() == {"__float__"} else item
 
 
-def load_backbone(folder: str, with_weights: bool = True, dtype: DType = None) -> Any:
-    """Returns the backbone of a folder as transformers writes them.
+def load_backbone(
+    source: str | GgufFile, with_weights: bool = True, dtype: DType = None
+) -> Any:
+    """Returns the backbone of a published checkpoint.
 
     Args:
-        folder: str.
+        source: str or `GgufFile`. A folder as transformers writes them, or a file.
         with_weights: bool. Whether to read its weights, or draw some.
         dtype: the dtype or policy of all layers; `None` means Keras's own.
 
@@ -58,11 +61,14 @@ def load_backbone(folder: str, with_weights: bool = True, dtype: DType = None) -
         ValueError: if its architecture is unknown, its configuration asks for what is
             not computed here, or its tensors do not fit.
     """
-    config = _read_config(folder)
+    if isinstance(source, GgufFile):
+        config = source.config()
+    else:
+        config = _read_config(source)
     architecture = find_architecture(config["model_type"])
     if config.get("quantization_config") and with_weights:
         raise ValueError(
-            f"The weights of '{folder}' are quantized: "
+            f"The weights of '{source}' are quantized: "
             f"{config['quantization_config'].get('quant_method')!r}. Load the "
             "checkpoint that was quantized, and call `quantize` on it, or pass a GGUF "
             "file."
@@ -74,7 +80,10 @@ def load_backbone(folder: str, with_weights: bool = True, dtype: DType = None) -
 
     if not with_weights:
         return make()
-    return load_weights(make, architecture, SafetensorsFolder(folder))
+    if not isinstance(source, GgufFile):
+        return load_weights(make, architecture, SafetensorsFolder(source))
+    source.use_names_of(architecture)
+    return load_weights(make, architecture, source)
 
 
 def export_backbone(backbone: Any, folder: str, dtype: str | None = None) -> None:

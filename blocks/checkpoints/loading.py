@@ -143,9 +143,21 @@ class _Values:
 
 def to_tensor(value: np.ndarray, dtype: str) -> Tensor:
     """Returns an array, which may be a view such as a transposed matrix, as a tensor."""
-    # To the dtype and into the order of memory in one copy.
-    value = np.ascontiguousarray(value, DTYPE_NAMES.get(dtype, value.dtype))
-    return ops.convert_to_tensor(value, dtype=dtype)
+    source = np.atleast_1d(value)
+    target = np.empty(source.shape, DTYPE_NAMES.get(dtype, value.dtype))
+    # A few rows at a time, in the order of memory: numpy casts and transposes slowly at
+    # once, and whole copies in between would count as memory.
+    order = np.argsort([-stride for stride in source.strides], kind="stable")
+    source, view = source.transpose(order), target.transpose(order)
+    count = max(1, _CAST_AT_ONCE * len(source) // max(source.size, 1))
+    for start in range(0, len(source), count):
+        rows = slice(start, start + count)
+        view[rows] = source[rows].astype(target.dtype)
+    return ops.convert_to_tensor(target.reshape(value.shape), dtype=dtype)
+
+
+# How many numbers.
+_CAST_AT_ONCE = 1 << 18
 
 
 class _Progress:
