@@ -10,11 +10,7 @@ from keras import ops
 from attention.caches.cache_policy import to_cache_layout
 from attention.contract.types import Mask, Tensor
 from attention.softmax.filled_slots import attend_to_filled
-from attention.softmax.kernels import (
-    fused_attention,
-    grouped_attention,
-    scale_query,
-)
+from attention.softmax.kernels import fused_attention, grouped_attention
 from attention.softmax.visibility import Visibility
 
 Pair = tuple[Tensor, Tensor]
@@ -84,7 +80,6 @@ def attend_to(
             return blocks.join(outputs), None
     mask = visibility.mask()
     bias = weighting.bias(visibility.query_positions, visibility.key_positions)
-    query, scale = scale_query(query, weighting.scale)
     scores = None
 
     def attend(past: Tensor, mask: Mask, bias: Tensor) -> Pair:
@@ -97,7 +92,7 @@ def attend_to(
             parts,
             lambda logits: weighting.compute_weights(logits, mask),
             bias,
-            scale,
+            weighting.scale,
             weighting.soft_cap,
             weighting.dropout,
         )
@@ -108,7 +103,7 @@ def attend_to(
             lambda *args: attend(*args)[0], past, mask, bias, visibility.key_positions
         )
     elif plain and new is not None and weighting.fused:
-        outputs = fused_attention(query, *new, mask, bias, scale)
+        outputs = fused_attention(query, *new, mask, bias, weighting.scale)
     else:
         outputs, scores = attend(past, mask, bias)
     if visibility.may_be_empty:

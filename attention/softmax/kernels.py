@@ -15,6 +15,7 @@ from attention.contract.types import Mask, Tensor
 
 # Finite: a row in which everything is masked must not become NaN.
 _MASKED = -1e30
+_HALF_PRECISION = ("float16", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +26,28 @@ class TokensFirst:
 
 
 def _products(query: Tensor, key: Tensor) -> Tensor:
-    """Returns products of `(batch, heads, queries, key_dim)` and keys in any layout."""
+    """Returns `float32` products of `(batch, heads, queries, key_dim)` and keys."""
     if not isinstance(key, TokensFirst):
-        return ops.matmul(query, key)
+        return _matmul_to_float32(query, key)
     # (batch, heads, keys, queries). On the right the keys would be transposed.
-    products = ops.matmul(key.keys, ops.swapaxes(query, 2, 3))
+    products = _matmul_to_float32(key.keys, ops.swapaxes(query, 2, 3))
     return ops.swapaxes(products, 2, 3)
+
+
+def _matmul_to_float32(a: Tensor, b: Tensor) -> Tensor:
+    """Returns a matrix product that is never rounded to half precision.
+
+    Products of published models' queries and keys exceed float16's largest number, and
+    bfloat16 has no number between 128 and 129.
+    """
+    if keras.backend.standardize_dtype(a.dtype) not in _HALF_PRECISION:
+        return ops.cast(ops.matmul(a, b), "float32")
+    if keras.config.backend() == "jax":
+        import jax.numpy as jnp
+
+        # GPUs and TPUs multiply halves into float32. CPUs would cast them anyway.
+        return jnp.matmul(a, b, preferred_element_type="float32")
+    return ops.matmul(ops.cast(a, "float32"), ops.cast(b, "float32"))
 
 
 def grouped_attention(
@@ -74,7 +91,7 @@ def grouped_attention(
     key_length = ops.shape(logits)[-1]
     # (batch, num_heads, length, key_length)
     logits = ops.reshape(logits, (-1, heads, length, key_length))
-    logits = ops.cast(logits, "float32") * scale
+    logits = logits * scale
     if soft_cap is not None:
         logits = soft_cap * ops.tanh(logits / soft_cap)
     weights = compute_weights(logits if bias is None else logits + bias)
@@ -113,30 +130,22 @@ def masked_softmax(logits: Tensor, mask: Mask, sinks: Tensor = None) -> Tensor:
     return weights if sinks is None else weights[..., :-1]
 
 
-def scale_query(query: Tensor, scale: float) -> tuple[Any, float]:
-    """Scales the queries where the products could overflow without it.
-
-    The second result is the scale that remains for the logits.
-    """
-    if keras.backend.standardize_dtype(query.dtype) != "float16":
-        return query, scale
-    return query * scale, 1.0
-
-
 def fused_attention_applies(
     num_heads: int, num_key_value_heads: int, key_dim: int, value_dim: int, dtype: str
 ) -> bool:
     """Returns whether `keras.ops.dot_product_attention` takes these heads as they are.
 
     Outside of JAX it repeats keys and values for grouped heads. On JAX it takes
-    no values of another size than the keys, and CPUs can't compile its float16.
+    no values of another size than the keys, and CPUs can't compile its float16. On
+    TensorFlow it has no kernel, and rounds logits to half precision.
     """
     if keras.config.backend() == "jax":
         import jax
 
         supported = dtype != "float16" or jax.default_backend() != "cpu"
         return key_dim == value_dim and supported
-    return num_heads == num_key_value_heads
+    rounds = keras.config.backend() == "tensorflow" and dtype in _HALF_PRECISION
+    return num_heads == num_key_value_heads and not rounds
 
 
 def fused_attention(
@@ -147,6 +156,13 @@ def fused_attention(
     Queries, keys and values are `(batch, length, heads, dim)`; the rest is as for
     `grouped_attention`, and so are the outputs.
     """
+    dtype = query.dtype
+    half = keras.backend.standardize_dtype(dtype) == "float16"
+    if half and getattr(getattr(query, "device", None), "type", "") == "cpu":
+        # A mask is added to the logits, on torch. Those that float16's lowest number
+        # does not hide would show, and CPUs are as fast in float32.
+        query, key, value = (ops.cast(x, "float32") for x in (query, key, value))
+        half = False
     if bias is not None:
         # Not every backend takes a mask beside a bias.
         bias = bias if len(bias.shape) == 4 else bias[None]
@@ -154,11 +170,11 @@ def fused_attention(
             bias = ops.where(mask, bias, _MASKED)
             mask = None
         # Lower ones would not stay finite when logits are added.
-        half = keras.backend.standardize_dtype(query.dtype) == "float16"
         lowest = float(np.finfo("float16").min) / 2 if half else _MASKED
         bias = ops.cast(ops.maximum(bias, lowest), query.dtype)
         batch, length, heads = ops.shape(query)[:3]
         bias = ops.broadcast_to(bias, (batch, heads, length, ops.shape(key)[1]))
-    return ops.dot_product_attention(
+    outputs = ops.dot_product_attention(
         query, key, value, bias=bias, mask=mask, scale=scale
     )
+    return ops.cast(outputs, dtype)
