@@ -27,27 +27,29 @@ def read_preprocessor(
     config = _read_json(folder, "special_tokens_map.json", "tokenizer_config.json")
     generation = _read_json(folder, "config.json", "generation_config.json")
 
-    def find(kind: str) -> list[int]:
-        """Returns the ids of a kind of special token, if there are any."""
-        name = f"{kind}_token"
-        ids = generation.get(f"{name}_id")
-        if name in config:
-            ids = _token_id(tokenizer, config[name])
+    size = tokenizer.vocabulary_size()
+
+    def known(ids: Any) -> list[int]:
+        """Returns those of one id or several that are in the vocabulary."""
         ids = ids if isinstance(ids, list) else [ids]
-        size = tokenizer.vocabulary_size()
         return [x for x in ids if isinstance(x, int) and 0 <= x < size]
+
+    def find(kind: str) -> int | None:
+        """Returns the id of a kind of special token, if there is one."""
+        token_id = generation.get(f"{kind}_token_id")
+        if f"{kind}_token" in config:
+            token_id = _token_id(tokenizer, config[f"{kind}_token"])
+        return next(iter(known(token_id)), None)
 
     # The file decides whether texts begin with it, as in transformers 5.
     start = tokenizer.start_token_id
-    stops = generation.get("eos_token_id")
-    stops = stops if isinstance(stops, list) or stops is None else [stops]
     return {
         "tokenizer": tokenizer,
-        "start_token": next(iter(find("bos")), None) if start is None else start,
-        "end_token": next(iter(find("eos")), None),
-        "pad_token_id": next(iter(find("pad")), None),
+        "start_token": find("bos") if start is None else start,
+        "end_token": find("eos"),
+        "pad_token_id": find("pad"),
         "add_start_token": start is not None,
-        "stop_token_ids": stops,
+        "stop_token_ids": known(generation.get("eos_token_id")) or None,
         "chat_template": _read_template(folder, config.get("chat_template")),
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import numbers
+import operator
 import os
 from typing import Any
 
@@ -105,7 +106,7 @@ class CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         self.end_token = end_token
         self.chat_template = chat_template
         self._given_pad_token_id = pad_token_id
-        self._given_stop_token_ids = stop_token_ids
+        self._given_stop_token_ids = _read_stops(stop_token_ids)
         self._check_special_tokens()
 
     def _check_special_tokens(self) -> None:
@@ -254,8 +255,8 @@ class CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
     ) -> str | list[str]:
         """Turns conversations into prompts, by the model's `chat_template`.
 
-        The result is what `generate`, `stream` and `start` take. The start token is in
-        it where the template writes it, and they add no second one.
+        The result is what `generate`, `stream` and `start` take. These add the start
+        token where texts begin with one, unless the template has written it already.
 
         Templates are run in Jinja2's sandbox, which keeps them from the interpreter and
         from files. As in `transformers`, a message with the text of a special token has
@@ -342,6 +343,16 @@ class CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
             chat_template=self.chat_template,
         )
         return config
+
+
+def _read_stops(token_ids: Any) -> list[int] | None:
+    try:
+        return None if token_ids is None else [*map(operator.index, token_ids)]
+    except TypeError:
+        raise TypeError(
+            "`stop_token_ids` must be a list of token ids, or `None` for the end token. "
+            f"Received: stop_token_ids={describe(token_ids)}"
+        ) from None
 
 
 def _to_text(detokenized: Any) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from keras import ops
 
 from attention.contract import (
     all_layers,
@@ -243,7 +244,8 @@ class Session:
             )
         if batch.texts is not None:
             tokenizer = self._task.preprocessor.tokenizer
-            rows = [np.array(tokenizer(x), "int32").reshape(-1) for x in batch.texts]
+            rows = [ops.convert_to_numpy(tokenizer(x)) for x in batch.texts]
+            rows = [row.reshape(-1) for row in rows]
         else:
             rows = cut_rows(batch.token_ids, batch.lengths)
         if len(rows) != len(self.tokens):

@@ -162,6 +162,8 @@ def test_sequence_length_may_be_set_later():
     [
         ({"start_token": "[END]"}, ValueError, "`start_token='[END]'` is not in"),
         ({"end_token": 8}, ValueError, "end_token=8"),
+        ({"stop_token_ids": [3, 8]}, ValueError, "stop_token_ids=8"),
+        ({"stop_token_ids": 3}, TypeError, "must be a list of token ids"),
         ({"tokenizer": "gpt2"}, TypeError, "`tokenizer` must be a"),
         ({"tokenizer": word_tokenizer(dtype="string")}, TypeError, 'dtype="int32"'),
         ({"sequence_length": 0}, ValueError, "`sequence_length`"),
