@@ -18,6 +18,7 @@ from blocks.layers.feed_forward import FeedForward, GatedFeedForward, gelu_appro
 from blocks.layers.mixture_of_experts import MixtureOfExperts
 from blocks.layers.norms import DynamicTanh
 from blocks.preprocessor import CausalLMPreprocessor
+from blocks.swap import SwapReport
 
 __all__ = [
     "CausalLM",
@@ -36,6 +37,7 @@ __all__ = [
     "PromptLookup",
     "Session",
     "Speculation",
+    "SwapReport",
     "clone_initializer",
     "gelu_approximate",
 ]

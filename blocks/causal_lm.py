@@ -8,7 +8,7 @@ import keras
 import keras_hub
 
 from attention.contract import describe
-from blocks.checkpoints import hugging_face
+from blocks.checkpoint_mixin import CheckpointMixin
 from blocks.generation.backbone_inputs import (
     backbone_inputs,
     check_backbone,
@@ -18,14 +18,12 @@ from blocks.generation.backbone_inputs import (
 from blocks.generation.compilation import GenerationSizes
 from blocks.generation.mixin import GenerationMixin
 from blocks.generation.prompts import tokenizer_size, vocabulary_size
-from blocks.preprocessor import CausalLMPreprocessor
-from blocks.presets import check_registered, load_task
 from blocks.token_model import TokenModel
 from blocks.training_data import is_in_memory, read_samples, shuffled
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
-class CausalLM(TokenModel, GenerationMixin, keras_hub.models.CausalLM):
+class CausalLM(TokenModel, GenerationMixin, CheckpointMixin, keras_hub.models.CausalLM):
     """A causal language model on any backbone made of cached layers.
 
     It trains with `fit` and generates with `generate`, as every KerasHub
@@ -133,37 +131,6 @@ class CausalLM(TokenModel, GenerationMixin, keras_hub.models.CausalLM):
             A tensor of shape `(batch, length, vocabulary_size)`.
         """
         return token_embedding(self.backbone)(hidden_states, reverse=True)
-
-    def apply_chat_template(
-        self,
-        messages: Any,
-        tools: list[dict[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        **variables: Any,
-    ) -> str | list[str]:
-        """Turns conversations into prompts: see `CausalLMPreprocessor`'s.
-
-        Args:
-            messages: list of dicts with `role` and `content`, or a list of such lists.
-            tools: list of dicts or `None`. JSON schemas of functions.
-            add_generation_prompt: bool. Whether an answer is to follow.
-            **variables: for variables of the template.
-
-        Returns:
-            A string, or a list with one for each conversation.
-
-        Raises:
-            TypeError: if an argument has the wrong type.
-            ValueError: if there is no chat template, or it fails.
-        """
-        if not isinstance(self.preprocessor, CausalLMPreprocessor):
-            raise ValueError(
-                "Chat templates belong to a `blocks.CausalLMPreprocessor`. The model's "
-                f"preprocessor is {describe(self.preprocessor)}"
-            )
-        return self.preprocessor.apply_chat_template(
-            messages, tools, add_generation_prompt, **variables
-        )
 
     def compile(self, *args: Any, sampler: Any = "top_k", **kwargs: Any) -> None:
         """Configures training and generation, as KerasHub's `compile`.
@@ -289,78 +256,33 @@ class CausalLM(TokenModel, GenerationMixin, keras_hub.models.CausalLM):
         if self.optimizer is not None and self.built:
             self.optimizer.build(self.trainable_variables)
 
-    def save_to_preset(
-        self, preset_dir: str, max_shard_size: float | None = 10
-    ) -> None:
-        """Saves the model, its weights and its tokenizer to a folder.
+    def apply_chat_template(
+        self,
+        messages: Any,
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str | list[str]:
+        """Turns conversations into prompts: see `CausalLMPreprocessor`'s.
 
         Args:
-            preset_dir: str. The folder; it is made if need be.
-            max_shard_size: number or `None`. The largest size of a weights file
-                in GB.
-
-        Raises:
-            TypeError: if the backbone is a plain Keras model.
-            ValueError: if a class is not registered with Keras, so that the
-                preset could not be loaded again. Nothing is written then.
-        """
-        if not isinstance(self.backbone, keras_hub.models.Backbone):
-            raise TypeError(
-                "Presets are made of `keras_hub.models.Backbone`s, such as "
-                "`blocks.CustomBackbone`. Save this model with "
-                '`save("model.keras")`. Nothing was written. Received: backbone='
-                f"{describe(self.backbone)}"
-            )
-        tokenizer = getattr(self.preprocessor, "tokenizer", None)
-        check_registered(self, self.backbone, self.preprocessor, tokenizer)
-        super().save_to_preset(preset_dir, max_shard_size=max_shard_size)
-
-    def export_to_transformers(self, path: str, dtype: str | None = None) -> None:
-        """Writes a folder that transformers loads, without a line of this library.
-
-        Weights that LoRA has updated are written as they are computed with. It is the
-        road to servers that read such folders: vLLM, TGI, SGLang.
-
-        Args:
-            path: str. The folder; it is made if need be.
-            dtype: str or `None`. `"float32"`, `"float16"` or `"bfloat16"`; `None` means
-                the dtype of the weights.
-
-        Raises:
-            ValueError: if the backbone computes what no published architecture does,
-                such as another attention. It says what differs, and nothing is written.
-        """
-        hugging_face.export_backbone(self.backbone, path, dtype)
-
-    @classmethod
-    def from_preset(
-        cls, preset: str, load_weights: bool = True, **kwargs: Any
-    ) -> CausalLM:
-        """Loads a model from a preset.
-
-        Args:
-            preset: str. A folder written by `save_to_preset`, or a handle such
-                as `"hf://user/name"` or `"kaggle://user/model/keras/name"`.
-            load_weights: bool. Whether to load the weights.
-            **kwargs: `dtype`, for the backbone; other arguments replace those
-                the model was made with, such as `preprocessor`.
+            messages: list of dicts with `role` and `content`, or a list of such lists.
+            tools: list of dicts or `None`. JSON schemas of functions.
+            add_generation_prompt: bool. Whether an answer is to follow.
+            **variables: for variables of the template.
 
         Returns:
-            A `CausalLM`, of the subclass that was saved.
+            A string, or a list with one for each conversation.
 
         Raises:
-            ValueError: if the folder is missing, incomplete or damaged, or
-                holds a class that is not registered with Keras.
-
-        Example:
-
-        >>> import tempfile
-        >>> from blocks import CausalLM, CustomBackbone
-        >>> lm = CausalLM(CustomBackbone(50, 1, 2, 16, 32, max_sequence_length=32))
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     lm.save_to_preset(folder)
-        ...     restored = CausalLM.from_preset(folder)
-        >>> restored.backbone.num_layers
-        1
+            TypeError: if an argument has the wrong type.
+            ValueError: if there is no chat template, or it fails.
         """
-        return load_task(cls, preset, load_weights, **kwargs)
+        if not isinstance(self.preprocessor, CausalLMPreprocessor):
+            raise ValueError(
+                "Chat templates belong to a `blocks.CausalLMPreprocessor`. The model's "
+                f"preprocessor is {describe(self.preprocessor)}"
+            )
+        return self.preprocessor.apply_chat_template(
+            messages, tools, add_generation_prompt, **variables
+        )

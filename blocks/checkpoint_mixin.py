@@ -1,0 +1,139 @@
+"""Saving and loading language models, in presets and as others publish them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras_hub
+
+from attention.contract import describe
+from blocks.checkpoints import hugging_face
+from blocks.presets import check_registered, load_task
+from blocks.swap import SwapReport, swap_backbone
+
+
+class CheckpointMixin:
+    """The methods of `CausalLM` that save, load and change a model as a whole."""
+
+    backbone: Any
+    preprocessor: Any
+
+    def save_to_preset(
+        self, preset_dir: str, max_shard_size: float | None = 10
+    ) -> None:
+        """Saves the model, its weights and its tokenizer to a folder.
+
+        Args:
+            preset_dir: str. The folder; it is made if need be.
+            max_shard_size: number or `None`. The largest size of a weights file
+                in GB.
+
+        Raises:
+            TypeError: if the backbone is a plain Keras model.
+            ValueError: if a class is not registered with Keras, so that the
+                preset could not be loaded again. Nothing is written then.
+        """
+        if not isinstance(self.backbone, keras_hub.models.Backbone):
+            raise TypeError(
+                "Presets are made of `keras_hub.models.Backbone`s, such as "
+                "`blocks.CustomBackbone`. Save this model with "
+                '`save("model.keras")`. Nothing was written. Received: backbone='
+                f"{describe(self.backbone)}"
+            )
+        tokenizer = getattr(self.preprocessor, "tokenizer", None)
+        check_registered(self, self.backbone, self.preprocessor, tokenizer)
+        super().save_to_preset(  # type: ignore[misc]
+            preset_dir, max_shard_size=max_shard_size
+        )
+
+    def export_to_transformers(self, path: str, dtype: str | None = None) -> None:
+        """Writes a folder that transformers loads, without a line of this library.
+
+        Weights that LoRA has updated are written as they are computed with. It is the
+        road to servers that read such folders: vLLM, TGI, SGLang.
+
+        Args:
+            path: str. The folder; it is made if need be.
+            dtype: str or `None`. `"float32"`, `"float16"` or `"bfloat16"`; `None` means
+                the dtype of the weights.
+
+        Raises:
+            ValueError: if the backbone computes what no published architecture does,
+                such as another attention. It says what differs, and nothing is written.
+        """
+        hugging_face.export_backbone(self.backbone, path, dtype)
+
+    def swap(
+        self, backbone_class: type | None = None, **changes: Any
+    ) -> tuple[Any, SwapReport]:
+        """Makes a model with other parts and the weights of this one.
+
+        Weights whose path and shape are the same are kept. Where only the number of
+        heads differs, fewer heads are the means of those that stood side by side, and
+        more are copies. All others are as their initializers make them, to be trained.
+        This model stays as it is.
+
+        Args:
+            backbone_class: a subclass of `blocks.CustomBackbone`, usually one of this
+                backbone's class with another hook; `None` means the same class.
+            **changes: arguments of the backbone with other values.
+
+        Returns:
+            The model, which has the same preprocessor and is not compiled, and a
+            `blocks.SwapReport`: the weights that were kept, adapted, new and dropped.
+
+        Raises:
+            TypeError: if a backbone is no `blocks.CustomBackbone`.
+
+        Example:
+
+        Multi-query attention, and a sliding window.
+
+        >>> import keras
+        >>> from attention import GroupedQueryAttention
+        >>> from blocks import CausalLM, CustomBackbone
+        >>> lm = CausalLM(CustomBackbone(50, 1, 4, 16, 32))
+        >>> multi_query, report = lm.swap(num_key_value_heads=1)
+        >>> report.adapted["transformer_layer_0/self_attention/key/kernel"]
+        '4 heads averaged into 1'
+        >>> @keras.saving.register_keras_serializable(package="doctest")
+        ... class WindowBackbone(CustomBackbone):
+        ...     def create_attention_layer(self, inputs_shape, layer_index):
+        ...         return GroupedQueryAttention(self.num_heads, self.num_heads, window=8)
+        >>> windowed, report = lm.swap(WindowBackbone)
+        >>> report.new, report.dropped
+        ([], [])
+        """
+        backbone, report = swap_backbone(self.backbone, backbone_class, changes)
+        return type(self)(backbone, self.preprocessor), report
+
+    @classmethod
+    def from_preset(cls, preset: str, load_weights: bool = True, **kwargs: Any) -> Any:
+        """Loads a model from a preset.
+
+        Args:
+            preset: str. A folder written by `save_to_preset`, or a handle such
+                as `"hf://user/name"` or `"kaggle://user/model/keras/name"`.
+            load_weights: bool. Whether to load the weights.
+            **kwargs: `dtype`, for the backbone; other arguments replace those
+                the model was made with, such as `preprocessor`.
+
+        Returns:
+            A `CausalLM`, of the subclass that was saved.
+
+        Raises:
+            ValueError: if the folder is missing, incomplete or damaged, or
+                holds a class that is not registered with Keras.
+
+        Example:
+
+        >>> import tempfile
+        >>> from blocks import CausalLM, CustomBackbone
+        >>> lm = CausalLM(CustomBackbone(50, 1, 2, 16, 32, max_sequence_length=32))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     lm.save_to_preset(folder)
+        ...     restored = CausalLM.from_preset(folder)
+        >>> restored.backbone.num_layers
+        1
+        """
+        return load_task(cls, preset, load_weights, **kwargs)
