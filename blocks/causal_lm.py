@@ -18,6 +18,7 @@ from blocks.generation.backbone_inputs import (
 from blocks.generation.compilation import GenerationSizes
 from blocks.generation.mixin import GenerationMixin
 from blocks.generation.prompts import tokenizer_size, vocabulary_size
+from blocks.preprocessor import CausalLMPreprocessor
 from blocks.token_model import TokenModel
 from blocks.training_data import is_in_memory, read_samples, shuffled
 
