@@ -6,8 +6,9 @@ from typing import Any
 
 import keras_hub
 
-from attention.contract import describe
+from attention.contract import DType, describe
 from blocks.checkpoints import hugging_face
+from blocks.checkpoints.keras_hub import convert_backbone
 from blocks.presets import check_registered, load_task
 from blocks.swap import SwapReport, swap_backbone
 
@@ -113,7 +114,9 @@ class CheckpointMixin:
 
         Args:
             preset: str. A folder written by `save_to_preset`, or a handle such
-                as `"hf://user/name"` or `"kaggle://user/model/keras/name"`.
+                as `"hf://user/name"` or `"kaggle://user/model/keras/name"`; or, with
+                `load_weights=False`, the name of a published configuration such as
+                `"gpt2_base"` (`blocks.checkpoints.known_sizes()` lists them).
             load_weights: bool. Whether to load the weights.
             **kwargs: `dtype`, for the backbone; other arguments replace those
                 the model was made with, such as `preprocessor`.
@@ -137,3 +140,33 @@ class CheckpointMixin:
         1
         """
         return load_task(cls, preset, load_weights, **kwargs)
+
+    @classmethod
+    def from_keras_hub(cls, task_or_backbone: Any, dtype: DType = None) -> Any:
+        """Makes a model of the same weights as one of KerasHub, and its preprocessor.
+
+        Args:
+            task_or_backbone: a `keras_hub.models.CausalLM` or its backbone, as loaded by
+                KerasHub's `from_preset`: of GPT-2, Llama, Mistral, Gemma, Qwen, Phi-3
+                or Falcon.
+            dtype: the dtype or policy of the new backbone; `None` means the same.
+
+        Returns:
+            A `CausalLM`. Its weights are copies.
+
+        Raises:
+            TypeError: if it is no such backbone; a subclass may compute anything.
+            ValueError: if it is quantized, or has an option that is not computed here.
+
+        Example:
+
+        >>> import keras_hub
+        >>> from blocks import CausalLM
+        >>> hub = keras_hub.models.GPT2Backbone(50, 1, 2, 16, 32)
+        >>> lm = CausalLM.from_keras_hub(hub)
+        >>> lm.backbone.num_layers
+        1
+        """
+        backbone = getattr(task_or_backbone, "backbone", task_or_backbone)
+        preprocessor = getattr(task_or_backbone, "preprocessor", None)
+        return cls(convert_backbone(backbone, dtype), preprocessor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import difflib
 import functools
 import glob
 import importlib
@@ -17,7 +18,7 @@ import keras
 import keras_hub
 
 from attention.contract import describe
-from blocks.checkpoints import hugging_face
+from blocks.checkpoints import hugging_face, sizes
 from blocks.checkpoints.gguf_file import GgufFile
 from blocks.gguf_tokenizer import read_gguf_preprocessor
 from blocks.preprocessor import CausalLMPreprocessor
@@ -65,6 +66,8 @@ def load_task(cls: type, preset: str, load_weights: bool, **kwargs: Any) -> Any:
     """
     if str(preset).endswith(".gguf") and os.path.isfile(preset):
         return _load_published(cls, GgufFile(preset), load_weights, **kwargs)
+    if isinstance(preset, str) and preset in sizes.named_sizes():
+        return _make_named(cls, preset, load_weights, **kwargs)
     folder = _local_folder(preset)
     if hugging_face.is_published(folder):
         return _load_published(cls, folder, load_weights, **kwargs)
@@ -88,6 +91,19 @@ def load_task(cls: type, preset: str, load_weights: bool, **kwargs: Any) -> Any:
         path = os.path.join(folder, name)
         _load(folder, name, lambda: task.load_task_weights(path), lambda: task)
     return task
+
+
+def _make_named(cls: type, name: str, load_weights: bool, **kwargs: Any) -> Any:
+    """Returns a task of a name's configuration."""
+    if load_weights:
+        raise ValueError(
+            f"'{name}' is the name of a configuration and holds no weights. Pass "
+            "`load_weights=False` for random ones, or load those of "
+            f"'hf://{sizes.named_sizes()[name].handle}'."
+        )
+    if "backbone" not in kwargs:
+        kwargs["backbone"] = sizes.make_backbone(name, kwargs.pop("dtype", None))
+    return cls(**kwargs)
 
 
 def _load_published(
@@ -133,9 +149,11 @@ def _local_folder(preset: str) -> str:
 
         return kagglehub.model_download(handle)
     if not os.path.isdir(preset):
+        names = difflib.get_close_matches(preset.lower(), sizes.known_sizes())
         raise ValueError(
             f"There is no preset folder '{preset}'. Pass a folder written by "
-            "`save_to_preset`, or a handle such as 'hf://user/name'."
+            "`save_to_preset`, a handle such as 'hf://user/name', or the name of a "
+            f"configuration, such as {names or ['gpt2_base']}."
         )
     return preset
 

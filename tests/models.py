@@ -130,7 +130,9 @@ def randomize(layer, seed=1):
         # Small embeddings: what the blocks add decides on the next token.
         scale = 0.3
         if "kernel" in weight.path:
-            inputs = int(np.prod(shape[:-1])) if "output" in weight.path else shape[0]
+            inputs = (
+                int(np.prod(shape[:-1])) if "output" in weight.path else max(shape[:-1])
+            )
             scale = 2.0 / np.sqrt(inputs)
         values = rng.normal(size=shape) * scale
         if weight.path.endswith(("/gamma", "/scale")):

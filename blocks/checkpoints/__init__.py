@@ -14,6 +14,7 @@ from blocks.checkpoints.conversions import (
     Plain,
     Stacked,
 )
+from blocks.checkpoints.sizes import known_sizes
 
 __all__ = [
     "Architecture",
@@ -25,5 +26,6 @@ __all__ = [
     "Plain",
     "Stacked",
     "known_model_types",
+    "known_sizes",
     "register_architecture",
 ]

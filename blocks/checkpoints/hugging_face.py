@@ -118,16 +118,25 @@ def write_json(folder: str, name: str, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def current_weights(backbone: Any) -> dict[str, Any]:
+    """Returns weights by path, those that LoRA updates with their update added."""
+    values = {
+        weight.path: weight
+        for weight in backbone.weights
+        if not weight.name.startswith("lora_")
+    }
+    for layer in all_layers(backbone):
+        if getattr(layer, "lora_enabled", False):
+            path = next(w.path for w in layer.weights if w.name == "kernel")
+            values[path] = layer.kernel
+    return values
+
+
 def _tensors(
     architecture: Architecture, backbone: Any, dtype: str | None
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields names and tensors, a few in memory at a time."""
-    values = {weight.path: weight for weight in backbone.weights}
-    for layer in all_layers(backbone):
-        if getattr(layer, "lora_enabled", False):
-            # With its low-rank update added.
-            path = next(w.path for w in layer.weights if w.name == "kernel")
-            values[path] = layer.kernel
+    values = current_weights(backbone)
     for entry in architecture.entries(backbone):
         arrays = [ops.convert_to_numpy(values[path]) for path in entry.paths]
         tensors = entry.conversion.save(arrays, len(entry.names))

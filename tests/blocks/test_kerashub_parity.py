@@ -1,41 +1,20 @@
-"""The same numbers as KerasHub's GPT-2 and Llama, from the same weights."""
+"""The same numbers as KerasHub's models, from the same weights."""
 
 import functools
 
-import keras
 import keras_hub
 import numpy as np
 import pytest
 
-from attention import RotaryAttention
-from blocks import CustomBackbone, GatedFeedForward
+from blocks import CausalLM, CustomBackbone
 from tests.helpers import LLAMA3, assert_close, raises, to_numpy
 from tests.models import (
     RAGGED,
     VOCABULARY_SIZE,
-    make_lm,
     prompts,
     randomize,
     rows_of,
 )
-
-# KerasHub's names of the parts, and ours.
-NAMES = {
-    "/self_attention_layer_norm/": "/attention_norm/",
-    "/self_attention_layernorm/": "/attention_norm/",
-    "/feedforward_intermediate_dense/": "/ffn/intermediate/",
-    "/feedforward_gate_dense/": "/ffn/gate/",
-    "/feedforward_output_dense/": "/ffn/output/",
-    "/feedforward_layer_norm/": "/ffn_norm/",
-    "/feedforward_layernorm/": "/ffn_norm/",
-    "sequence_output_layernorm": "layer_norm",
-}
-
-
-def our_path(path):
-    for theirs, ours in NAMES.items():
-        path = path.replace(theirs, ours)
-    return path
 
 
 def generate_both(models, x, **kwargs):
@@ -51,77 +30,121 @@ def compiled(cls, backbone, sampler="greedy", preprocessor=None):
     return lm
 
 
-class LlamaLikeBackbone(CustomBackbone):
-    scaling = None
-
-    def create_attention_layer(self, inputs_shape, layer_index):
-        return RotaryAttention(
-            self.num_heads,
-            self.num_key_value_heads,
-            use_bias=False,
-            scaling=self.scaling,
-        )
-
-    def create_ffn(self, inputs_shape, layer_index):
-        return GatedFeedForward(self.intermediate_dim)
-
-    def create_norm(self, inputs_shape, layer_index):
-        return keras.layers.RMSNormalization(epsilon=self.layer_norm_epsilon)
-
-
-class Llama3LikeBackbone(LlamaLikeBackbone):
-    scaling = LLAMA3
-
-
-GPT2 = (VOCABULARY_SIZE, 2, 4, 16, 32)
-LLAMA = (VOCABULARY_SIZE, 2, 4, 32, 48, 2)
-LLAMA_OPTIONS = {"tie_word_embeddings": False, "layer_norm_epsilon": 1e-6}
+GPT2 = {
+    "num_layers": 2,
+    "num_heads": 4,
+    "hidden_dim": 16,
+    "intermediate_dim": 32,
+    "dropout": 0.0,
+    "max_sequence_length": 64,
+}
+LLAMA = {
+    "num_layers": 2,
+    "num_query_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_dim": 32,
+    "intermediate_dim": 48,
+}
 SCALING = {
     "rope_frequency_adjustment_factor": LLAMA3["factor"],
     "rope_low_freq_factor": LLAMA3["low_freq_factor"],
     "rope_high_freq_factor": LLAMA3["high_freq_factor"],
     "rope_pretraining_sequence_length": LLAMA3["original_max_position_embeddings"],
 }
+GEMMA = {**LLAMA, "head_dim": 10}
+GEMMA2 = {
+    **GEMMA,
+    "use_post_ffw_norm": True,
+    "use_post_attention_norm": True,
+    "use_sliding_window_attention": True,
+    "sliding_window_size": 4,
+}
+GEMMA3 = {**GEMMA2, "image_size": 8, "num_layers": 6}
+SOFT_CAPS = {"attention_logit_soft_cap": 5.0, "final_logit_soft_cap": 3.0}
+LONG = {
+    "rope_scaling_type": "su",
+    "rope_scaling_short_factor": [1.0, 1.1, 1.2, 1.5],
+    "rope_scaling_long_factor": [1.0, 2.0, 3.0, 4.0],
+    "max_sequence_length": 64,
+}
+FALCON = {
+    "num_layers": 2,
+    "num_attention_heads": 6,
+    "hidden_dim": 24,
+    "intermediate_dim": 32,
+}
+# KerasHub's task, and arguments of its backbone.
+MODELS = {
+    "gpt2": ("GPT2", GPT2),
+    "llama": ("Llama", LLAMA),
+    "llama3": ("Llama3", {**LLAMA, **SCALING}),
+    "llama3, tied": ("Llama3", {**LLAMA, "tie_word_embeddings": True}),
+    "mistral": ("Mistral", {**LLAMA, "head_dim": 6, "sliding_window": 4}),
+    "mistral, scaled": (
+        "Mistral",
+        {**LLAMA, "sliding_window": None, "rope_scaling_factor": 2.0},
+    ),
+    "qwen": ("Qwen", LLAMA),
+    "qwen3": ("Qwen3", {**LLAMA, "head_dim": 6, "sliding_window_size": None}),
+    "gemma": ("Gemma", GEMMA),
+    "gemma2": ("Gemma", {**GEMMA2, **SOFT_CAPS}),
+    "gemma3": ("Gemma3", {**GEMMA3, "global_rope_scaling_factor": 8.0}),
+    "phi3": ("Phi3", LLAMA),
+    "phi3, short": ("Phi3", {**LLAMA, **LONG, "pretraining_sequence_length": 50}),
+    "phi3, long": ("Phi3", {**LLAMA, **LONG, "pretraining_sequence_length": 20}),
+    "falcon": ("Falcon", FALCON),
+}
+EVERYWHERE = ("gpt2", "llama3")
+
+
+def make_hub(name):
+    model, arguments = MODELS[name]
+    cls = getattr(keras_hub.models, f"{model}Backbone")
+    backbone = cls(vocabulary_size=VOCABULARY_SIZE, **arguments)
+    randomize(backbone)
+    return backbone
+
+
+@functools.cache
+def make_backbones(name):
+    """KerasHub's backbone and ours, of the same weights."""
+    hub = make_hub(name)
+    return hub, CausalLM.from_keras_hub(hub).backbone
 
 
 @functools.cache
 def make_models(name):
-    """KerasHub's model and ours, of the same weights."""
-    hub = keras_hub.models
-    if name == "gpt2":
-        reference = hub.GPT2Backbone(*GPT2, dropout=0.0, max_sequence_length=64)
-        backbone = CustomBackbone(*GPT2, max_sequence_length=64)
-    else:
-        scaling, cls = {
-            "llama": ({}, LlamaLikeBackbone),
-            "llama3": (SCALING, Llama3LikeBackbone),
-        }[name]
-        reference = hub.LlamaBackbone(*LLAMA, **LLAMA_OPTIONS, **scaling)
-        backbone = cls(*LLAMA, learned_positions=False, **LLAMA_OPTIONS)
-    randomize(reference)
-    ours = {w.path: w for w in backbone.weights}
-    # All weights, by name.
-    assert {our_path(w.path) for w in reference.weights} == set(ours)
-    for weight in reference.weights:
-        ours[our_path(weight.path)].assign(weight)
-    lm_class = hub.GPT2CausalLM if name == "gpt2" else hub.LlamaCausalLM
-    return compiled(lm_class, reference), make_lm(backbone)
+    task = getattr(keras_hub.models, f"{MODELS[name][0]}CausalLM")
+    hub, backbone = make_backbones(name)
+    return compiled(task, hub), compiled(CausalLM, backbone)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "llama3"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in EVERYWHERE else pytest.mark.slow)
+        for name in MODELS
+    ],
+)
 def test_hidden_states_and_logits_are_equal(name):
-    reference_lm, lm = make_models(name)
+    backbones = make_backbones(name)
     rng = np.random.default_rng(0)
     x = prompts([rng.integers(0, VOCABULARY_SIZE, size=n) for n in (40, 7, 23)])
     real = x["padding_mask"].astype(bool)
-    for theirs, ours in ((reference_lm.backbone, lm.backbone), (reference_lm, lm)):
-        expected, outputs = to_numpy(theirs(x)), to_numpy(ours(x))
+    hidden = [model(x) for model in backbones]
+    logits = [m.token_embedding(h, reverse=True) for m, h in zip(backbones, hidden)]
+    for pair in (hidden, logits):
+        expected, outputs = (to_numpy(array) for array in pair)
         assert expected.shape == outputs.shape
         assert np.abs(expected[real]).max() > 0.5
         assert_close(outputs[real], expected[real], atol=1e-4)
-    assert CustomBackbone(VOCABULARY_SIZE, 1, 2, 8, 16).max_sequence_length == 1024
+
+
+def test_classes_and_defaults_are_those_of_keras_hub():
+    lm = make_models("gpt2")[1]
     assert isinstance(lm.backbone, keras_hub.models.Backbone)
     assert isinstance(lm, keras_hub.models.CausalLM)
+    assert CustomBackbone(VOCABULARY_SIZE, 1, 2, 8, 16).max_sequence_length == 1024
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama3"])
@@ -161,10 +184,12 @@ def test_texts_are_equal_with_keras_hubs_preprocessor():
     preprocessor = keras_hub.models.GPT2CausalLMPreprocessor(
         tokenizer, sequence_length=20
     )
-    reference_lm, lm = (
-        compiled(type(x), x.backbone, preprocessor=preprocessor)
-        for x in make_models("gpt2")
+    backbone = make_models("gpt2")[0].backbone
+    reference_lm = compiled(
+        keras_hub.models.GPT2CausalLM, backbone, preprocessor=preprocessor
     )
+    lm = CausalLM.from_keras_hub(reference_lm)
+    lm.compile(sampler="greedy")
     texts = ["the", "to be,", "a"]
     for strip_prompt in (False, True):
         expected = reference_lm.generate(texts, strip_prompt=strip_prompt)
@@ -179,3 +204,32 @@ def test_texts_are_equal_with_keras_hubs_preprocessor():
     assert len(reference_lm.generate([text])[0]) < len(text)
     with raises(ValueError, "Prompt 0 has"):
         lm.generate([text])
+
+
+def test_weights_and_dtype_are_those_of_the_model_as_it_is_now():
+    hub = make_hub("gpt2")
+    hub.enable_lora(2)
+    randomize(hub)
+    x = prompts(RAGGED)
+    real = x["padding_mask"].astype(bool)
+    lm = CausalLM.from_keras_hub(hub)
+    outputs, expected = (to_numpy(model(x))[real] for model in (lm.backbone, hub))
+    assert_close(outputs, expected, atol=1e-4)
+    lm = CausalLM.from_keras_hub(hub, dtype="bfloat16")
+    assert {weight.dtype for weight in lm.trainable_weights} == {"bfloat16"}
+    half = keras_hub.models.GPT2Backbone(9, 1, 1, 4, 4, dtype="float16")
+    assert CausalLM.from_keras_hub(half).backbone.compute_dtype == "float16"
+
+
+@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method")
+def test_what_is_not_read_is_an_error():
+    hub = make_hub("gpt2")
+    with raises(TypeError, "must be a task or backbone of KerasHub", "'LlamaBackbone'"):
+        CausalLM.from_keras_hub(CausalLM.from_keras_hub(hub))
+    hub.quantize("int8")
+    with raises(ValueError, "are quantized", "transformer_layer_0"):
+        CausalLM.from_keras_hub(hub)
+    arguments = {**LLAMA, "rope_position_scaling_factor": 2.0}
+    hub = keras_hub.models.LlamaBackbone(vocabulary_size=9, **arguments)
+    with raises(ValueError, "rope_position_scaling_factor=1.0 only"):
+        CausalLM.from_keras_hub(hub)
