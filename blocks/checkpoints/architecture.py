@@ -140,7 +140,8 @@ class Architecture:
 
     def is_ignored(self, name: str, backbone: Any) -> bool:
         """Returns whether a tensor of this name is no weight."""
-        tied = backbone.tie_word_embeddings and name == "lm_head.weight"
+        head = self.weights.get(name) == "token_embedding/reverse_embeddings"
+        tied = backbone.tie_word_embeddings and head
         return tied or name.endswith(self.ignored)
 
 

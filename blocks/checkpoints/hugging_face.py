@@ -216,20 +216,24 @@ def _check_same_computation(
 _IRRELEVANT = {"name", "dtype", "trainable", "cache_dtype", "dropout", "seed", "rate"}
 
 
+def _relevant(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns what changes outputs in a configuration, and in those within it."""
+    return {
+        key: _relevant(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in _IRRELEVANT
+        and not key.endswith(("initializer", "regularizer", "constraint"))
+        and not key.startswith(("lora", "quantization", "in_backbone"))
+    }
+
+
 def _parts(backbone: Any) -> dict[str, dict[str, Any]]:
     """Returns the configuration of each layer within a backbone, by path."""
     found = {}
     for layer in all_layers(backbone):
         if layer is backbone or isinstance(layer, keras.layers.InputLayer):
             continue
-        config = layer.get_config()
-        kept = {
-            key: value
-            for key, value in config.items()
-            if key not in _IRRELEVANT
-            and not key.endswith(("initializer", "regularizer", "constraint"))
-            and not key.startswith(("lora", "quantization", "in_backbone"))
-        }
+        kept = _relevant(layer.get_config())
         transform = getattr(type(layer), "transform", None)
         kept["class"] = getattr(transform, "__qualname__", type(layer).__name__)
         found[layer.path or layer.name] = kept

@@ -34,6 +34,30 @@ def gelu_approximate(x: Tensor) -> Tensor:
     return keras.activations.gelu(x, approximate=True)
 
 
+def published_activation(name: str) -> Activation:
+    """Returns the activation that published configurations call by a name.
+
+    Args:
+        name: str. A name as in transformers, such as `"gelu_new"`; those that Keras has,
+            too, mean the same there.
+
+    Raises:
+        ValueError: if there is no activation of this name.
+
+    Example:
+
+    >>> from blocks.layers.feed_forward import published_activation
+    >>> published_activation("gelu_new").__name__
+    'gelu_approximate'
+    """
+    return keras.activations.get(_PUBLISHED_ACTIVATIONS.get(name, name))
+
+
+_PUBLISHED_ACTIVATIONS: dict[str, Activation] = dict.fromkeys(
+    ("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), gelu_approximate
+)
+
+
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
 class FeedForward(keras.layers.Layer):
     """Two dense layers with an activation in between.

@@ -49,6 +49,15 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+NEOX = {**DECODER, "hidden_size": 32, "rotary_pct": 0.5}
+FALCON = {**DECODER, "ffn_hidden_size": 40, "alibi": False}
+OPT = {
+    **DECODER,
+    "ffn_dim": 40,
+    "max_position_embeddings": 32,
+    "pad_token_id": 1,
+}
+BLOOM = {**DECODER, "n_layer": 2, "n_head": 4}
 
 
 def unusual(value):
@@ -79,7 +88,87 @@ FIRST = [
 
 LLAMA_KIND = []
 
-OTHER_ATTENTION = []
+OTHER_ATTENTION = [
+    ("GPTNeoXConfig", NEOX),
+    unusual(
+        (
+            "GPTNeoXConfig",
+            {
+                **NEOX,
+                "use_parallel_residual": False,
+                "attention_bias": False,
+                "hidden_act": "gelu_fast",
+                "rope_parameters": {
+                    "rope_theta": 500.0,
+                    "rope_type": "linear",
+                    "factor": 2.0,
+                    "partial_rotary_factor": 0.25,
+                },
+                "tie_word_embeddings": True,
+            },
+        )
+    ),
+    # Of 7B, 40B, 11B and RW.
+    pytest.param(("FalconConfig", FALCON), marks=pytest.mark.slow_on_jax),
+    unusual(
+        (
+            "FalconConfig",
+            {**FALCON, "new_decoder_architecture": True, "num_kv_heads": 2},
+        )
+    ),
+    unusual(
+        (
+            "FalconConfig",
+            {
+                **FALCON,
+                "new_decoder_architecture": True,
+                "num_kv_heads": 2,
+                "num_ln_in_parallel_attn": 1,
+                "ffn_hidden_size": None,
+                "activation": "relu",
+                "rope_parameters": {"rope_theta": 500.0, "rope_type": "default"},
+                "tie_word_embeddings": False,
+            },
+        )
+    ),
+    (
+        "FalconConfig",
+        {
+            **FALCON,
+            "hidden_size": 32,
+            # Slopes that bfloat16 rounds.
+            "num_attention_heads": 16,
+            "alibi": True,
+            # The eager one adds biases twice.
+            "attn_implementation": "sdpa",
+            "multi_query": False,
+            "parallel_attn": False,
+            "bias": True,
+        },
+    ),
+    pytest.param(("OPTConfig", OPT), marks=pytest.mark.slow_on_jax),
+    unusual(
+        (
+            "OPTConfig",
+            {
+                **OPT,
+                "do_layer_norm_before": False,
+                "word_embed_proj_dim": 16,
+                "enable_bias": False,
+                "layer_norm_elementwise_affine": False,
+                "activation_function": "gelu",
+            },
+        )
+    ),
+    unusual(
+        (
+            "OPTConfig",
+            {**OPT, "word_embed_proj_dim": 16, "tie_word_embeddings": False},
+        )
+    ),
+    pytest.param(("BloomConfig", BLOOM), marks=pytest.mark.slow_on_jax),
+    unusual(("BloomConfig", {**BLOOM, "n_head": 6, "tie_word_embeddings": False})),
+]
 
 MAMBA2 = {
     "vocab_size": VOCABULARY_SIZE,
@@ -138,7 +227,7 @@ def models(request, tmp_path_factory):
     """A transformers model, and ours that is loaded from its folder."""
     name, arguments = request.param
     config = getattr(transformers, name)(**arguments)
-    config._attn_implementation = "eager"
+    config._attn_implementation = arguments.get("attn_implementation", "eager")
     reference = transformers.AutoModelForCausalLM.from_config(config).eval()
     randomize(reference)
     folder = tmp_path_factory.mktemp(name)
@@ -209,7 +298,9 @@ def test_greedy_tokens_and_the_road_back(models, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported, info = transformers.AutoModelForCausalLM.from_pretrained(
-            tmp_path, output_loading_info=True, attn_implementation="eager"
+            tmp_path,
+            output_loading_info=True,
+            attn_implementation=reference.config._attn_implementation,
         )
     assert type(exported) is type(reference)
     assert not any(info.values()), info
