@@ -16,10 +16,12 @@ from attention.contract import (
     Initializer,
     Shape,
     Tensor,
+    check_optional_positive_int,
     check_positive_int,
     clone_initializer,
     describe,
 )
+from blocks.layers.feed_forward import FeedForward, GatedFeedForward
 
 # Smaller blocks are slow where there are enough tokens for larger ones.
 _SMALL_BLOCK = 32
@@ -39,7 +41,8 @@ class MixtureOfExperts(CachedLayer):
     that the work grows with `num_experts_per_token`, not with `num_experts`. A loss
     that is least where all experts get as many tokens is added when training
     (`add_loss`); padding does not count in it. Returned from `create_ffn`, it is a
-    feed-forward layer as any other. It has no state: its cache is `()`.
+    feed-forward layer as any other. It has no state: its cache is `()`. A subclass may
+    override `choose`, which picks experts, and `activate`.
 
     Args:
         num_experts: int. The number of experts.
@@ -51,6 +54,9 @@ class MixtureOfExperts(CachedLayer):
         normalize_weights: bool. Whether the weights of a token's experts sum to 1.
         balance_weight: float. The factor of the loss of uneven loads.
         kernel_initializer: initializer of the router and the experts.
+        use_bias: bool. Whether the router and the experts have biases.
+        shared_intermediate_dim: int or `None`. The width inside one more expert, which
+            sees all tokens and is added, as in DeepSeek-V2; `None`: there is none.
         **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
 
     Call arguments:
@@ -92,6 +98,8 @@ class MixtureOfExperts(CachedLayer):
         normalize_weights: bool = True,
         balance_weight: float = 0.01,
         kernel_initializer: Initializer = "glorot_uniform",
+        use_bias: bool = False,
+        shared_intermediate_dim: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -118,12 +126,17 @@ class MixtureOfExperts(CachedLayer):
         self.normalize_weights = bool(normalize_weights)
         self.balance_weight = float(balance_weight)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.use_bias = bool(use_bias)
+        self.shared_intermediate_dim = check_optional_positive_int(
+            "shared_intermediate_dim", shared_intermediate_dim
+        )
+        self.shared: FeedForward | None = None
 
     def build(self, inputs_shape: Shape) -> None:
         width = inputs_shape[-1]
         self.router = keras.layers.Dense(
             self.num_experts,
-            use_bias=False,
+            use_bias=self.use_bias,
             kernel_initializer=clone_initializer(self.kernel_initializer),
             # Two likely experts are told apart, whatever the policy.
             dtype="float32",
@@ -142,6 +155,27 @@ class MixtureOfExperts(CachedLayer):
             )
             for i, (name, shape) in enumerate(shapes.items())
         }
+        self.biases = {}
+        if self.use_bias:
+            self.biases = {
+                name: self.add_weight(
+                    name=f"{name}_biases",
+                    shape=(self.num_experts, shape[-1]),
+                    initializer="zeros",
+                )
+                for name, shape in shapes.items()
+            }
+        if self.shared_intermediate_dim is not None:
+            kind = GatedFeedForward if self.gated else FeedForward
+            self.shared = kind(
+                self.shared_intermediate_dim,
+                self.activation,
+                self.use_bias,
+                kernel_initializer=clone_initializer(self.kernel_initializer),
+                dtype=self.dtype_policy,
+                name="shared",
+            )
+            self.shared.build(inputs_shape)
 
     def create_cache(self, batch_size: int, max_length: int) -> tuple:
         return ()
@@ -160,18 +194,43 @@ class MixtureOfExperts(CachedLayer):
         tokens = ops.reshape(x, (-1, x.shape[-1]))  # (tokens, width)
         chances = ops.softmax(self.router(tokens), axis=-1)  # (tokens, experts)
         # Both (tokens, experts per token).
-        weights, experts = ops.top_k(chances, self.num_experts_per_token)
+        weights, experts = self.choose(chances)
         experts = ops.cast(experts, "int32")
         if training and self.balance_weight:
             loss = self._imbalance(chances, experts, padding_mask)
             self.add_loss(self.balance_weight * loss)
-        if self.normalize_weights:
-            weights = weights / ops.sum(weights, axis=-1, keepdims=True)
         found = self._run_experts(tokens, experts)  # (tokens, per token, width)
         weights = ops.cast(weights, found.dtype)
         outputs = ops.sum(found * weights[..., None], axis=1)  # (tokens, width)
         outputs = ops.reshape(outputs, ops.shape(x))  # (batch, length, width)
+        if self.shared is not None:
+            outputs = outputs + self.shared(x)
         return outputs if cache is None else (outputs, cache)
+
+    def choose(self, chances: Tensor) -> tuple[Tensor, Tensor]:
+        """Picks the experts of each token.
+
+        Args:
+            chances: `float32` tensor of shape `(tokens, experts)`: the router's softmax.
+
+        Returns:
+            The weights of the experts' outputs and the experts' numbers, both of shape
+            `(tokens, num_experts_per_token)`.
+        """
+        weights, experts = ops.top_k(chances, self.num_experts_per_token)
+        if self.normalize_weights:
+            weights = weights / ops.sum(weights, axis=-1, keepdims=True)
+        return weights, experts
+
+    def activate(self, inner: Tensor, gate: Tensor | None) -> Tensor:
+        """Activates what is inside an expert.
+
+        Returns a tensor of the shape of `inner` and of `gate`, `(blocks, size, width
+        inside)`; `gate` is `None` where experts are not gated.
+        """
+        if gate is None:
+            return self.activation(inner)
+        return inner * self.activation(gate)
 
     def _imbalance(
         self, chances: Tensor, experts: Tensor, padding_mask: Tensor | None
@@ -238,16 +297,19 @@ class MixtureOfExperts(CachedLayer):
 
     def _expert(self, x: Tensor, expert: Tensor) -> Tensor:
         """Runs each block, `(size, width)`, through its expert, of shape `(blocks,)`."""
-        kernels = {
-            name: ops.cast(ops.take(kernel, expert, axis=0), x.dtype)
-            for name, kernel in self.kernels.items()
-        }
-        inner = ops.matmul(x, kernels["intermediate"])  # (blocks, size, inner)
-        if self.gated:
-            inner = inner * self.activation(ops.matmul(x, kernels["gate"]))
-        else:
-            inner = self.activation(inner)
-        return ops.matmul(inner, kernels["output"])  # (blocks, size, width)
+
+        def project(name: str, x: Tensor) -> Tensor:
+            kernels = ops.take(self.kernels[name], expert, axis=0)
+            outputs = ops.matmul(x, ops.cast(kernels, x.dtype))
+            if self.use_bias:
+                biases = ops.take(self.biases[name], expert, axis=0)[:, None]
+                outputs = outputs + ops.cast(biases, x.dtype)
+            return outputs
+
+        gate = project("gate", x) if self.gated else None
+        # (blocks, size, width inside)
+        inner = self.activate(project("intermediate", x), gate)
+        return project("output", inner)  # (blocks, size, width)
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
@@ -260,6 +322,8 @@ class MixtureOfExperts(CachedLayer):
             normalize_weights=self.normalize_weights,
             balance_weight=self.balance_weight,
             kernel_initializer=keras.initializers.serialize(self.kernel_initializer),
+            use_bias=self.use_bias,
+            shared_intermediate_dim=self.shared_intermediate_dim,
         )
         return config
 

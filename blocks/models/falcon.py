@@ -49,9 +49,10 @@ class FalconAlibi(AlibiBias):
 
 def _to_bfloat16(x: Tensor) -> Tensor:
     """Rounds as a cast to bfloat16 and back does, which XLA would leave out."""
-    bits = ops.view(x, "int32")
+    # `view` on TensorFlow needs to know the last size.
+    bits = ops.view(x[..., None], "int32")
     bits = bits + 0x7FFF + ops.bitwise_and(ops.right_shift(bits, 16), 1)
-    return ops.view(ops.bitwise_and(bits, -0x10000), "float32")
+    return ops.view(ops.bitwise_and(bits, -0x10000), "float32")[..., 0]
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")

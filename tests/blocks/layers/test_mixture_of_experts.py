@@ -32,6 +32,8 @@ def silu(x):
 
 def chances_of(layer, x):
     logits = x @ to_numpy(layer.router.kernel).astype("float64")
+    if layer.use_bias:
+        logits = logits + to_numpy(layer.router.bias)
     chances = np.exp(logits - logits.max(-1, keepdims=True))
     return chances / chances.sum(-1, keepdims=True)
 
@@ -39,7 +41,11 @@ def chances_of(layer, x):
 def reference(layer, x):
     """One token after the other."""
     kernels = {name: to_numpy(w).astype("float64") for name, w in layer.kernels.items()}
+    biases = {name: np.zeros(w.shape[::2]) for name, w in kernels.items()}
+    biases.update((name, to_numpy(w)) for name, w in layer.biases.items())
     outputs = np.zeros(x.shape)
+    if layer.shared is not None:
+        outputs += to_numpy(layer.shared(x))
     for place in np.ndindex(*x.shape[:2]):
         token = x[place].astype("float64")
         chances = chances_of(layer, token)
@@ -47,12 +53,15 @@ def reference(layer, x):
         total = chances[best].sum() if layer.normalize_weights else 1
         for expert in best:
             inner = token @ kernels["intermediate"][expert]
+            inner = inner + biases["intermediate"][expert]
             if layer.gated:
-                inner = inner * silu(token @ kernels["gate"][expert])
+                gate = token @ kernels["gate"][expert] + biases["gate"][expert]
+                inner = inner * silu(gate)
             else:
                 inner = silu(inner)
             weight = chances[expert] / total
-            outputs[place] += weight * (inner @ kernels["output"][expert])
+            found = inner @ kernels["output"][expert] + biases["output"][expert]
+            outputs[place] += weight * found
     return outputs
 
 
@@ -61,7 +70,8 @@ def reference(layer, x):
     ("experts", "chosen", "gated"), [(4, 2, True), (7, 1, False), (5, 5, True)]
 )
 def test_it_equals_a_loop_over_tokens(experts, chosen, gated, shape):
-    layer = made(experts, 5, chosen, gated=gated, normalize_weights=gated)
+    more = {"use_bias": True, "shared_intermediate_dim": 4} if experts == 5 else {}
+    layer = made(experts, 5, chosen, gated=gated, normalize_weights=gated, **more)
     x = sample(*shape, width=6)
     expected = reference(layer, x)
     assert_close(layer(x), expected)
