@@ -124,11 +124,12 @@ class Falcon(Architecture):
     layer_weights = Bloom.layer_weights
 
     def entries(self, backbone: Any) -> Iterator[Entry]:
-        for names, *rest in super().entries(backbone):
+        for entry in super().entries(backbone):
+            names = entry.names
             if backbone.parallel_norms == 2:
                 names = [x.replace("input_layernorm", "ln_attn") for x in names]
                 names = [x.replace("post_attention_layernorm", "ln_mlp") for x in names]
-            yield Entry(names, *rest)
+            yield Entry(names, entry.paths, entry.conversion)
 
     def read_config(self, config: dict[str, Any]) -> dict[str, Any]:
         read = super().read_config(config)

@@ -26,7 +26,7 @@ class ParallelDecoder(CustomDecoder):
     Each has a norm of its own, or both have one, where `norm_names` has one name.
     """
 
-    def transform(
+    def transform(  # type: ignore[override]
         self,
         x: Tensor,
         padding_mask: Tensor | None = None,

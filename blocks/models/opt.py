@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -70,8 +69,9 @@ class OPTBackbone(CustomBackbone):
     def create_attention_layer(
         self, inputs_shape: Shape, layer_index: int
     ) -> CachedLayer:
-        options = {"use_bias": self.use_bias, "dropout": self.dropout}
-        return MultiHeadAttention(self.num_heads, **options)
+        return MultiHeadAttention(
+            self.num_heads, use_bias=self.use_bias, dropout=self.dropout
+        )
 
     def create_ffn(self, inputs_shape: Shape, layer_index: int) -> keras.layers.Layer:
         activation = published_activation(self.activation)
@@ -96,14 +96,14 @@ class OPTBackbone(CustomBackbone):
 class AfterTwo(Plain):
     """A tensor whose first two rows, those of padding, no weight has."""
 
-    def tensor_shapes(self, shapes: Sequence[Shape], count: int) -> list[Shape]:
+    def tensor_shapes(self, shapes: Any, count: int) -> list[tuple[int, ...]]:
         rows, width = shapes[0]
         return [(rows + 2, width)]
 
-    def load(self, tensors: Any, shapes: Sequence[Shape]) -> list[np.ndarray]:
+    def load(self, tensors: Any, shapes: Any) -> list[np.ndarray]:
         return [next(tensors)[2:]]
 
-    def save(self, weights: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
+    def save(self, weights: Any, count: int) -> list[np.ndarray]:
         return [np.concatenate([np.zeros_like(weights[0][:2]), weights[0]])]
 
 
