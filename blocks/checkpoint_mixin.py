@@ -106,7 +106,8 @@ class CheckpointMixin:
         ([], [])
         """
         backbone, report = swap_backbone(self.backbone, backbone_class, changes)
-        return type(self)(backbone, self.preprocessor), report
+        make: Any = type(self)
+        return make(backbone, self.preprocessor), report
 
     @classmethod
     def from_preset(cls, preset: str, load_weights: bool = True, **kwargs: Any) -> Any:
@@ -169,4 +170,5 @@ class CheckpointMixin:
         """
         backbone = getattr(task_or_backbone, "backbone", task_or_backbone)
         preprocessor = getattr(task_or_backbone, "preprocessor", None)
-        return cls(convert_backbone(backbone, dtype), preprocessor)
+        make: Any = cls
+        return make(convert_backbone(backbone, dtype), preprocessor)
