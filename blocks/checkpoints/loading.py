@@ -165,15 +165,16 @@ class _Progress:
 
     def __init__(self, total: int) -> None:
         self.start = time.monotonic()
-        self.total, self.done = int(total), 0
+        self.total, self.done = int(total) // 10**6, 0
         self.bar: Any = None
 
     def add(self, count: int) -> None:
         self.done += count
         if self.bar is None and time.monotonic() - self.start > _PATIENCE:
-            self.bar = keras.utils.Progbar(self.total, unit_name="weight")
+            unit = "million weights"
+            self.bar = keras.utils.Progbar(self.total, interval=1, unit_name=unit)
         if self.bar is not None:
-            self.bar.update(self.done)
+            self.bar.update(self.done // 10**6)
 
 
 def _present_names(

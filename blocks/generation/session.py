@@ -213,8 +213,40 @@ class Session:
                 f"num_tokens={num_tokens}, and the shortest row has "
                 f"{int(lengths.min()) + num_tokens} tokens"
             )
-        # The last token left is processed again, as its logits are needed.
-        batch, processed = self._batch, np.minimum(self._batch.processed, lengths - 1)
+        self._rewind([row[:n] for row, n in zip(self.tokens, lengths)])
+
+    def rewrite(self, inputs: Any) -> None:
+        """Makes the tokens of the session those of other inputs.
+
+        Only what comes after the tokens that both begin with is processed, by the next
+        turn. It is for chat templates, which write the whole conversation anew for each
+        turn: `session.rewrite(lm.apply_chat_template(messages))`, then
+        `session.generate()`.
+
+        Args:
+            inputs: as for `CausalLM.start`, of as many rows.
+
+        Raises:
+            TypeError: if `inputs` has the wrong type.
+            ValueError: as `trim`, if tokens of the session must be taken back; or if
+                `inputs` has another number of rows. The session stays as it was.
+        """
+        (prompts,), _ = self._task._read(inputs, None, 1, one_for="rewrite")
+        rows = prompts.rows()
+        if len(rows) != len(self.tokens):
+            raise ValueError(
+                f"The session has {len(self.tokens)} rows, so `inputs` must have as "
+                f"many. Received: inputs={describe(inputs)}"
+            )
+        self._rewind(rows)
+
+    def _rewind(self, rows: list[np.ndarray]) -> None:
+        """Replaces the tokens; what both begin with stays processed."""
+        common = np.array(list(map(_common_length, self.tokens, rows)), "int32")
+        # The last token is processed again, as its logits are needed.
+        last = np.array([len(row) - 1 for row in rows], "int32")
+        batch = self._batch
+        processed = np.minimum(batch.processed, np.minimum(common, last))
         moves = set(zip(batch.processed.tolist(), processed.tolist()))
         # Without a cache all tokens are processed again anyway.
         for before, after in () if batch.cache is None else moves:
@@ -228,7 +260,7 @@ class Session:
                     "you may want to take back."
                 )
         self._turn += 1
-        self.tokens = [row[:n] for row, n in zip(self.tokens, lengths)]
+        self.tokens = rows
         batch.processed = processed
 
     def _read(self, inputs: Any) -> list[np.ndarray]:
@@ -290,6 +322,13 @@ class Session:
                 "cache is no longer that of the model. Start a new one: "
                 "`lm.start(...)`. Its tokens are in `session.tokens`."
             )
+
+
+def _common_length(first: np.ndarray, second: np.ndarray) -> int:
+    """Returns how many tokens two rows have in common at their beginnings."""
+    size = min(len(first), len(second))
+    differ = np.flatnonzero(first[:size] != second[:size])
+    return int(differ[0]) if len(differ) else size
 
 
 def _model_version(task: Any) -> tuple[Any, list[Any]]:
