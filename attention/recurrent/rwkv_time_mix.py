@@ -24,8 +24,6 @@ from attention.recurrent.token_shift import TokenShift
 # A state decays by no more than `exp(-exp(-0.5))` in a step.
 _STRONGEST_LOG_DECAY = -math.exp(-0.5)
 _MIXED = ("receptance", "decay", "key", "value", "rate", "gate")
-# As in RWKV's own code: 1e-5 for numbers an eighth as large.
-_EPSILON = 64e-5
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
@@ -48,6 +46,8 @@ class RWKVTimeMix(RecurrentMixer):
         gate_dim: int or `None`. The rank of that to the gate.
         value_residual: bool. Whether values are mixed with those of the first layer,
             which are then an argument: `layer(x, first_value)`.
+        epsilon: float. Of the norm of each head. RWKV's own code has 1e-5 times the
+            size of a head, of 64.
         **kwargs: `kernel_initializer`, and arguments of `keras.layers.Layer`.
 
     Call arguments:
@@ -85,6 +85,7 @@ class RWKVTimeMix(RecurrentMixer):
         value_dim: int | None = None,
         gate_dim: int | None = None,
         value_residual: bool = False,
+        epsilon: float = 64e-5,
         **kwargs: Any,
     ) -> None:
         refuse_arguments(self, kwargs, key_dim="heads divide the width of the inputs")
@@ -94,6 +95,7 @@ class RWKVTimeMix(RecurrentMixer):
         self.value_dim = check_optional_positive_int("value_dim", value_dim)
         self.gate_dim = check_optional_positive_int("gate_dim", gate_dim)
         self.value_residual = bool(value_residual)
+        self.epsilon = epsilon
 
     def build(self, inputs_shape: Shape) -> None:
         width = check_sequence_shape(self.name, inputs_shape)
@@ -192,7 +194,7 @@ class RWKVTimeMix(RecurrentMixer):
         """Returns the layer norm of each head, `(b, l, h, v)`, as `(b, l, w)`."""
         heads = heads - ops.mean(heads, axis=-1, keepdims=True)
         variance = ops.mean(ops.square(heads), axis=-1, keepdims=True)
-        x = join_heads(heads * ops.rsqrt(variance + _EPSILON))
+        x = join_heads(heads * ops.rsqrt(variance + self.epsilon))
         return x * self.norm_scale + self.norm_bias
 
     def _check_first_value(self, first_value: Tensor | None) -> None:

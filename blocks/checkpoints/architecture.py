@@ -37,7 +37,8 @@ class Architecture:
 
     Attributes:
         model_type: str. The `model_type` of configurations.
-        causal_lm_class: str. The name of transformers' class.
+        causal_lm_class: str. The name of transformers' class; empty where it has none,
+            and then such models are read and not exported.
         backbone_class: the `blocks.CustomBackbone` that computes it.
         config: dict from arguments of the backbone to keys of a configuration, or to
             pairs of a key and the value that it has where it is missing.

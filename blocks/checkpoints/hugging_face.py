@@ -104,6 +104,12 @@ def export_backbone(backbone: Any, folder: str, dtype: str | None = None) -> Non
             f"dtype={describe(dtype)}"
         )
     architecture = architecture_of(backbone)
+    if not architecture.causal_lm_class:
+        raise ValueError(
+            f"transformers has no model that computes what a {type(backbone).__name__} "
+            f"does: '{architecture.model_type}' is read here and not written. Nothing "
+            "was written. `save_to_preset` saves the model."
+        )
     config = architecture.write_config(backbone)
     _check_same_computation(architecture, backbone, config)
     os.makedirs(folder, exist_ok=True)

@@ -3,22 +3,24 @@
 A new architecture is a line in `CASES`; its unusual configurations are lines, too.
 """
 
+import functools
 import warnings
 
 import keras
 import numpy as np
 import pytest
 
-from attention import call_with_cache, create_cache
 from blocks import CausalLM
-from tests.helpers import to_numpy
+from tests.blocks.models.checks import (
+    VOCABULARY_SIZE,
+    check_greedy,
+    check_logits,
+    prompts,
+)
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-LENGTHS = (11, 5, 8)
-PREFILLED = 4
-VOCABULARY_SIZE = 61
 # What configurations of the Llama kind have in common.
 DECODER = {
     "vocab_size": VOCABULARY_SIZE,
@@ -235,14 +237,6 @@ def models(request, tmp_path_factory):
     return reference, CausalLM.from_preset(str(folder))
 
 
-def prompts():
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(0, VOCABULARY_SIZE, (len(LENGTHS), max(LENGTHS)))
-    mask = np.arange(max(LENGTHS)) < np.array(LENGTHS)[:, None]
-    tokens = np.where(mask, tokens, 0).astype("int32")
-    return {"token_ids": tokens, "padding_mask": mask.astype("int32")}
-
-
 def expected_logits(reference, row):
     with torch.no_grad():
         return reference(torch.tensor(row[None].astype("int64"))).logits[0].numpy()
@@ -250,50 +244,13 @@ def expected_logits(reference, row):
 
 def test_logits_through_padding_and_a_cache(models):
     reference, lm = models
-    x = prompts()
-    outputs = to_numpy(lm(x))
-    # A padded prefill, then the rest of each row, a token at a time.
-    cache = create_cache(lm.backbone, len(LENGTHS), max(LENGTHS))
-    lengths = np.minimum(LENGTHS, PREFILLED) - np.array([0, 1, 0])
-    first = {
-        "token_ids": x["token_ids"][:, :PREFILLED],
-        "padding_mask": (np.arange(PREFILLED) < lengths[:, None]).astype("int32"),
-    }
-    hidden, cache = call_with_cache(lm.backbone, first, cache, 0)
-    cached = [
-        [*row[:n]] for row, n in zip(to_numpy(lm.compute_logits(hidden)), lengths)
-    ]
-    for step in range(3):
-        index = (lengths + step).astype("int32")
-        token = np.take_along_axis(x["token_ids"], index[:, None], axis=1)
-        inputs = {"token_ids": token, "padding_mask": np.ones_like(token)}
-        hidden, cache = call_with_cache(lm.backbone, inputs, cache, index)
-        for row, logits in zip(cached, to_numpy(lm.compute_logits(hidden))):
-            row.append(logits[0])
-    for i, length in enumerate(LENGTHS):
-        expected = expected_logits(reference, x["token_ids"][i, :length])
-        assert expected.std() > 0.1
-        difference = np.abs(outputs[i, :length] - expected).max()
-        steps = min(len(cached[i]), length)
-        by_steps = np.abs(np.array(cached[i])[:steps] - expected[:steps]).max()
-        assert difference < 1e-4, (i, difference)
-        assert by_steps < 1e-4, (i, by_steps)
+    check_logits(lm, functools.partial(expected_logits, reference))
 
 
 @pytest.mark.skipif(keras.backend.backend() != "torch", reason="compiles elsewhere")
 def test_greedy_tokens_and_the_road_back(models, tmp_path):
     reference, lm = models
-    x, new = prompts(), 8
-    lm.compile(sampler="greedy")
-    for i, length in enumerate(LENGTHS[:2]):
-        row = x["token_ids"][i : i + 1, :length]
-        outputs = lm.generate(row, max_new_tokens=new, stop_token_ids=None)
-        tokens = torch.tensor(row.astype("int64"))
-        for _ in range(new):
-            with torch.no_grad():
-                best = reference(tokens).logits[:, -1].argmax(-1)
-            tokens = torch.cat([tokens, best[:, None]], dim=1)
-        assert outputs["token_ids"].tolist() == tokens.tolist()
+    check_greedy(lm, functools.partial(expected_logits, reference))
     lm.export_to_transformers(str(tmp_path))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -304,6 +261,6 @@ def test_greedy_tokens_and_the_road_back(models, tmp_path):
         )
     assert type(exported) is type(reference)
     assert not any(info.values()), info
-    row = x["token_ids"][0]
+    row = prompts()["token_ids"][0]
     outputs, expected = (expected_logits(m, row) for m in (exported, reference))
     assert np.abs(outputs - expected).max() < 1e-5

@@ -1,0 +1,65 @@
+"""What a loaded model is compared with a reference by."""
+
+import numpy as np
+
+from attention import call_with_cache, create_cache
+from tests.helpers import to_numpy
+
+LENGTHS = (11, 5, 8)
+PREFILLED = 4
+VOCABULARY_SIZE = 61
+
+
+def prompts():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, VOCABULARY_SIZE, (len(LENGTHS), max(LENGTHS)))
+    mask = np.arange(max(LENGTHS)) < np.array(LENGTHS)[:, None]
+    tokens = np.where(mask, tokens, 0).astype("int32")
+    return {"token_ids": tokens, "padding_mask": mask.astype("int32")}
+
+
+def check_logits(lm, expected_logits):
+    """Checks logits through padding and a cache.
+
+    `expected_logits` is called with a row of tokens, and returns `(length, vocabulary)`.
+    """
+    x = prompts()
+    outputs = to_numpy(lm(x))
+    # A padded prefill, then the rest of each row, a token at a time.
+    cache = create_cache(lm.backbone, len(LENGTHS), max(LENGTHS))
+    lengths = np.minimum(LENGTHS, PREFILLED) - np.array([0, 1, 0])
+    first = {
+        "token_ids": x["token_ids"][:, :PREFILLED],
+        "padding_mask": (np.arange(PREFILLED) < lengths[:, None]).astype("int32"),
+    }
+    hidden, cache = call_with_cache(lm.backbone, first, cache, 0)
+    cached = [
+        [*row[:n]] for row, n in zip(to_numpy(lm.compute_logits(hidden)), lengths)
+    ]
+    for step in range(3):
+        index = (lengths + step).astype("int32")
+        token = np.take_along_axis(x["token_ids"], index[:, None], axis=1)
+        inputs = {"token_ids": token, "padding_mask": np.ones_like(token)}
+        hidden, cache = call_with_cache(lm.backbone, inputs, cache, index)
+        for row, logits in zip(cached, to_numpy(lm.compute_logits(hidden))):
+            row.append(logits[0])
+    for i, length in enumerate(LENGTHS):
+        expected = expected_logits(x["token_ids"][i, :length])
+        assert expected.std() > 0.1
+        difference = np.abs(outputs[i, :length] - expected).max()
+        steps = min(len(cached[i]), length)
+        by_steps = np.abs(np.array(cached[i])[:steps] - expected[:steps]).max()
+        assert difference < 1e-4, (i, difference)
+        assert by_steps < 1e-4, (i, by_steps)
+
+
+def check_greedy(lm, expected_logits, new=8):
+    """Checks the tokens that `generate` chooses; arguments as for `check_logits`."""
+    x = prompts()
+    lm.compile(sampler="greedy")
+    for i, length in enumerate(LENGTHS[:2]):
+        row = x["token_ids"][i, :length]
+        outputs = lm.generate(row[None], max_new_tokens=new, stop_token_ids=None)
+        for _ in range(new):
+            row = np.append(row, expected_logits(row)[-1].argmax())
+        assert outputs["token_ids"][0].tolist() == row.tolist()
