@@ -186,7 +186,7 @@ MAMBA2 = {
     "eos_token_id": None,
 }
 RECURRENT = [
-    ("Mamba2Config", MAMBA2),
+    pytest.param(("Mamba2Config", MAMBA2), marks=pytest.mark.slow_on_jax),
     unusual(
         (
             "Mamba2Config",
