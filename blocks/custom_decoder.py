@@ -179,7 +179,9 @@ class CustomDecoder(TransformerBlock, CompositeCachedLayer):
         if plain and kind in _TRACED:
             return keras.KerasTensor(x.shape, dtype=self.compute_dtype)
         outputs = super().compute_output_spec(x, *args, **kwargs)
-        if plain and getattr(outputs, "shape", None) == x.shape:
+        like = (x.shape, self.compute_dtype)
+        found = (getattr(outputs, "shape", None), getattr(outputs, "dtype", None))
+        if plain and found == like:
             _TRACED.add(kind)
         return outputs
 
