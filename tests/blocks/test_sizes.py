@@ -23,6 +23,8 @@ SIZES = {
 SMALL = ("gpt2_base", "smollm2_135m")
 # Recurrences compute numbers while they are built on torch.
 RECURRENT = ("mamba2", "rwkv7", "qwen3_next")
+# Rows of OPT's positions that no token reads are left out here.
+LEFT_OUT = {"opt_125m": 2 * 768}
 # The smallest of each architecture.
 COUNTED = {
     size.config["model_type"]: name
@@ -53,7 +55,7 @@ def test_parameters_are_as_many_as_published(name):
     with device, weights_from(make_values):
         backbone = make_backbone(name, dtype="bfloat16")
     count = sum(math.prod(weight.shape) for weight in backbone.weights)
-    assert count == SIZES[name].parameters
+    assert count + LEFT_OUT.get(name, 0) == SIZES[name].parameters
 
 
 def test_all_configurations_are_read():
