@@ -238,7 +238,7 @@ class CustomBackbone(TokenModel, keras_hub.models.Backbone):
         decoder = cls(
             intermediate_dim=self.intermediate_dim,
             num_heads=self.num_heads,
-            num_key_value_heads=self.num_key_value_heads,
+            num_key_value_heads=self.num_key_value_heads or self.num_heads,
             dropout=self.dropout,
             layer_norm_epsilon=self.layer_norm_epsilon,
         )

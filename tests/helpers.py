@@ -240,8 +240,8 @@ def attention_formula(layer, x, source=None, visible=None):
     q = dense(layer.query_dense, x)
     k, v = dense(layer.key_dense, source), dense(layer.value_dense, source)
     if layer.query_key_norm:
-        q = rms_norm(q, to_numpy(layer.query_norm.scale), 1e-6)
-        k = rms_norm(k, to_numpy(layer.key_norm.scale), 1e-6)
+        q = rms_norm(q, to_numpy(layer.query_norm.scale), layer.norm_epsilon)
+        k = rms_norm(k, to_numpy(layer.key_norm.scale), layer.norm_epsilon)
     if layer.position is not None:
         base, dim = layer.position.max_wavelength, layer.position.rotary_dim
         q, k = (np.stack([rotate(row, base, dim) for row in y]) for y in (q, k))

@@ -53,6 +53,8 @@ class AttentionParts(CachedLayer):
         output_gate: bool = False,
         cache_dtype: str | None = None,
         cache_policy: CachePolicy | None = None,
+        output_bias: bool | None = None,
+        norm_epsilon: float = 1e-6,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -81,6 +83,8 @@ class AttentionParts(CachedLayer):
                 f"negative. Received: logit_soft_cap={logit_soft_cap}"
             )
         self.logit_soft_cap = cap
+        self.output_bias = output_bias
+        self.norm_epsilon = norm_epsilon
         self.attention_sinks = bool(attention_sinks)
         self.output_gate = bool(output_gate)
         self.cache_dtype = cache_dtype
@@ -152,12 +156,13 @@ class AttentionParts(CachedLayer):
         value_dim = self.head_dims()[1]
         heads, key_dim = self.query_heads()
         self._logit_scale = key_dim**-0.5 if self.scale is None else self.scale
+        use_bias = self.use_bias if self.output_bias is None else self.output_bias
         # Letters of contracted axes are in alphabetical order: JAX sorts them, and would
         # otherwise transpose the kernel in every decode step.
         self.output_dense = keras.layers.EinsumDense(
             "bqhk,hkw->bqw",
             output_shape=(None, query_shape[-1]),
-            bias_axes="w" if self.use_bias else None,
+            bias_axes="w" if use_bias else None,
             name="attention_output",
             **self._initializers(),
         )
@@ -179,7 +184,9 @@ class AttentionParts(CachedLayer):
     def make_norm(self, name: str) -> keras.layers.Layer | None:
         """Returns a norm of query or key heads, or `None` if there is none."""
         size = self.query_heads()[1]
-        return make_rms_norm(self, name, size) if self.query_key_norm else None
+        if not self.query_key_norm:
+            return None
+        return make_rms_norm(self, name, size, self.norm_epsilon)
 
     def project_query(self, query: Tensor) -> Tensor:
         """Returns heads of queries, `(batch, length, num_heads, key_dim)`."""

@@ -57,6 +57,9 @@ class GroupedQueryAttention(DotProductAttention):
             `CachePolicy`, which decides which tokens are kept, and so seen, and in
             which dtype: `FullCache()`, `RingCache(window, keep)`,
             `QuantizedCache(policy)` or your own.
+        output_bias: bool or `None`. Whether the output projection has a bias; `None`:
+            `use_bias`.
+        norm_epsilon: float. The epsilon of `query_key_norm`.
         **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
 
     Call arguments:

@@ -43,7 +43,8 @@ class Architecture:
         config: dict from arguments of the backbone to keys of a configuration, or to
             pairs of a key and the value that it has where it is missing.
         constants: dict from keys of a configuration to the only value that the
-            backbone computes; also what a missing key means.
+            backbone computes, or a tuple of values that mean the same; also what a
+            missing key means.
         weights: dict from names of tensors to paths of weights or a `Conversion`.
         layer_prefix: str. What the names of a block's tensors begin with; `{i}` stands
             for its number.
@@ -206,7 +207,10 @@ def architecture_of(backbone: Any) -> Architecture:
     """
     for name in _modules():
         find_architecture(name)
-    by_class = {item.backbone_class: item for item in _REGISTERED.values()}
+    by_class: dict[type, Architecture] = {}
+    for item in _REGISTERED.values():
+        # The first one: others that have the same backbone are read only.
+        by_class.setdefault(item.backbone_class, item)
     for cls in type(backbone).__mro__:
         if cls in by_class:
             return by_class[cls]

@@ -56,10 +56,11 @@ class LlamaBackbone(CustomBackbone):
 
     def attention_options(self, layer_index: int) -> dict[str, Any]:
         """Returns the attention's arguments at a depth, for subclasses to change."""
+        size, rest = divmod(self.hidden_dim, self.num_heads)
         return {
             "num_heads": self.num_heads,
             "num_key_value_heads": self.num_key_value_heads,
-            "key_dim": self.key_dim,
+            "key_dim": self.key_dim or (None if rest else size),
             "use_bias": self.attention_bias,
             "max_wavelength": self.rope_theta,
             "scaling": self.rope_scaling,
@@ -135,5 +136,11 @@ class Llama(Architecture):
         return {**super().read_config(config), **rotary}
 
     def write_config(self, backbone: Any) -> dict[str, Any]:
+        heads = backbone.num_heads
+        # Not all configurations allow `None`.
+        sizes = {
+            "num_key_value_heads": backbone.num_key_value_heads or heads,
+            "head_dim": backbone.key_dim or backbone.hidden_dim // heads,
+        }
         rotary = write_rotary(backbone.rope_theta, backbone.rope_scaling)
-        return {**super().write_config(backbone), **rotary}
+        return {**super().write_config(backbone), **sizes, **rotary}

@@ -41,7 +41,8 @@ def make(**options):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [*OPTIONS.items(), ("scale", 0.3), ("use_bias", False)]
+    ("name", "value"),
+    [*OPTIONS.items(), ("scale", 0.3), ("use_bias", False), ("output_bias", False)],
 )
 def test_one_option(name, value):
     layer, x = make(**{name: value}), sample()
@@ -55,6 +56,11 @@ def test_one_option(name, value):
 def test_two_options(pair):
     layer, x = make(**{name: OPTIONS[name] for name in pair}), sample()
     check_outputs(layer, x, attention_formula(layer, x), [5, *[1] * 7])
+
+
+def test_the_epsilon_of_query_and_key_norms():
+    layer, x = make(query_key_norm=True, norm_epsilon=0.5), sample()
+    assert_close(layer(x), attention_formula(layer, x))
 
 
 def test_all_options():

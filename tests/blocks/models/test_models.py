@@ -88,7 +88,61 @@ FIRST = [
     ),
 ]
 
-LLAMA_KIND = []
+LINEAR = {"rope_theta": 500.0, "rope_type": "linear", "factor": 2.0}
+# Windows that are shorter than the prompts.
+SLIDING = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}
+MIXED = ["sliding_attention", "full_attention"]
+LLAMA_KIND = [
+    ("Qwen2Config", {**DECODER, **SLIDING}),
+    unusual(
+        (
+            "Qwen2Config",
+            {
+                **DECODER,
+                **SLIDING,
+                "layer_types": MIXED,
+                "num_key_value_heads": 1,
+                "rope_parameters": LLAMA3,
+                "tie_word_embeddings": True,
+            },
+        )
+    ),
+    pytest.param(
+        ("Qwen3Config", {**DECODER, "head_dim": 10, "rms_norm_eps": 1e-2}),
+        marks=pytest.mark.slow_on_jax,
+    ),
+    unusual(
+        (
+            "Qwen3Config",
+            {
+                **DECODER,
+                **SLIDING,
+                "num_key_value_heads": 1,
+                "head_dim": 8,
+                "attention_bias": True,
+                "rope_parameters": LINEAR,
+                "tie_word_embeddings": True,
+            },
+        )
+    ),
+    pytest.param(
+        ("MistralConfig", {**DECODER, "sliding_window": 3}),
+        marks=pytest.mark.slow_on_jax,
+    ),
+    unusual(
+        (
+            "MistralConfig",
+            {
+                **DECODER,
+                "num_key_value_heads": 1,
+                "head_dim": 10,
+                "sliding_window": None,
+                "rope_parameters": LINEAR,
+                "tie_word_embeddings": True,
+            },
+        )
+    ),
+]
 
 OTHER_ATTENTION = [
     ("GPTNeoXConfig", NEOX),
