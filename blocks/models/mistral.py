@@ -44,16 +44,14 @@ class MistralBackbone(LlamaBackbone):
         super().__init__(*args, **kwargs)
 
     def is_sliding(self, layer_index: int) -> bool:
-        """Returns whether the block at a depth has the window."""
-        kinds = self.layer_types
-        if kinds is None:
-            return True
+        """Returns whether the block at a depth is one of those that have the window."""
+        kinds = self.layer_types or LAYER_TYPES[1:] * self.num_layers
         if len(kinds) != self.num_layers or not set(kinds) <= set(LAYER_TYPES):
             raise ValueError(
                 f"`layer_types` must be {self.num_layers} names, one of {LAYER_TYPES} "
                 f"for each block. Received: layer_types={describe(kinds)}"
             )
-        return kinds[layer_index] == "sliding_attention"
+        return kinds[layer_index] == LAYER_TYPES[1]
 
     def attention_options(self, layer_index: int) -> dict[str, Any]:
         window = self.window if self.is_sliding(layer_index) else None
@@ -61,6 +59,13 @@ class MistralBackbone(LlamaBackbone):
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), **arguments_of(MistralBackbone, self)}
+
+
+def write_layer_types(backbone: Any) -> list[str]:
+    """Returns the `layer_types` of a `MistralBackbone` for its configuration."""
+    windows = backbone.window is not None
+    numbers = range(backbone.num_layers)
+    return [LAYER_TYPES[windows and backbone.is_sliding(i)] for i in numbers]
 
 
 @register_architecture

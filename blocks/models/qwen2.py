@@ -7,7 +7,12 @@ from typing import Any
 import keras
 
 from blocks.checkpoints.architecture import register_architecture
-from blocks.models.mistral import LAYER_TYPES, Mistral, MistralBackbone
+from blocks.models.mistral import (
+    LAYER_TYPES,
+    Mistral,
+    MistralBackbone,
+    write_layer_types,
+)
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
@@ -55,8 +60,7 @@ class Qwen2(Mistral):
         return arguments
 
     def write_config(self, backbone: Any) -> dict[str, Any]:
-        numbers = range(backbone.num_layers)
-        kinds = [LAYER_TYPES[backbone.is_sliding(i)] for i in numbers]
+        kinds = write_layer_types(backbone)
         written = {
             "use_sliding_window": backbone.window is not None,
             "layer_types": kinds,

@@ -92,6 +92,14 @@ LINEAR = {"rope_theta": 500.0, "rope_type": "linear", "factor": 2.0}
 # Windows that are shorter than the prompts.
 SLIDING = {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}
 MIXED = ["sliding_attention", "full_attention"]
+# Soft caps and a scalar of the size of what they cap and scale.
+GEMMA = {
+    "head_dim": 10,
+    "sliding_window": 3,
+    "query_pre_attn_scalar": 3,
+    "attn_logit_softcapping": 1.0,
+    "final_logit_softcapping": 2.0,
+}
 LLAMA_KIND = [
     ("Qwen2Config", {**DECODER, **SLIDING}),
     unusual(
@@ -139,6 +147,65 @@ LLAMA_KIND = [
                 "sliding_window": None,
                 "rope_parameters": LINEAR,
                 "tie_word_embeddings": True,
+            },
+        )
+    ),
+    pytest.param(
+        ("GemmaConfig", {**DECODER, "head_dim": 10}), marks=pytest.mark.slow_on_jax
+    ),
+    unusual(
+        (
+            "GemmaConfig",
+            {
+                **DECODER,
+                "num_key_value_heads": 1,
+                "head_dim": 8,
+                "attention_bias": True,
+                "rope_parameters": LINEAR,
+                "tie_word_embeddings": False,
+            },
+        )
+    ),
+    ("Gemma2Config", {**DECODER, **GEMMA}),
+    unusual(
+        (
+            "Gemma2Config",
+            {
+                **DECODER,
+                **GEMMA,
+                "layer_types": MIXED[::-1],
+                "num_key_value_heads": 1,
+                "attention_bias": True,
+                "attn_logit_softcapping": None,
+                "final_logit_softcapping": None,
+                "rope_parameters": LLAMA3,
+                "tie_word_embeddings": False,
+            },
+        )
+    ),
+    (
+        "Gemma3TextConfig",
+        {
+            **DECODER,
+            **GEMMA,
+            "attn_logit_softcapping": None,
+            "sliding_window_pattern": 2,
+            "rope_parameters": {"full_attention": LINEAR, "sliding_attention": None},
+        },
+    ),
+    unusual(
+        (
+            "Gemma3TextConfig",
+            {
+                **DECODER,
+                **GEMMA,
+                "num_hidden_layers": 6,
+                "num_key_value_heads": 1,
+                "attention_bias": True,
+                "attn_logit_softcapping": None,
+                "final_logit_softcapping": None,
+                "rms_norm_eps": 1e-2,
+                "tie_word_embeddings": False,
             },
         )
     ),
