@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import keras
+from keras import ops
 
 from attention.contract import Shape, Tensor
 from blocks.checkpoints.architecture import register_architecture
@@ -33,8 +34,9 @@ class GemmaBackbone(MistralBackbone):
         return ZeroCenteredRMSNormalization(self.layer_norm_epsilon)
 
     def transform(self, x: Tensor, padding_mask: Tensor) -> Tensor:
-        # In the dtype of `x`, to which the factor is rounded, as published.
-        return super().transform(x * self.hidden_dim**0.5, padding_mask)
+        # Rounded to the dtype that is computed in, as published.
+        factor = float(ops.cast(self.hidden_dim**0.5, x.dtype))
+        return super().transform(x * factor, padding_mask)
 
 
 @register_architecture

@@ -13,7 +13,7 @@ class Gemma3(Gemma3Text):
     """The table of Gemma 3 with images; what is exported is the language model."""
 
     model_type = "gemma3"
-    base_prefix = "language_model.model."
+    constants = {**Gemma3Text.constants, "final_logit_softcapping": None}
     weights = {f"language_model.{k}": v for k, v in Gemma3Text.weights.items()}
     layer_prefix = f"language_model.{Gemma3Text.layer_prefix}"
 

@@ -385,3 +385,26 @@ def test_greedy_tokens_and_the_road_back(models, tmp_path):
     row = prompts()["token_ids"][0]
     outputs, expected = (expected_logits(m, row) for m in (exported, reference))
     assert np.abs(outputs - expected).max() < 1e-5
+
+
+@pytest.mark.slow
+def test_the_language_model_of_gemma_3_with_images(tmp_path):
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 2}
+    images = {"hidden_size": 16, "intermediate_size": 16, "image_size": 28, **heads}
+    config = transformers.Gemma3Config(
+        text_config={**DECODER, "head_dim": 10, "sliding_window": 3},
+        vision_config={**images, "patch_size": 14},
+        mm_tokens_per_image=1,
+    )
+    reference = transformers.Gemma3ForConditionalGeneration(config).eval()
+    randomize(reference)
+    reference.save_pretrained(tmp_path / "images")
+    lm = CausalLM.from_preset(str(tmp_path / "images"))
+    x = prompts()
+    expected = expected_logits(reference, x["token_ids"][0])
+    assert np.abs(to_numpy(lm(x))[0] - expected).max() < 1e-4
+    lm.export_to_transformers(str(tmp_path / "text"))
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "text")
+    assert type(exported) is transformers.Gemma3ForCausalLM
+    outputs = expected_logits(exported, x["token_ids"][0])
+    assert np.abs(outputs - expected).max() < 1e-4
