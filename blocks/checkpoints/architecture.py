@@ -48,7 +48,8 @@ class Architecture:
         weights: dict from names of tensors to paths of weights or a `Conversion`.
         layer_prefix: str. What the names of a block's tensors begin with; `{i}` stands
             for its number.
-        layer_weights: as `weights`, for each block; paths begin within the block.
+        layer_weights: as `weights`, for each block; paths begin within the block. `{e}`
+            in a name stands for each number along the weight's first axis (`Stacked`).
         base_prefix: str. What a checkpoint of the backbone alone leaves out of names.
         ignored: tuple of str. Ends of names of tensors that are no weights.
 
@@ -121,24 +122,20 @@ class Architecture:
 
     def entries(self, backbone: Any) -> Iterator[Entry]:
         """Yields an `Entry` for each line of the table that this backbone has."""
-        paths = {weight.path for weight in backbone.weights}
-        tables = [("", "", self.weights, 0)]
+        shapes = {weight.path: tuple(weight.shape) for weight in backbone.weights}
+        tables = [("", "", self.weights)]
         for i in range(backbone.num_layers):
             prefix = self.layer_prefix.format(i=i)
-            tables.append((prefix, f"transformer_layer_{i}/", self.layer_weights, i))
-        for prefix, block, table, i in tables:
+            tables.append((prefix, f"transformer_layer_{i}/", self.layer_weights))
+        for prefix, block, table in tables:
             for name, value in table.items():
                 conversion = to_conversion(value)
                 ours = [block + path for path in conversion.paths]
-                if not set(ours) & paths:
+                if not set(ours) & set(shapes):
                     continue
-                count = self.num_experts(backbone, i) if "{e}" in name else 1
+                count = shapes[ours[0]][0] if "{e}" in name else 1
                 names = [prefix + name.format(e=e) for e in range(count)]
                 yield Entry(names, ours, conversion)
-
-    def num_experts(self, backbone: Any, layer_index: int) -> int:
-        """Returns how many tensors a name with `{e}` stands for."""
-        return backbone.num_experts
 
     def is_ignored(self, name: str, backbone: Any) -> bool:
         """Returns whether a tensor of this name is no weight."""

@@ -167,7 +167,7 @@ class Depthwise(Conversion):
 
 
 class Stacked(Conversion):
-    """A tensor for each expert, in one weight `(experts, ...)`.
+    """A tensor for each expert, or head, in one weight `(experts, ...)`.
 
     Args:
         path: str. The path of the weight, whose kernels are `(inputs, outputs)`.

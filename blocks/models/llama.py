@@ -29,6 +29,7 @@ class LlamaBackbone(CustomBackbone):
         ffn_bias: bool. Whether those of the feed-forward layers have.
         rope_theta: number. The base of rotary positions.
         rope_scaling: dict or `None`. See `attention.RotaryPosition`.
+        rotary_factor: float. The rotated part of each head.
 
     References:
 
@@ -44,6 +45,7 @@ class LlamaBackbone(CustomBackbone):
         ffn_bias: bool = False,
         rope_theta: float = 10_000.0,
         rope_scaling: dict | None = None,
+        rotary_factor: float = 1.0,
         **kwargs: Any,
     ) -> None:
         self.key_dim = key_dim
@@ -51,12 +53,14 @@ class LlamaBackbone(CustomBackbone):
         self.ffn_bias = ffn_bias
         self.rope_theta = rope_theta
         self.rope_scaling = rope_scaling
+        self.rotary_factor = rotary_factor
         kwargs["learned_positions"] = False
         super().__init__(*args, **kwargs)
 
     def attention_options(self, layer_index: int) -> dict[str, Any]:
         """Returns the attention's arguments at a depth, for subclasses to change."""
         size, rest = divmod(self.hidden_dim, self.num_heads)
+        rotary_dim = int((self.key_dim or size) * self.rotary_factor)
         return {
             "num_heads": self.num_heads,
             "num_key_value_heads": self.num_key_value_heads,
@@ -64,6 +68,7 @@ class LlamaBackbone(CustomBackbone):
             "use_bias": self.attention_bias,
             "max_wavelength": self.rope_theta,
             "scaling": self.rope_scaling,
+            "rotary_dim": None if self.rotary_factor == 1 else rotary_dim,
             "dropout": self.dropout,
         }
 
@@ -132,15 +137,14 @@ class Llama(Architecture):
 
     def read_config(self, config: dict[str, Any]) -> dict[str, Any]:
         theta, scaling = read_rotary(config)
-        rotary = {"rope_theta": theta, "rope_scaling": scaling}
-        return {**super().read_config(config), **rotary}
+        # Here, too, there may be a `partial_rotary_factor`.
+        ropes = config.get("rope_parameters") or {}
+        arguments = super().read_config({**ropes, **config})
+        return {**arguments, "rope_theta": theta, "rope_scaling": scaling}
 
     def write_config(self, backbone: Any) -> dict[str, Any]:
-        heads = backbone.num_heads
+        config, heads = super().write_config(backbone), backbone.num_heads
         # Not all configurations allow `None`.
-        sizes = {
-            "num_key_value_heads": backbone.num_key_value_heads or heads,
-            "head_dim": backbone.key_dim or backbone.hidden_dim // heads,
-        }
-        rotary = write_rotary(backbone.rope_theta, backbone.rope_scaling)
-        return {**super().write_config(backbone), **sizes, **rotary}
+        config["num_key_value_heads"] = backbone.num_key_value_heads or heads
+        config["head_dim"] = backbone.key_dim or backbone.hidden_dim // heads
+        return {**config, **write_rotary(backbone.rope_theta, backbone.rope_scaling)}

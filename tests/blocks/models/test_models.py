@@ -209,6 +209,55 @@ LLAMA_KIND = [
             },
         )
     ),
+    ("Olmo2Config", DECODER),
+    unusual(
+        (
+            "Olmo2Config",
+            {
+                **DECODER,
+                "num_key_value_heads": 1,
+                "attention_bias": True,
+                "rms_norm_eps": 1e-2,
+                "rope_parameters": LLAMA3,
+                "tie_word_embeddings": True,
+            },
+        )
+    ),
+    pytest.param(
+        ("StableLmConfig", {**DECODER, "hidden_size": 32, "use_qkv_bias": True}),
+        marks=pytest.mark.slow_on_jax,
+    ),
+    unusual(
+        (
+            "StableLmConfig",
+            {
+                **DECODER,
+                "hidden_size": 32,
+                "num_key_value_heads": 1,
+                "qk_layernorm": True,
+                "use_parallel_residual": True,
+                "partial_rotary_factor": 0.5,
+                "rope_parameters": LINEAR,
+                "tie_word_embeddings": True,
+            },
+        )
+    ),
+    pytest.param(
+        ("Phi3Config", {**DECODER, "sliding_window": 3}), marks=pytest.mark.slow_on_jax
+    ),
+    unusual(
+        (
+            "Phi3Config",
+            {
+                **DECODER,
+                "hidden_size": 32,
+                "num_key_value_heads": 1,
+                "partial_rotary_factor": 0.5,
+                "rope_parameters": {"rope_theta": 500.0, "rope_type": "default"},
+                "tie_word_embeddings": True,
+            },
+        )
+    ),
 ]
 
 OTHER_ATTENTION = [
