@@ -51,11 +51,11 @@ class Qwen2(Mistral):
 
     def read_config(self, config: dict[str, Any]) -> dict[str, Any]:
         arguments = super().read_config(config)
+        numbers = range(arguments["num_layers"])
+        first = config.get("max_window_layers", 28)
         if not config.get("use_sliding_window", False):
-            arguments["window"] = None
+            arguments["window"], first = None, len(numbers)
         if arguments["layer_types"] is None:
-            first = config.get("max_window_layers", 28)
-            numbers = range(arguments["num_layers"])
             arguments["layer_types"] = [LAYER_TYPES[i >= first] for i in numbers]
         return arguments
 

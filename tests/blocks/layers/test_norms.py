@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from blocks import CausalLM, CustomBackbone, DynamicTanh
+from blocks.layers.norms import ZeroCenteredRMSNormalization
 from tests.helpers import assert_close, slow, to_numpy
 from tests.models import (
     PACKAGE,
@@ -69,3 +70,16 @@ def test_norms_in_low_precision():
     y = layer(np.ones((1, 2, 4), "float32"))
     assert keras.backend.standardize_dtype(y.dtype) == "bfloat16"
     assert keras.backend.standardize_dtype(layer.scale.dtype) == "float32"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16", "bfloat16"])
+def test_a_zero_centered_scale_keeps_its_digits(dtype):
+    layer = ZeroCenteredRMSNormalization(epsilon=0.5, dtype=dtype)
+    x = 2.0 ** np.arange(-2, 2)[None]
+    layer.build(x.shape)
+    # Its sum with 1 has too many digits for bfloat16.
+    layer.scale.assign(np.full(4, 2.0**-9))
+    expected = x / np.sqrt(np.mean(x**2) + 0.5) * (1 + 2.0**-9)
+    y = layer(x.astype("float32"))
+    rounded = keras.ops.cast(expected.astype("float32"), layer.compute_dtype)
+    assert_close(keras.ops.cast(y, "float32"), keras.ops.cast(rounded, "float32"))
