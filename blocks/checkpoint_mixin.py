@@ -9,6 +9,7 @@ import keras_hub
 from attention.contract import DType, describe
 from blocks.checkpoints import hugging_face
 from blocks.checkpoints.keras_hub import convert_backbone
+from blocks.hugging_face_files import write_preprocessor
 from blocks.presets import check_registered, load_task
 from blocks.swap import SwapReport, swap_backbone
 
@@ -50,8 +51,9 @@ class CheckpointMixin:
     def export_to_transformers(self, path: str, dtype: str | None = None) -> None:
         """Writes a folder that transformers loads, without a line of this library.
 
-        Weights that LoRA has updated are written as they are computed with. It is the
-        road to servers that read such folders: vLLM, TGI, SGLang.
+        Weights that LoRA has updated are written as they are computed with; of tokenizers,
+        a `blocks.JsonTokenizer` with its chat template and stop tokens. It is the road to
+        servers that read such folders: vLLM, TGI, SGLang.
 
         Args:
             path: str. The folder; it is made if need be.
@@ -63,6 +65,7 @@ class CheckpointMixin:
                 such as another attention. It says what differs, and nothing is written.
         """
         hugging_face.export_backbone(self.backbone, path, dtype)
+        write_preprocessor(path, self.preprocessor)
 
     def swap(
         self, backbone_class: type | None = None, **changes: Any

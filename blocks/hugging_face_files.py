@@ -107,3 +107,42 @@ def _read_template(
     if isinstance(template, list):
         return {x["name"]: x["template"] for x in template}
     return template
+
+
+def write_preprocessor(folder: str | os.PathLike, preprocessor: Any) -> None:
+    """Writes the files that `read_preprocessor` reads, for a `JsonTokenizer`.
+
+    Other tokenizers have no form that transformers reads; nothing is written for them.
+    """
+    tokenizer = getattr(preprocessor, "tokenizer", None)
+    if not isinstance(tokenizer, JsonTokenizer):
+        return
+    tokenizer.save_assets(os.fspath(folder))
+    ids = {
+        "bos": preprocessor.start_token_id,
+        "eos": preprocessor.end_token_id,
+        "pad": preprocessor.pad_token_id,
+    }
+    names = {
+        f"{kind}_token": tokenizer.id_to_token(token_id)
+        for kind, token_id in ids.items()
+        if token_id is not None
+    }
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
+    template = preprocessor.chat_template
+    if isinstance(template, dict):
+        config["chat_template"] = [
+            {"name": name, "template": text} for name, text in template.items()
+        ]
+    elif template is not None:
+        path = os.path.join(folder, "chat_template.jinja")
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(template)
+    generation = {f"{kind}_token_id": token_id for kind, token_id in ids.items()}
+    generation["eos_token_id"] = list(preprocessor.stop_token_ids) or None
+    for name, content in (
+        ("tokenizer_config.json", config),
+        ("generation_config.json", generation),
+    ):
+        with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=2, ensure_ascii=False)
