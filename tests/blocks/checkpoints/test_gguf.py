@@ -96,7 +96,7 @@ def test_the_model_its_tokenizer_and_its_template(quantized, llama, tmp_path):
     outputs, expected = to_numpy(loaded(x)), to_numpy(llama(x))
     difference = np.abs(outputs - expected).max() / np.abs(expected).max()
     if quantized:
-        assert 0 < difference < 0.05
+        assert 0 < difference < 0.1
     else:
         assert difference == 0
     preprocessor = loaded.preprocessor

@@ -17,6 +17,7 @@ from tests.blocks.models.checks import (
     check_logits,
     prompts,
 )
+from tests.helpers import to_numpy
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
