@@ -102,7 +102,9 @@ GEMMA = {
     "final_logit_softcapping": 2.0,
 }
 LLAMA_KIND = [
-    ("Qwen2Config", {**DECODER, **SLIDING}),
+    pytest.param(
+        ("Qwen2Config", {**DECODER, **SLIDING}), marks=pytest.mark.slow_on_jax
+    ),
     unusual(
         (
             "Qwen2Config",
@@ -167,7 +169,7 @@ LLAMA_KIND = [
             },
         )
     ),
-    ("Gemma2Config", {**DECODER, **GEMMA}),
+    pytest.param(("Gemma2Config", {**DECODER, **GEMMA}), marks=pytest.mark.slow_on_jax),
     unusual(
         (
             "Gemma2Config",
