@@ -138,9 +138,8 @@ class Llama(Architecture):
     def read_config(self, config: dict[str, Any]) -> dict[str, Any]:
         theta, scaling = read_rotary(config)
         # Here, too, there may be a `partial_rotary_factor`.
-        ropes = config.get("rope_parameters") or {}
-        arguments = super().read_config({**ropes, **config})
-        return {**arguments, "rope_theta": theta, "rope_scaling": scaling}
+        config = {**(config.get("rope_parameters") or {}), **config}
+        return dict(super().read_config(config), rope_theta=theta, rope_scaling=scaling)
 
     def write_config(self, backbone: Any) -> dict[str, Any]:
         config, heads = super().write_config(backbone), backbone.num_heads

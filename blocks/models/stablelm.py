@@ -81,12 +81,9 @@ class StableLMBackbone(LlamaBackbone):
         super().__init__(*args, **kwargs)
 
     def attention_options(self, layer_index: int) -> dict[str, Any]:
-        return {
-            **super().attention_options(layer_index),
-            "output_bias": False,
-            "query_key_norm": self.query_key_norm,
-            "norm_epsilon": self.layer_norm_epsilon,
-        }
+        epsilon = self.layer_norm_epsilon
+        norm = {"query_key_norm": self.query_key_norm, "norm_epsilon": epsilon}
+        return {**super().attention_options(layer_index), **norm, "output_bias": False}
 
     def create_attention_layer(
         self, inputs_shape: Shape, layer_index: int
