@@ -20,6 +20,7 @@ from blocks.checkpoints.architecture import (
 )
 from blocks.checkpoints.gguf_file import GgufFile
 from blocks.checkpoints.loading import load_weights, weights_from
+from blocks.checkpoints.mxfp4 import unpacked
 from blocks.checkpoints.tensor_files import DTYPE_NAMES, SafetensorsFolder
 
 _SHARD_BYTES = 5 * 10**9
@@ -66,10 +67,11 @@ def load_backbone(
     else:
         config = _read_config(source)
     architecture = find_architecture(config["model_type"])
-    if config.get("quantization_config") and with_weights:
+    quantized = config.get("quantization_config")
+    if with_weights and quantized and quantized.get("quant_method") != "mxfp4":
         raise ValueError(
             f"The weights of '{source}' are quantized: "
-            f"{config['quantization_config'].get('quant_method')!r}. Load the "
+            f"{quantized.get('quant_method')!r}. Load the "
             "checkpoint that was quantized, and call `quantize` on it, or pass a GGUF "
             "file."
         )
@@ -81,7 +83,7 @@ def load_backbone(
     if not with_weights:
         return make()
     if not isinstance(source, GgufFile):
-        return load_weights(make, architecture, SafetensorsFolder(source))
+        return load_weights(make, architecture, unpacked(SafetensorsFolder(source)))
     source.use_names_of(architecture)
     return load_weights(make, architecture, source)
 

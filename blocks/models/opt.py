@@ -160,3 +160,8 @@ class OPT(Architecture):
         "fc2.weight": "ffn/output/kernel",
         "fc2.bias": "ffn/output/bias",
     }
+
+    def read_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        arguments = super().read_config(config)
+        width = arguments["embedding_dim"] or arguments["hidden_dim"]
+        return {**arguments, "embedding_dim": width}

@@ -7,6 +7,7 @@ from keras import ops
 
 from attention.testing import check_cached_layer
 from blocks import CustomBackbone, DynamicTanh, MixtureOfExperts
+from blocks.layers.group_limited_experts import GroupLimitedExperts
 from blocks.layers.mixture_of_experts import _block_size
 from tests.helpers import (
     assert_close,
@@ -76,6 +77,28 @@ def test_it_equals_a_loop_over_tokens(experts, chosen, gated, shape):
     expected = reference(layer, x)
     assert_close(layer(x), expected)
     assert_close(compiled(lambda x: layer(x))(ops.convert_to_tensor(x)), expected)
+
+
+def test_experts_of_the_best_groups():
+    layer = GroupLimitedExperts(
+        6, 5, 3, normalize_weights=False, groups=(3, 2), scale=2.5
+    )
+    layer.build((None, None, 6))
+    randomize(layer)
+    x = sample(2, 9, width=6)
+    chances = chances_of(layer, x.reshape((18, 6)))
+    weights, experts = (to_numpy(y) for y in layer.choose(chances.astype("float32")))
+    best = chances.reshape((18, 3, 2)).max(-1)
+    worst = best.argmin(-1)[:, None]
+    # The best of the others; not those of the group that is not seen.
+    allowed = np.where(np.arange(6) // 2 == worst, 0, chances)
+    expected = np.argsort(-allowed, axis=-1)[:, :3]
+    assert (experts == expected).all()
+    assert not (experts == np.argsort(-chances, axis=-1)[:, :3]).all()
+    assert_close(weights, 2.5 * np.take_along_axis(chances, expected, axis=-1))
+    assert layer(x).shape == x.shape
+    with raises(ValueError, "groups", "num_experts=6"):
+        GroupLimitedExperts(6, 5, groups=(4, 2))
 
 
 def test_few_copies_of_kernels_for_any_number_of_tokens():

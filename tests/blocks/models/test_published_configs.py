@@ -31,6 +31,19 @@ SAID = {
     "olmo2": {"rope_theta": 500_000, "rope_scaling": None, "rms_norm_eps": 1e-6},
     "stablelm": {"partial_rotary_factor": 0.5, "use_qkv_bias": True},
     "phi3": {"sliding_window": 9, "rope_scaling": None, "partial_rotary_factor": 0.5},
+    "gpt_neox": {"rotary_pct": 0.5, "rotary_emb_base": 500.0},
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 8, "rope_theta": 5e5},
+    "opt": {"do_layer_norm_before": False, "word_embed_proj_dim": 32},
+    "bloom": {"n_embed": 96, "num_attention_heads": 8},
+    "mixtral": {"sliding_window": None, "rope_theta": 1e5, "num_local_experts": 4},
+    "qwen3_moe": {"num_experts": 16, "decoder_sparse_step": 2, "mlp_only_layers": [0]},
+    "gpt_oss": {"rope_scaling": {**YARN, "truncate": False}, "rope_theta": 500.0},
+    "deepseek_v2": {
+        "num_experts_per_tok": 6,
+        "n_shared_experts": 1,
+        "q_lora_rank": None,
+        "rope_scaling": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
+    },
 }
 
 
@@ -43,7 +56,7 @@ def test_old_spelling_and_what_is_left_out(model_type, said):
     arguments, expected = map(architecture.read_config, (config, filled))
     heads = SIZES["num_attention_heads"]
     for found in (arguments, expected):
-        found["num_key_value_heads"] = found["num_key_value_heads"] or heads
+        found["num_key_value_heads"] = found.get("num_key_value_heads") or heads
         found["key_dim"] = found.get("key_dim") or SIZES["hidden_size"] // heads
     assert arguments == expected
 
@@ -65,6 +78,8 @@ def test_gemma_3_with_images_says_nearly_nothing():
         ("gemma3_text", {"attn_logit_softcapping": 50.0}),
         ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}),
         ("qwen2", {"hidden_act": "gelu"}),
+        ("bloom", {"apply_residual_connection_post_layernorm": True}),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}),
     ],
 )
 def test_what_is_not_computed_is_refused(model_type, said):
