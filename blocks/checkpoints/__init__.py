@@ -13,6 +13,7 @@ from blocks.checkpoints.conversions import (
     Depthwise,
     Plain,
     Stacked,
+    rows_by_group,
 )
 from blocks.checkpoints.sizes import known_sizes
 
@@ -28,4 +29,5 @@ __all__ = [
     "known_model_types",
     "known_sizes",
     "register_architecture",
+    "rows_by_group",
 ]

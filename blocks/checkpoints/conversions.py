@@ -118,19 +118,18 @@ class Dense(Conversion):
 
 
 class DenseByGroup(Dense):
-    """Queries, keys and values that lie group by group in one matrix.
+    """Heads that lie group by group in one matrix.
 
-    A group is a key/value head: its query heads, its key and its value, as in GPT-NeoX,
-    BLOOM and Falcon.
+    With queries, keys and values, a group is a key/value head: its query heads, its key
+    and its value, as in GPT-NeoX, BLOOM and Falcon.
 
     Args:
-        query: str. The path of the kernel, or bias, of queries.
-        key: str. That of keys.
-        value: str. That of values.
+        *paths: str. The paths of kernels, or of biases, with axes of heads. Those of the
+            second have a head for each group.
     """
 
-    def __init__(self, query: str, key: str, value: str) -> None:
-        super().__init__(query, key, value)
+    def __init__(self, *paths: str) -> None:
+        super().__init__(*paths)
 
     def split(self, tensor: np.ndarray, shapes: Sequence[Shape]) -> list[np.ndarray]:
         heads = [shape[-2] for shape in shapes]
@@ -210,6 +209,20 @@ class Changed(Conversion):
 
     def save(self, weights: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
         return [self._save(x) for x in self.inner.save(weights, count)]
+
+
+def rows_by_group(inner: Conversion, groups: int, sizes: Sequence[int]) -> Conversion:
+    """Returns a conversion of rows that lie group by group in one matrix.
+
+    Args:
+        inner: a conversion of a matrix in which the parts lie behind one another.
+        groups: int. The number of groups.
+        sizes: ints. How many rows of a group belong to each part.
+    """
+    rows = np.arange(groups * sum(sizes)).reshape((groups, -1))
+    parts = np.split(rows, np.cumsum(sizes)[:-1], axis=1)
+    order = np.concatenate([part.reshape(-1) for part in parts])
+    return Changed(inner, lambda x: x[order], lambda x: x[np.argsort(order)])
 
 
 def to_conversion(value: str | Conversion) -> Conversion:

@@ -57,6 +57,8 @@ class MixtureOfExperts(CachedLayer):
         use_bias: bool. Whether the router and the experts have biases.
         shared_intermediate_dim: int or `None`. The width inside one more expert, which
             sees all tokens and is added, as in DeepSeek-V2; `None`: there is none.
+        shared_gate: bool. Whether a sigmoid of a projection, one number for each token,
+            multiplies the outputs of that expert, as in Qwen3-Next.
         **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
 
     Call arguments:
@@ -100,6 +102,7 @@ class MixtureOfExperts(CachedLayer):
         kernel_initializer: Initializer = "glorot_uniform",
         use_bias: bool = False,
         shared_intermediate_dim: int | None = None,
+        shared_gate: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -130,6 +133,7 @@ class MixtureOfExperts(CachedLayer):
         self.shared_intermediate_dim = check_optional_positive_int(
             "shared_intermediate_dim", shared_intermediate_dim
         )
+        self.shared_gate = bool(shared_gate)
         self.shared: FeedForward | None = None
 
     def build(self, inputs_shape: Shape) -> None:
@@ -176,6 +180,15 @@ class MixtureOfExperts(CachedLayer):
                 name="shared",
             )
             self.shared.build(inputs_shape)
+            if self.shared_gate:
+                self.shared_gate_dense = keras.layers.Dense(
+                    1,
+                    use_bias=False,
+                    kernel_initializer=clone_initializer(self.kernel_initializer),
+                    dtype=self.dtype_policy,
+                    name="shared_gate",
+                )
+                self.shared_gate_dense.build(inputs_shape)
 
     def create_cache(self, batch_size: int, max_length: int) -> tuple:
         return ()
@@ -204,7 +217,10 @@ class MixtureOfExperts(CachedLayer):
         outputs = ops.sum(found * weights[..., None], axis=1)  # (tokens, width)
         outputs = ops.reshape(outputs, ops.shape(x))  # (batch, length, width)
         if self.shared is not None:
-            outputs = outputs + self.shared(x)
+            shared = self.shared(x)
+            if self.shared_gate:
+                shared = ops.sigmoid(self.shared_gate_dense(x)) * shared
+            outputs = outputs + shared
         return outputs if cache is None else (outputs, cache)
 
     def choose(self, chances: Tensor) -> tuple[Tensor, Tensor]:
@@ -324,6 +340,7 @@ class MixtureOfExperts(CachedLayer):
             kernel_initializer=keras.initializers.serialize(self.kernel_initializer),
             use_bias=self.use_bias,
             shared_intermediate_dim=self.shared_intermediate_dim,
+            shared_gate=self.shared_gate,
         )
         return config
 

@@ -454,7 +454,40 @@ MAMBA2 = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
+QWEN3_NEXT = {
+    **DECODER,
+    "head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 5,
+    "layer_types": ["linear_attention", "full_attention"],
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+    "shared_expert_intermediate_size": 10,
+    "rms_norm_eps": 1e-3,
+}
 RECURRENT = [
+    ("Qwen3NextConfig", QWEN3_NEXT),
+    unusual(
+        (
+            "Qwen3NextConfig",
+            {
+                **QWEN3_NEXT,
+                "num_hidden_layers": 4,
+                "layer_types": None,
+                "num_key_value_heads": 1,
+                "linear_num_key_heads": 4,
+                "linear_conv_kernel_dim": 3,
+                "attention_bias": True,
+                "mlp_only_layers": [1],
+                "norm_topk_prob": False,
+                "rope_parameters": {**LINEAR, "partial_rotary_factor": 0.5},
+                "tie_word_embeddings": True,
+            },
+        )
+    ),
     pytest.param(("Mamba2Config", MAMBA2), marks=pytest.mark.slow_on_jax),
     unusual(
         (

@@ -30,6 +30,7 @@ SAID = {
     },
     "olmo2": {"rope_theta": 500_000, "rope_scaling": None, "rms_norm_eps": 1e-6},
     "stablelm": {"partial_rotary_factor": 0.5, "use_qkv_bias": True},
+    "qwen3_next": {"rope_theta": 1e7, "full_attention_interval": 3},
     "phi3": {"sliding_window": 9, "rope_scaling": None, "partial_rotary_factor": 0.5},
     "gpt_neox": {"rotary_pct": 0.5, "rotary_emb_base": 500.0},
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 8, "rope_theta": 5e5},

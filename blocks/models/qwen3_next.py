@@ -1,0 +1,168 @@
+"""Qwen3-Next: gated delta networks and, in each fourth block, gated attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+
+from attention import CachedLayer, GatedDeltaNet
+from attention.contract import Shape, arguments_of
+from blocks.checkpoints.architecture import Entry, register_architecture
+from blocks.checkpoints.conversions import (
+    Dense,
+    DenseByGroup,
+    Depthwise,
+    rows_by_group,
+)
+from blocks.layers.mixture_of_experts import MixtureOfExperts
+from blocks.layers.norms import ZeroCenteredRMSNormalization
+from blocks.models.gemma3_text import Gemma3Attention
+from blocks.models.qwen3_moe import Qwen3Moe, Qwen3MoeBackbone
+
+KINDS = ("linear_attention", "full_attention")
+
+
+@keras.saving.register_keras_serializable(package="keras_transformer_blocks")
+class Qwen3NextBackbone(Qwen3MoeBackbone):
+    """Qwen3-Next.
+
+    Args:
+        *args: those of `Qwen3MoeBackbone`, also by keyword; `layer_types` has
+            `"linear_attention"` for each block with a gated delta network.
+        shared_expert_dim: int. The width inside the expert that all tokens see.
+        linear_heads: int. How many value heads such a network has.
+        linear_key_heads: int. How many query and key heads it has.
+        linear_key_dim: int. The size of these.
+        linear_value_dim: int. The size of value heads.
+        linear_kernel_size: int. How many tokens its convolution sees.
+
+    Reference:
+
+    - [Yang et al., 2024](https://arxiv.org/abs/2412.06464)
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        linear_heads: int = 32,
+        linear_key_heads: int = 16,
+        linear_key_dim: int = 128,
+        linear_value_dim: int = 128,
+        linear_kernel_size: int = 4,
+        shared_expert_dim: int = 512,
+        **kwargs: Any,
+    ) -> None:
+        self.linear_heads, self.linear_key_heads = linear_heads, linear_key_heads
+        self.linear_key_dim, self.linear_value_dim = linear_key_dim, linear_value_dim
+        self.linear_kernel_size = linear_kernel_size
+        self.shared_expert_dim = shared_expert_dim
+        super().__init__(*args, **kwargs)
+
+    def create_attention_layer(
+        self, inputs_shape: Shape, layer_index: int
+    ) -> CachedLayer:
+        if self.layer_types and self.layer_types[layer_index] == KINDS[0]:
+            return GatedDeltaNet(
+                self.linear_heads,
+                self.linear_key_heads,
+                self.linear_key_dim,
+                self.linear_value_dim,
+                self.linear_kernel_size,
+                self.layer_norm_epsilon,
+            )
+        return Gemma3Attention(**self.attention_options(layer_index), output_gate=True)
+
+    def is_sliding(self, layer_index: int) -> bool:
+        return False
+
+    def create_ffn(self, inputs_shape: Shape, layer_index: int) -> keras.layers.Layer:
+        if layer_index in self.dense_layers:
+            return super().create_ffn(inputs_shape, layer_index)
+        return MixtureOfExperts(
+            self.num_experts,
+            self.expert_dim,
+            self.num_experts_per_token,
+            normalize_weights=self.normalize_weights,
+            shared_intermediate_dim=self.shared_expert_dim,
+            shared_gate=True,
+        )
+
+    def create_norm(self, inputs_shape: Shape, layer_index: int) -> keras.layers.Layer:
+        return ZeroCenteredRMSNormalization(self.layer_norm_epsilon)
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), **arguments_of(Qwen3NextBackbone, self)}
+
+
+def paths(*names: str, weight: str = "kernel") -> list[str]:
+    """Returns the paths of weights of parts of a block's mixer."""
+    return [f"self_attention/{name}/{weight}" for name in names]
+
+
+@register_architecture
+class Qwen3Next(Qwen3Moe):
+    """The table of Qwen3-Next."""
+
+    model_type = "qwen3_next"
+    causal_lm_class = "Qwen3NextForCausalLM"
+    backbone_class = Qwen3NextBackbone
+    config = {
+        **{k: v for k, v in Qwen3Moe.config.items() if k != "window"},
+        "num_key_value_heads": ("num_key_value_heads", 2),
+        "key_dim": ("head_dim", 256),
+        "rotary_factor": ("partial_rotary_factor", 0.25),
+        "num_experts": ("num_experts", 512),
+        "num_experts_per_token": ("num_experts_per_tok", 10),
+        "expert_dim": ("moe_intermediate_size", 512),
+        "shared_expert_dim": ("shared_expert_intermediate_size", 512),
+        "normalize_weights": ("norm_topk_prob", True),
+        "layer_types": ("layer_types", None),
+        "linear_heads": ("linear_num_value_heads", 32),
+        "linear_key_heads": ("linear_num_key_heads", 16),
+        "linear_key_dim": ("linear_key_head_dim", 128),
+        "linear_value_dim": ("linear_value_head_dim", 128),
+        "linear_kernel_size": ("linear_conv_kernel_dim", 4),
+    }
+    layer_weights = {
+        **Qwen3Moe.layer_weights,
+        "self_attn.q_proj.weight": DenseByGroup(*paths("query", "output_gate")),
+        "self_attn.q_proj.bias": DenseByGroup(
+            *paths("query", "output_gate", weight="bias")
+        ),
+        "linear_attn.in_proj_qkvz.weight": Dense(*paths("query_key_value", "gate")),
+        "linear_attn.in_proj_ba.weight": Dense(*paths("beta", "decay")),
+        "linear_attn.conv1d.weight": Depthwise(*paths("convolution")),
+        "linear_attn.A_log": "self_attention/log_rate",
+        "linear_attn.dt_bias": "self_attention/decay_bias",
+        "linear_attn.norm.weight": "self_attention/head_norm/scale",
+        "linear_attn.out_proj.weight": "self_attention/output/kernel",
+        "mlp.shared_expert_gate.weight": "ffn/shared_gate/kernel",
+        "mlp.shared_expert.gate_proj.weight": "ffn/shared/gate/kernel",
+        "mlp.shared_expert.up_proj.weight": "ffn/shared/intermediate/kernel",
+        "mlp.shared_expert.down_proj.weight": "ffn/shared/output/kernel",
+    }
+
+    def entries(self, backbone: Any) -> Iterator[Entry]:
+        groups = backbone.linear_key_heads
+        times, key_dim = backbone.linear_heads // groups, backbone.linear_key_dim
+        values = times * backbone.linear_value_dim
+        sizes = {"qkvz": [key_dim, key_dim, values, values], "ba": [times, times]}
+        for names, weights, conversion in super().entries(backbone):
+            found = sizes.get(
+                names[0].removesuffix(".weight").rpartition("in_proj_")[2]
+            )
+            if found is not None:
+                conversion = rows_by_group(conversion, groups, found)
+            yield Entry(names, weights, conversion)
+
+    def read_config(self, config: dict[str, Any]) -> dict[str, Any]:
+        read = super().read_config(config)
+        every, blocks = config.get("full_attention_interval", 4), read["num_layers"]
+        kinds = [KINDS[i % every == 0] for i in range(1, blocks + 1)]
+        return {**read, "layer_types": read["layer_types"] or kinds}
+
+    def is_ignored(self, name: str, backbone: Any) -> bool:
+        # Layers that predict further tokens, which nothing here uses.
+        return name.startswith("mtp.") or super().is_ignored(name, backbone)
