@@ -128,7 +128,7 @@ def write_preprocessor(folder: str | os.PathLike, preprocessor: Any) -> None:
         for kind, token_id in ids.items()
         if token_id is not None
     }
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
+    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
     template = preprocessor.chat_template
     if isinstance(template, dict):
         config["chat_template"] = [
