@@ -53,6 +53,12 @@ class CustomBackbone(TokenModel, keras_hub.models.Backbone):
     Attributes:
         decoder_class: subclass of `blocks.CustomDecoder`. The class of the blocks.
 
+    Weights are found by their paths, on which checkpoints rely: those of
+    `token_embedding` (`embeddings`, and `reverse_embeddings` if logits have weights of
+    their own), `position_embedding`, `layer_norm`, and of `transformer_layer_{i}` with
+    `self_attention`, `ffn` and the names of its norms, such as
+    `transformer_layer_0/self_attention/query/kernel`.
+
     Args:
         vocabulary_size: int. The number of tokens.
         num_layers: int. The number of blocks.

