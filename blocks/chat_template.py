@@ -8,6 +8,7 @@ import json
 from typing import Any
 
 from attention.contract import describe
+from blocks.checkpoints.packages import require
 
 
 def render_chats(
@@ -102,15 +103,10 @@ def _choose(template: str | dict[str, str], tools: Any) -> str:
 @functools.lru_cache(maxsize=16)
 def _compile(template: str) -> Any:
     """Returns the compiled template, with what published templates take for granted."""
-    try:
-        import jinja2
-        import jinja2.ext
-        import jinja2.sandbox
-    except ImportError as error:
-        raise ImportError(
-            "Chat templates need the package jinja2: "
-            '`pip install "keras-transformer-blocks[checkpoints]"`.'
-        ) from error
+    require("jinja2", "Chat templates")
+    import jinja2
+    import jinja2.ext
+    import jinja2.sandbox
 
     class Generation(jinja2.ext.Extension):
         """Marks what the model says; here, only its text counts."""

@@ -20,6 +20,7 @@ import keras_hub
 from attention.contract import describe
 from blocks.checkpoints import hugging_face, sizes
 from blocks.checkpoints.gguf_file import GgufFile
+from blocks.checkpoints.packages import require
 from blocks.gguf_tokenizer import read_gguf_preprocessor
 from blocks.preprocessor import CausalLMPreprocessor
 
@@ -140,7 +141,7 @@ def _local_folder(preset: str) -> str:
     preset = os.fspath(preset)
     scheme, _, handle = preset.partition("://")
     if scheme == "hf" and handle:
-        import huggingface_hub
+        huggingface_hub = require("huggingface_hub", "Handles of hf://")
 
         # Data only: neither code nor pickled weights.
         return huggingface_hub.snapshot_download(handle, allow_patterns=_DATA)

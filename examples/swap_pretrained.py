@@ -80,7 +80,7 @@ def read(options):
         loaded = CausalLM.from_preset(str(options.checkpoint or fetch.model()))
         lm = CausalLM(loaded.backbone)
         text = fetch.novel().read_text(encoding="utf-8")
-        tokens = np.array(loaded.preprocessor.tokenizer(text))
+        tokens = keras.ops.convert_to_numpy(loaded.preprocessor.tokenizer(text))
     held_out = options.held_out * options.length + 1
     return lm, tokens[:-held_out].astype("int32"), tokens[-held_out:].astype("int32")
 
@@ -204,7 +204,7 @@ def parse_arguments():
     )
     add = parser.add_argument
     add("--checkpoint", help="of the Llama kind; default: SmolLM2-135M-Instruct")
-    add("--only", nargs="+", choices=list(SWAPS), help="default: all")
+    add("--only", nargs="+", choices=list(SWAPS), default=list(SWAPS))
     add("--steps", type=int, help="of training")
     add("--out", type=pathlib.Path, default=pathlib.Path("swap_pretrained"))
     add("--quick", action="store_true", help="a few steps of a tiny model")
@@ -212,6 +212,7 @@ def parse_arguments():
     options.length, options.batch, options.held_out = 256, 4, 16
     options.new_tokens = 64
     if options.quick:
+        options.only = ["multi-query", "recurrent, every other"]
         options.length, options.held_out, options.new_tokens = 64, 4, 8
     options.steps = options.steps or (2 if options.quick else 20)
     return options
@@ -221,7 +222,7 @@ def main():
     options = parse_arguments()
     lm, train, held_out = read(options)
     rows = []
-    for name in options.only or SWAPS:
+    for name in options.only:
         rows.append(run(name, lm, train, held_out, options))
         print(table(rows[-1:]).splitlines()[-1], flush=True)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ import numpy as np
 from attention.contract import describe
 from blocks.checkpoints.architecture import Architecture
 from blocks.checkpoints.conversions import Shape
+from blocks.checkpoints.packages import require
 
 # The model types of GGUF's names of architectures, where they differ.
 _MODEL_TYPES = {
@@ -48,13 +49,7 @@ class GgufFile:
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
-        try:
-            import gguf
-        except ImportError as error:
-            raise ImportError(
-                "Files of GGUF are read by the package gguf: "
-                '`pip install "keras-transformer-blocks[checkpoints]"`.'
-            ) from error
+        gguf = require("gguf", "GGUF files")
         self.path = os.fspath(path)
         try:
             reader = gguf.GGUFReader(self.path)

@@ -21,6 +21,7 @@ from blocks.checkpoints.architecture import (
 from blocks.checkpoints.gguf_file import GgufFile
 from blocks.checkpoints.loading import load_weights, weights_from
 from blocks.checkpoints.mxfp4 import unpacked
+from blocks.checkpoints.packages import require
 from blocks.checkpoints.tensor_files import DTYPE_NAMES, SafetensorsFolder
 
 _SHARD_BYTES = 5 * 10**9
@@ -157,15 +158,14 @@ def _write_tensors(
     folder: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]]
 ) -> None:
     """Writes one file, or shards and their index."""
-    from safetensors.numpy import save_file
-
+    safetensors = require("safetensors.numpy", "Folders for transformers")
     shards: list[list[str]] = []
     held: dict[str, np.ndarray] = {}
     sizes = 0
 
     def write() -> None:
         path = folder / f"part-{len(shards)}"
-        save_file(held, path, metadata={"format": "pt"})
+        safetensors.save_file(held, path, metadata={"format": "pt"})
         shards.append(list(held))
         held.clear()
 
