@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import keras
-from keras import ops
 
 from attention.contract import Shape, Tensor
 from blocks.checkpoints.architecture import register_architecture
+from blocks.checkpoints.tensor_files import DTYPE_NAMES
 from blocks.layers.feed_forward import GatedFeedForward, gelu_approximate
 from blocks.layers.norms import ZeroCenteredRMSNormalization
 from blocks.models.llama import Llama
@@ -35,7 +35,8 @@ class GemmaBackbone(MistralBackbone):
 
     def transform(self, x: Tensor, padding_mask: Tensor) -> Tensor:
         # Rounded to the dtype that is computed in, as published.
-        factor = float(ops.cast(self.hidden_dim**0.5, x.dtype))
+        rounded = DTYPE_NAMES[keras.backend.standardize_dtype(x.dtype)].type
+        factor = float(rounded(self.hidden_dim**0.5))
         return super().transform(x * factor, padding_mask)
 
 
