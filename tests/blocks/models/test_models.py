@@ -411,7 +411,7 @@ OTHER_ATTENTION = [
             },
         )
     ),
-    ("GptOssConfig", GPT_OSS),
+    pytest.param(("GptOssConfig", GPT_OSS), marks=pytest.mark.slow_on_jax),
     unusual(
         (
             "GptOssConfig",
@@ -469,7 +469,7 @@ QWEN3_NEXT = {
     "rms_norm_eps": 1e-3,
 }
 RECURRENT = [
-    ("Qwen3NextConfig", QWEN3_NEXT),
+    pytest.param(("Qwen3NextConfig", QWEN3_NEXT), marks=pytest.mark.slow_on_jax),
     unusual(
         (
             "Qwen3NextConfig",
