@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from attention.contract import describe
+from blocks.checkpoints.hugging_face import write_json
 from blocks.json_tokenizer import FILE_NAME, JsonTokenizer
 
 
@@ -140,9 +141,5 @@ def write_preprocessor(folder: str | os.PathLike, preprocessor: Any) -> None:
             file.write(template)
     generation = {f"{kind}_token_id": token_id for kind, token_id in ids.items()}
     generation["eos_token_id"] = list(preprocessor.stop_token_ids) or None
-    for name, content in (
-        ("tokenizer_config.json", config),
-        ("generation_config.json", generation),
-    ):
-        with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2, ensure_ascii=False)
+    write_json(os.fspath(folder), "tokenizer_config.json", config)
+    write_json(os.fspath(folder), "generation_config.json", generation)
