@@ -31,8 +31,19 @@ class CallSites(tuple[CachedLayer, ...]):
 
 
 def _record(rows: int | None, run: Callable[[], Any]) -> CallSites:
-    with RecordingScope(rows) as scope:
-        run()
+    def record() -> None:
+        with scope:
+            run()
+
+    scope = RecordingScope(rows)
+    if keras.config.backend() == "jax":
+        import jax
+
+        # Shapes are enough; eagerly, each operation would be compiled on its own.
+        with keras.StatelessScope():
+            jax.eval_shape(record)
+    else:
+        record()
     sites = CallSites(scope.layers)
     sites.whole_prompt = scope.whole_prompt
     return sites

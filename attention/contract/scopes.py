@@ -10,7 +10,7 @@ from keras import ops, tree
 from attention.contract.arguments import describe
 from attention.contract.context import change_context, context
 from attention.contract.padding import check_right_padded
-from attention.contract.sizes import is_concrete, static_size
+from attention.contract.sizes import is_concrete, static_size, trace_state
 from attention.contract.types import Cache, Index, Mask
 
 
@@ -276,11 +276,13 @@ class RecordingScope(Scope):
         self.whole_prompt = False
         self._strict = strict
         self._batch_size = batch_size
+        self._trace: Any = None
         self._eager = False
 
     def __enter__(self) -> Any:
         # Calls that are not a dry run may be traced, by `jax.grad` for instance.
-        self._eager = self._strict and is_concrete(ops.zeros(()))
+        self._trace = trace_state()
+        self._eager = is_concrete(ops.zeros(()))
         return super().__enter__()
 
     def run(self, layer: Any, call: Any, inputs: Any) -> Any:
@@ -296,8 +298,7 @@ class RecordingScope(Scope):
             )
         self.layers.append(layer)
         outputs = call(None, None)
-        first = next(iter(tree.flatten(outputs)), None)
-        if self._eager and first is not None and not is_concrete(first):
+        if self._strict and self._is_traced_alone(outputs):
             self.refuse(
                 f"{name} is called inside of a function that is traced on its own: "
                 "mapped (`vectorized_map`), looped (`scan`, `fori_loop`, an RNN) or "
@@ -306,6 +307,13 @@ class RecordingScope(Scope):
                 + OR_NO_CACHE
             )
         return outputs
+
+    def _is_traced_alone(self, outputs: Any) -> bool:
+        """Returns whether a call is in a function that this scope is not in."""
+        if self._trace is not None:
+            return trace_state() != self._trace
+        first = next(iter(tree.flatten(outputs)), None)
+        return self._eager and first is not None and not is_concrete(first)
 
     def refuse(self, message: str) -> None:
         self.problem = self.problem or message

@@ -19,7 +19,7 @@ def static_size(x: Tensor, axis: int) -> int | None:
     where the meta device can't compute something.
     """
     shape = getattr(x, "shape", ())
-    if len(shape) <= axis or getattr(getattr(x, "device", None), "type", "") == "meta":
+    if len(shape) <= axis or torch_device(x) == "meta":
         return None
     if context().made_up_sizes and not isinstance(x, keras.KerasTensor):
         return None
@@ -37,8 +37,24 @@ def sequence_length(x: Tensor) -> Any:
     return keras.ops.shape(x)[1] if unknown else length
 
 
+def torch_device(x: Tensor) -> str:
+    """Returns where a tensor of torch is, such as `"cpu"`; `""` on other backends.
+
+    A tensor in a trace of JAX is not asked for its device: it would look through all
+    that was traced so far to write an error message, which is most of a compilation.
+    """
+    if keras.config.backend() != "torch":
+        return ""
+    return getattr(getattr(x, "device", None), "type", "")
+
+
 def is_concrete(x: Tensor) -> bool:
     """Returns whether a tensor has values: it has none in a trace."""
+    if keras.config.backend() == "jax":
+        # Not by trying, for the reason above.
+        import jax
+
+        return not isinstance(x, (keras.KerasTensor, jax.core.Tracer))
     try:
         ops.convert_to_numpy(x)
     except (NotImplementedError, RuntimeError, TypeError, ValueError):
@@ -49,3 +65,15 @@ def is_concrete(x: Tensor) -> bool:
 def is_tensor(x: Any) -> bool:
     """Returns whether something is a tensor or an array, of whatever backend."""
     return hasattr(x, "shape") and hasattr(x, "dtype")
+
+
+def trace_state() -> Any:
+    """Returns a value that is another one inside of a function that is traced on its own.
+
+    `None` where there is no such value.
+    """
+    if keras.config.backend() != "jax":
+        return None
+    import jax
+
+    return jax.core.get_opaque_trace_state(convention="nnx")

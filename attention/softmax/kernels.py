@@ -10,7 +10,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from attention.contract.sizes import static_size
+from attention.contract.sizes import static_size, torch_device
 from attention.contract.types import Mask, Tensor
 
 # Finite: a row in which everything is masked must not become NaN.
@@ -158,7 +158,7 @@ def fused_attention(
     """
     dtype = query.dtype
     half = keras.backend.standardize_dtype(dtype) == "float16"
-    if half and getattr(getattr(query, "device", None), "type", "") == "cpu":
+    if half and torch_device(query) == "cpu":
         # A mask is added to the logits, on torch. Those that float16's lowest number
         # does not hide would show, and CPUs are as fast in float32.
         query, key, value = (ops.cast(x, "float32") for x in (query, key, value))
