@@ -90,6 +90,42 @@ def test_links_lead_somewhere(name):
         assert link.startswith("https://") or (path.parent / link).exists(), link
 
 
+def lines_of(name):
+    """Returns the lines of a published architecture's model and of its table.
+
+    From the class statement on; functions count where they stand, and conversions of
+    tensors do not.
+    """
+    path = ROOT / "blocks" / "models" / f"{name}.py"
+    model = found = 0
+    for statement in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(statement, ast.ClassDef):
+            parent = ast.unparse(statement.bases[0])
+        elif isinstance(statement, ast.FunctionDef):
+            parent = None
+        else:
+            continue
+        if parent not in ("Conversion", "Plain"):
+            found += statement.end_lineno - statement.lineno + 1
+        if parent is not None and parent.endswith("Backbone"):
+            # What follows it belongs to the table.
+            model = found
+    return model, found - model
+
+
+def test_published_architectures_fit_on_a_screen():
+    row = r"\[[^]]+\]\(blocks/models/(\w+)\.py\) \| (\S+) \| (\d+) \|"
+    said = {
+        name: (int(model.replace("–", "0")), int(table))
+        for name, model, table in re.findall(row, README)
+    }
+    # Gemma 3 with images is another name of the same.
+    names = {path.stem for path in (ROOT / "blocks" / "models").glob("*.py")}
+    assert said.keys() == names - {"__init__", "gemma3"}
+    assert said == {name: lines_of(name) for name in said}
+    assert all(model <= 80 and table <= 60 for model, table in said.values())
+
+
 def test_every_example_is_described():
     text = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
     for path in (ROOT / "examples").glob("*.py"):

@@ -13,7 +13,9 @@ from blocks.checkpoints.conversions import (
     Depthwise,
     Plain,
     Stacked,
+    attention_paths,
     rows_by_group,
+    rows_in_pairs,
 )
 from blocks.checkpoints.sizes import known_sizes
 
@@ -26,8 +28,10 @@ __all__ = [
     "Depthwise",
     "Plain",
     "Stacked",
+    "attention_paths",
     "known_model_types",
     "known_sizes",
     "register_architecture",
     "rows_by_group",
+    "rows_in_pairs",
 ]

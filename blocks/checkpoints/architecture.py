@@ -41,7 +41,12 @@ class Architecture:
             and then such models are read and not exported.
         backbone_class: the `blocks.CustomBackbone` that computes it.
         config: dict from arguments of the backbone to keys of a configuration, or to
-            pairs of a key and the value that it has where it is missing.
+            pairs of a key and the value that it has where it is missing. Of rotary
+            positions, the keys are `rope_theta`, `rope_scaling` (`None`, or as for
+            `attention.RotaryPosition`) and `partial_rotary_factor`, however a file
+            spells them.
+        aliases: dict from keys that some files have to those that `config` has for the
+            same. Both are written.
         constants: dict from keys of a configuration to the only value that the
             backbone computes, or a tuple of values that mean the same; also what a
             missing key means.
@@ -75,6 +80,7 @@ class Architecture:
     causal_lm_class: ClassVar[str] = ""
     backbone_class: ClassVar[type]
     config: ClassVar[dict[str, Any]] = {}
+    aliases: ClassVar[dict[str, str]] = {}
     constants: ClassVar[dict[str, Any]] = {}
     weights: ClassVar[dict[str, Any]] = {}
     layer_prefix: ClassVar[str] = ""
@@ -90,9 +96,12 @@ class Architecture:
                 compute.
         """
         arguments = {}
+        found = {x: config.get(x) for x in self.aliases}
+        named = {self.aliases[x]: y for x, y in found.items() if y is not None}
+        spelled = with_plain_rotary({**config, **named})
         for name, key in self.config.items():
             key, default = key if isinstance(key, tuple) else (key, REQUIRED)
-            value = config.get(key, default)
+            value = spelled.get(key, default)
             if value is REQUIRED:
                 raise ValueError(
                     f"The configuration of model type '{self.model_type}' has no "
@@ -101,10 +110,10 @@ class Architecture:
             arguments[name] = value
         for key, only in self.constants.items():
             known = only if isinstance(only, tuple) else (only,)
-            found = config.get(key, known[0])
-            if found not in known:
+            value = config.get(key, known[0])
+            if value not in known:
                 raise ValueError(
-                    f"The configuration has {key}={found!r}, and '{self.model_type}' "
+                    f"The configuration has {key}={value!r}, and '{self.model_type}' "
                     f"is computed here for {key}={only!r} only."
                 )
         return arguments
@@ -118,15 +127,21 @@ class Architecture:
             config[key] = only[0] if isinstance(only, tuple) else only
         for name, key in self.config.items():
             config[key[0] if isinstance(key, tuple) else key] = getattr(backbone, name)
-        return config
+        if "rope_theta" in config:
+            config["rope_parameters"] = _rope_parameters(config)
+        return {**config, **{x: config[key] for x, key in self.aliases.items()}}
+
+    def layer_table(self, backbone: Any) -> dict[str, Any]:
+        """Returns `layer_weights`, as a backbone's arguments change it in subclasses."""
+        return self.layer_weights
 
     def entries(self, backbone: Any) -> Iterator[Entry]:
         """Yields an `Entry` for each line of the table that this backbone has."""
         shapes = {weight.path: tuple(weight.shape) for weight in backbone.weights}
-        tables = [("", "", self.weights)]
+        tables, of_block = [("", "", self.weights)], self.layer_table(backbone)
         for i in range(backbone.num_layers):
             prefix = self.layer_prefix.format(i=i)
-            tables.append((prefix, f"transformer_layer_{i}/", self.layer_weights))
+            tables.append((prefix, f"transformer_layer_{i}/", of_block))
         for prefix, block, table in tables:
             for name, value in table.items():
                 conversion = to_conversion(value)
@@ -142,6 +157,36 @@ class Architecture:
         head = self.weights.get(name) == "token_embedding/reverse_embeddings"
         tied = backbone.tie_word_embeddings and head
         return tied or name.endswith(self.ignored)
+
+
+def with_plain_rotary(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns a configuration with one spelling of rotary positions.
+
+    `rope_theta` and `partial_rotary_factor` have keys of their own, and `rope_scaling`
+    is as for `attention.RotaryPosition`; newer files have all in `rope_parameters`.
+    """
+    found = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    kept = ("rope_theta", "partial_rotary_factor")
+    named = {key: found.pop(key, None) or config.get(key) for key in kept}
+    config = {key: value for key, value in config.items() if key not in kept}
+    config.update((key, value) for key, value in named.items() if value is not None)
+    kind = found.pop("type", None)
+    found.setdefault("rope_type", kind)
+    if found["rope_type"] in (None, "default"):
+        return {**config, "rope_scaling": None}
+    length = config.get("original_max_position_embeddings")
+    if found["rope_type"] in ("yarn", "longrope"):
+        length = length or config.get("max_position_embeddings")
+    if length is not None:
+        found.setdefault("original_max_position_embeddings", length)
+    return {**config, "rope_scaling": found}
+
+
+def _rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns the newer spelling of a written configuration's rotary positions."""
+    names = ("rope_theta", "partial_rotary_factor")
+    named = {key: config[key] for key in names if key in config}
+    return {**named, "rope_type": "default", **(config["rope_scaling"] or {})}
 
 
 _REGISTERED: dict[str, Architecture] = {}
@@ -216,33 +261,3 @@ def architecture_of(backbone: Any) -> Architecture:
         f"is one for each of {sorted(cls.__name__ for cls in by_class)} and their "
         "subclasses; `blocks.checkpoints.register_architecture` adds your own."
     )
-
-
-def read_rotary(
-    config: dict[str, Any], theta: float = 10_000.0
-) -> tuple[float, dict[str, Any] | None]:
-    """Returns the base and the scaling of a configuration's rotary positions.
-
-    `theta` is the base where there is none. The scaling is `None`, or as for
-    `attention.RotaryPosition`.
-    """
-    found = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = found.pop("rope_theta", None) or config.get("rope_theta") or theta
-    found.pop("partial_rotary_factor", None)
-    kind = found.pop("type", None)
-    found.setdefault("rope_type", kind)
-    if found["rope_type"] in (None, "default"):
-        return theta, None
-    length = config.get("original_max_position_embeddings")
-    if found["rope_type"] in ("yarn", "longrope"):
-        length = length or config.get("max_position_embeddings")
-    if length is not None:
-        found.setdefault("original_max_position_embeddings", length)
-    return theta, found
-
-
-def write_rotary(theta: float, scaling: dict[str, Any] | None) -> dict[str, Any]:
-    """Returns the keys of a configuration for rotary positions."""
-    parameters = {"rope_theta": theta, "rope_type": "default", **(scaling or {})}
-    written = {"rope_theta": theta, "rope_parameters": parameters}
-    return written if scaling is None else {**written, "rope_scaling": dict(scaling)}

@@ -211,7 +211,7 @@ class Changed(Conversion):
         return [self._save(x) for x in self.inner.save(weights, count)]
 
 
-def rows_by_group(inner: Conversion, groups: int, sizes: Sequence[int]) -> Conversion:
+def rows_by_group(inner: Any, groups: int, sizes: Sequence[int]) -> Conversion:
     """Returns a conversion of rows that lie group by group in one matrix.
 
     Args:
@@ -223,6 +223,41 @@ def rows_by_group(inner: Conversion, groups: int, sizes: Sequence[int]) -> Conve
     parts = np.split(rows, np.cumsum(sizes)[:-1], axis=1)
     order = np.concatenate([part.reshape(-1) for part in parts])
     return Changed(inner, lambda x: x[order], lambda x: x[np.argsort(order)])
+
+
+def rows_in_pairs(inner: Any, plain: int, rotary: int) -> Conversion:
+    """Returns a conversion of rows that are rotated in pairs of neighbours in files.
+
+    Here pairs are as far apart as half of what is rotated (`attention.RotaryPosition`).
+
+    Args:
+        inner: a conversion of a matrix in which they lie as here.
+        plain: int. How many rows of each head, the first ones, are not rotated.
+        rotary: int. How many are.
+    """
+
+    def swapped(x: np.ndarray, pairs: tuple[int, int]) -> np.ndarray:
+        """Swaps two axes, of these sizes, of the rotated rows of each head."""
+        heads = x.reshape((-1, plain + rotary, *x.shape[1:]))
+        rotated = heads[:, plain:].reshape((len(heads), *pairs, *x.shape[1:]))
+        rotated = rotated.swapaxes(1, 2).reshape(heads[:, plain:].shape)
+        return np.concatenate([heads[:, :plain], rotated], axis=1).reshape(x.shape)
+
+    half = rotary // 2
+    return Changed(
+        inner, lambda x: swapped(x, (half, 2)), lambda x: swapped(x, (2, half))
+    )
+
+
+def attention_paths(weight: str, *names: str) -> list[str]:
+    """Returns the paths of the same weight of several parts of a block's attention.
+
+    Args:
+        weight: str. Its name, such as `"kernel"`.
+        *names: str. The parts; by default the projections of queries, keys and values.
+    """
+    names = names or ("query", "key", "value")
+    return [f"self_attention/{name}/{weight}" for name in names]
 
 
 def to_conversion(value: str | Conversion) -> Conversion:

@@ -9,8 +9,8 @@ import keras
 from attention import AlibiBias, CachedLayer, MultiHeadAttention
 from attention.contract import Shape, Tensor
 from blocks.checkpoints.architecture import Architecture, register_architecture
+from blocks.checkpoints.conversions import DenseByGroup, attention_paths
 from blocks.custom_backbone import CustomBackbone
-from blocks.models.gpt_neox import fused
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
@@ -59,6 +59,11 @@ class Bloom(Architecture):
         "layer_norm_epsilon": ("layer_norm_epsilon", 1e-5),
         "tie_word_embeddings": ("tie_word_embeddings", True),
     }
+    aliases = {
+        "n_embed": "hidden_size",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+    }
     constants = {"apply_residual_connection_post_layernorm": False}
     base_prefix = "transformer."
     weights = {
@@ -73,8 +78,10 @@ class Bloom(Architecture):
     layer_weights = {
         "input_layernorm.weight": "attention_norm/gamma",
         "input_layernorm.bias": "attention_norm/beta",
-        "self_attention.query_key_value.weight": fused("kernel"),
-        "self_attention.query_key_value.bias": fused("bias"),
+        "self_attention.query_key_value.weight": DenseByGroup(
+            *attention_paths("kernel")
+        ),
+        "self_attention.query_key_value.bias": DenseByGroup(*attention_paths("bias")),
         "self_attention.dense.weight": "self_attention/attention_output/kernel",
         "self_attention.dense.bias": "self_attention/attention_output/bias",
         "post_attention_layernorm.weight": "ffn_norm/gamma",
@@ -86,12 +93,5 @@ class Bloom(Architecture):
     }
 
     def read_config(self, config: dict[str, Any]) -> dict[str, Any]:
-        # Files have one or the other name.
-        names = {
-            "hidden_size": "n_embed",
-            "n_layer": "num_hidden_layers",
-            "n_head": "num_attention_heads",
-        }
-        found = {x: config[y] for x, y in names.items() if config.get(y) is not None}
-        arguments = super().read_config({**config, **found})
+        arguments = super().read_config(config)
         return {**arguments, "intermediate_dim": 4 * arguments["hidden_dim"]}

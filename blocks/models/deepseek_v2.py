@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -11,11 +11,16 @@ import numpy as np
 
 from attention import CachedLayer, LatentAttention, RotaryPosition
 from attention.contract import Shape, arguments_of
-from blocks.checkpoints.architecture import Entry, register_architecture
-from blocks.checkpoints.conversions import Changed, Conversion, Dense
+from blocks.checkpoints.architecture import register_architecture
+from blocks.checkpoints.conversions import (
+    Conversion,
+    Dense,
+    attention_paths,
+    rows_in_pairs,
+)
 from blocks.layers.group_limited_experts import GroupLimitedExperts
 from blocks.models.llama import Llama, LlamaBackbone
-from blocks.models.qwen3_moe import EXPERTS, GATED
+from blocks.models.qwen3_moe import EXPERTS, shared_expert
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
@@ -118,18 +123,6 @@ class KeyValueUp(Conversion):
         return [rows.reshape((-1, key.shape[-1]))]
 
 
-def interleaved(inner: Conversion, heads: int, plain: int, rotary: int) -> Conversion:
-    """Returns a conversion of rows that are rotated in pairs of neighbours in files.
-
-    Here pairs are as far apart as half of what is rotated, the last rows of a head.
-    """
-    rows = np.arange(heads * (plain + rotary)).reshape((heads, -1))
-    pairs = rows[:, plain:].reshape((heads, -1, 2)).swapaxes(1, 2)
-    order = np.concatenate([rows[:, :plain], pairs.reshape((heads, -1))], axis=1)
-    order = order.reshape(-1)
-    return Changed(inner, lambda x: x[order], lambda x: x[np.argsort(order)])
-
-
 @register_architecture
 class DeepseekV2(Llama):
     """The table of DeepSeek-V2."""
@@ -153,7 +146,7 @@ class DeepseekV2(Llama):
     constants = {
         **Llama.constants,
         **dict.fromkeys(("attention_bias", "mlp_bias", "norm_topk_prob"), False),
-        "topk_method": ("greedy", "group_limited_greedy"),
+        "topk_method": ("group_limited_greedy", "greedy"),  # of one group, the same
         "scoring_func": "softmax",
         "moe_layer_freq": 1,
     }
@@ -162,44 +155,32 @@ class DeepseekV2(Llama):
         **EXPERTS,
         "self_attn.q_a_proj.weight": "self_attention/query_down/kernel",
         "self_attn.q_a_layernorm.weight": "self_attention/query_norm/scale",
-        "self_attn.kv_a_proj_with_mqa.weight": Dense(
-            "self_attention/latent/kernel", "self_attention/rotary_key/kernel"
-        ),
         "self_attn.kv_a_layernorm.weight": "self_attention/latent_norm/scale",
         "self_attn.kv_b_proj.weight": KeyValueUp(
             "self_attention/key_up", "self_attention/value_up"
         ),
-        **{
-            f"mlp.shared_experts.{name}_proj.weight": f"ffn/shared/{path}/kernel"
-            for name, path in GATED.items()
-        },
+        **shared_expert("shared_experts"),
     }
 
-    def entries(self, backbone: Any) -> Iterator[Entry]:
-        rotary, latent_dim = backbone.rotary_dim, backbone.latent_dim
-        for names, paths, conversion in super().entries(backbone):
-            if names[0].endswith("q_proj.weight"):
-                heads = (backbone.num_heads, backbone.key_dim)
-                conversion = interleaved(conversion, *heads, rotary)
-                if backbone.query_latent_dim is not None:
-                    names = [names[0].replace("q_proj", "q_b_proj")]
-            elif names[0].endswith("kv_a_proj_with_mqa.weight"):
-                conversion = interleaved(conversion, 1, latent_dim, rotary)
-            yield Entry(names, paths, conversion)
+    def layer_table(self, backbone: Any) -> dict[str, Any]:
+        table, rotary = dict(self.layer_weights), backbone.rotary_dim
+        sizes = (backbone.key_dim, rotary)
+        query = rows_in_pairs(table.pop("self_attn.q_proj.weight"), *sizes)
+        name = "q_proj" if backbone.query_latent_dim is None else "q_b_proj"
+        latent: Any = Dense(*attention_paths("kernel", "latent", "rotary_key"))
+        latent = rows_in_pairs(latent, backbone.latent_dim, rotary)
+        table[f"self_attn.{name}.weight"] = query
+        return {**table, "self_attn.kv_a_proj_with_mqa.weight": latent}
 
     def read_config(self, config: dict[str, Any]) -> dict[str, Any]:
         read = super().read_config(config)
-        shared = config.get("n_shared_experts", 2) or 0
-        read["shared_expert_dim"] = shared * read["expert_dim"] or None
+        shared = (config.get("n_shared_experts", 2) or 0) * read["expert_dim"] or None
         limited = config.get("topk_method") == "group_limited_greedy"
         groups = [config["n_group"], config["topk_group"]] if limited else [1, 1]
-        return {**read, "expert_groups": groups}
+        return {**read, "expert_groups": groups, "shared_expert_dim": shared}
 
     def write_config(self, backbone: Any) -> dict[str, Any]:
-        count, seen = backbone.expert_groups
-        shared = (backbone.shared_expert_dim or 0) // backbone.expert_dim
-        more = {"n_group": count, "topk_group": seen, "n_shared_experts": shared}
-        if count > 1:
-            more["topk_method"] = "group_limited_greedy"
         written = super().write_config(backbone)
-        return {**written, **more, "head_dim": backbone.rotary_dim}
+        written["n_group"], written["topk_group"] = backbone.expert_groups
+        shared = (backbone.shared_expert_dim or 0) // backbone.expert_dim
+        return {**written, "n_shared_experts": shared, "head_dim": backbone.rotary_dim}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -10,13 +9,7 @@ from keras import ops
 
 from attention import AlibiBias, CachedLayer, GroupedQueryAttention
 from attention.contract import Shape, Tensor, arguments_of
-from blocks.checkpoints.architecture import (
-    Architecture,
-    Entry,
-    read_rotary,
-    register_architecture,
-    write_rotary,
-)
+from blocks.checkpoints.architecture import Architecture, register_architecture
 from blocks.models.bloom import Bloom
 from blocks.models.gpt_neox import GPTNeoXBackbone
 
@@ -111,25 +104,23 @@ class Falcon(Architecture):
         "attention_bias": ("bias", False),
         "alibi": ("alibi", False),
         "parallel_norms": ("num_ln_in_parallel_attn", None),
+        "rope_theta": ("rope_theta", 10_000.0),
+        "rope_scaling": ("rope_scaling", None),
         "tie_word_embeddings": ("tie_word_embeddings", True),
     }
-    base_prefix = "transformer."
-    weights = {
-        "transformer.word_embeddings.weight": "token_embedding/embeddings",
-        "transformer.ln_f.weight": "layer_norm/gamma",
-        "transformer.ln_f.bias": "layer_norm/beta",
-        "lm_head.weight": "token_embedding/reverse_embeddings",
-    }
-    layer_prefix = "transformer.h.{i}."
+    # All but the norm of embeddings, which it lacks.
+    base_prefix = Bloom.base_prefix
+    weights = Bloom.weights
+    layer_prefix = Bloom.layer_prefix
     layer_weights = Bloom.layer_weights
 
-    def entries(self, backbone: Any) -> Iterator[Entry]:
-        for entry in super().entries(backbone):
-            names = entry.names
-            if backbone.parallel_norms == 2:
-                names = [x.replace("input_layernorm", "ln_attn") for x in names]
-                names = [x.replace("post_attention_layernorm", "ln_mlp") for x in names]
-            yield Entry(names, entry.paths, entry.conversion)
+    def layer_table(self, backbone: Any) -> dict[str, Any]:
+        table = dict(self.layer_weights)
+        if backbone.parallel_norms == 2:
+            for end in ("weight", "bias"):
+                table[f"ln_attn.{end}"] = table.pop(f"input_layernorm.{end}")
+                table[f"ln_mlp.{end}"] = table.pop(f"post_attention_layernorm.{end}")
+        return table
 
     def read_config(self, config: dict[str, Any]) -> dict[str, Any]:
         read = super().read_config(config)
@@ -140,9 +131,7 @@ class Falcon(Architecture):
         read["ffn_bias"] = read["attention_bias"]
         norms = (read["parallel_norms"] or 2) if many else 1
         parallel = many or config.get("parallel_attn", True)
-        read["parallel_norms"] = norms if parallel else 0
-        theta, scaling = read_rotary(config)
-        return {**read, "rope_theta": theta, "rope_scaling": scaling}
+        return {**read, "parallel_norms": norms if parallel else 0}
 
     def write_config(self, backbone: Any) -> dict[str, Any]:
         norms, groups = backbone.parallel_norms, backbone.num_key_value_heads
@@ -151,5 +140,4 @@ class Falcon(Architecture):
             "multi_query": groups == 1,
             "parallel_attn": norms > 0,
         }
-        rotary = write_rotary(backbone.rope_theta, backbone.rope_scaling)
-        return {**super().write_config(backbone), **flags, **rotary}
+        return {**super().write_config(backbone), **flags}

@@ -8,11 +8,7 @@ import keras
 
 from attention import CachedLayer, RotaryAttention
 from attention.contract import Shape, arguments_of
-from blocks.checkpoints.architecture import (
-    read_rotary,
-    register_architecture,
-    write_rotary,
-)
+from blocks.checkpoints.architecture import register_architecture, with_plain_rotary
 from blocks.layers.norms import ZeroCenteredRMSNormalization
 from blocks.models.gemma2 import Gemma2, Gemma2Backbone
 from blocks.models.mistral import LAYER_TYPES
@@ -84,6 +80,8 @@ class Gemma3Text(Gemma2):
         "max_sequence_length": ("max_position_embeddings", 131_072),
         "attention_soft_cap": ("attn_logit_softcapping", None),
         "logit_soft_cap": ("final_logit_softcapping", None),
+        "rope_theta": ("rope_theta", 1_000_000.0),
+        "local_rope_theta": ("rope_local_base_freq", 10_000.0),
     }
     constants = {**Gemma2.constants, "attn_logit_softcapping": None}
     full_every = 6
@@ -95,28 +93,19 @@ class Gemma3Text(Gemma2):
 
     def read_config(self, config: dict[str, Any]) -> dict[str, Any]:
         ropes = config.get("rope_parameters") or {}
-        full = {**config, "rope_parameters": ropes.get(LAYER_TYPES[0])}
-        local = {
-            "rope_parameters": ropes.get(LAYER_TYPES[1]),
-            "rope_theta": config.get("rope_local_base_freq"),
-        }
-        theta, scaling = read_rotary(full, 1_000_000.0)
-        local_theta, local_scaling = read_rotary(local)
-        if local_scaling is not None:
+        full, local = ({"rope_parameters": ropes.get(kind)} for kind in LAYER_TYPES)
+        read = super().read_config({**config, **full})
+        local = with_plain_rotary(local)
+        if local["rope_scaling"] is not None:
             raise ValueError(
                 "The configuration scales the rotary positions of blocks with a window, "
                 f"which is not computed here. Received: rope_parameters={ropes}"
             )
-        return {
-            **super().read_config(config),
-            "rope_theta": theta,
-            "rope_scaling": scaling,
-            "local_rope_theta": local_theta,
-        }
+        theta = local.get("rope_theta", read["local_rope_theta"])
+        return {**read, "local_rope_theta": theta}
 
     def write_config(self, backbone: Any) -> dict[str, Any]:
         written = super().write_config(backbone)
-        local = write_rotary(backbone.local_rope_theta, None)["rope_parameters"]
+        local = {"rope_theta": backbone.local_rope_theta, "rope_type": "default"}
         ropes = dict(zip(LAYER_TYPES, (written["rope_parameters"], local)))
-        written["rope_local_base_freq"] = backbone.local_rope_theta
         return {**written, "rope_parameters": ropes}

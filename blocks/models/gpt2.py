@@ -1,7 +1,7 @@
 """GPT-2: `CustomBackbone` as it is."""
 
 from blocks.checkpoints.architecture import Architecture, register_architecture
-from blocks.checkpoints.conversions import Dense
+from blocks.checkpoints.conversions import Dense, attention_paths
 from blocks.custom_backbone import CustomBackbone
 
 
@@ -45,13 +45,8 @@ class GPT2(Architecture):
     layer_weights = {
         "ln_1.weight": "attention_norm/gamma",
         "ln_1.bias": "attention_norm/beta",
-        "attn.c_attn.weight": Dense(
-            *(f"self_attention/{x}/kernel" for x in ("query", "key", "value")),
-            transposed=True,
-        ),
-        "attn.c_attn.bias": Dense(
-            *(f"self_attention/{x}/bias" for x in ("query", "key", "value"))
-        ),
+        "attn.c_attn.weight": Dense(*attention_paths("kernel"), transposed=True),
+        "attn.c_attn.bias": Dense(*attention_paths("bias")),
         "attn.c_proj.weight": Dense(
             "self_attention/attention_output/kernel", inputs=2, transposed=True
         ),

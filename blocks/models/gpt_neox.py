@@ -7,41 +7,13 @@ from typing import Any
 import keras
 
 from attention import CachedLayer, RotaryAttention
-from attention.contract import Shape, Tensor, arguments_of
-from blocks.checkpoints.architecture import (
-    Architecture,
-    read_rotary,
-    register_architecture,
-    write_rotary,
-)
-from blocks.checkpoints.conversions import DenseByGroup
+from attention.contract import Shape, arguments_of
+from blocks.checkpoints.architecture import Architecture, register_architecture
+from blocks.checkpoints.conversions import DenseByGroup, attention_paths
 from blocks.custom_backbone import CustomBackbone
 from blocks.custom_decoder import CustomDecoder
 from blocks.layers.feed_forward import FeedForward, published_activation
-
-
-class ParallelDecoder(CustomDecoder):
-    """A block whose attention and feed-forward layer read the same inputs.
-
-    Each has a norm of its own, or both have one, where `norm_names` has one name.
-    """
-
-    def transform(  # type: ignore[override]
-        self,
-        x: Tensor,
-        padding_mask: Tensor | None = None,
-        training: bool | None = None,
-    ) -> Tensor:
-        inputs = [getattr(self, name)(x) for name in self.norm_names]
-        attended = self.self_attention(inputs[0], padding_mask=padding_mask)
-        fed = self.ffn(inputs[-1])
-        return x + self.residual_dropout(attended) + self.residual_dropout(fed)
-
-
-class OneNormDecoder(ParallelDecoder):
-    """A parallel block whose attention and feed-forward layer have one norm."""
-
-    norm_names = ("attention_norm",)
+from blocks.parallel_decoder import OneNormDecoder, ParallelDecoder
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
@@ -109,13 +81,6 @@ class GPTNeoXBackbone(CustomBackbone):
         return {**super().get_config(), **arguments_of(GPTNeoXBackbone, self)}
 
 
-def fused(name: str) -> DenseByGroup:
-    """Returns the conversion of fused kernels or biases of queries, keys and values."""
-    return DenseByGroup(
-        *(f"self_attention/{x}/{name}" for x in ("query", "key", "value"))
-    )
-
-
 @register_architecture
 class GPTNeoX(Architecture):
     """The table of GPT-NeoX."""
@@ -133,8 +98,12 @@ class GPTNeoX(Architecture):
         "layer_norm_epsilon": ("layer_norm_eps", 1e-5),
         "activation": ("hidden_act", "gelu"),
         "attention_bias": ("attention_bias", True),
+        "rotary_fraction": ("partial_rotary_factor", 0.25),
+        "rope_theta": ("rope_theta", 10_000.0),
+        "rope_scaling": ("rope_scaling", None),
         "tie_word_embeddings": ("tie_word_embeddings", False),
     }
+    aliases = {"rotary_pct": "partial_rotary_factor", "rotary_emb_base": "rope_theta"}
     base_prefix = "gpt_neox."
     weights = {
         "gpt_neox.embed_in.weight": "token_embedding/embeddings",
@@ -146,8 +115,8 @@ class GPTNeoX(Architecture):
     layer_weights = {
         "input_layernorm.weight": "attention_norm/gamma",
         "input_layernorm.bias": "attention_norm/beta",
-        "attention.query_key_value.weight": fused("kernel"),
-        "attention.query_key_value.bias": fused("bias"),
+        "attention.query_key_value.weight": DenseByGroup(*attention_paths("kernel")),
+        "attention.query_key_value.bias": DenseByGroup(*attention_paths("bias")),
         "attention.dense.weight": "self_attention/attention_output/kernel",
         "attention.dense.bias": "self_attention/attention_output/bias",
         "post_attention_layernorm.weight": "ffn_norm/gamma",
@@ -162,17 +131,8 @@ class GPTNeoX(Architecture):
     def read_config(self, config: dict[str, Any]) -> dict[str, Any]:
         arguments = super().read_config(config)
         parallel = config.get("use_parallel_residual", True)
-        arguments["parallel_norms"] = 2 if parallel else 0
-        rotary = config.get("rope_parameters") or {}
-        older = config.get("rotary_pct", 0.25)
-        arguments["rotary_fraction"] = rotary.get("partial_rotary_factor", older)
-        theta, scaling = read_rotary(config, config.get("rotary_emb_base", 10_000.0))
-        return {**arguments, "rope_theta": theta, "rope_scaling": scaling}
+        return {**arguments, "parallel_norms": 2 if parallel else 0}
 
     def write_config(self, backbone: Any) -> dict[str, Any]:
-        written = write_rotary(backbone.rope_theta, backbone.rope_scaling)
-        fraction = backbone.rotary_fraction
-        written["rope_parameters"]["partial_rotary_factor"] = fraction
-        written.update(rotary_pct=fraction, rotary_emb_base=written.pop("rope_theta"))
-        written["use_parallel_residual"] = backbone.parallel_norms > 0
-        return {**super().write_config(backbone), **written}
+        parallel = backbone.parallel_norms > 0
+        return {**super().write_config(backbone), "use_parallel_residual": parallel}

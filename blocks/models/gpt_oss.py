@@ -105,6 +105,7 @@ class GptOss(Mixtral):
         "max_sequence_length": ("max_position_embeddings", 131072),
         "attention_bias": ("attention_bias", True),
         "window": ("sliding_window", 128),
+        "rope_theta": ("rope_theta", 150_000.0),
         "layer_types": ("layer_types", None),
         "num_experts": ("num_local_experts", 128),
         "num_experts_per_token": ("num_experts_per_tok", 4),
@@ -135,9 +136,8 @@ class GptOss(Mixtral):
     }
 
     def read_config(self, config: dict[str, Any]) -> dict[str, Any]:
-        config = {"rope_theta": 150_000.0, **config}
         if not (config.get("rope_parameters") or config.get("rope_scaling")):
-            config["rope_scaling"] = self.rotary
+            config = {**config, "rope_scaling": self.rotary}
         read = super().read_config(config)
         numbers = range(read["num_layers"])
         default = [LAYER_TYPES[(i + 1) % 2] for i in numbers]

@@ -8,12 +8,7 @@ import keras
 
 from attention import CachedLayer, RotaryAttention
 from attention.contract import Shape, arguments_of
-from blocks.checkpoints.architecture import (
-    Architecture,
-    read_rotary,
-    register_architecture,
-    write_rotary,
-)
+from blocks.checkpoints.architecture import Architecture, register_architecture
 from blocks.custom_backbone import CustomBackbone
 from blocks.layers.feed_forward import GatedFeedForward
 
@@ -106,6 +101,8 @@ class Llama(Architecture):
         "layer_norm_epsilon": ("rms_norm_eps", 1e-6),
         "attention_bias": ("attention_bias", False),
         "ffn_bias": ("mlp_bias", False),
+        "rope_theta": ("rope_theta", 10_000.0),
+        "rope_scaling": ("rope_scaling", None),
         "tie_word_embeddings": ("tie_word_embeddings", False),
     }
     constants = {"hidden_act": ("silu", "swish")}
@@ -135,15 +132,9 @@ class Llama(Architecture):
         "mlp.down_proj.bias": "ffn/output/bias",
     }
 
-    def read_config(self, config: dict[str, Any]) -> dict[str, Any]:
-        theta, scaling = read_rotary(config)
-        # Here, too, there may be a `partial_rotary_factor`.
-        config = {**(config.get("rope_parameters") or {}), **config}
-        return dict(super().read_config(config), rope_theta=theta, rope_scaling=scaling)
-
     def write_config(self, backbone: Any) -> dict[str, Any]:
         config, heads = super().write_config(backbone), backbone.num_heads
         # Not all configurations allow `None`.
         config["num_key_value_heads"] = backbone.num_key_value_heads or heads
         config["head_dim"] = backbone.key_dim or backbone.hidden_dim // heads
-        return {**config, **write_rotary(backbone.rope_theta, backbone.rope_scaling)}
+        return config

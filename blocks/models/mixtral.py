@@ -59,6 +59,7 @@ class Mixtral(Mistral):
         **Mistral.config,
         "layer_norm_epsilon": ("rms_norm_eps", 1e-5),
         "window": ("sliding_window", None),
+        "rope_theta": ("rope_theta", 1e6),
         "num_experts": ("num_local_experts", 8),
         "num_experts_per_token": ("num_experts_per_tok", 2),
     }
@@ -69,6 +70,3 @@ class Mixtral(Mistral):
         "block_sparse_moe.experts.{e}.w3.weight": Stacked("ffn/intermediate_kernels"),
         "block_sparse_moe.experts.{e}.w2.weight": Stacked("ffn/output_kernels"),
     }
-
-    def read_config(self, config: dict[str, Any]) -> dict[str, Any]:
-        return super().read_config({"rope_theta": 1e6, **config})

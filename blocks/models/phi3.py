@@ -8,7 +8,7 @@ import keras
 
 from attention.contract import describe
 from blocks.checkpoints.architecture import register_architecture
-from blocks.checkpoints.conversions import Dense
+from blocks.checkpoints.conversions import Dense, attention_paths
 from blocks.models.mistral import Mistral, MistralBackbone
 
 
@@ -42,9 +42,7 @@ class Phi3(Mistral):
     }
     layer_weights = {
         "input_layernorm.weight": "attention_norm/scale",
-        "self_attn.qkv_proj.weight": Dense(
-            *(f"self_attention/{x}/kernel" for x in ("query", "key", "value"))
-        ),
+        "self_attn.qkv_proj.weight": Dense(*attention_paths("kernel")),
         "self_attn.o_proj.weight": "self_attention/attention_output/kernel",
         "post_attention_layernorm.weight": "ffn_norm/scale",
         "mlp.gate_up_proj.weight": Dense("ffn/gate/kernel", "ffn/intermediate/kernel"),

@@ -13,16 +13,6 @@ from blocks.layers.mixture_of_experts import MixtureOfExperts
 from blocks.models.mistral import Mistral
 from blocks.models.qwen3 import Qwen3, Qwen3Backbone
 
-# Kernels by their names in files.
-GATED = {"gate": "gate", "up": "intermediate", "down": "output"}
-EXPERTS = {
-    "mlp.gate.weight": "ffn/router/kernel",
-    **{
-        f"mlp.experts.{{e}}.{name}_proj.weight": Stacked(f"ffn/{path}_kernels")
-        for name, path in GATED.items()
-    },
-}
-
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
 class Qwen3MoeBackbone(Qwen3Backbone):
@@ -73,6 +63,25 @@ class Qwen3MoeBackbone(Qwen3Backbone):
         return {**super().get_config(), **arguments_of(Qwen3MoeBackbone, self)}
 
 
+# Kernels by their names in files.
+GATED = {"gate": "gate", "up": "intermediate", "down": "output"}
+EXPERTS = {
+    "mlp.gate.weight": "ffn/router/kernel",
+    **{
+        f"mlp.experts.{{e}}.{name}_proj.weight": Stacked(f"ffn/{path}_kernels")
+        for name, path in GATED.items()
+    },
+}
+
+
+def shared_expert(name: str) -> dict[str, str]:
+    """Returns a table of the expert that all tokens see, by its name in files."""
+    return {
+        f"mlp.{name}.{x}_proj.weight": f"ffn/shared/{y}/kernel"
+        for x, y in GATED.items()
+    }
+
+
 @register_architecture
 class Qwen3Moe(Mistral):
     """The table of Qwen 3 with experts."""
@@ -91,11 +100,10 @@ class Qwen3Moe(Mistral):
         "normalize_weights": ("norm_topk_prob", False),
         "dense_layers": ("mlp_only_layers", None),
     }
+    aliases = {"num_local_experts": "num_experts"}
     layer_weights = {**Qwen3.layer_weights, **EXPERTS}
 
     def read_config(self, config: dict[str, Any]) -> dict[str, Any]:
-        if "num_local_experts" in config:
-            config = {"num_experts": config["num_local_experts"], **config}
         read = super().read_config(config)
         if not config.get("use_sliding_window", False):
             read["window"] = None

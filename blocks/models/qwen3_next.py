@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import keras
 
 from attention import CachedLayer, GatedDeltaNet
 from attention.contract import Shape, arguments_of
-from blocks.checkpoints.architecture import Entry, register_architecture
+from blocks.checkpoints.architecture import register_architecture
 from blocks.checkpoints.conversions import (
     Dense,
     DenseByGroup,
     Depthwise,
+    attention_paths,
     rows_by_group,
 )
 from blocks.layers.mixture_of_experts import MixtureOfExperts
 from blocks.layers.norms import ZeroCenteredRMSNormalization
 from blocks.models.gemma3_text import Gemma3Attention
-from blocks.models.qwen3_moe import Qwen3Moe, Qwen3MoeBackbone
+from blocks.models.qwen3_moe import Qwen3Moe, Qwen3MoeBackbone, shared_expert
 
 KINDS = ("linear_attention", "full_attention")
 
@@ -96,9 +96,8 @@ class Qwen3NextBackbone(Qwen3MoeBackbone):
         return {**super().get_config(), **arguments_of(Qwen3NextBackbone, self)}
 
 
-def paths(*names: str, weight: str = "kernel") -> list[str]:
-    """Returns the paths of weights of parts of a block's mixer."""
-    return [f"self_attention/{name}/{weight}" for name in names]
+# One tensor has both.
+QUERY = ("query", "output_gate")
 
 
 @register_architecture
@@ -127,35 +126,29 @@ class Qwen3Next(Qwen3Moe):
     }
     layer_weights = {
         **Qwen3Moe.layer_weights,
-        "self_attn.q_proj.weight": DenseByGroup(*paths("query", "output_gate")),
-        "self_attn.q_proj.bias": DenseByGroup(
-            *paths("query", "output_gate", weight="bias")
-        ),
-        "linear_attn.in_proj_qkvz.weight": Dense(*paths("query_key_value", "gate")),
-        "linear_attn.in_proj_ba.weight": Dense(*paths("beta", "decay")),
-        "linear_attn.conv1d.weight": Depthwise(*paths("convolution")),
+        "self_attn.q_proj.weight": DenseByGroup(*attention_paths("kernel", *QUERY)),
+        "self_attn.q_proj.bias": DenseByGroup(*attention_paths("bias", *QUERY)),
+        "linear_attn.conv1d.weight": Depthwise("self_attention/convolution/kernel"),
         "linear_attn.A_log": "self_attention/log_rate",
         "linear_attn.dt_bias": "self_attention/decay_bias",
         "linear_attn.norm.weight": "self_attention/head_norm/scale",
         "linear_attn.out_proj.weight": "self_attention/output/kernel",
         "mlp.shared_expert_gate.weight": "ffn/shared_gate/kernel",
-        "mlp.shared_expert.gate_proj.weight": "ffn/shared/gate/kernel",
-        "mlp.shared_expert.up_proj.weight": "ffn/shared/intermediate/kernel",
-        "mlp.shared_expert.down_proj.weight": "ffn/shared/output/kernel",
+        **shared_expert("shared_expert"),
     }
 
-    def entries(self, backbone: Any) -> Iterator[Entry]:
-        groups = backbone.linear_key_heads
-        times, key_dim = backbone.linear_heads // groups, backbone.linear_key_dim
+    def layer_table(self, backbone: Any) -> dict[str, Any]:
+        groups, key_dim = backbone.linear_key_heads, backbone.linear_key_dim
+        times = backbone.linear_heads // groups
         values = times * backbone.linear_value_dim
-        sizes = {"qkvz": [key_dim, key_dim, values, values], "ba": [times, times]}
-        for names, weights, conversion in super().entries(backbone):
-            found = sizes.get(
-                names[0].removesuffix(".weight").rpartition("in_proj_")[2]
-            )
-            if found is not None:
-                conversion = rows_by_group(conversion, groups, found)
-            yield Entry(names, weights, conversion)
+        inputs = Dense(*attention_paths("kernel", "query_key_value", "gate"))
+        rates = Dense(*attention_paths("kernel", "beta", "decay"))
+        sizes = [key_dim, key_dim, values, values]
+        return {
+            **self.layer_weights,
+            "linear_attn.in_proj_qkvz.weight": rows_by_group(inputs, groups, sizes),
+            "linear_attn.in_proj_ba.weight": rows_by_group(rates, groups, [times] * 2),
+        }
 
     def read_config(self, config: dict[str, Any]) -> dict[str, Any]:
         read = super().read_config(config)

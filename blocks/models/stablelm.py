@@ -11,8 +11,8 @@ from attention import CachedLayer, RotaryAttention
 from attention.contract import Shape, Tensor, arguments_of
 from blocks.checkpoints.architecture import register_architecture
 from blocks.checkpoints.conversions import Stacked
-from blocks.custom_decoder import CustomDecoder
 from blocks.models.llama import Llama, LlamaBackbone
+from blocks.parallel_decoder import OneNormDecoder
 
 
 class StableLMHeadNorm(keras.layers.LayerNormalization):
@@ -40,19 +40,6 @@ class StableLMAttention(RotaryAttention):
         return norm
 
 
-class StableLMParallelDecoder(CustomDecoder):
-    """A block whose parts share a norm and are added at once."""
-
-    norm_names = ("attention_norm",)
-
-    def transform(  # type: ignore[override]
-        self, x: Tensor, padding_mask: Tensor = None, training: bool | None = None
-    ) -> Tensor:
-        h = self.attention_norm(x)
-        h = self.self_attention(h, padding_mask=padding_mask) + self.ffn(h)
-        return x + self.residual_dropout(h)
-
-
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
 class StableLMBackbone(LlamaBackbone):
     """StableLM: Llama with layer norms and rotary positions in a part of each head.
@@ -77,7 +64,7 @@ class StableLMBackbone(LlamaBackbone):
         self.query_key_norm = query_key_norm
         self.parallel = parallel
         if parallel:
-            self.decoder_class = StableLMParallelDecoder
+            self.decoder_class = OneNormDecoder
         super().__init__(*args, **kwargs)
 
     def attention_options(self, layer_index: int) -> dict[str, Any]:
