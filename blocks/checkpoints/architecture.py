@@ -96,8 +96,8 @@ class Architecture:
                 compute.
         """
         arguments = {}
-        found = {x: config.get(x) for x in self.aliases}
-        named = {self.aliases[x]: y for x, y in found.items() if y is not None}
+        aliases = {x: key for x, key in self.aliases.items() if config.get(x) is not None}
+        named = {key: config[x] for x, key in aliases.items()}
         spelled = with_plain_rotary({**config, **named})
         for name, key in self.config.items():
             key, default = key if isinstance(key, tuple) else (key, REQUIRED)

@@ -28,7 +28,7 @@ BLOOM = {**DECODER, "n_layer": 2, "n_head": 4}
 CASES = [
     case("GPT2", GPT2),
     unusual("GPT2-untied", GPT2, n_inner=20, tie_word_embeddings=False),
-    case("GPTNeoX", NEOX),
+    nothing_new_to_jax("GPTNeoX", NEOX),
     unusual(
         "GPTNeoX-sequential",
         NEOX,

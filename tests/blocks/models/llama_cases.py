@@ -105,7 +105,7 @@ CASES = [
         rms_norm_eps=1e-2,
         tie_word_embeddings=False,
     ),
-    case("Olmo2", DECODER),
+    nothing_new_to_jax("Olmo2", DECODER),
     unusual(
         "Olmo2-biases",
         DECODER,
