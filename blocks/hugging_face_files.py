@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pathlib
 from typing import Any
 
 from attention.contract import describe
@@ -101,13 +102,15 @@ def _token_id(tokenizer: JsonTokenizer, token: Any) -> int | None:
 def _read_template(
     folder: str | os.PathLike, template: Any
 ) -> str | dict[str, str] | None:
-    path = os.path.join(folder, "chat_template.jinja")
-    if os.path.isfile(path):
-        with open(path, encoding="utf-8") as file:
-            return file.read()
-    if isinstance(template, list):
+    """Returns the template, or several by name, of files or else of a config."""
+    files = [*pathlib.Path(folder, "additional_chat_templates").glob("*.jinja")]
+    named = {path.stem: path.read_text(encoding="utf-8") for path in sorted(files)}
+    path = pathlib.Path(folder, "chat_template.jinja")
+    if path.is_file():
+        template = path.read_text(encoding="utf-8")
+    elif isinstance(template, list):
         return {x["name"]: x["template"] for x in template}
-    return template
+    return {"default": template, **named} if named else template
 
 
 def write_preprocessor(folder: str | os.PathLike, preprocessor: Any) -> None:
@@ -122,13 +125,17 @@ def write_preprocessor(folder: str | os.PathLike, preprocessor: Any) -> None:
     ids = {
         "bos": preprocessor.start_token_id,
         "eos": preprocessor.end_token_id,
-        "pad": preprocessor.pad_token_id,
+        # That which it was given: 0 stands for none.
+        "pad": preprocessor.get_config()["pad_token_id"],
     }
     names = {
         f"{kind}_token": tokenizer.id_to_token(token_id)
         for kind, token_id in ids.items()
         if token_id is not None
     }
+    unknown = getattr(tokenizer.backend.model, "unk_token", None)
+    if unknown is not None:
+        names["unk_token"] = unknown
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
     template = preprocessor.chat_template
     if isinstance(template, dict):
@@ -136,9 +143,8 @@ def write_preprocessor(folder: str | os.PathLike, preprocessor: Any) -> None:
             {"name": name, "template": text} for name, text in template.items()
         ]
     elif template is not None:
-        path = os.path.join(folder, "chat_template.jinja")
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(template)
+        path = pathlib.Path(folder, "chat_template.jinja")
+        path.write_text(template, encoding="utf-8")
     generation = {f"{kind}_token_id": token_id for kind, token_id in ids.items()}
     generation["eos_token_id"] = list(preprocessor.stop_token_ids) or None
     write_json(os.fspath(folder), "tokenizer_config.json", config)

@@ -96,8 +96,8 @@ class Architecture:
                 compute.
         """
         arguments = {}
-        aliases = {x: key for x, key in self.aliases.items() if config.get(x) is not None}
-        named = {key: config[x] for x, key in aliases.items()}
+        values = ((key, config.get(x)) for x, key in self.aliases.items())
+        named = {key: value for key, value in values if value is not None}
         spelled = with_plain_rotary({**config, **named})
         for name, key in self.config.items():
             key, default = key if isinstance(key, tuple) else (key, REQUIRED)

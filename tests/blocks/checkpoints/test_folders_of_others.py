@@ -1,0 +1,132 @@
+"""Folders as a whole: tokenizers that are exported, and what handles download."""
+
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+
+from blocks import CausalLM, CausalLMPreprocessor, JsonTokenizer
+from blocks.models.llama import LlamaBackbone
+from tests.helpers import to_numpy
+from tests.made_tokenizers import HARD_TEXTS, byte_level, metaspace
+from tests.models import make_backbone, prompts
+
+pytest.importorskip("safetensors")
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}"
+    "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
+CHAT = [{"role": "user", "content": "Größe? 你好 🤖"}]
+
+
+def llama(preprocessor=None):
+    arguments = {"vocabulary_size": 600, "num_layers": 1, "learned_positions": False}
+    return CausalLM(make_backbone(LlamaBackbone, **arguments), preprocessor)
+
+
+# === Exported tokenizers ===
+
+NAMED = {"default": TEMPLATE, "tool_use": "{{ tools[0].name }}"}
+SPECIAL = {"bos_token": "<s>", "eos_token": "<|end|>"}
+
+
+@pytest.mark.parametrize(
+    ("make", "start", "special", "template"),
+    [
+        (byte_level, "<s>", {**SPECIAL, "pad_token": "<pad>"}, TEMPLATE),
+        # One without padding, and one whose texts do not begin with its start token.
+        (metaspace, "<s>", {**SPECIAL, "unk_token": "<unk>"}, NAMED),
+        (byte_level, None, SPECIAL, None),
+    ],
+)
+def test_tokenizers_come_back(make, start, special, template, tmp_path):
+    """From a folder of transformers to another one, by way of a model of ours."""
+    transformers = pytest.importorskip("transformers")
+    old, new = tmp_path / "old", tmp_path / "new"
+    llama().export_to_transformers(str(old))
+    path = tmp_path / "tokenizer.json"
+    path.write_text(make(start), encoding="utf-8")
+    made = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path), **special)
+    made.chat_template = template
+    made.save_pretrained(old)
+    stops = [made.eos_token_id, 9]
+    transformers.GenerationConfig(eos_token_id=stops).save_pretrained(old)
+    CausalLM.from_preset(str(old)).export_to_transformers(str(new))
+    expected, found = map(transformers.AutoTokenizer.from_pretrained, (old, new))
+    assert found.special_tokens_map == expected.special_tokens_map
+    assert len(found) == len(expected)
+    ids = expected(HARD_TEXTS)["input_ids"]
+    assert found(HARD_TEXTS)["input_ids"] == ids
+    for skipped in (True, False):
+        texts = (
+            x.batch_decode(ids, skip_special_tokens=skipped) for x in (found, made)
+        )
+        assert next(texts) == next(texts)
+    assert found.chat_template == expected.chat_template
+    if template is not None:
+        options = {"tokenize": False, "add_generation_prompt": True}
+        texts = [x.apply_chat_template(CHAT, **options) for x in (found, expected)]
+        assert texts[0] == texts[1] and CHAT[0]["content"] in texts[0]
+    assert transformers.GenerationConfig.from_pretrained(new).eos_token_id == stops
+
+
+# === Handles ===
+
+# What folders on the hub hold, too, and nobody here needs: some of it is code.
+OTHERS = [
+    "modeling_own.py",
+    "pytorch_model.bin",
+    "pytorch_model-00001-of-00002.bin",
+    "training_args.bin",
+    "optimizer.pt",
+    "original/consolidated.00.pth",
+    "weights.pkl",
+    "weights.pickle",
+    "weights.npy",
+    "flax_model.msgpack",
+    "model.keras",
+    "onnx/model.onnx",
+    "README.md",
+]
+
+
+@pytest.mark.parametrize("write", ["export_to_transformers", "save_to_preset"])
+def test_handles_download_data_only(write, tmp_path, monkeypatch):
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    tokenizer = JsonTokenizer(byte_level("<s>"))
+    preprocessor = CausalLMPreprocessor(
+        tokenizer, 8, end_token="<|end|>", chat_template=TEMPLATE
+    )
+    lm, hub = llama(preprocessor), tmp_path / "hub"
+    getattr(lm, write)(str(hub))
+    wanted = names_in(hub)
+    for name in OTHERS:
+        (hub / name).parent.mkdir(exist_ok=True)
+        (hub / name).write_bytes(b"")
+    asked = []
+
+    def snapshot_download(repo_id, *, allow_patterns):
+        asked.append(repo_id)
+        for name in huggingface_hub.utils.filter_repo_objects(
+            names_in(hub), allow_patterns=allow_patterns
+        ):
+            (tmp_path / "local" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(hub / name, tmp_path / "local" / name)
+        return str(tmp_path / "local")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    loaded = CausalLM.from_preset("hf://user/name")
+    assert asked == ["user/name"]
+    assert names_in(tmp_path / "local") == wanted
+    x = prompts([[1, 2, 3, 4], [5, 6]])
+    np.testing.assert_array_equal(to_numpy(loaded(x)), to_numpy(lm(x)))
+    assert loaded.preprocessor.chat_template == TEMPLATE
+    assert loaded.preprocessor.tokenizer(HARD_TEXTS) == tokenizer(HARD_TEXTS)
+
+
+def names_in(folder: pathlib.Path) -> list[str]:
+    """Returns the names of files in a folder and in those within it."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(str(path.relative_to(folder)) for path in files)
