@@ -132,7 +132,10 @@ class Architecture:
         return {**config, **{x: config[key] for x, key in self.aliases.items()}}
 
     def layer_table(self, backbone: Any) -> dict[str, Any]:
-        """Returns `layer_weights`, as a backbone's arguments change it in subclasses."""
+        """Returns the `layer_weights` of a backbone.
+
+        Overridden where names or layouts of tensors depend on its arguments.
+        """
         return self.layer_weights
 
     def entries(self, backbone: Any) -> Iterator[Entry]:
