@@ -134,15 +134,15 @@ class _Values:
             entry = self.entry_of[path]
             tensors = (self.checkpoint.read(self.names[name]) for name in entry.names)
             shapes = [self.shapes[path] for path in entry.paths]
-            loaded = entry.conversion.load(tensors, shapes)
-            self.kept.update(zip(entry.paths, loaded))
-        value = self.kept.pop(path)
-        self.progress.add(value.size)
-        return to_tensor(value, variable.dtype)
+            self.kept.update(zip(entry.paths, entry.conversion.load(tensors, shapes)))
+        array = in_order(self.kept.pop(path), variable.dtype)
+        self.progress.add(array.size)
+        # By now nothing holds what was read, so there are at most two copies.
+        return to_tensor(array, variable.dtype)
 
 
-def to_tensor(value: np.ndarray, dtype: str) -> Tensor:
-    """Returns an array, which may be a view such as a transposed matrix, as a tensor."""
+def in_order(value: np.ndarray, dtype: str) -> np.ndarray:
+    """Copies an array, which may be a view such as a transposed matrix, to a dtype."""
     source = np.atleast_1d(value)
     target = np.empty(source.shape, DTYPE_NAMES.get(dtype, value.dtype))
     # A few rows at a time, in the order of memory: numpy casts and transposes slowly at
@@ -153,11 +153,22 @@ def to_tensor(value: np.ndarray, dtype: str) -> Tensor:
     for start in range(0, len(source), count):
         rows = slice(start, start + count)
         view[rows] = source[rows].astype(target.dtype)
-    return ops.convert_to_tensor(target.reshape(value.shape), dtype=dtype)
+    return target.reshape(value.shape)
 
 
 # How many numbers.
 _CAST_AT_ONCE = 1 << 18
+
+
+def to_tensor(array: np.ndarray, dtype: str) -> Tensor:
+    """Returns an array as a tensor, which may share its memory."""
+    if keras.config.backend() != "tensorflow":
+        return ops.convert_to_tensor(array, dtype=dtype)
+    import tensorflow as tf
+
+    # TensorFlow copies an array twice. DLPack has no bfloat16 of numpy.
+    bits = array.view(f"uint{8 * array.itemsize}")
+    return tf.bitcast(tf.experimental.dlpack.from_dlpack(bits.__dlpack__()), dtype)
 
 
 class _Progress:
@@ -165,16 +176,18 @@ class _Progress:
 
     def __init__(self, total: int) -> None:
         self.start = time.monotonic()
-        self.total, self.done = int(total) // 10**6, 0
+        self.total, self.done = int(total), 0
         self.bar: Any = None
 
     def add(self, count: int) -> None:
         self.done += count
         if self.bar is None and time.monotonic() - self.start > _PATIENCE:
-            unit = "million weights"
-            self.bar = keras.utils.Progbar(self.total, interval=1, unit_name=unit)
+            # In millions, of which the last is begun until the end.
+            target, unit = self.total // 10**6 + 1, "million weights"
+            self.bar = keras.utils.Progbar(target, interval=1, unit_name=unit)
         if self.bar is not None:
-            self.bar.update(self.done // 10**6)
+            begun = self.done // 10**6 + (self.done == self.total)
+            self.bar.update(begun)
 
 
 def _present_names(
