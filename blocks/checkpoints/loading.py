@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -144,7 +145,7 @@ class _Values:
 def in_order(value: np.ndarray, dtype: str) -> np.ndarray:
     """Copies an array, which may be a view such as a transposed matrix, to a dtype."""
     source = np.atleast_1d(value)
-    target = np.empty(source.shape, DTYPE_NAMES.get(dtype, value.dtype))
+    target = _aligned(source.shape, np.dtype(DTYPE_NAMES.get(dtype, value.dtype)))
     # A few rows at a time, in the order of memory: numpy casts and transposes slowly at
     # once, and whole copies in between would count as memory.
     order = np.argsort([-stride for stride in source.strides], kind="stable")
@@ -160,8 +161,16 @@ def in_order(value: np.ndarray, dtype: str) -> np.ndarray:
 _CAST_AT_ONCE = 1 << 18
 
 
+def _aligned(shape: Shape, dtype: np.dtype) -> np.ndarray:
+    """Returns an array in memory that a tensor can share: a multiple of 64 bytes."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + 64, "uint8")
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
 def to_tensor(array: np.ndarray, dtype: str) -> Tensor:
-    """Returns an array as a tensor, which may share its memory."""
+    """Returns an array that `in_order` made as a tensor, which may share its memory."""
     if keras.config.backend() != "tensorflow":
         return ops.convert_to_tensor(array, dtype=dtype)
     import tensorflow as tf
