@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from attention.contract.types import Initializer
+from attention.contract.types import DType, Initializer
 
 
 def all_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
@@ -66,11 +66,14 @@ def make_dense(
 
 
 def make_rms_norm(
-    layer: Any, name: str, size: int, epsilon: float = 1e-6
+    layer: Any, name: str, size: int, epsilon: float = 1e-6, dtype: DType = None
 ) -> keras.layers.Layer:
-    """Returns a built RMS norm along the last axis, with the dtype policy of `layer`."""
+    """Returns a built RMS norm along the last axis.
+
+    `dtype` is a dtype or policy; `None` means the policy of `layer`.
+    """
     norm = keras.layers.RMSNormalization(
-        epsilon=epsilon, dtype=layer.dtype_policy, name=name
+        epsilon=epsilon, dtype=dtype or layer.dtype_policy, name=name
     )
     norm.build((None, None, size))
     return norm

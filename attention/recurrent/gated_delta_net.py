@@ -108,7 +108,10 @@ class GatedDeltaNet(RecurrentMixer):
         self.log_rate = self.add_float32_weight("log_rate", (heads,), _log_of_uniform)
         self.decay_bias = self.add_float32_weight("decay_bias", (heads,), "ones")
         self.recurrence = self.make_recurrence(key_dim, value_dim)
-        self.head_norm = make_rms_norm(self, "head_norm", value_dim, self.epsilon)
+        # What is read from a state may be larger than float16's largest number.
+        self.head_norm = make_rms_norm(
+            self, "head_norm", value_dim, self.epsilon, dtype="float32"
+        )
         self.output_dense = make_dense(self, "output", width, values)
         self._scale = key_dim**-0.5
 
@@ -136,9 +139,9 @@ class GatedDeltaNet(RecurrentMixer):
             remove=-beta * ops.exp(log_decay) * key,
             replace=key,
         )
-        heads = self.head_norm(ops.cast(heads, self.compute_dtype))  # (b, l, h, v)
-        gate = ops.silu(self.gate_dense(x))  # (b, l, h * v)
-        return self.output_dense(join_heads(heads) * gate)  # (b, l, w)
+        heads = join_heads(self.head_norm(heads))  # (b, l, h * v)
+        outputs = heads * ops.silu(float32(self.gate_dense(x)))
+        return self.output_dense(ops.cast(outputs, self.compute_dtype))  # (b, l, w)
 
     def get_config(self) -> dict[str, Any]:
         return {**arguments_of(GatedDeltaNet, self), **super().get_config()}

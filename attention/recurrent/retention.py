@@ -86,7 +86,10 @@ class Retention(RecurrentMixer):
         self.gate_dense = make_dense(self, "gate", heads * value_dim, width)
         position = RotaryPosition(name="rotary_position")
         self.recurrence = self.make_recurrence(key_dim, value_dim, position)
-        self.head_norm = make_rms_norm(self, "head_norm", value_dim, self.epsilon)
+        # What is read from a state may be larger than float16's largest number.
+        self.head_norm = make_rms_norm(
+            self, "head_norm", value_dim, self.epsilon, dtype="float32"
+        )
         self.output_dense = make_dense(self, "output", width, heads * value_dim)
         self._scale = key_dim**-0.5
         decays = 1 - 2.0 ** (-5 - np.arange(heads))
@@ -100,9 +103,9 @@ class Retention(RecurrentMixer):
         )
         log_decay = ops.zeros_like(float32(query[..., :1])) + self._log_decays
         heads = self.recurrence(query, key * self._scale, value, log_decay)
-        heads = self.head_norm(ops.cast(heads, self.compute_dtype))  # (b, l, h, v)
-        gate = ops.silu(self.gate_dense(x))  # (b, l, h * v)
-        return self.output_dense(join_heads(heads) * gate)  # (b, l, w)
+        heads = join_heads(self.head_norm(heads))  # (b, l, h * v)
+        outputs = heads * ops.silu(float32(self.gate_dense(x)))
+        return self.output_dense(ops.cast(outputs, self.compute_dtype))  # (b, l, w)
 
     def get_config(self) -> dict[str, Any]:
         return {**arguments_of(Retention, self), **super().get_config()}

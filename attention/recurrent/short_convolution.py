@@ -10,6 +10,7 @@ from keras import ops
 from attention.contract.arguments import arguments_of, check_positive_int
 from attention.contract.inner_layers import clone_initializer
 from attention.contract.types import Activation, Initializer, Shape, Tensor
+from attention.recurrent.heads import float32
 from attention.recurrent.token_shift import TokenShift
 
 
@@ -70,14 +71,15 @@ class ShortConvolution(TokenShift):
             )
 
     def _mix(self, seen: Tensor, length: int | Tensor) -> Tensor:
-        kernel = ops.cast(self.kernel, seen.dtype)
+        # Each sum would be rounded in half precision.
+        kernel, x = float32(self.kernel), float32(seen)
         outputs = sum(
-            seen[:, i : i + length] * kernel[i]  # (b, l, w) * (w,)
+            x[:, i : i + length] * kernel[i]  # (b, l, w) * (w,)
             for i in range(self.kernel_size)
         )
         if self.bias is not None:
-            outputs = outputs + ops.cast(self.bias, seen.dtype)
-        return self.activation(outputs)
+            outputs = outputs + float32(self.bias)
+        return ops.cast(self.activation(outputs), seen.dtype)
 
     def get_config(self) -> dict[str, Any]:
         config = {**arguments_of(ShortConvolution, self), **super().get_config()}

@@ -11,6 +11,7 @@ from attention import (
     Retention,
     RWKVChannelMix,
     RWKVTimeMix,
+    ShortConvolution,
 )
 from tests.helpers import (
     WIDTH,
@@ -34,11 +35,14 @@ def silu(x):
     return x / (1 + np.exp(-x))
 
 
-def test_retention():
+# What is read from the states exceeds what float16 holds, in the second case.
+@pytest.mark.parametrize("dtype, scale", [("float32", 1), ("float16", 100)])
+def test_retention(dtype, scale):
     """The paper's parallel form."""
-    layer = built(Retention(2))
+    layer = built(Retention(2, dtype=dtype))
     # Longer than a chunk of the computation.
-    x = sample(batch=2, length=70)
+    x = scale * sample(batch=2, length=70)
+    x = to_numpy(ops.cast(x, dtype)).astype("float32")
     q, k, v, gate, output = kernels(layer, "query", "key", "value", "gate", "output")
     found = np.zeros((2, 70, 2, 16))
     for row, head in np.ndindex(2, 2):
@@ -51,7 +55,19 @@ def test_retention():
         parallel = (query @ key.T * decay) @ value
         found[row, :, head] = rms_norm(parallel, to_numpy(layer.head_norm.scale), 1e-6)
     expected = (found.reshape(2, 70, 32) * silu(x @ gate)) @ output
-    check_outputs(layer, x, expected, [66, 1, 1, 2], atol=1e-4)
+    atol = 1e-4 if dtype == "float32" else 2e-2 * np.abs(expected).max()
+    check_outputs(layer, x, expected, [66, 1, 1, 2], atol=atol)
+
+
+@pytest.mark.parametrize("dtype, digits", [("float16", 11), ("bfloat16", 8)])
+def test_a_short_convolution_rounds_once(dtype, digits):
+    layer = built(ShortConvolution(4, dtype=dtype))
+    x = ops.cast(sample(length=9), dtype)
+    kernel, known = (to_numpy(ops.cast(y, "float32")) for y in (layer.kernel, x))
+    past = np.pad(known, [(0, 0), (3, 0), (0, 0)])
+    expected = sum(past[:, i : i + 9] * kernel[i] for i in range(4))
+    outputs = to_numpy(ops.cast(layer(x), "float32"))
+    np.testing.assert_allclose(outputs, expected, rtol=1.01 * 2.0**-digits, atol=1e-6)
 
 
 # === RWKV-7, against KerasHub's ===
