@@ -1,8 +1,10 @@
 """What a loaded model is compared with a reference by."""
 
+import keras
 import numpy as np
 
 from attention import call_with_cache, create_cache
+from attention.testing.backends import compile_call
 from tests.helpers import to_numpy
 
 LENGTHS = (11, 5, 8)
@@ -24,8 +26,17 @@ def check_logits(lm, expected_logits):
     `expected_logits` is called with a row of tokens, and returns `(length, vocabulary)`.
     The largest difference is returned.
     """
+
+    def cached_logits(inputs, cache, index):
+        hidden, cache = call_with_cache(lm.backbone, inputs, cache, index)
+        return lm.compute_logits(hidden), cache
+
+    call = lm
+    if keras.config.backend() == "jax":
+        # Eagerly, each operation would be compiled on its own.
+        call, cached_logits = map(compile_call, (lm, cached_logits))
     x = prompts()
-    outputs = to_numpy(lm(x))
+    outputs = to_numpy(call(x))
     # A padded prefill, then the rest of each row, a token at a time.
     cache = create_cache(lm.backbone, len(LENGTHS), max(LENGTHS))
     lengths = np.minimum(LENGTHS, PREFILLED) - np.array([0, 1, 0])
@@ -33,17 +44,15 @@ def check_logits(lm, expected_logits):
         "token_ids": x["token_ids"][:, :PREFILLED],
         "padding_mask": (np.arange(PREFILLED) < lengths[:, None]).astype("int32"),
     }
-    hidden, cache = call_with_cache(lm.backbone, first, cache, 0)
-    cached = [
-        [*row[:n]] for row, n in zip(to_numpy(lm.compute_logits(hidden)), lengths)
-    ]
+    logits, cache = cached_logits(first, cache, np.int32(0))
+    cached = [[*row[:n]] for row, n in zip(to_numpy(logits), lengths)]
     for step in range(3):
         index = (lengths + step).astype("int32")
         token = np.take_along_axis(x["token_ids"], index[:, None], axis=1)
         inputs = {"token_ids": token, "padding_mask": np.ones_like(token)}
-        hidden, cache = call_with_cache(lm.backbone, inputs, cache, index)
-        for row, logits in zip(cached, to_numpy(lm.compute_logits(hidden))):
-            row.append(logits[0])
+        logits, cache = cached_logits(inputs, cache, index)
+        for row, new in zip(cached, to_numpy(logits)):
+            row.append(new[0])
     largest = 0.0
     for i, length in enumerate(LENGTHS):
         expected = expected_logits(x["token_ids"][i, :length])
