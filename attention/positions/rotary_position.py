@@ -9,7 +9,7 @@ import numpy as np
 from keras import ops
 
 from attention.contract.arguments import arguments_of, check_optional_positive_int
-from attention.contract.types import Tensor
+from attention.contract.types import DType, Tensor
 from attention.positions.position_scheme import PositionScheme
 from attention.positions.rotary_scaling import rotary_frequencies
 
@@ -92,24 +92,30 @@ class RotaryPosition(PositionScheme):
         frequencies, magnitude = rotary_frequencies(
             size, self.max_wavelength, self.scaling
         )
-        rotated = _rotate(query, query_positions, frequencies, magnitude)
-        return rotated, _rotate(key, key_positions, frequencies, magnitude)
+        turns = _cos_sin(query_positions, frequencies, magnitude, query.dtype)
+        rotated = _rotate(query, *turns)
+        if key_positions is not query_positions:
+            turns = _cos_sin(key_positions, frequencies, magnitude, key.dtype)
+        return rotated, _rotate(key, *turns)
 
     def get_config(self) -> dict[str, Any]:
         return {**arguments_of(RotaryPosition, self), **super().get_config()}
 
 
-def _rotate(
-    x: Tensor, positions: Tensor, frequencies: np.ndarray, magnitude: float
-) -> Tensor:
-    """Rotates `(batch, length, heads, dim)` by `(length,)` or `(batch, length)`."""
+def _cos_sin(
+    positions: Tensor, frequencies: np.ndarray, magnitude: float, dtype: DType
+) -> tuple[Tensor, Tensor]:
+    """Returns factors of shape `(length, 1, pairs)` or `(batch, length, 1, pairs)`."""
     # Angles of positions in the thousands need float32.
-    frequencies = ops.convert_to_tensor(frequencies)
-    angles = ops.cast(positions, "float32")[..., None] * frequencies
-    angles = angles[..., None, :]  # (..., length, 1, rotary_dim / 2)
-    cos = ops.cast(ops.cos(angles) * magnitude, x.dtype)
-    sin = ops.cast(ops.sin(angles) * magnitude, x.dtype)
-    x, half = ops.convert_to_tensor(x), frequencies.shape[0]
+    positions = ops.cast(positions, "float32")[..., None, None]
+    angles = positions * ops.convert_to_tensor(frequencies)
+    found = (ops.cos(angles) * magnitude, ops.sin(angles) * magnitude)
+    return ops.cast(found[0], dtype), ops.cast(found[1], dtype)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates heads, `(batch, length, heads, dim)`."""
+    x, half = ops.convert_to_tensor(x), cos.shape[-1]
     first, second = x[..., :half], x[..., half : 2 * half]
     parts = [first * cos - second * sin, second * cos + first * sin]
     if 2 * half < x.shape[-1]:
