@@ -12,14 +12,13 @@ model type that KerasHub can't load.
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import tempfile
 from typing import Any
 
 from benchmarks import checkpoints
-from benchmarks.processes import ROOT
+from benchmarks.processes import ROOT, environment
 
 WIDTH = 512
 COMMON = {
@@ -98,13 +97,11 @@ def measure(model_type: str, options: argparse.Namespace) -> dict[str, float]:
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "benchmarks.architectures", "--write", folder]
-        environ = {**os.environ, "KERAS_BACKEND": "torch"}
-        subprocess.run(
-            [*command, "--only", model_type], cwd=ROOT, env=environ, check=True
-        )
-        options.folder = folder
+        command += ["--only", model_type]
+        environ = environment("transformers", "cpu")
+        subprocess.run(command, cwd=ROOT, env=environ, check=True)
         for name in [*names, "transformers"]:
-            result = checkpoints.run(name, options)
+            result = checkpoints.run(name, folder, options.new_tokens)
             if result is not None:
                 found[name.partition("/")[0]] = result["decode_1"]
     return found
@@ -133,7 +130,6 @@ def main() -> None:
     if options.write:
         write(options.only[0], options.write)
         return
-    options.dtype = "float32"
     print("| model type | here | KerasHub | transformers |", flush=True)
     print("| --- " * 4 + "|", flush=True)
     for model_type in options.only:

@@ -143,11 +143,12 @@ def measure(contestant: str, folder: str, new: int, dtype: str) -> dict[str, Any
     return found
 
 
-def run(contestant: str, options: argparse.Namespace) -> dict[str, Any] | None:
+def run(
+    contestant: str, folder: str, new: int, dtype: str = "float32"
+) -> dict[str, Any] | None:
     """Returns what one contestant does, in a fresh process; `None` if it fails."""
-    command = [sys.executable, "-m", "benchmarks.checkpoints", options.folder]
-    command += ["--worker", contestant, "--dtype", options.dtype]
-    command += ["--new-tokens", str(options.new_tokens)]
+    command = [sys.executable, "-m", "benchmarks.checkpoints", folder]
+    command += ["--worker", contestant, "--dtype", dtype, "--new-tokens", str(new)]
     finished = subprocess.run(
         command,
         cwd=ROOT,
@@ -191,14 +192,14 @@ def main() -> None:
     add("--dtype", default="float32")
     add("--worker", choices=CONTESTANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    arguments = (options.folder, options.new_tokens, options.dtype)
     if options.worker:
-        arguments = (options.folder, options.new_tokens, options.dtype)
         print(json.dumps(measure(options.worker, *arguments)))
         return
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in options.only}
     for _ in range(options.rounds):
         for name in options.only:
-            result = run(name, options)
+            result = run(name, *arguments)
             if result is not None:
                 found[name].append(result)
                 print(name, {k: v for k, v in result.items() if k != "tokens"})

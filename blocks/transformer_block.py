@@ -159,10 +159,9 @@ class TransformerBlock(keras.layers.Layer):
         Returns:
             A tensor of the shape of `x`.
         """
-        new = layer(norm(x) if self.normalize_first else x, *args, **kwargs)
-        if self.residual_dropout.rate:
-            new = self.residual_dropout(new)
-        return x + new if self.normalize_first else norm(x + new)
+        if self.normalize_first:
+            return x + self.residual_dropout(layer(norm(x), *args, **kwargs))
+        return norm(x + self.residual_dropout(layer(x, *args, **kwargs)))
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()

@@ -281,8 +281,9 @@ class RecordingScope(Scope):
 
     def __enter__(self) -> Any:
         # Calls that are not a dry run may be traced, by `jax.grad` for instance.
-        self._trace = trace_state()
-        self._eager = is_concrete(ops.zeros(()))
+        if self._strict:
+            self._trace = trace_state()
+            self._eager = self._trace is None and is_concrete(ops.zeros(()))
         return super().__enter__()
 
     def run(self, layer: Any, call: Any, inputs: Any) -> Any:

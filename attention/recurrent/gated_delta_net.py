@@ -13,7 +13,7 @@ from attention.contract.inner_layers import make_dense, make_rms_norm
 from attention.contract.types import DType, Shape, Tensor
 from attention.recurrent.heads import (
     float32,
-    join_heads,
+    gate_heads,
     repeat_heads,
     split_heads,
     unit_length,
@@ -108,7 +108,7 @@ class GatedDeltaNet(RecurrentMixer):
         self.log_rate = self.add_float32_weight("log_rate", (heads,), _log_of_uniform)
         self.decay_bias = self.add_float32_weight("decay_bias", (heads,), "ones")
         self.recurrence = self.make_recurrence(key_dim, value_dim)
-        # What is read from a state may be larger than float16's largest number.
+        # As for `gate_heads`.
         self.head_norm = make_rms_norm(
             self, "head_norm", value_dim, self.epsilon, dtype="float32"
         )
@@ -139,8 +139,7 @@ class GatedDeltaNet(RecurrentMixer):
             remove=-beta * ops.exp(log_decay) * key,
             replace=key,
         )
-        heads = join_heads(self.head_norm(heads))  # (b, l, h * v)
-        outputs = heads * ops.silu(float32(self.gate_dense(x)))
+        outputs = gate_heads(self.head_norm(heads), self.gate_dense(x))  # (b, l, h * v)
         return self.output_dense(ops.cast(outputs, self.compute_dtype))  # (b, l, w)
 
     def get_config(self) -> dict[str, Any]:

@@ -27,6 +27,14 @@ def float32(x: Tensor) -> Tensor:
     return ops.cast(x, "float32")
 
 
+def gate_heads(heads: Tensor, gate: Tensor) -> Tensor:
+    """Joins heads and multiplies them by SiLU of a gate, in float32.
+
+    What is read from a state may be larger than float16's largest number.
+    """
+    return join_heads(heads) * ops.silu(float32(gate))
+
+
 def unit_length(x: Tensor, epsilon: float = 1e-6) -> Tensor:
     """Scales vectors along the last axis to length 1, in float32."""
     x = float32(x)

@@ -16,7 +16,13 @@ from attention.contract.arguments import (
 from attention.contract.checks import check_sequence_shape
 from attention.contract.inner_layers import make_dense
 from attention.contract.types import DType, Shape, Tensor
-from attention.recurrent.heads import float32, join_heads, repeat_heads, split_heads
+from attention.recurrent.heads import (
+    float32,
+    gate_heads,
+    join_heads,
+    repeat_heads,
+    split_heads,
+)
 from attention.recurrent.recurrent_mixer import RecurrentMixer
 
 
@@ -149,7 +155,7 @@ class Mamba2(RecurrentMixer):
         log_decay = -ops.exp(self.log_rate)[:, None] * step
         heads = self.recurrence(query, key, step * value, log_decay)  # (b, l, h, v)
         heads = heads + self.skip[:, None] * value
-        outputs = join_heads(heads) * ops.silu(float32(gate))  # (b, l, h * v)
+        outputs = gate_heads(heads, gate)  # (b, l, h * v)
         # An RMS norm of each group: (b, l, g, h / g * v).
         groups = split_heads(outputs, self.num_groups)
         mean = ops.mean(ops.square(groups), axis=-1, keepdims=True)

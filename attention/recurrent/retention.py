@@ -13,7 +13,7 @@ from attention.contract.checks import check_sequence_shape
 from attention.contract.inner_layers import make_dense, make_rms_norm
 from attention.contract.types import Shape, Tensor
 from attention.positions.rotary_position import RotaryPosition
-from attention.recurrent.heads import float32, join_heads, split_heads
+from attention.recurrent.heads import float32, gate_heads, split_heads
 from attention.recurrent.recurrent_mixer import RecurrentMixer
 
 
@@ -86,7 +86,7 @@ class Retention(RecurrentMixer):
         self.gate_dense = make_dense(self, "gate", heads * value_dim, width)
         position = RotaryPosition(name="rotary_position")
         self.recurrence = self.make_recurrence(key_dim, value_dim, position)
-        # What is read from a state may be larger than float16's largest number.
+        # As for `gate_heads`.
         self.head_norm = make_rms_norm(
             self, "head_norm", value_dim, self.epsilon, dtype="float32"
         )
@@ -103,8 +103,7 @@ class Retention(RecurrentMixer):
         )
         log_decay = ops.zeros_like(float32(query[..., :1])) + self._log_decays
         heads = self.recurrence(query, key * self._scale, value, log_decay)
-        heads = join_heads(self.head_norm(heads))  # (b, l, h * v)
-        outputs = heads * ops.silu(float32(self.gate_dense(x)))
+        outputs = gate_heads(self.head_norm(heads), self.gate_dense(x))  # (b, l, h * v)
         return self.output_dense(ops.cast(outputs, self.compute_dtype))  # (b, l, w)
 
     def get_config(self) -> dict[str, Any]:
