@@ -19,6 +19,8 @@ CHUNK = 64
 # the chunk. RWKV's strongest decay, exp(-0.61), leaves 6e-5 after 16 tokens.
 CHUNK_OF_VECTORS = 16
 _NOTHING = -1e30
+# The largest block that is inverted by powers; those of 8 ones have numbers up to 35.
+_SMALL = 8
 
 
 def linear_recurrence(
@@ -97,8 +99,7 @@ class _Chunks:
         elif length is None or isinstance(length, int):
             self.size = ops.shape(like)[1]
         else:
-            self.size = ops.minimum(size, length)
-            self.count = -(-length // self.size)
+            self.count = -(-length // size)
 
     def split(self, x: Tensor) -> Tensor:
         """Returns `(b, l, h, dim)` as `(b, n, h, c, dim)`, in float32."""
@@ -158,15 +159,45 @@ def _transpose(x: Tensor) -> Tensor:
 def _solve(
     strictly_lower: Tensor, first: Tensor, second: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Solves `(1 - strictly_lower) x = right` for two right sides."""
-    if static_size(strictly_lower, 3) == 1:
+    """Solves `(1 - strictly_lower) x = right` for two right sides.
+
+    Not `ops.solve_triangular`: on JAX (0.10) two of them that run at the same time wait
+    for each other forever on a CPU of two cores. Products are faster, too.
+    """
+    size = static_size(strictly_lower, 3)
+    if size is None or size == 1:
+        # Only shapes count, or nothing was written before.
         return first, second
-    index = ops.arange(ops.shape(strictly_lower)[3], dtype="int32")
-    identity = ops.cast(index[:, None] == index[None], "float32")
-    right = ops.concatenate([first, second], axis=-1)
-    solved = ops.solve_triangular(identity - strictly_lower, right, lower=True)
-    first, second = ops.split(solved, [first.shape[-1]], axis=-1)
-    return first, second
+    whole = 2 ** (size - 1).bit_length()
+    matrix = ops.reshape(strictly_lower, (-1, size, size))
+    matrix = ops.pad(matrix, [[0, 0], [0, whole - size], [0, whole - size]])
+    inverse = _inverse(matrix)[:, :size, :size]
+    inverse = ops.reshape(inverse, ops.shape(strictly_lower))
+    return inverse @ first, inverse @ second
+
+
+def _inverse(strictly_lower: Tensor) -> Tensor:
+    """Returns the inverse of `1 - strictly_lower`, `(count, size, size)`.
+
+    The size is a power of two. Blocks on the diagonal are inverted first. Small ones are
+    the sum of the powers of the matrix, `(1 + x)(1 + x^2)(1 + x^4)`; of larger ones the
+    powers would cancel where tokens repeat.
+    """
+    size = strictly_lower.shape[-1]
+    if size <= _SMALL:
+        power = strictly_lower
+        inverse = power + ops.eye(size, dtype="float32")
+        for _ in range(2, size.bit_length()):
+            power = power @ power
+            inverse = inverse + power @ inverse
+        return inverse
+    half = size // 2
+    corners = strictly_lower[:, :half, :half], strictly_lower[:, half:, half:]
+    inverted = _inverse(ops.concatenate(corners, axis=0))
+    upper, lower = ops.split(inverted, 2, axis=0)
+    below = lower @ strictly_lower[:, half:, :half] @ upper
+    upper = ops.concatenate([upper, ops.zeros_like(upper)], axis=2)
+    return ops.concatenate([upper, ops.concatenate([below, lower], axis=2)], axis=1)
 
 
 def _chunk_states(
@@ -205,12 +236,14 @@ def _associative_scan(join: Callable, parts: tuple, count: int) -> tuple:
     )
     odd = _associative_scan(join, pairs, count // 2)
     # Even entries: the first as it is, others joined with all pairs before them.
+    even = tuple(x[:, :1] for x in parts)
     others = (count - 1) // 2
-    even = join(
-        tuple(x[:, :others] for x in odd),
-        tuple(x[:, 2 : count + 1 : 2] for x in parts),
-    )
-    even = tuple(ops.concatenate([x[:, :1], y], axis=1) for x, y in zip(parts, even))
+    if others:  # XLA on TensorFlow has no gradient of a slice of nothing.
+        later = join(
+            tuple(x[:, :others] for x in odd),
+            tuple(x[:, 2:count:2] for x in parts),
+        )
+        even = tuple(ops.concatenate(x, axis=1) for x in zip(even, later))
     return tuple(_interleave(x, y, count) for x, y in zip(even, odd))
 
 

@@ -1,12 +1,14 @@
 """The recurrence that all recurrent mixers share, against a loop in NumPy."""
 
+import keras
 import numpy as np
 import pytest
 from keras import ops
 
 from attention import LinearRecurrence
-from attention.recurrent.chunked_scan import CHUNK, linear_recurrence
-from tests.helpers import assert_close, compiled, to_numpy
+from attention.recurrent.chunked_scan import CHUNK, CHUNK_OF_VECTORS, linear_recurrence
+from attention.testing import backends
+from tests.helpers import assert_close, compiled, slow, to_numpy
 
 HEADS, KEY, VALUE = 2, 4, 3
 
@@ -56,7 +58,9 @@ every_rule = pytest.mark.parametrize("delta", [False, True], ids=["add", "delta"
 
 @every_kind
 @every_rule
-@pytest.mark.parametrize("length", [1, 2, 15, CHUNK, CHUNK + 1, 3 * CHUNK + 5])
+@pytest.mark.parametrize(
+    "length", [1, 15, 3 * CHUNK + 5, *map(slow, (2, CHUNK, CHUNK + 1))]
+)
 def test_chunks_equal_a_loop(length, vectors, delta):
     inputs = sample(length, vectors, delta)
     expected, last = loop(**inputs)
@@ -67,6 +71,58 @@ def test_chunks_equal_a_loop(length, vectors, delta):
     assert_close(to_numpy(outputs) / scale, expected / scale)
     scale = np.abs(last).max()
     assert_close(to_numpy(state) / scale, last / scale)
+
+
+def test_tokens_that_repeat():
+    """What each writes the next removes: sums of powers would cancel."""
+    inputs = sample(CHUNK, False, True)
+    inputs["remove"] = np.broadcast_to(inputs["remove"][:, :1], inputs["remove"].shape)
+    inputs["replace"] = -inputs["remove"]
+    inputs["log_decay"] = np.zeros_like(inputs["log_decay"])
+    expected, _ = loop(**inputs)
+    outputs, _ = linear_recurrence(
+        **{name: ops.convert_to_tensor(x) for name, x in inputs.items()}
+    )
+    assert_close(outputs, expected, atol=1e-4)
+
+
+def compiled_gradients(function, tensors):
+    """Those of a scalar function, compiled as `fit` compiles them."""
+    if keras.config.backend() != "tensorflow":
+        return backends.gradients(function, [], tensors)
+    import tensorflow as tf
+
+    def call(tensors):
+        with tf.GradientTape() as tape:
+            tape.watch(tensors)
+            loss = function(tensors)
+        return tape.gradient(loss, tensors)
+
+    return compiled(call)([ops.convert_to_tensor(x) for x in tensors])
+
+
+@every_rule
+@pytest.mark.parametrize("chunks", [2, 5, *map(slow, (3, 4, 6))])
+def test_gradients_are_the_slopes_of_the_loop(chunks, delta):
+    inputs = sample(CHUNK_OF_VECTORS * chunks, True, delta, rows=1)
+    names, tensors = zip(*inputs.items())
+    rng = np.random.default_rng(1)
+    direction = rng.normal(size=(1, CHUNK_OF_VECTORS * chunks, HEADS, VALUE))
+
+    def loss(tensors):
+        outputs, _ = linear_recurrence(**dict(zip(names, tensors)))
+        return ops.sum(outputs * ops.convert_to_tensor(direction, dtype="float32"))
+
+    found = compiled_gradients(loss, list(tensors))
+    for name, x, gradient in zip(names, tensors, found):
+        step = rng.normal(size=x.shape)
+        ends = [
+            np.sum(loop(**{**inputs, name: x + size * step})[0] * direction)
+            for size in (1e-5, -1e-5)
+        ]
+        slope = (ends[0] - ends[1]) / 2e-5
+        size = np.abs(to_numpy(gradient) * step).sum()
+        assert abs(np.sum(to_numpy(gradient) * step) - slope) < 1e-4 * size, name
 
 
 @every_kind
