@@ -1,5 +1,13 @@
 """Fixtures that several test files use."""
 
+import os
+
+# Read when TensorFlow starts. What is compiled here takes longer to optimize than it runs
+# and is too small for two threads. (JAX has an option, below.)
+if os.environ.get("KERAS_BACKEND", "tensorflow") == "tensorflow":
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
+
 import keras
 import pytest
 

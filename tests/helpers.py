@@ -34,11 +34,6 @@ def slow(value):
     return pytest.param(value, marks=pytest.mark.slow)
 
 
-def slow_on_jax(value):
-    """A parameter of a test that takes long to compile there."""
-    return pytest.param(value, marks=pytest.mark.slow_on_jax)
-
-
 def load_example(name):
     """The module of `examples/`."""
     path = pathlib.Path(__file__).parents[1] / "examples" / f"{name}.py"

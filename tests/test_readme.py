@@ -43,7 +43,7 @@ def same(printed, said):
     return checker.check_output(said, printed, doctest.ELLIPSIS)
 
 
-@pytest.mark.slow_on_jax
+@pytest.mark.slow
 def test_every_python_block_prints_what_it_says():
     blocks, namespace = python_blocks(README), {}
     assert len(blocks) >= 4

@@ -266,7 +266,7 @@ def test_folders_with_errors(tmp_path):
 # === Generation ===
 
 
-@pytest.mark.slow_on_jax
+@pytest.mark.slow
 def test_generation_stops_at_each_stop_token():
     backbone = make_backbone(num_layers=1, vocabulary_size=600)
     lm = EagerLM(backbone, preprocessor_of())
@@ -283,7 +283,7 @@ def test_generation_stops_at_each_stop_token():
     assert "".join(lm.stream(prompt, max_new_tokens=8, strip_prompt=True)) == answer
 
 
-@pytest.mark.slow_on_jax
+@pytest.mark.slow
 def test_turns_of_a_session():
     """The second turn adds only the text that is new, as a user would."""
     template = CHATML.replace("<|im_end|>", "<|end|>")

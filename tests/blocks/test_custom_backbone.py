@@ -134,7 +134,7 @@ class ScaledEmbeddingBackbone(CustomBackbone):
         return RotaryAttention(self.num_heads)
 
 
-@pytest.mark.slow_on_jax
+@pytest.mark.slow
 def test_embedding_hooks():
     backbone = make_backbone(ScaledEmbeddingBackbone)
     assert type(backbone.token_embedding) is ScaledEmbedding

@@ -16,6 +16,7 @@ from tests.helpers import (
     raises,
     randomize,
     sample,
+    slow,
     to_numpy,
 )
 
@@ -78,7 +79,7 @@ def decoder_and_inputs(cls=CustomDecoder, **kwargs):
     return randomize(decoder), x, source
 
 
-@pytest.mark.parametrize("normalize_first", [True, False])
+@pytest.mark.parametrize("normalize_first", [True, slow(False)])
 def test_a_decoder_reads_its_source_once(normalize_first):
     decoder, x, source = decoder_and_inputs(normalize_first=normalize_first)
     encoded = {"encoder_sequence": source, "encoder_padding_mask": MASK}

@@ -6,7 +6,7 @@ import pytest
 
 from attention import RWKVChannelMix, RWKVTimeMix, create_cache
 from blocks import CausalLM, CustomBackbone, CustomDecoder
-from tests.helpers import assert_close, slow, slow_on_jax
+from tests.helpers import assert_close, slow
 from tests.models import (
     Scripted,
     brute_force_greedy,
@@ -73,7 +73,7 @@ every_model = pytest.mark.parametrize("name", MODELS)
 
 
 @pytest.mark.parametrize(
-    "name", [x if x in ("hybrid", "rwkv") else slow_on_jax(x) for x in MODELS]
+    "name", [x if x in ("hybrid", "rwkv") else slow(x) for x in MODELS]
 )
 def test_generation_equals_no_cache_at_all(name):
     check_generation(make_small_lm(make(name)), max_length=16)
@@ -98,6 +98,7 @@ def test_speculation_and_sessions(name):
     assert [x.tokens[0].tolist() for x in (session, fork)] == whole
 
 
+@pytest.mark.slow
 @every_model
 def test_only_attention_to_everything_needs_more_for_longer_sequences(name):
     backbone = make(name, hidden_dim=8)
@@ -112,7 +113,7 @@ def test_only_attention_to_everything_needs_more_for_longer_sequences(name):
 
 
 @pytest.mark.parametrize("name", [slow("hybrid"), "mamba2"])
-@pytest.mark.slow_on_jax
+@pytest.mark.slow
 def test_they_learn_and_are_saved(name, tmp_path):
     lm = make_small_lm(make(name, num_layers=LAYERS.get(name, 1)))
     tokens = np.random.default_rng(0).integers(1, 9, (16, 10)).astype("int32")

@@ -135,7 +135,7 @@ def test_pieces_of_a_stream_are_whole_characters(make):
     assert not any("\ufffd" in piece for piece in pieces)
 
 
-@pytest.mark.slow_on_jax
+@pytest.mark.slow
 def test_training_and_generation():
     backbone = make_backbone(num_layers=1, vocabulary_size=600)
     lm = EagerLM(backbone, preprocessor_of(byte_level, "<s>"))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from blocks import CausalLM, CustomBackbone
-from tests.helpers import LLAMA3, assert_close, raises, to_numpy
+from tests.helpers import LLAMA3, assert_close, raises, slow, to_numpy
 from tests.models import (
     RAGGED,
     VOCABULARY_SIZE,
@@ -139,7 +139,7 @@ def test_classes_and_defaults_are_those_of_keras_hub():
     assert CustomBackbone(VOCABULARY_SIZE, 1, 2, 8, 16).max_sequence_length == 1024
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama3"])
+@pytest.mark.parametrize("name", [slow("gpt2"), "llama3"])
 def test_greedy_tokens_are_equal(name):
     models, x = make_models(name), prompts(RAGGED, width=20)
     expected, outputs = generate_both(models, x)
@@ -157,7 +157,7 @@ def test_greedy_tokens_are_equal(name):
     assert rows_of(outputs) == rows_of(expected)
 
 
-@pytest.mark.slow_on_jax
+@pytest.mark.slow
 def test_contrastive_search_is_keras_hubs():
     sampler = keras_hub.samplers.ContrastiveSampler(k=3, alpha=0.3)
     models = [compiled(type(x), x.backbone, sampler) for x in make_models("gpt2")]

@@ -64,7 +64,7 @@ def make_own(kind="tensor", logits=False):
     "kind, logits",
     [("tensor", False), ("list", True), ("tokens", True), ("both", False)],
 )
-@pytest.mark.slow_on_jax
+@pytest.mark.slow
 def test_ragged_prompts_equal_brute_force(kind, logits):
     check_generation(make_own(kind, logits), max_length=20)
 

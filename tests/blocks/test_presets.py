@@ -88,7 +88,7 @@ print("RESULT" + repr(lm.generate(["the cat", "a"])))
 """
 
 
-@pytest.mark.slow_on_jax
+@pytest.mark.slow
 def test_a_fresh_process_gives_the_same_text(text_lm, preset):
     root = str(pathlib.Path(__file__).parents[2])
     result = subprocess.run(
@@ -147,7 +147,7 @@ def test_a_preset_of_another_class(preset):
         SoftCappedLM.from_preset(preset)
 
 
-@pytest.mark.slow_on_jax
+@pytest.mark.slow
 def test_quantized_presets(tmp_path):
     lm = make_lm(make_backbone(num_layers=1), bpe_preprocessor())
     # Before its tokenizer has seen any text, which is no part of the model.
@@ -162,7 +162,7 @@ def test_quantized_presets(tmp_path):
     assert_close(*(x.predict_on_batch(["the cat", "a"]) for x in (restored, lm)))
 
 
-@pytest.mark.slow_on_jax
+@pytest.mark.slow
 def test_dtype_on_loading(text_lm, preset):
     restored = CausalLM.from_preset(preset, dtype="bfloat16")
     assert restored.backbone.transformer_layers[0].compute_dtype == "bfloat16"

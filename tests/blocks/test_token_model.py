@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from blocks import CausalLM, CustomBackbone
-from tests.helpers import assert_close, raises
+from tests.helpers import assert_close, raises, slow
 
 TOKENS = np.array([[1, 2, 3], [4, 5, 0]], "int32")
 INPUTS = {"token_ids": TOKENS, "padding_mask": (TOKENS > 0).astype("int32")}
@@ -23,7 +23,7 @@ def make_lm():
     return CausalLM(CustomBackbone(20, 1, 2, 8, 16), preprocessor=None)
 
 
-@pytest.mark.parametrize("mode", ["full", "activations", None])
+@pytest.mark.parametrize("mode", ["full", *map(slow, ("activations", None))])
 def test_what_is_computed_again_is_the_same(mode):
     plain = make_lm()
     with keras.RematScope(mode=mode):

@@ -25,7 +25,7 @@ def test_samples_in_memory_are_shuffled_in_each_epoch():
     assert shuffled(samples, 8, None)[1] is None
 
 
-@pytest.mark.slow_on_jax
+@pytest.mark.slow
 def test_what_fit_is_given_counts_once(text_lm, recwarn):
     """Each of the samples is learned once in an epoch, without a warning."""
 

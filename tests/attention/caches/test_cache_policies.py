@@ -85,7 +85,7 @@ def test_long_sequences_are_computed_in_blocks(name, causal):
         assert_close(ours / scale, theirs / scale, atol=1e-5)
 
 
-@pytest.mark.slow_on_jax
+@pytest.mark.slow
 def test_scores_of_a_cache_are_those_of_its_slots_and_of_the_new_tokens():
     windowed, full = pair("rotary", 4)
     x = sample()
@@ -146,7 +146,7 @@ def test_a_session_takes_back_only_what_a_window_still_holds():
 # === 8 bits ===
 
 
-@pytest.mark.slow_on_jax
+@pytest.mark.slow
 def test_each_head_of_each_token_is_rounded_by_half_a_step():
     full, int8 = (built(RotaryAttention(4, 2, cache_dtype=x)) for x in (None, "int8"))
     exact, rounded = (

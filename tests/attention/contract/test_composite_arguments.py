@@ -72,7 +72,7 @@ def decode(layer, x, other, **kwargs):
     return [np.concatenate(parts, axis=1) for parts in zip(*outputs)]
 
 
-@pytest.mark.slow_on_jax
+@pytest.mark.slow
 def test_arguments_by_position_or_keyword():
     layer, x = make(), sample()
     other, mask = others(x), np.ones(x.shape[:2], bool)

@@ -52,7 +52,7 @@ def make(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.slow_on_jax
+@pytest.mark.slow
 def test_padding_of_embeddings_that_mask_zero_is_not_seen(name, tmp_path):
     model = make(name)
     others = np.array([[1, 2], [3, 4], [5, 6]])
@@ -78,7 +78,7 @@ def test_a_mask_that_is_given_counts_more():
 
 
 @pytest.mark.parametrize("name", ["decoder", "retention"])
-@pytest.mark.slow_on_jax
+@pytest.mark.slow
 def test_with_a_cache_too(name):
     tokens = keras.Input((None,), dtype="int32")
     model = keras.Model(tokens, MODELS[name](tokens, None))

@@ -59,7 +59,7 @@ def sequential():
 
 
 @pytest.mark.parametrize("make", [functional, slow(sequential)])
-@pytest.mark.slow_on_jax
+@pytest.mark.slow
 def test_ragged_rows_give_what_each_gives_alone(make):
     check_cached_model(make, max_length=9, checks=["padding", "compiled"])
 

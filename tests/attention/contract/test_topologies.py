@@ -40,7 +40,6 @@ def sample_inputs():
 
 @pytest.mark.slow
 @every_topology
-@pytest.mark.slow_on_jax
 def test_the_kit(name):
     # Sharing across depth takes two blocks.
     layers = 2 if name in ("albert", "shared_key_value") else 1
@@ -63,13 +62,13 @@ def test_gradients_reach_all_weights(name):
     "name",
     [slow(x) if x not in ("albert", "shared_key_value") else x for x in TOPOLOGIES],
 )
-@pytest.mark.slow_on_jax
+@pytest.mark.slow
 def test_generation_equals_no_cache_at_all(name):
     check_generation(make_lm(make(name)))
 
 
 @pytest.mark.parametrize("name", ["albert", "shared_key_value"])
-@pytest.mark.slow_on_jax
+@pytest.mark.slow
 def test_saved_models_say_the_same(name, tmp_path):
     lm = make_lm(make(name))
     inputs = sample_inputs()

@@ -75,7 +75,7 @@ def model_of(layer):
         lambda: Applies(lambda layer, x: layer(layer(x))),
     ],
 )
-@pytest.mark.slow_on_jax
+@pytest.mark.slow
 def test_wrappers_that_call_the_layer_have_caches(wrap):
     check_cached_model(lambda: model_of(wrap()), max_length=8, checks="chunks")
 

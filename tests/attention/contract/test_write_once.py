@@ -36,7 +36,7 @@ def test_the_recurrence_keeps_the_contract_and_equals_its_formula():
         assert_close(full[:, t], expected)
 
 
-@pytest.mark.slow_on_jax
+@pytest.mark.slow
 def test_generation_equals_the_model_without_a_cache():
     model = example.language_model(16, 2, 1)
     tests.models.randomize(model)

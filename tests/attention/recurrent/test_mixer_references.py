@@ -114,7 +114,7 @@ def copy_time_mix(theirs, ours):
 
 
 @pytest.mark.filterwarnings("ignore:The 'rwkv_ops' package")
-@pytest.mark.slow_on_jax
+@pytest.mark.slow
 def test_rwkv_is_kerashubs():
     theirs = kerashub_rwkv()
     # Longer than a chunk of the computation.

@@ -69,7 +69,7 @@ def random_mask(seed=3):
 
 
 @few_attentions
-@pytest.mark.slow_on_jax
+@pytest.mark.slow
 def test_attention_mask_with_a_cache_and_without(name):
     layer, x, mask = make(name), sample(), random_mask()
     full = to_numpy(layer(x, attention_mask=mask))

@@ -79,6 +79,6 @@ def test_as_many_slots_as_the_fullest_row_needs(small_parts, filled, sizes, expe
 @pytest.mark.parametrize(
     "name", [slow(name) if name != "rotary" else name for name in LAYERS]
 )
-@pytest.mark.slow_on_jax
+@pytest.mark.slow
 def test_the_contract_is_kept(small_parts, name):
     check_cached_layer(LAYERS[name], checks=CHECKS, max_length=18)

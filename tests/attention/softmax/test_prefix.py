@@ -51,7 +51,7 @@ class PrefixBackbone(CustomBackbone):
         return PrefixDecoder(self.intermediate_dim, self.num_heads)
 
 
-@pytest.mark.slow_on_jax
+@pytest.mark.slow
 def test_a_model_with_a_prefix_prefills_its_prompt_at_once():
     backbone = make_backbone(PrefixBackbone, learned_positions=False)
     assert call_sites(backbone).whole_prompt
@@ -74,7 +74,7 @@ def test_a_model_with_a_prefix_prefills_its_prompt_at_once():
 
 
 @pytest.mark.parametrize("window", [None, 4])
-@pytest.mark.slow_on_jax
+@pytest.mark.slow
 def test_latent_attention_has_prefixes_and_documents(window):
     layer, x = built(LatentAttention(4, window=window)), sample()
     # The same weights without causality: the mask says it all.

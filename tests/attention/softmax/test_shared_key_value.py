@@ -93,7 +93,7 @@ class Pair(ProducerAndReader):
         *(slow(functools.partial(Pair, name)) for name in SETTINGS if name != "t5"),
     ],
 )
-@pytest.mark.slow_on_jax
+@pytest.mark.slow
 def test_a_reader_with_a_cache_equals_one_without(make):
     checks = ["chunks", "positions", "padding", "capacity"]
     check_cached_layer(make, max_length=9, checks=checks)

@@ -55,7 +55,7 @@ def test_a_layer_that_needs_to_know_the_length():
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "mixed_float16"])
-@pytest.mark.slow_on_jax
+@pytest.mark.slow
 def test_other_dtypes(dtype):
     checks = ["cache", "prefill_and_steps", "padding", "low_precision"]
     report = check_cached_layer(

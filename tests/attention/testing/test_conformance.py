@@ -39,7 +39,6 @@ from tests.helpers import (
     ProducerAndReader,
     load_example,
     slow,
-    slow_on_jax,
 )
 from tests.models import make_variant
 
@@ -114,20 +113,12 @@ BACKBONES = ["t5"]
 ROUNDED = {"int8": 0.05, "int8_window": 0.05}
 
 
-# What differs from another line in one thing that a third line has, too.
-MIXED = ["multi_query", "value_dim", "rotary_yarn", "t5_grouped"]
-MIXED += ["window_of_one", "latent_window", "decoder_options"]
-MIXED += ["int8_window", "talking_heads", "gated_values"]
-
-# One of each kind on JAX, where each takes 15 to 30 seconds.
-ON_JAX = ["multi_head", "options", "latent", "gated_delta_net", "rwkv_time_mix"]
-ON_JAX += ["rwkv_channel_mix", "short_convolution", "position_embedding", "decoder"]
+# One of each kind. On torch, where nothing is compiled, `.ci/run` has them all.
+EVERYWHERE = ["multi_head", "options", "latent", "gated_delta_net", "rwkv_time_mix"]
+EVERYWHERE += ["rwkv_channel_mix", "short_convolution", "position_embedding", "decoder"]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [slow(x) if x in MIXED else x if x in ON_JAX else slow_on_jax(x) for x in LAYERS],
-)
+@pytest.mark.parametrize("name", [x if x in EVERYWHERE else slow(x) for x in LAYERS])
 def test_layers(name):
     tolerance = ROUNDED.get(name)
     checks = [x for x in CHECKS if tolerance is None or x != "gradients"]
@@ -142,7 +133,7 @@ def test_layers(name):
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-@pytest.mark.slow_on_jax
+@pytest.mark.slow
 def test_backbones(name):
     report = check_cached_model(lambda: make_variant(name, num_layers=1), max_length=9)
     assert "padding" in report
@@ -178,7 +169,7 @@ EQUALITIES += ["masked_rows", "padding", "capacity", "rewind"]
     max_length=st.integers(8, 20),
     seed=st.integers(0, 2**16),
 )
-@pytest.mark.slow_on_jax
+@pytest.mark.slow
 def test_any_shape(
     groups, per_group, key_dim, value_dim, position, hidden_dim, **sizes
 ):

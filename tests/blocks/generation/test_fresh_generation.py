@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from blocks import CustomBackbone
+from tests.helpers import slow
 from tests.models import (
     RAGGED,
     brute_force_greedy,
@@ -80,7 +81,7 @@ def test_lora_without_a_target():
     assert names == {"intermediate"}
 
 
-@pytest.mark.slow_on_jax
+@pytest.mark.slow
 def test_quantization_is_noticed(lm):
     check_generation(lm)
     lm.quantize("int8")
@@ -115,7 +116,7 @@ class TupleBackbone(CustomBackbone):
 
 
 @pytest.mark.xla
-@pytest.mark.parametrize("mode", [None, "activations"])
+@pytest.mark.parametrize("mode", [None, slow("activations")])
 def test_sublayers_in_tuples_and_remat_scopes(mode):
     with keras.RematScope(mode=mode):
         lm = make_small_lm(make_backbone(TupleBackbone, num_layers=1))

@@ -13,7 +13,7 @@ from attention import LatentAttention, RotaryAttention
 from blocks import CausalLM, CustomBackbone, GenerationSizes, GenerationState
 from blocks.generation import engine
 from blocks.generation.compilation import StepKey
-from tests.helpers import assert_close, compiled, raises
+from tests.helpers import assert_close, compiled, raises, slow
 from tests.models import (
     RAGGED,
     SMALL_SIZES,
@@ -38,7 +38,7 @@ def shared_lm(kind):
     return make_lm(make_variant(kind))
 
 
-@pytest.mark.parametrize("kind", ["mha", "gqa", "rotary", "leak"])
+@pytest.mark.parametrize("kind", ["gqa", *map(slow, ("mha", "rotary", "leak"))])
 @pytest.mark.parametrize("how", ["eager", "compiled", "donated"])
 def test_a_loop_of_the_users_own(kind, how):
     lm = shared_lm(kind)
@@ -116,7 +116,7 @@ def test_capacities_and_chunks():
         GenerationSizes(min_chunk=0)
 
 
-@pytest.mark.parametrize("kind", ["mha", "rotary", "t5"])
+@pytest.mark.parametrize("kind", ["rotary", *map(slow, ("mha", "t5"))])
 def test_long_prompts_are_processed_in_chunks(kind, calls_of):
     lm = make_small_lm(make_variant(kind))
     rows = [[(7 * i + j) % 60 for i in range(n)] for j, n in enumerate((30, 1, 13, 16))]
@@ -187,8 +187,7 @@ def while_bodies(hlo):
 
 @pytest.mark.optimized
 @pytest.mark.skipif(BACKEND != "jax", reason="looks at what JAX compiles")
-@pytest.mark.parametrize("batch_size", [1, 4])
-@pytest.mark.parametrize("rows_differ", [False, True])
+@pytest.mark.parametrize("batch_size, rows_differ", [(1, False), (4, True)])
 @pytest.mark.parametrize("kind", ["mha", "gqa", "rotary", "window", "latent"])
 def test_a_decode_step_moves_no_cache_and_no_kernel(kind, rows_differ, batch_size):
     capacity = 640

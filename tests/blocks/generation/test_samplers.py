@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from keras import ops
 
+from tests.helpers import slow
 from tests.models import (
     RAGGED,
     VOCABULARY_SIZE,
@@ -51,7 +52,7 @@ def test_threads_never_draw_from_one_seed(lm):
     "sampler",
     [
         keras_hub.samplers.BeamSampler(num_beams=3),
-        keras_hub.samplers.ContrastiveSampler(k=3, alpha=0.3),
+        slow(keras_hub.samplers.ContrastiveSampler(k=3, alpha=0.3)),
     ],
 )
 def test_searches_of_a_batch_equal_each_alone(lm, expected, sampler):

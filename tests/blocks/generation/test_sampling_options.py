@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from blocks import PromptLookup
 from blocks.generation import engine, mixin
-from tests.helpers import raises
+from tests.helpers import raises, slow
 from tests.models import (
     RAGGED,
     brute_force_greedy,
@@ -168,7 +168,9 @@ def test_what_was_compiled_and_why(lm, caplog):
 SEARCHES = ["beam", "contrastive"]
 
 
-@pytest.mark.parametrize("sampler", ["greedy", "top_k", "top_p", *SEARCHES])
+@pytest.mark.parametrize(
+    "sampler", ["greedy", "top_k", *map(slow, ("top_p", *SEARCHES))]
+)
 def test_logits_that_are_nan_are_an_error(lm, sampler):
     lm.compile(sampler=sampler)
     (table,) = (w for w in lm.weights if tuple(w.shape) == (64, 16))
@@ -184,7 +186,7 @@ def test_logits_that_are_nan_are_an_error(lm, sampler):
 
 
 @pytest.mark.parametrize("sampler", ["random", "top_k", "top_p", *SEARCHES])
-@pytest.mark.slow_on_jax
+@pytest.mark.slow
 def test_tokens_that_the_tokenizer_has_not_are_never_chosen(sampler):
     backbone = make_backbone(num_layers=1, vocabulary_size=300)
     # Without them, nearly all tokens would be among the last 44.

@@ -42,7 +42,7 @@ def tokens(session):
 
 
 @pytest.mark.parametrize(
-    "kind", [slow("mha"), pytest.param("rotary", marks=pytest.mark.xla), "leak"]
+    "kind", [slow("mha"), pytest.param("rotary", marks=pytest.mark.xla), slow("leak")]
 )
 def test_turns_equal_starting_over(kind):
     lm = make_small_lm(make_variant(kind))
@@ -72,7 +72,7 @@ def test_rows_of_different_lengths(lm):
     assert tokens(session) == brute_force_greedy(lm, rows, max_new_tokens=4)
 
 
-@pytest.mark.slow_on_jax
+@pytest.mark.slow
 def test_a_row_that_got_nothing_goes_on(lm):
     session = lm.start(tokens_of(PROMPT, [9, 2]))
     new = session.generate(max_length=5, stop_token_ids=None)
@@ -81,7 +81,7 @@ def test_a_row_that_got_nothing_goes_on(lm):
     assert tokens(session) == brute_force_greedy(lm, [PROMPT, [9, 2]], 9)
 
 
-@pytest.mark.slow_on_jax
+@pytest.mark.slow
 def test_text_and_streams():
     lm = make_text_lm(sequence_length=40)
     session = lm.start("hello")
@@ -152,8 +152,8 @@ def test_a_step_that_fails_loses_nothing(lm, monkeypatch, step):
     assert tokens(other) == brute_force_greedy(lm, rows, max_new_tokens=1)
 
 
-@pytest.mark.parametrize("kind", [slow("mha"), "rotary", "leak"])
-@pytest.mark.slow_on_jax
+@pytest.mark.parametrize("kind", ["mha", "rotary", "leak"])
+@pytest.mark.slow
 def test_forks_do_not_affect_each_other(kind):
     lm = shared_lm(kind)
     session = lm.start(tokens_of(PROMPT))
@@ -171,7 +171,7 @@ def test_forks_do_not_affect_each_other(kind):
     assert tokens(session) == brute_force_greedy(lm, [PROMPT], 9)
 
 
-@pytest.mark.parametrize("kind", ["mha", "rotary"])
+@pytest.mark.parametrize("kind", [slow("mha"), "rotary"])
 @pytest.mark.parametrize("dropped", [1, 6])
 def test_trim(kind, dropped):
     lm = shared_lm(kind)
@@ -222,7 +222,7 @@ def changes_of_weights(folder):
     }
 
 
-@pytest.mark.slow_on_jax
+@pytest.mark.slow
 def test_a_changed_model_is_noticed(tmp_path):
     lm = make_small_lm(make_backbone(num_layers=1))
     for name, change in changes_of_weights(tmp_path).items():

@@ -25,7 +25,7 @@ def other_model(kind="mha"):
     return make_small_lm(backbone)
 
 
-@pytest.mark.parametrize("kind", [slow("mha"), "rotary", "leak"])
+@pytest.mark.parametrize("kind", ["rotary", *map(slow, ("mha", "leak"))])
 def test_whatever_is_guessed_the_output_is_the_same(kind):
     lm = make_small_lm(make_variant(kind, num_layers=2 if kind == "leak" else 1))
     expected = check_generation(lm, max_new_tokens=12)
@@ -59,7 +59,7 @@ def test_stop_tokens_within_a_guess():
         assert generated(lm, **options, speculation=speculation) == expected
 
 
-@pytest.mark.slow_on_jax
+@pytest.mark.slow
 def test_limits_of_rows_and_of_positions():
     lm = make_small_lm(make_backbone(max_sequence_length=16))
     small = make_small_lm(make_backbone(max_sequence_length=12, num_layers=1))
@@ -71,8 +71,8 @@ def test_limits_of_rows_and_of_positions():
         assert generated(lm, rows, max_length=16, speculation=guess) == expected
 
 
-@pytest.mark.parametrize("kind", [slow("mha"), "rotary"])
-@pytest.mark.slow_on_jax
+@pytest.mark.parametrize("kind", ["mha", "rotary"])
+@pytest.mark.slow
 def test_more_guesses_than_a_cache_has_room_for(kind):
     lm = other_model(kind)
     expected = generated(lm, max_new_tokens=9)

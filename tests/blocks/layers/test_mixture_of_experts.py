@@ -16,6 +16,7 @@ from tests.helpers import (
     raises,
     randomize,
     sample,
+    slow,
     to_numpy,
 )
 from tests.models import check_generation, make_backbone, make_lm
@@ -66,7 +67,7 @@ def reference(layer, x):
     return outputs
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (2, 7), (4, 50)])
+@pytest.mark.parametrize("shape", [(3, 1), (2, 7), *map(slow, [(1, 1), (4, 50)])])
 @pytest.mark.parametrize(
     ("experts", "chosen", "gated"), [(4, 2, True), (7, 1, False), (5, 5, True)]
 )
@@ -183,7 +184,7 @@ class SparseBackbone(CustomBackbone):
         return DynamicTanh()
 
 
-@pytest.mark.slow_on_jax
+@pytest.mark.slow
 def test_the_kit():
     check_cached_layer(lambda: MixtureOfExperts(4, 12), max_length=9)
 

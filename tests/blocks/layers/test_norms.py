@@ -41,7 +41,7 @@ class NormBackbone(CustomBackbone):
 
 
 @pytest.mark.parametrize("norm", [slow("without_bias"), "dynamic_tanh", "none"])
-@pytest.mark.slow_on_jax
+@pytest.mark.slow
 def test_generation_and_presets(norm, tmp_path):
     backbone = make_backbone(NormBackbone, norm=norm)
     block = backbone.transformer_layers[0]

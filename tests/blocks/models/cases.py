@@ -21,10 +21,8 @@ def case(name, config, marks=(), **changes):
     )
 
 
-# Of an architecture that shows JAX's compiler nothing that another case does not.
-nothing_new_to_jax = functools.partial(case, marks=pytest.mark.slow_on_jax)
-# Of an architecture that another case loads on every backend.
-unusual = functools.partial(case, marks=pytest.mark.slow)
+# One that shows a compiler nothing that another case does not.
+like_others = functools.partial(case, marks=pytest.mark.slow)
 
 # What configurations have in common.
 DECODER = {

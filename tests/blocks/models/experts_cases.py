@@ -4,8 +4,7 @@ from tests.blocks.models.cases import (
     DECODER,
     YARN,
     case,
-    nothing_new_to_jax,
-    unusual,
+    like_others,
 )
 
 MIXTRAL = {**DECODER, "num_local_experts": 5, "num_experts_per_tok": 2}
@@ -40,8 +39,8 @@ DEEPSEEK = {
 }
 
 CASES = [
-    nothing_new_to_jax("Mixtral", MIXTRAL),
-    unusual(
+    like_others("Mixtral", MIXTRAL),
+    like_others(
         "Mixtral-window",
         MIXTRAL,
         num_key_value_heads=1,
@@ -50,8 +49,8 @@ CASES = [
         num_experts_per_tok=1,
         tie_word_embeddings=True,
     ),
-    nothing_new_to_jax("Qwen3Moe", QWEN3_MOE),
-    unusual(
+    like_others("Qwen3Moe", QWEN3_MOE),
+    like_others(
         "Qwen3Moe-window",
         QWEN3_MOE,
         head_dim=10,
@@ -64,8 +63,8 @@ CASES = [
         rms_norm_eps=0.01,
         tie_word_embeddings=True,
     ),
-    nothing_new_to_jax("GptOss", GPT_OSS),
-    unusual(
+    like_others("GptOss", GPT_OSS),
+    like_others(
         "GptOss-tied",
         GPT_OSS,
         attention_bias=False,
@@ -74,7 +73,7 @@ CASES = [
         tie_word_embeddings=True,
     ),
     case("DeepseekV2", DEEPSEEK),
-    unusual(
+    like_others(
         "DeepseekV2-groups",
         DEEPSEEK,
         q_lora_rank=14,

@@ -6,8 +6,7 @@ from tests.blocks.models.cases import (
     LINEAR,
     VOCABULARY_SIZE,
     case,
-    nothing_new_to_jax,
-    unusual,
+    like_others,
 )
 
 GPT2 = {
@@ -27,9 +26,9 @@ BLOOM = {**DECODER, "n_layer": 2, "n_head": 4}
 
 CASES = [
     case("GPT2", GPT2),
-    unusual("GPT2-untied", GPT2, n_inner=20, tie_word_embeddings=False),
-    nothing_new_to_jax("GPTNeoX", NEOX),
-    unusual(
+    like_others("GPT2-untied", GPT2, n_inner=20, tie_word_embeddings=False),
+    like_others("GPTNeoX", NEOX),
+    like_others(
         "GPTNeoX-sequential",
         NEOX,
         use_parallel_residual=False,
@@ -38,9 +37,9 @@ CASES = [
         rope_parameters={**LINEAR, "partial_rotary_factor": 0.25},
         tie_word_embeddings=True,
     ),
-    nothing_new_to_jax("Falcon-7B", FALCON),
-    unusual("Falcon-40B", FALCON_40B),
-    unusual(
+    like_others("Falcon-7B", FALCON),
+    like_others("Falcon-40B", FALCON_40B),
+    like_others(
         "Falcon-11B",
         FALCON_40B,
         num_ln_in_parallel_attn=1,
@@ -62,8 +61,8 @@ CASES = [
         parallel_attn=False,
         bias=True,
     ),
-    nothing_new_to_jax("OPT", OPT),
-    unusual(
+    like_others("OPT", OPT),
+    like_others(
         "OPT-norms_after",
         OPT,
         do_layer_norm_before=False,
@@ -72,7 +71,7 @@ CASES = [
         layer_norm_elementwise_affine=False,
         activation_function="gelu",
     ),
-    unusual("OPT-untied", OPT, word_embed_proj_dim=16, tie_word_embeddings=False),
-    nothing_new_to_jax("Bloom", BLOOM),
-    unusual("Bloom-6_heads", BLOOM, n_head=6, tie_word_embeddings=False),
+    like_others("OPT-untied", OPT, word_embed_proj_dim=16, tie_word_embeddings=False),
+    like_others("Bloom", BLOOM),
+    like_others("Bloom-6_heads", BLOOM, n_head=6, tie_word_embeddings=False),
 ]

@@ -7,8 +7,7 @@ from tests.blocks.models.cases import (
     LLAMA3,
     SLIDING,
     case,
-    nothing_new_to_jax,
-    unusual,
+    like_others,
 )
 
 MIXED = ["sliding_attention", "full_attention"]
@@ -26,7 +25,7 @@ WIDER = {**DECODER, "hidden_size": 32}
 
 CASES = [
     case("Llama", DECODER),
-    unusual(
+    like_others(
         "Llama-biases",
         DECODER,
         num_key_value_heads=1,
@@ -36,8 +35,8 @@ CASES = [
         rope_parameters=LLAMA3,
         tie_word_embeddings=True,
     ),
-    nothing_new_to_jax("Qwen2", DECODER, **SLIDING),
-    unusual(
+    like_others("Qwen2", DECODER, **SLIDING),
+    like_others(
         "Qwen2-tied",
         DECODER,
         **SLIDING,
@@ -46,8 +45,8 @@ CASES = [
         rope_parameters=LLAMA3,
         tie_word_embeddings=True,
     ),
-    nothing_new_to_jax("Qwen3", DECODER, head_dim=10, rms_norm_eps=1e-2),
-    unusual(
+    like_others("Qwen3", DECODER, head_dim=10, rms_norm_eps=1e-2),
+    like_others(
         "Qwen3-window",
         DECODER,
         **SLIDING,
@@ -57,8 +56,8 @@ CASES = [
         rope_parameters=LINEAR,
         tie_word_embeddings=True,
     ),
-    nothing_new_to_jax("Mistral", DECODER, sliding_window=3),
-    unusual(
+    like_others("Mistral", DECODER, sliding_window=3),
+    like_others(
         "Mistral-no_window",
         DECODER,
         num_key_value_heads=1,
@@ -67,8 +66,8 @@ CASES = [
         rope_parameters=LINEAR,
         tie_word_embeddings=True,
     ),
-    nothing_new_to_jax("Gemma", DECODER, head_dim=10),
-    unusual(
+    like_others("Gemma", DECODER, head_dim=10),
+    like_others(
         "Gemma-untied",
         DECODER,
         num_key_value_heads=1,
@@ -77,8 +76,8 @@ CASES = [
         rope_parameters=LINEAR,
         tie_word_embeddings=False,
     ),
-    nothing_new_to_jax("Gemma2", GEMMA),
-    unusual(
+    like_others("Gemma2", GEMMA),
+    like_others(
         "Gemma2-no_caps",
         GEMMA,
         layer_types=MIXED[::-1],
@@ -95,7 +94,7 @@ CASES = [
         sliding_window_pattern=2,
         rope_parameters={"full_attention": LINEAR, "sliding_attention": None},
     ),
-    unusual(
+    like_others(
         "Gemma3Text-untied",
         GEMMA3,
         num_hidden_layers=6,
@@ -105,8 +104,8 @@ CASES = [
         rms_norm_eps=1e-2,
         tie_word_embeddings=False,
     ),
-    nothing_new_to_jax("Olmo2", DECODER),
-    unusual(
+    like_others("Olmo2", DECODER),
+    like_others(
         "Olmo2-biases",
         DECODER,
         num_key_value_heads=1,
@@ -115,8 +114,8 @@ CASES = [
         rope_parameters=LLAMA3,
         tie_word_embeddings=True,
     ),
-    nothing_new_to_jax("StableLm", WIDER, use_qkv_bias=True),
-    unusual(
+    like_others("StableLm", WIDER, use_qkv_bias=True),
+    like_others(
         "StableLm-parallel",
         WIDER,
         num_key_value_heads=1,
@@ -126,8 +125,8 @@ CASES = [
         rope_parameters=LINEAR,
         tie_word_embeddings=True,
     ),
-    nothing_new_to_jax("Phi3", DECODER, sliding_window=3),
-    unusual(
+    like_others("Phi3", DECODER, sliding_window=3),
+    like_others(
         "Phi3-partial_rotary",
         WIDER,
         num_key_value_heads=1,

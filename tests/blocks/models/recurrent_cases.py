@@ -4,8 +4,7 @@ from tests.blocks.models.cases import (
     DECODER,
     LINEAR,
     VOCABULARY_SIZE,
-    nothing_new_to_jax,
-    unusual,
+    like_others,
 )
 
 MAMBA2 = {
@@ -37,8 +36,8 @@ QWEN3_NEXT = {
 }
 
 CASES = [
-    nothing_new_to_jax("Qwen3Next", QWEN3_NEXT),
-    unusual(
+    like_others("Qwen3Next", QWEN3_NEXT),
+    like_others(
         "Qwen3Next-default_layers",
         QWEN3_NEXT,
         num_hidden_layers=4,
@@ -52,8 +51,8 @@ CASES = [
         rope_parameters={**LINEAR, "partial_rotary_factor": 0.5},
         tie_word_embeddings=True,
     ),
-    nothing_new_to_jax("Mamba2", MAMBA2),
-    unusual(
+    like_others("Mamba2", MAMBA2),
+    like_others(
         "Mamba2-biases",
         MAMBA2,
         expand=3,

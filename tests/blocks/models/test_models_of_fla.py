@@ -241,7 +241,7 @@ def models(request, tmp_path_factory):
     )
 
 
-@pytest.mark.slow_on_jax
+@pytest.mark.slow
 def test_logits_through_padding_and_a_cache(models):
     expected_logits, lm = models
     check_logits(lm, expected_logits)

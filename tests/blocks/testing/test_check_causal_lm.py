@@ -9,6 +9,7 @@ from tests.helpers import raises
 from tests.models import SMALL_SIZES, EagerLM, make_backbone, make_variant
 
 
+@pytest.mark.slow
 def test_all_checks_hold():
     report = check_causal_lm(
         lambda: CausalLM(make_variant("leak"), generation_sizes=SMALL_SIZES)
