@@ -101,7 +101,7 @@ def measure(model_type: str, options: argparse.Namespace) -> dict[str, float]:
         environ = environment("transformers", "cpu")
         subprocess.run(command, cwd=ROOT, env=environ, check=True)
         for name in [*names, "transformers"]:
-            result = checkpoints.run(name, folder, options.new_tokens)
+            result = checkpoints.run(name, folder, options.new_tokens, batches=(1,))
             if result is not None:
                 found[name.partition("/")[0]] = result["decode_1"]
     return found

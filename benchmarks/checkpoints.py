@@ -113,7 +113,9 @@ def make_transformers(folder: str, dtype: str) -> tuple[Callable[[], Any], Calla
     return load, generate
 
 
-def measure(contestant: str, folder: str, new: int, dtype: str) -> dict[str, Any]:
+def measure(
+    contestant: str, folder: str, new: int, dtype: str, batches: list[int]
+) -> dict[str, Any]:
     """Returns what one contestant does, in this process."""
     makers = {"ours": make_ours, "keras_hub": make_keras_hub}
     make = makers.get(contestant.partition("/")[0], make_transformers)
@@ -126,7 +128,7 @@ def measure(contestant: str, folder: str, new: int, dtype: str) -> dict[str, Any
     start = time.perf_counter()
     generate(lm, tokens, 1)
     found["first"] = time.perf_counter() - start
-    for rows in (1, 8):
+    for rows in batches:
         inputs = np.repeat(tokens, rows, axis=0)
 
         def seconds(count: int, inputs: np.ndarray = inputs) -> float:
@@ -144,11 +146,16 @@ def measure(contestant: str, folder: str, new: int, dtype: str) -> dict[str, Any
 
 
 def run(
-    contestant: str, folder: str, new: int, dtype: str = "float32"
+    contestant: str,
+    folder: str,
+    new: int,
+    dtype: str = "float32",
+    batches: tuple[int, ...] = (1, 8),
 ) -> dict[str, Any] | None:
     """Returns what one contestant does, in a fresh process; `None` if it fails."""
     command = [sys.executable, "-m", "benchmarks.checkpoints", folder]
     command += ["--worker", contestant, "--dtype", dtype, "--new-tokens", str(new)]
+    command += ["--batches", *map(str, batches)]
     finished = subprocess.run(
         command,
         cwd=ROOT,
@@ -191,10 +198,11 @@ def main() -> None:
     add("--new-tokens", type=int, default=65)
     add("--dtype", default="float32")
     add("--worker", choices=CONTESTANTS, help=argparse.SUPPRESS)
+    add("--batches", nargs="+", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     arguments = (options.folder, options.new_tokens, options.dtype)
     if options.worker:
-        print(json.dumps(measure(options.worker, *arguments)))
+        print(json.dumps(measure(options.worker, *arguments, options.batches)))
         return
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in options.only}
     for _ in range(options.rounds):
