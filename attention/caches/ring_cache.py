@@ -21,7 +21,8 @@ class RingCache(CachePolicy):
     """Keeps the last `window` tokens and the first `keep` ones.
 
     A later token is in slot `keep + (position - keep) % window`. Which position a
-    slot holds follows from how many tokens came. The cache never grows.
+    slot holds follows from how many tokens came. The cache has a slot for each position
+    until there are so many, and then never grows.
 
     First tokens that stay are what trained models rest their attention on where
     nothing else matters (attention sinks). Their positions are those of the sequence:
@@ -62,17 +63,19 @@ class RingCache(CachePolicy):
         self.reach = None if keep else self.window
 
     def slots(self, max_length: int) -> int:
-        return self.keep + self.window
+        # The slot of a position is the same in a smaller ring that it fits into.
+        return min(self.keep + self.window, max_length)
 
     def positions(self, slots: int, index: Tensor) -> Tensor:
-        # (..., window): the last position before `index` of each slot of the ring.
+        keep = min(self.keep, slots)
+        # (..., slots - keep): the last position before `index` of each slot of the ring.
         last = index[..., None] - self.keep - 1
-        slot = ops.arange(self.window, dtype="int32")
+        slot = ops.arange(slots - keep, dtype="int32")
         positions = last - ops.mod(last - slot, self.window)
         positions = ops.where(positions >= 0, positions + self.keep, HIDDEN_POSITION)
-        if not self.keep:
+        if not keep:
             return positions
-        first = ops.arange(self.keep, dtype="int32")
+        first = ops.arange(keep, dtype="int32")
         first = ops.where(first < index[..., None], first, HIDDEN_POSITION)
         return ops.concatenate([first, positions], axis=-1)
 

@@ -40,7 +40,7 @@ class GroupedQueryAttention(DotProductAttention):
             cache, as each new token would change all earlier outputs.
         scale: float or `None`. The factor of the logits, `1 / sqrt(key_dim)`.
         window: int or `None`. How many positions a query sees, itself included:
-            a sliding window, whose cache has as many slots and never grows.
+            a sliding window, whose cache has at most as many slots.
             Without causality so many to either side. `None` means all positions.
         kernel_initializer: initializer of the projections.
         bias_initializer: initializer of their biases.

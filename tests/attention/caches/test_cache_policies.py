@@ -8,6 +8,7 @@ from attention import (
     AlibiBias,
     GroupedQueryAttention,
     MultiHeadAttention,
+    RingCache,
     RotaryAttention,
     T5Attention,
     call_sites,
@@ -53,12 +54,28 @@ def pair(name, window, **kwargs):
     return [built(VARIANTS[name](**kwargs, window=x)) for x in (window, None)]
 
 
-def test_the_cache_has_as_many_slots_as_the_window():
-    layer = built(RotaryAttention(4, 2, window=5))
-    caches = [layer.create_cache(3, max_length) for max_length in (2, 5, 10**6)]
-    for cache in (*caches, layer.grow_cache(caches[0], 64)):
-        assert tuple(cache["key"].shape) == (3, 2, 4, 5)
-        assert tuple(cache["value"].shape) == (3, 2, 5, 4)
+@pytest.mark.parametrize("policy", [RingCache(5), RingCache(3, keep=2)])
+def test_the_cache_has_at_most_as_many_slots_as_the_window(policy):
+    layer = built(RotaryAttention(4, 2, cache_policy=policy))
+    caches = [layer.create_cache(3, max_length) for max_length in (1, 4, 5, 10**6)]
+    grown = [layer.grow_cache(caches[0], max_length) for max_length in (3, 64)]
+    for cache, slots in zip(caches + grown, (1, 4, 5, 5, 3, 5)):
+        assert tuple(cache["key"].shape) == (3, 2, 4, slots)
+        assert tuple(cache["value"].shape) == (3, 2, slots, 4)
+
+
+@pytest.mark.parametrize("policy", [RingCache(9), RingCache(4, keep=7)])
+def test_a_cache_that_is_smaller_than_the_window_grows(policy):
+    layer = built(RotaryAttention(4, 2, cache_policy=policy))
+    x = sample(length=14)
+    expected = to_numpy(called(layer)(x))
+    cache, start, outputs = layer.create_cache(3, 3), 0, []
+    for size, room in ((2, 5), (1, 5), (2, 7), (2, 20), (4, 20), (1, 20), (2, 20)):
+        part = x[:, start : start + size]
+        chunk, cache = layer(part, cache=cache, cache_update_index=start)
+        outputs.append(to_numpy(chunk))
+        cache, start = layer.grow_cache(cache, room), start + size
+    assert_close(np.concatenate(outputs, axis=1), expected)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
