@@ -143,6 +143,7 @@ def test_the_hook_of_cross_attention():
         decoder_and_inputs(Decoder)
 
 
+@pytest.mark.slow
 def test_a_model_of_both_learns_and_is_saved(tmp_path):
     source, target = keras.Input((None, 6)), keras.Input((None, 16))
     mask = keras.Input((None,), dtype="bool")

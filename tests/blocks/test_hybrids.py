@@ -72,9 +72,7 @@ MODELS = ["latent", "differential", *LAYERS, *RECURRENT]
 every_model = pytest.mark.parametrize("name", MODELS)
 
 
-@pytest.mark.parametrize(
-    "name", [x if x in ("hybrid", "rwkv") else slow(x) for x in MODELS]
-)
+@pytest.mark.parametrize("name", [x if x == "hybrid" else slow(x) for x in MODELS])
 def test_generation_equals_no_cache_at_all(name):
     check_generation(make_small_lm(make(name)), max_length=16)
 

@@ -69,6 +69,7 @@ def test_ragged_prompts_equal_brute_force(kind, logits):
     check_generation(make_own(kind, logits), max_length=20)
 
 
+@pytest.mark.slow
 def test_it_learns_and_is_saved(tmp_path):
     lm = make_own()
     tokens = np.tile(np.arange(1, 9, dtype="int32"), (8, 1))

@@ -126,6 +126,7 @@ def test_a_functional_model_keeps_the_contract():
     check_cached_model(make_model, max_length=9, checks=checks)
 
 
+@pytest.mark.slow
 def test_a_functional_model_is_trained_and_saved(tmp_path):
     model, inputs = make_model(), [sample(), sample(seed=5)]
     model.compile(optimizer="adam", loss="mse")

@@ -114,8 +114,8 @@ ROUNDED = {"int8": 0.05, "int8_window": 0.05}
 
 
 # One of each kind. On torch, where nothing is compiled, `.ci/run` has them all.
-EVERYWHERE = ["multi_head", "options", "latent", "gated_delta_net", "rwkv_time_mix"]
-EVERYWHERE += ["rwkv_channel_mix", "short_convolution", "position_embedding", "decoder"]
+EVERYWHERE = ["options", "latent", "gated_delta_net", "rwkv_time_mix", "decoder"]
+EVERYWHERE += ["rwkv_channel_mix", "short_convolution", "position_embedding"]
 
 
 @pytest.mark.parametrize("name", [x if x in EVERYWHERE else slow(x) for x in LAYERS])

@@ -53,6 +53,7 @@ def test_generation_sees_each_epoch_and_what_is_loaded(lm, tmp_path):
     assert check_generation(lm) != found[0]
 
 
+@pytest.mark.slow
 def test_lora_trains_its_own_weights_only(lm):
     first = check_generation(lm)
     lm.enable_lora(2)

@@ -38,8 +38,16 @@ def generate(lm, rows=RAGGED, **kwargs):
 @pytest.mark.parametrize(
     ("name", "settings"),
     [
-        ("RandomSampler", [{"temperature": 0.01}, {"temperature": 30.0}]),
-        ("TopKSampler", [{"temperature": 0.01}, {"temperature": 30.0}]),
+        pytest.param(
+            "RandomSampler",
+            [{"temperature": 0.01}, {"temperature": 30.0}],
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "TopKSampler",
+            [{"temperature": 0.01}, {"temperature": 30.0}],
+            marks=pytest.mark.slow,
+        ),
         ("TopPSampler", [{"p": 1e-6}, {"p": 0.999, "temperature": 30.0}]),
     ],
 )

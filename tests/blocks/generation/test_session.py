@@ -172,7 +172,7 @@ def test_forks_do_not_affect_each_other(kind):
 
 
 @pytest.mark.parametrize("kind", [slow("mha"), "rotary"])
-@pytest.mark.parametrize("dropped", [1, 6])
+@pytest.mark.parametrize("dropped", [slow(1), 6])
 def test_trim(kind, dropped):
     lm = shared_lm(kind)
     session = lm.start(tokens_of(PROMPT))
