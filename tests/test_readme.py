@@ -7,6 +7,7 @@ import io
 import pathlib
 import re
 
+import keras
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -43,7 +44,9 @@ def same(printed, said):
     return checker.check_output(said, printed, doctest.ELLIPSIS)
 
 
-@pytest.mark.slow
+@pytest.mark.skipif(
+    keras.config.backend() == "jax", reason="takes long to compile there"
+)
 def test_every_python_block_prints_what_it_says():
     blocks, namespace = python_blocks(README), {}
     assert len(blocks) >= 4

@@ -94,9 +94,7 @@ class _Chunks:
         self.length = length = sequence_length(like)
         self.size: int | Tensor = size
         self.count: int | Tensor = 1
-        if isinstance(length, int) and length > size:
-            self.count = -(-length // size)
-        elif length is None or isinstance(length, int):
+        if length is None or (isinstance(length, int) and length <= size):
             self.size = ops.shape(like)[1]
         else:
             self.count = -(-length // size)
@@ -162,7 +160,7 @@ def _solve(
     """Solves `(1 - strictly_lower) x = right` for two right sides.
 
     Not `ops.solve_triangular`: on JAX (0.10) two of them that run at the same time wait
-    for each other forever on a CPU of two cores. Products are faster, too.
+    for each other forever on a CPU of two cores.
     """
     size = static_size(strictly_lower, 3)
     if size is None or size == 1:

@@ -30,7 +30,6 @@ from tests.helpers import (
     raises,
     sample,
     secret,
-    slow,
     to_numpy,
 )
 
@@ -58,7 +57,7 @@ def sequential():
     return keras.Sequential([keras.Input((None, WIDTH)), *layers])
 
 
-@pytest.mark.parametrize("make", [functional, slow(sequential)])
+@pytest.mark.parametrize("make", [functional, sequential])
 @pytest.mark.slow
 def test_ragged_rows_give_what_each_gives_alone(make):
     check_cached_model(make, max_length=9, checks=["padding", "compiled"])

@@ -8,7 +8,7 @@ from keras import ops
 from attention import call_with_cache, create_cache
 from attention.testing import check_cached_layer, check_cached_model
 from blocks import CausalLM, CustomDecoder
-from tests.helpers import assert_close, gradients, load_example, raises, sample, slow
+from tests.helpers import assert_close, gradients, load_example, raises, sample
 from tests.models import (
     VOCABULARY_SIZE,
     check_generation,
@@ -58,10 +58,7 @@ def test_gradients_reach_all_weights(name):
             assert np.abs(gradient).max() > 1e-6, path
 
 
-@pytest.mark.parametrize(
-    "name",
-    [slow(x) if x not in ("albert", "shared_key_value") else x for x in TOPOLOGIES],
-)
+@every_topology
 @pytest.mark.slow
 def test_generation_equals_no_cache_at_all(name):
     check_generation(make_lm(make(name)))

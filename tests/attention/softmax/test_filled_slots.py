@@ -9,7 +9,7 @@ from attention.positions.arithmetic import HIDDEN_POSITION
 from attention.softmax import filled_slots
 from attention.softmax.filled_slots import attend_to_filled
 from attention.testing import check_cached_layer
-from tests.helpers import compiled, slow, to_numpy
+from tests.helpers import compiled, to_numpy
 
 LAYERS = {
     "rotary": lambda: RotaryAttention(4, 2),
@@ -76,9 +76,7 @@ def test_as_many_slots_as_the_fullest_row_needs(small_parts, filled, sizes, expe
     assert sizes_attended(filled, **sizes) == (expected, expected)
 
 
-@pytest.mark.parametrize(
-    "name", [slow(name) if name != "rotary" else name for name in LAYERS]
-)
+@pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.slow
 def test_the_contract_is_kept(small_parts, name):
     check_cached_layer(LAYERS[name], checks=CHECKS, max_length=18)

@@ -25,7 +25,6 @@ from tests.helpers import (
     raises,
     sample,
     secret,
-    slow,
     to_numpy,
 )
 
@@ -90,7 +89,7 @@ class Pair(ProducerAndReader):
         functools.partial(Pair, "t5"),
         # Keys in slots of no order, and a bias by their positions.
         functools.partial(Pair, "alibi", window=4),
-        *(slow(functools.partial(Pair, name)) for name in SETTINGS if name != "t5"),
+        *(functools.partial(Pair, name) for name in SETTINGS if name != "t5"),
     ],
 )
 @pytest.mark.slow
