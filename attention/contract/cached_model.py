@@ -12,7 +12,7 @@ from attention.contract.arguments import check_positive_int, describe
 from attention.contract.cached_layer import CachedLayer
 from attention.contract.checks import check_rewind_indices
 from attention.contract.scopes import CacheScope, RecordingScope
-from attention.contract.sizes import static_size
+from attention.contract.sizes import is_concrete, static_size
 from attention.contract.types import Index, Mask
 
 # Rows and tokens of the dry runs that find call sites: distinct from each other, from
@@ -36,10 +36,11 @@ def _record(rows: int | None, run: Callable[[], Any]) -> CallSites:
             run()
 
     scope = RecordingScope(rows)
-    if keras.config.backend() == "jax":
+    if keras.config.backend() == "jax" and is_concrete(ops.zeros(())):
         import jax
 
-        # Shapes are enough; eagerly, each operation would be compiled on its own.
+        # Shapes are enough; eagerly, each operation would be compiled on its own. In
+        # a trace it is not needed, and variables have values in its scope only.
         with keras.StatelessScope():
             jax.eval_shape(record)
     else:

@@ -152,3 +152,32 @@ def test_layers_are_found_however_they_are_kept():
     assert found[0] is holder
     assert sum(isinstance(x, keras.layers.Dense) for x in found) == 5
     assert len({id(x) for x in found}) == len(found)
+
+
+class ThroughTheCache(keras.Model):
+    """Makes its inner model's cache in its call, so within a training step."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def call(self, x):
+        cache = create_cache(self.inner, BATCH, LENGTH)
+        head, cache = call_with_cache(self.inner, x[:, :3], cache, 0)
+        tail, _ = call_with_cache(self.inner, x[:, 3:], cache, 3)
+        return ops.concatenate([head, tail], axis=1)
+
+
+def test_caches_are_created_within_evaluate_and_fit():
+    """On JAX, variables have values there only in the scope of the training step."""
+    x = sample()
+    y = to_numpy(x)[..., :5]
+    inner = functional()
+    expected = np.mean((to_numpy(inner(x)) - y) ** 2)
+    model = ThroughTheCache(inner)
+    model.compile(optimizer="sgd", loss="mse")
+    assert_close(model.evaluate(x, y, batch_size=BATCH, verbose=0), expected)
+    # The call sites of an inner layer are not known yet, either.
+    model = ThroughTheCache(functional())
+    model.compile(optimizer="sgd", loss="mse")
+    model.fit(x, y, batch_size=BATCH, verbose=0)
