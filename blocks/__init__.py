@@ -19,6 +19,8 @@ from blocks.layers.mixture_of_experts import MixtureOfExperts
 from blocks.layers.norms import DynamicTanh
 from blocks.preprocessor import CausalLMPreprocessor
 from blocks.swap import SwapReport
+from blocks.training.perplexity import Perplexity
+from blocks.training.token_crossentropy import TokenCrossentropy
 
 __all__ = [
     "CausalLM",
@@ -34,10 +36,12 @@ __all__ = [
     "GenerationState",
     "JsonTokenizer",
     "MixtureOfExperts",
+    "Perplexity",
     "PromptLookup",
     "Session",
     "Speculation",
     "SwapReport",
+    "TokenCrossentropy",
     "clone_initializer",
     "gelu_approximate",
 ]

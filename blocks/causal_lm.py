@@ -20,11 +20,18 @@ from blocks.generation.mixin import GenerationMixin
 from blocks.generation.prompts import tokenizer_size, vocabulary_size
 from blocks.preprocessor import CausalLMPreprocessor
 from blocks.token_model import TokenModel
+from blocks.training.mixin import TrainingMixin
 from blocks.training_data import is_in_memory, read_samples, shuffled
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
-class CausalLM(TokenModel, GenerationMixin, CheckpointMixin, keras_hub.models.CausalLM):
+class CausalLM(
+    TokenModel,
+    TrainingMixin,
+    GenerationMixin,
+    CheckpointMixin,
+    keras_hub.models.CausalLM,
+):
     """A causal language model on any backbone made of cached layers.
 
     It trains with `fit` and generates with `generate`, as every KerasHub
@@ -243,12 +250,6 @@ class CausalLM(TokenModel, GenerationMixin, CheckpointMixin, keras_hub.models.Ca
             # Keras asks for layers that are built: a tokenizer is by its first text.
             self.preprocessor.generate_preprocess(["a"])
         super().quantize(*args, **kwargs)
-
-    def get_compile_config(self) -> dict[str, Any] | None:
-        config = super().get_compile_config()
-        if config is not None:
-            config["sampler"] = keras_hub.samplers.serialize(self.sampler)
-        return config
 
     def compile_from_config(self, config: dict[str, Any]) -> None:
         # Keras's own leaves a model with an overridden `compile` uncompiled.

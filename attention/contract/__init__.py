@@ -10,7 +10,7 @@ from attention.contract.arguments import (
     check_positive_int,
     describe,
 )
-from attention.contract.cached_layer import CachedLayer
+from attention.contract.cached_layer import CachedLayer, Untracked
 from attention.contract.cached_model import (
     call_sites,
     call_with_cache,
@@ -55,6 +55,7 @@ __all__ = [
     "NewCacheScope",
     "Shape",
     "Tensor",
+    "Untracked",
     "all_layers",
     "arguments_of",
     "build_as_one",

@@ -1,0 +1,1 @@
+"""Training of language models: losses, metrics, and how a step computes them."""

@@ -1,0 +1,202 @@
+"""How a language model computes its loss and its metrics in `fit` and `evaluate`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import keras_hub
+from keras import ops
+
+from attention.contract import Tensor, Untracked
+from blocks.generation.backbone_inputs import backbone_inputs
+from blocks.training.chunked_loss import UsedVariables, chunked_sums
+from blocks.training.gradients import sum_over_replicas
+from blocks.training.perplexity import Perplexity
+from blocks.training.token_crossentropy import (
+    TokenCrossentropy,
+    for_tokens,
+    leave_out,
+)
+
+_ACCURACY = ("accuracy", "acc", "sparse_categorical_accuracy")
+# The metrics that are computed with the loss, in the order of the sums after its own.
+_COMPUTED = (Perplexity, keras.metrics.SparseCategoricalAccuracy)
+
+
+class TrainingMixin:
+    """The training step of `blocks.CausalLM`, which it is a part of.
+
+    With a `TokenCrossentropy` the mean loss is one over tokens. If no metric needs
+    logits, either, a step calls the backbone only, and makes logits of a few positions
+    at a time.
+    """
+
+    backbone: Any
+    loss: Any
+    sampler: Any
+    # The mean loss, and the metrics that are computed together with it.
+    _step_metrics: Untracked | None = None
+    # Whether `call` is to return hidden states.
+    _without_logits = False
+
+    def compile(
+        self,
+        optimizer: Any = "auto",
+        loss: Any = "auto",
+        *,
+        metrics: Any = None,
+        weighted_metrics: Any = "auto",
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(loss, str) and loss == "auto":
+            loss = TokenCrossentropy()
+        if isinstance(weighted_metrics, str) and weighted_metrics == "auto":
+            weighted_metrics = [keras.metrics.SparseCategoricalAccuracy()]
+        given = {"metrics": metrics, "weighted_metrics": weighted_metrics}
+        self._given_metrics = Untracked(None, given)
+        self._step_metrics = None
+        if _is_mean_of_tokens(loss):
+            computed = self._computed_metrics(loss, metrics, weighted_metrics)
+            all_of_them = computed is not None
+            mean = keras.metrics.Mean(name="loss")
+            self._step_metrics = Untracked(all_of_them, [mean, *(computed or ())])
+            # All of them have weights, as padding has none.
+            weighted = (
+                [] if all_of_them else [*(metrics or ()), *(weighted_metrics or ())]
+            )
+            given = {"metrics": None, "weighted_metrics": weighted}
+        super().compile(optimizer, loss, **given, **kwargs)  # type: ignore[misc]
+
+    def _computed_metrics(
+        self, loss: TokenCrossentropy, *given: Any
+    ) -> list[keras.metrics.Metric] | None:
+        """Returns the metrics to compute with the loss; `None` if some need logits."""
+        cls = type(self)
+        for name in ("call", "compute_loss", "compute_metrics"):
+            if getattr(cls, name) is not getattr(TrainingMixin, name):
+                return None
+        computed = []
+        for metric in (x for part in given for x in part or ()):
+            if isinstance(metric, str) and metric in _ACCURACY:
+                metric = keras.metrics.SparseCategoricalAccuracy(name=metric)
+            ignored = getattr(metric, "ignore_class", loss.ignore_class)
+            if type(metric) not in _COMPUTED or ignored != loss.ignore_class:
+                return None
+            computed.append(metric)
+        return computed
+
+    def get_compile_config(self) -> dict[str, Any] | None:
+        config = super().get_compile_config()  # type: ignore[misc]
+        if config is not None:
+            for name, value in self._given_metrics.value.items():
+                config[name] = keras.saving.serialize_keras_object(value)
+            config["sampler"] = keras_hub.samplers.serialize(self.sampler)
+        return config
+
+    @property
+    def metrics(self) -> list[keras.metrics.Metric]:
+        found = super().metrics  # type: ignore[misc]
+        if self._step_metrics is None:
+            return found
+        # Keras's own mean of the loss counts rows, and its container of metrics is empty
+        # where all are computed here.
+        replaced = ["loss", "compile_metrics"] if self._step_metrics.key else ["loss"]
+        others = [x for x in found if x.name not in replaced]
+        return [*self._step_metrics.value, *others]
+
+    def train_step(self, *args: Any) -> Any:
+        with self._step():
+            return super().train_step(*args)  # type: ignore[misc]
+
+    def test_step(self, *args: Any) -> Any:
+        with self._step():
+            return super().test_step(*args)  # type: ignore[misc]
+
+    @contextlib.contextmanager
+    def _step(self) -> Iterator[None]:
+        self._without_logits = bool(self._step_metrics and self._step_metrics.key)
+        try:
+            yield
+        finally:
+            self._without_logits = False
+
+    def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Tensor:
+        if not self._without_logits:
+            return super().call(inputs, training=training, mask=mask)  # type: ignore[misc]
+        names = ("token_ids", "padding_mask")
+        known = backbone_inputs(self.backbone, *(inputs[name] for name in names))
+        return self.backbone(known, training=training)
+
+    def compute_loss(
+        self,
+        x: Any = None,
+        y: Any = None,
+        y_pred: Any = None,
+        sample_weight: Any = None,
+        training: bool = True,
+    ) -> Tensor:
+        if self._step_metrics is None:
+            return super().compute_loss(x, y, y_pred, sample_weight, training)  # type: ignore[misc]
+        weights = self._token_weights(x, y, sample_weight)
+        if self._without_logits:
+            sums = self._sums_of_hidden_states(y_pred, y, weights, training)
+        else:
+            sums = self._sums_of_logits(y_pred, y, weights)
+        count = ops.sum(weights)
+        loss = ops.divide_no_nan(sums[0], sum_over_replicas(count))
+        for other in self.losses:  # type: ignore[attr-defined]
+            loss = loss + ops.sum(other)
+        mean, *others = self._step_metrics.value
+        mean.update_state(ops.stop_gradient(loss), count)
+        for metric in others:
+            total = sums[1 + _COMPUTED.index(type(metric))]
+            value = ops.divide_no_nan(ops.stop_gradient(total), count)
+            keras.metrics.Mean.update_state(metric, value, count)
+        return loss
+
+    def compute_metrics(
+        self, x: Any, y: Any, y_pred: Any, sample_weight: Any = None
+    ) -> dict[str, Tensor]:
+        if self._without_logits:
+            return self.get_metrics_result()  # type: ignore[attr-defined]
+        if self._step_metrics is not None:
+            sample_weight = self._token_weights(x, y, sample_weight)
+        return super().compute_metrics(x, y, y_pred, sample_weight)  # type: ignore[misc]
+
+    def _token_weights(self, x: Any, y: Tensor, sample_weight: Any) -> Tensor:
+        weights = ops.cast(x["padding_mask"], "float32")
+        if sample_weight is not None:
+            weights = weights * for_tokens(sample_weight, y)
+        return leave_out(y, self.loss.ignore_class, weights)
+
+    def _sums_of_logits(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Any:
+        """Returns the weighted sums of the loss, of cross-entropies and of hits."""
+        losses, crossentropies = self.loss.losses(targets, logits)
+        parts = [losses, crossentropies]
+        if any(type(x) is _COMPUTED[1] for x in self._step_metrics.value):  # type: ignore[union-attr]
+            chosen = ops.cast(ops.argmax(logits, axis=-1), "int32")
+            hits = ops.equal(chosen, ops.cast(targets, "int32"))
+            parts.append(ops.cast(hits, "float32"))
+        return ops.stack([ops.sum(part * weights) for part in parts])
+
+    def _sums_of_hidden_states(
+        self, hidden: Tensor, targets: Tensor, weights: Tensor, training: bool
+    ) -> Any:
+        def score(hidden: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+            logits = self.compute_logits(hidden)  # type: ignore[attr-defined]
+            return self._sums_of_logits(logits, targets, weights)
+
+        with UsedVariables(self.variables) as used:  # type: ignore[attr-defined]
+            example = score(hidden[:1, :1], targets[:1, :1], weights[:1, :1])
+        sizes = example.shape[0], self.output.shape[-1]  # type: ignore[attr-defined]
+        return chunked_sums(
+            score, sizes, used.find(), hidden, targets, weights, training
+        )
+
+
+def _is_mean_of_tokens(loss: Any) -> bool:
+    known = isinstance(loss, TokenCrossentropy)
+    return known and loss.reduction == "mean_with_sample_weight"

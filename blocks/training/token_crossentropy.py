@@ -1,0 +1,126 @@
+"""Cross-entropy of tokens, averaged over the real ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from attention.contract import Tensor, check_fraction
+
+
+@keras.saving.register_keras_serializable(package="keras_transformer_blocks")
+class TokenCrossentropy(keras.losses.Loss):
+    """Computes the cross-entropy of logits, as the mean over the tokens that count.
+
+    It is the loss of `CausalLM.compile(loss="auto")`. A batch's loss is the sum over
+    its tokens, each times its weight, divided by the sum of the weights: so padding
+    changes nothing. With it, `CausalLM` never holds the logits of all tokens, as long
+    as all metrics are `blocks.Perplexity` or
+    `keras.metrics.SparseCategoricalAccuracy`.
+
+    Args:
+        label_smoothing: float in [0, 1). The share of the target's probability that is
+            spread evenly over the vocabulary.
+        z_loss: float. The factor of `log(Z) ** 2` that is added for each token, where
+            `Z` is the sum of the exponentials of its logits. It keeps logits small.
+        ignore_class: int or `None`. Tokens with this target don't count.
+        reduction: see `keras.losses.Loss`.
+        **kwargs: arguments of `keras.losses.Loss`.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from blocks import TokenCrossentropy
+    >>> logits = np.log([[[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]]])
+    >>> loss = TokenCrossentropy()
+    >>> round(float(loss([[0, 2]], logits, sample_weight=[[1, 0]])), 3)  # -log(0.5)
+    0.693
+
+    References:
+
+    - [Szegedy et al., 2016](https://arxiv.org/abs/1512.00567) (label smoothing)
+    - [Chowdhery et al., 2022](https://arxiv.org/abs/2204.02311) (z-loss)
+    """
+
+    def __init__(
+        self,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        ignore_class: int | None = None,
+        reduction: str | None = "mean_with_sample_weight",
+        name: str = "token_crossentropy",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(name=name, reduction=reduction, **kwargs)
+        self.label_smoothing = check_fraction("label_smoothing", label_smoothing)
+        if not z_loss >= 0:
+            raise ValueError(f"`z_loss` must be at least 0. Received: z_loss={z_loss}")
+        self.z_loss = z_loss
+        self.ignore_class = ignore_class
+
+    def __call__(
+        self, y_true: Tensor, y_pred: Tensor, sample_weight: Any = None
+    ) -> Tensor:
+        weights = leave_out(y_true, self.ignore_class, sample_weight)
+        return super().__call__(y_true, y_pred, weights)
+
+    def call(self, y_true: Tensor, y_pred: Tensor) -> Tensor:
+        """Returns the loss of each token.
+
+        Args:
+            y_true: integer tensor of shape `(batch, length)`.
+            y_pred: logits of shape `(batch, length, vocabulary_size)`.
+
+        Returns:
+            A float tensor of shape `(batch, length)`.
+        """
+        return self.losses(y_true, y_pred)[0]
+
+    def losses(self, targets: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the losses of tokens, and their plain cross-entropies."""
+        logits = ops.cast(logits, "float32")
+        targets = ops.cast(targets, "int32")
+        if self.ignore_class is not None:
+            targets = ops.where(ops.equal(targets, self.ignore_class), 0, targets)
+        normalizer = ops.logsumexp(logits, axis=-1)
+        chosen = ops.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        crossentropy = normalizer - chosen
+        losses = crossentropy
+        if self.label_smoothing:
+            uniform = normalizer - ops.mean(logits, axis=-1)
+            losses = losses + self.label_smoothing * (uniform - crossentropy)
+        if self.z_loss:
+            losses = losses + self.z_loss * ops.square(normalizer)
+        return losses, crossentropy
+
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        config.update(
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+            ignore_class=self.ignore_class,
+        )
+        return config
+
+
+def leave_out(targets: Tensor, ignore_class: int | None, weights: Any) -> Any:
+    """Returns the weights of tokens, with 0 where the target is `ignore_class`.
+
+    Args:
+        targets: integer tensor of shape `(batch, length)`.
+        ignore_class: int or `None`.
+        weights: of shape `(batch, length)` or `(batch,)`, or `None`.
+    """
+    if ignore_class is None:
+        return weights
+    counts = ops.cast(ops.not_equal(targets, ignore_class), "float32")
+    return counts if weights is None else counts * for_tokens(weights, targets)
+
+
+def for_tokens(weights: Any, targets: Tensor) -> Tensor:
+    """Returns weights of rows or of tokens in a shape that fits `(batch, length)`."""
+    weights = ops.cast(weights, "float32")
+    # Their rank is not known on TensorFlow where a step is traced for both.
+    return ops.reshape(weights, (ops.shape(targets)[0], -1))

@@ -1,0 +1,186 @@
+"""The loss and metrics of `fit` and `evaluate`: means over the tokens that count."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from blocks import CausalLM, Perplexity, TokenCrossentropy
+from blocks.training import chunked_loss
+from tests.helpers import assert_close, to_numpy
+from tests.models import RAGGED, VOCABULARY_SIZE, make_backbone, make_text_lm, prompts
+
+
+def ragged_data(seed=0):
+    x = prompts(RAGGED)
+    y = np.random.default_rng(seed).integers(0, VOCABULARY_SIZE, x["token_ids"].shape)
+    return x, y.astype("int32")
+
+
+def log_softmax(logits):
+    logits = logits.astype("float64")
+    top = logits.max(-1, keepdims=True)
+    return logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
+
+
+def reference(logits, targets, weights, label_smoothing=0.0, z_loss=0.0):
+    """The mean over tokens, as the papers have it; and the perplexity."""
+    logs = log_softmax(logits)
+    chosen = np.take_along_axis(logs, targets[..., None], -1)[..., 0]
+    spread = np.full(logs.shape, label_smoothing / logs.shape[-1])
+    np.put_along_axis(
+        spread,
+        targets[..., None],
+        1 - label_smoothing + label_smoothing / logs.shape[-1],
+        -1,
+    )
+    normalizer = logits[..., 0] - logs[..., 0]
+    losses = -(spread * logs).sum(-1) + z_loss * normalizer**2
+    mean = (losses * weights).sum() / weights.sum()
+    return mean, np.exp(-(chosen * weights).sum() / weights.sum())
+
+
+def compiled(backbone, loss="auto", learning_rate=0.05, **kwargs):
+    lm = CausalLM(backbone)
+    kwargs.setdefault("weighted_metrics", ["accuracy", Perplexity()])
+    lm.compile(keras.optimizers.SGD(learning_rate), loss, **kwargs)
+    return lm
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 0.01}])
+def test_the_loss_is_the_mean_over_real_tokens(options):
+    lm = compiled(make_backbone(num_layers=1), TokenCrossentropy(**options))
+    x, y = ragged_data()
+    weights = np.random.default_rng(1).uniform(size=y.shape).astype("float32")
+    logits = to_numpy(lm(x))
+    for given in (None, weights, weights[:, 0]):
+        of_rows = None if given is None else given.reshape(len(y), -1)
+        counted = x["padding_mask"] * (1.0 if given is None else of_rows)
+        mean, perplexity = reference(logits, y, counted, **options)
+        hits = (logits.argmax(-1) == y) * counted
+        # However the rows are split into batches.
+        for size in (1, 3):
+            logs = lm.evaluate(
+                x, y, size, sample_weight=given, verbose=0, return_dict=True
+            )
+            assert list(logs) == ["accuracy", "loss", "perplexity"]
+            assert_close(logs["loss"], mean, atol=1e-5)
+            assert_close(logs["perplexity"] / perplexity, 1.0, atol=1e-5)
+            assert_close(logs["accuracy"], hits.sum() / counted.sum(), atol=1e-6)
+    # So do the classes by themselves.
+    loss, metric = TokenCrossentropy(**options), Perplexity()
+    metric.update_state(y, ops.convert_to_tensor(logits), counted)
+    mean, perplexity = reference(logits, y, counted, **options)
+    assert_close(loss(y, logits, counted), mean, atol=1e-5)
+    assert_close(metric.result() / perplexity, 1.0, atol=1e-5)
+
+
+def test_padding_counts_in_no_loss():
+    """The same text in rows of other lengths."""
+    losses = []
+    for length in (8, 16, 64):
+        lm = make_text_lm(sequence_length=length)
+        losses.append(lm.evaluate(["hi", "there"], verbose=0))
+    assert_close(losses, [losses[0]] * 3, atol=1e-5)
+
+
+def test_logits_are_computed_a_few_positions_at_a_time(monkeypatch, calls_of):
+    """With the gradients that all logits at once give."""
+    monkeypatch.setattr(chunked_loss, "_LOGITS", 3 * 2 * VOCABULARY_SIZE)
+    x, y = ragged_data()
+    options = {"label_smoothing": 0.1, "z_loss": 0.01}
+    for tied in (True, False):
+        trained = []
+        # The other metric needs logits.
+        for other in ([], [keras.metrics.SparseTopKCategoricalAccuracy(3)]):
+            backbone = make_backbone(num_layers=1, tie_word_embeddings=tied)
+            metrics = [Perplexity(), *other]
+            lm = compiled(
+                backbone, TokenCrossentropy(**options), weighted_metrics=metrics
+            )
+            calls = calls_of(CausalLM, "compute_logits")
+            logs = lm.fit(x, y, batch_size=3, epochs=2, verbose=0).history
+            assert bool(calls) is not bool(other)
+            assert all(hidden.shape[1] <= 2 for (hidden,) in calls)
+            weights = [to_numpy(w) for w in lm.trainable_weights]
+            trained.append((logs["loss"], logs["perplexity"], *weights))
+        for first, second in zip(*trained):
+            np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-5)
+
+
+def test_a_head_of_ones_own():
+    """Its weights are trained, and those that are frozen are not."""
+
+    @keras.saving.register_keras_serializable("tests")
+    class Capped(CausalLM):
+        def compute_logits(self, hidden_states):
+            if not hasattr(self, "head"):
+                self.head = keras.layers.Dense(VOCABULARY_SIZE)
+            return 5.0 * ops.tanh(self.head(hidden_states) / 5.0)
+
+    x, y = ragged_data()
+    lm = Capped(make_backbone(num_layers=1))
+    lm.head.bias.trainable = False
+    lm.compile(keras.optimizers.SGD(0.5), weighted_metrics=[Perplexity()])
+    kernel, bias = to_numpy(lm.head.kernel), to_numpy(lm.head.bias)
+    first = lm.evaluate(x, y, verbose=0)[0]
+    lm.fit(x, y, epochs=4, verbose=0)
+    assert lm.evaluate(x, y, verbose=0)[0] < first
+    assert np.abs(to_numpy(lm.head.kernel) - kernel).max() > 1e-3
+    assert_close(lm.head.bias, bias, atol=0)
+
+
+def test_targets_that_are_ignored():
+    x, y = ragged_data()
+    ignored = np.where(np.arange(y.shape[1]) % 2, y, -100)
+    kept = (ignored != -100).astype("float32")
+    loss = TokenCrossentropy(ignore_class=-100)
+    # The last metric needs logits.
+    for others in ([], [keras.metrics.SparseTopKCategoricalAccuracy()]):
+        backbone = make_backbone(num_layers=1)
+        metrics = [Perplexity(ignore_class=-100), *others]
+        lm = compiled(backbone, loss, weighted_metrics=metrics)
+        mean, perplexity = reference(to_numpy(lm(x)), y, x["padding_mask"] * kept)
+        found = lm.evaluate(x, ignored, verbose=0)
+        assert_close(found[0], mean, atol=1e-5)
+        assert_close(found[1] / perplexity, 1.0, atol=1e-5)
+    assert_close(loss(ignored, lm(x)), loss(y, lm(x), kept), atol=1e-6)
+
+
+def test_losses_of_layers_are_added():
+    backbone = make_backbone(num_layers=1)
+    x, y = ragged_data()
+    plain = compiled(backbone).evaluate(x, y, verbose=0)[0]
+    norm = backbone.layer_norm
+    norm.gamma.regularizer = keras.regularizers.L2(0.1)
+    added = 0.1 * float(np.square(to_numpy(norm.gamma)).sum())
+    assert_close(compiled(backbone).evaluate(x, y, verbose=0)[0], plain + added)
+
+
+def test_what_was_compiled_is_saved(tmp_path):
+    lm = compiled(make_backbone(num_layers=1), TokenCrossentropy(z_loss=0.5))
+    lm.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    x, y = ragged_data()
+    assert loaded.loss.z_loss == 0.5
+    found, expected = (
+        z.evaluate(x, y, verbose=0, return_dict=True) for z in (loaded, lm)
+    )
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_another_loss_is_kerass_own():
+    x, y = ragged_data()
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    lm = compiled(make_backbone(num_layers=1), loss, weighted_metrics=[])
+    mean, _ = reference(to_numpy(lm(x)), y, np.ones(y.shape))
+    assert_close(lm.evaluate(x, y, verbose=0), mean, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [({"label_smoothing": 1.0}, "label_smoothing"), ({"z_loss": -1}, "z_loss")],
+)
+def test_odd_options(options, part):
+    with pytest.raises(ValueError, match=f"`{part}`.*Received"):
+        TokenCrossentropy(**options)
