@@ -10,6 +10,7 @@ from attention.contract import DType, describe
 from blocks.checkpoints import hugging_face
 from blocks.checkpoints.keras_hub import convert_backbone
 from blocks.hugging_face_files import write_preprocessor
+from blocks.preset_files import written_aside
 from blocks.presets import check_registered, load_task
 from blocks.swap import SwapReport, swap_backbone
 
@@ -25,12 +26,17 @@ class CheckpointMixin:
     ) -> None:
         """Saves the model, its weights and its tokenizer to a folder.
 
+        It may hold a preset already: that one stays whole until the new one is, even if
+        the process is killed or the disk is full. `from_preset` notices files that were
+        damaged later.
+
         Args:
             preset_dir: str. The folder; it is made if need be.
             max_shard_size: number or `None`. The largest size of a weights file
                 in GB.
 
         Raises:
+            OSError: if the folder can't be written to, or there is no room.
             TypeError: if the backbone is a plain Keras model.
             ValueError: if a class is not registered with Keras, so that the
                 preset could not be loaded again. Nothing is written then.
@@ -44,9 +50,9 @@ class CheckpointMixin:
             )
         tokenizer = getattr(self.preprocessor, "tokenizer", None)
         check_registered(self, self.backbone, self.preprocessor, tokenizer)
-        super().save_to_preset(  # type: ignore[misc]
-            preset_dir, max_shard_size=max_shard_size
-        )
+        weights = self.backbone.weights
+        with written_aside(preset_dir, weights, max_shard_size) as folder:
+            super().save_to_preset(folder, max_shard_size=max_shard_size)  # type: ignore[misc]
 
     def export_to_transformers(self, path: str, dtype: str | None = None) -> None:
         """Writes a folder that transformers loads, without a line of this library.

@@ -22,6 +22,7 @@ from attention.contract import (
 from blocks.custom_decoder import CustomDecoder
 from blocks.hooks import dtype_policy_scope, name_layer, run_hook
 from blocks.layers.feed_forward import FeedForward, gelu_approximate
+from blocks.preset_files import written_aside
 from blocks.presets import check_registered, make_from_config
 from blocks.token_model import TokenModel
 
@@ -354,7 +355,8 @@ class CustomBackbone(TokenModel, keras_hub.models.Backbone):
                 preset could not be loaded again. Nothing is written then.
         """
         check_registered(self)
-        super().save_to_preset(preset_dir, max_shard_size=max_shard_size)
+        with written_aside(preset_dir, self.weights, max_shard_size) as folder:
+            super().save_to_preset(folder, max_shard_size=max_shard_size)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> CustomBackbone:

@@ -17,6 +17,7 @@ from attention.contract import check_positive_int, describe
 from blocks.chat_template import render_chats
 from blocks.generation.prompts import end_token_ids, tokenizer_size
 from blocks.hugging_face_files import read_preprocessor
+from blocks.preset_files import written_aside
 from blocks.start_packer import StartPacker
 
 
@@ -316,17 +317,17 @@ class CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
 
     def save_to_preset(self, preset_dir: str) -> None:
         """Saves the preprocessor and its tokenizer to a folder, which is made if need be."""
-        if self.tokenizer.file_assets:
-            super().save_to_preset(preset_dir)
-            return
-        # KerasHub needs files of each tokenizer. One without a vocabulary (of bytes,
-        # of code points) has none: its config is all.
-        config = keras.saving.serialize_keras_object(self)
-        config.pop("build_config", None)
-        os.makedirs(preset_dir, exist_ok=True)
-        path = os.path.join(preset_dir, self.config_file)
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump(config, file, indent=4)
+        with written_aside(preset_dir) as folder:
+            if self.tokenizer.file_assets:
+                super().save_to_preset(folder)
+                return
+            # KerasHub needs files of each tokenizer. One without a vocabulary (of bytes,
+            # of code points) has none: its config is all.
+            config = keras.saving.serialize_keras_object(self)
+            config.pop("build_config", None)
+            path = os.path.join(folder, self.config_file)
+            with open(path, "w", encoding="utf-8") as file:
+                json.dump(config, file, indent=4)
 
     def load_preset_assets(self, preset: str) -> None:
         """Loads the tokenizer's files from a folder, if it has any."""

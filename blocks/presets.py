@@ -22,6 +22,7 @@ from blocks.checkpoints import hugging_face, sizes
 from blocks.checkpoints.gguf_file import GgufFile
 from blocks.checkpoints.packages import require
 from blocks.gguf_tokenizer import read_gguf_preprocessor
+from blocks.preset_files import check_files, finish_save
 from blocks.preprocessor import CausalLMPreprocessor
 
 # Of samples to train on, of published models that take longer ones.
@@ -72,6 +73,9 @@ def load_task(cls: type, preset: str, load_weights: bool, **kwargs: Any) -> Any:
     folder = _local_folder(preset)
     if hugging_face.is_published(folder):
         return _load_published(cls, folder, load_weights, **kwargs)
+    finish_save(folder)
+    if load_weights:
+        check_files(folder)
     config = _read_json(folder, "config.json")
     task_config = _read_json(folder, "task.json")
     _find_class(folder, config)
