@@ -21,7 +21,15 @@ from blocks.generation.prompts import tokenizer_size, vocabulary_size
 from blocks.preprocessor import CausalLMPreprocessor
 from blocks.token_model import TokenModel
 from blocks.training.mixin import TrainingMixin
-from blocks.training_data import is_in_memory, read_samples, shuffled
+from blocks.training_data import (
+    as_dataset,
+    as_slices,
+    is_for_keras,
+    is_in_memory,
+    preprocessed,
+    read_samples,
+    shuffled,
+)
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
@@ -180,8 +188,11 @@ class CausalLM(
         """Trains the model, as Keras's `fit`.
 
         Args:
-            x: a list of strings, if the model has a preprocessor, else a dict of
-                `token_ids` and `padding_mask`; or a dataset of batches.
+            x: a list of strings, if the model has a preprocessor, or a dict of
+                `prompts` and `responses`, of which only the responses are learned; else
+                a dict of `token_ids` and `padding_mask`. Or batches of these, or of
+                tuples with targets and weights: a `tf.data.Dataset`, a torch
+                `DataLoader`, a `keras.utils.PyDataset`, a Grain dataset, a generator.
             y: the next token of each, where there is no preprocessor.
             batch_size: int or `None`, which means 32.
             sample_weight: the weight of each target, or `None`.
@@ -199,6 +210,12 @@ class CausalLM(
             ValueError: if `x` is empty, a token of `x` or `y` is outside of the
                 vocabulary, or a row is not padded on the right.
         """
+        x, validation_data = as_dataset(x), as_dataset(validation_data)
+        if is_for_keras(x):
+            kwargs["validation_data"] = self._readable_by_keras(
+                validation_data, batch_size
+            )
+            return self._call_keras("fit", x, **kwargs)
         in_memory = is_in_memory(x)
         x, y = read_samples(self, x, y)
         if isinstance(validation_data, tuple):
@@ -216,11 +233,34 @@ class CausalLM(
         return super().fit(*data, **kwargs)
 
     def evaluate(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
-        x, y = read_samples(self, x, y)
+        if is_for_keras(x):
+            return self._call_keras("evaluate", x, **kwargs)
+        x, y = read_samples(self, as_dataset(x), y)
         return super().evaluate(x, y, *args, **kwargs)
 
     def predict(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
-        return super().predict(read_samples(self, x)[0], *args, **kwargs)
+        if is_for_keras(x):
+            return self._call_keras("predict", x, **kwargs)
+        return super().predict(read_samples(self, as_dataset(x))[0], *args, **kwargs)
+
+    def _call_keras(self, name: str, x: Any, **kwargs: Any) -> Any:
+        """Calls Keras's own `fit`, `evaluate` or `predict`, past KerasHub's."""
+        self.weights_version += 1
+        try:
+            return getattr(keras.Model, name)(self, preprocessed(self, x), **kwargs)
+        finally:
+            self.weights_version += 1
+
+    def _readable_by_keras(self, data: Any, batch_size: int | None) -> Any:
+        """Returns validation data of any kind, preprocessed."""
+        if data is None or is_for_keras(data):
+            return None if data is None else preprocessed(self, data)
+        if is_in_memory(data):
+            parts = data if isinstance(data, tuple) else (data,)
+            checked = read_samples(self, *parts[:2])
+            samples = keras.utils.pack_x_y_sample_weight(*checked, *parts[2:])
+            data = as_slices(samples).batch(batch_size or 32)
+        return data.map(self.preprocess_samples)
 
     def enable_lora(self, rank: int, target_layer_names: Any = None) -> None:
         """Freezes the backbone and adds trainable low-rank updates to it.

@@ -11,6 +11,7 @@ from typing import Any
 
 import keras
 import keras_hub
+import tensorflow as tf
 from keras import ops
 
 from attention.contract import check_positive_int, describe
@@ -31,7 +32,8 @@ class CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
 
     Called on strings, it returns `(x, y, sample_weight)` for `fit`: `x` is a
     dict of `token_ids` and `padding_mask`, `y` the next token of each, and the
-    weights leave out padding.
+    weights leave out padding; called on a dict of `prompts` and `responses`, the
+    prompts, too.
 
     Args:
         tokenizer: a `keras_hub.tokenizers.Tokenizer`.
@@ -183,6 +185,45 @@ class CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
             return_padding_mask=True,
         )
         self.built = True
+
+    def call(
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        sequence_length: int | None = None,
+    ) -> Any:
+        """Turns texts into training samples.
+
+        Args:
+            x: strings, or a dict of `prompts` and `responses`, both strings: tokens of
+                prompts are no targets then.
+            y: not used.
+            sample_weight: not used.
+            sequence_length: int or `None`. The length of the samples, if it is not the
+                preprocessor's.
+
+        Returns:
+            `(x, y, sample_weight)`, all of shape `(batch, sequence_length)`.
+        """
+        if not isinstance(x, dict):
+            return super().call(x, y, sample_weight, sequence_length)
+        if not self.built:
+            self.build(None)
+        prompts, responses = (self.tokenizer(x[k]) for k in ("prompts", "responses"))
+        if tf.executing_eagerly():
+            both = [[*map(int, (*p, *r))] for p, r in zip(prompts, responses)]
+        else:
+            both = tf.concat([prompts, responses], axis=1)
+        options = {
+            "sequence_length": 1 + (sequence_length or self.sequence_length),
+            "add_start_value": self.add_start_token,
+        }
+        tokens, mask = self.packer(both, add_end_value=self.add_end_token, **options)
+        _, of_prompt = self.packer(prompts, add_end_value=False, **options)
+        x = {"token_ids": tokens[..., :-1], "padding_mask": mask[..., :-1]}
+        weights = (mask & ~of_prompt)[..., 1:]
+        return keras.utils.pack_x_y_sample_weight(x, tokens[..., 1:], weights)
 
     @property
     def start_token_id(self) -> int | None:

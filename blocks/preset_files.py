@@ -115,7 +115,8 @@ def _reserve(folder: pathlib.Path, weights: Sequence[Any], shard: float | None) 
     largest = total if shard is None else min(total, int(shard * 1e9))
     if not hasattr(os, "posix_fallocate"):
         return
-    size, paths = total, []
+    size = total
+    paths: list[pathlib.Path] = []
     try:
         while size > 0:
             paths.append(folder / f"reserved_{len(paths)}")

@@ -22,8 +22,8 @@ from blocks.checkpoints import hugging_face, sizes
 from blocks.checkpoints.gguf_file import GgufFile
 from blocks.checkpoints.packages import require
 from blocks.gguf_tokenizer import read_gguf_preprocessor
-from blocks.preset_files import check_files, finish_save
 from blocks.preprocessor import CausalLMPreprocessor
+from blocks.preset_files import check_files, finish_save
 
 # Of samples to train on, of published models that take longer ones.
 _SEQUENCE_LENGTH = 1024

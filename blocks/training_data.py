@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
 import keras
 import keras_hub
+import numpy as np
 import tensorflow as tf
 from keras import ops, tree
 
-from attention.contract import describe
+from attention.contract import describe, is_tensor
 from blocks.generation.prompts import (
     check_tokens,
     is_text,
@@ -26,6 +28,96 @@ def is_in_memory(x: Any) -> bool:
     return isinstance(x, (str, bytes, list, tuple, dict)) or hasattr(x, "shape")
 
 
+def as_dataset(x: Any) -> Any:
+    """Returns a `tf.data.Dataset` of an iterable of batches, such as a `DataLoader`.
+
+    A table of Hugging Face's `datasets` is read into memory. Samples in memory, `None`,
+    datasets of TensorFlow and Grain, and what `is_for_keras` are returned as they are.
+    """
+    if hasattr(x, "column_names") and hasattr(x, "features"):
+        columns = {name: list(x[name]) for name in x.column_names}
+        return columns["text"] if list(columns) == ["text"] else columns
+    read = is_in_memory(x) or is_for_keras(x) or hasattr(x, "map")
+    if read or not isinstance(x, Iterable):
+        return x
+
+    def signature(array: np.ndarray) -> tf.TensorSpec:
+        kind = tf.string if array.dtype.kind in "OSU" else array.dtype
+        return tf.TensorSpec([None] * array.ndim, kind)
+
+    first = next(iter(x), None)
+    if first is None:
+        raise ValueError(f"`x` has no batch. Received: x={describe(x)}")
+    data = tf.data.Dataset.from_generator(
+        lambda: map(_as_batch, x),
+        output_signature=tree.map_structure(signature, _as_batch(first)),
+    )
+    if isinstance(x, Sized):
+        data = data.apply(tf.data.experimental.assert_cardinality(len(x)))
+    return data
+
+
+def is_for_keras(x: Any) -> bool:
+    """Returns whether data are a `keras.utils.PyDataset` or can be read only once.
+
+    KerasHub reads none of these, and `tf.data` would read ahead of what is used.
+    """
+    return isinstance(x, (keras.utils.PyDataset, Iterator))
+
+
+class PreprocessedDataset(keras.utils.PyDataset):
+    """A `PyDataset` whose batches are preprocessed."""
+
+    def __init__(self, data: keras.utils.PyDataset, preprocess: Callable) -> None:
+        super().__init__(data.workers, max_queue_size=data.max_queue_size)
+        self._data, self._preprocess = data, preprocess
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._preprocess(self._data[index])
+
+    def on_epoch_begin(self) -> None:
+        self._data.on_epoch_begin()
+
+    def on_epoch_end(self) -> None:
+        self._data.on_epoch_end()
+
+
+def preprocessed(task: Any, x: Any) -> Any:
+    """Returns data that `is_for_keras` with each batch preprocessed."""
+
+    def preprocess(batch: Any) -> Any:
+        if task.preprocessor is None:
+            return batch
+        texts = batch if isinstance(batch, tuple) else (batch,)
+        samples = task.preprocess_samples(*map(_texts, texts))
+        return tree.map_structure(ops.convert_to_numpy, samples)
+
+    if isinstance(x, keras.utils.PyDataset):
+        return PreprocessedDataset(x, preprocess)
+    # Keras asks for a generator.
+    return (preprocess(batch) for batch in x)
+
+
+def _texts(x: Any) -> Any:
+    return (
+        {k: to_plain(v) for k, v in x.items()} if isinstance(x, dict) else to_plain(x)
+    )
+
+
+def _as_batch(batch: Any) -> Any:
+    """Returns arrays in a tuple or a dict; a list is one array, such as of strings."""
+    if isinstance(batch, dict):
+        return {name: _as_batch(value) for name, value in batch.items()}
+    if isinstance(batch, list) and any(map(is_tensor, batch)):
+        batch = tuple(batch)  # as a `DataLoader` has it
+    if isinstance(batch, tuple):
+        return tuple(map(_as_batch, batch))
+    return ops.convert_to_numpy(batch) if is_tensor(batch) else np.asarray(batch)
+
+
 def read_samples(task: Any, x: Any, y: Any = None) -> tuple[Any, Any]:
     """Checks samples that are in memory, as far as their form is known.
 
@@ -38,8 +130,10 @@ def read_samples(task: Any, x: Any, y: Any = None) -> tuple[Any, Any]:
     if not is_in_memory(x):
         return x, y
     preprocessor = task.preprocessor
+    if isinstance(preprocessor, CausalLMPreprocessor) and isinstance(x, dict):
+        return _read_answers(x), y
     if isinstance(preprocessor, keras_hub.models.CausalLMPreprocessor):
-        if isinstance(x, dict) and not isinstance(preprocessor, CausalLMPreprocessor):
+        if isinstance(x, dict):
             return x, y  # with images, perhaps
         texts = to_plain(x)
         if not isinstance(texts, (list, tuple)) or not all(map(is_text, texts)):
@@ -63,6 +157,30 @@ def read_samples(task: Any, x: Any, y: Any = None) -> tuple[Any, Any]:
         ):
             check_tokens(ops.convert_to_numpy(y), task.output.shape[-1], " (in `y`)")
     return x, y
+
+
+def _read_answers(x: dict[str, Any]) -> dict[str, list[str]]:
+    """Returns prompts and their responses as lists of strings."""
+    texts = {name: to_plain(value) for name, value in x.items()}
+    lengths = {
+        len(value) for value in texts.values() if isinstance(value, (list, tuple))
+    }
+    fits = all(
+        isinstance(x, (list, tuple)) and all(map(is_text, x)) for x in texts.values()
+    )
+    if set(texts) != {"prompts", "responses"} or not fits:
+        raise TypeError(
+            "`x` must be a list of strings, or a dict of `prompts` and `responses`, both "
+            "lists of strings: the model has a preprocessor, which makes tokens and "
+            f"targets of them. Received: x={describe(x)}"
+        )
+    if len(lengths) > 1 or not any(texts["responses"]):
+        raise ValueError(
+            "`x` must have a response for each prompt. Received: "
+            f"{len(texts['prompts'])} prompts and {len(texts['responses'])} responses"
+            + ("" if any(texts["responses"]) else ", which are all empty")
+        )
+    return {name: [to_str(text) for text in value] for name, value in texts.items()}
 
 
 def with_checked_batches(data: tf.data.Dataset, size: int | None) -> tf.data.Dataset:
@@ -94,12 +212,17 @@ def shuffled(
     The first is of batches, in a new order in each epoch; the second of the last
     samples, which are held out, or `None`.
     """
+    data = as_slices(samples)
+    kept = int(int(data.cardinality()) * (1 - (validation_split or 0)))
+    held_out = data.skip(kept).batch(batch_size) if validation_split else None
+    return data.take(kept).shuffle(kept).batch(batch_size), held_out
+
+
+def as_slices(samples: Any) -> tf.data.Dataset:
+    """Returns a dataset of single samples, of arrays or of lists in their place."""
 
     def readable(x: Any) -> Any:
         is_foreign = ops.is_tensor(x) and not tf.is_tensor(x)
         return ops.convert_to_numpy(x) if is_foreign else x
 
-    data = tf.data.Dataset.from_tensor_slices(tree.map_structure(readable, samples))
-    kept = int(int(data.cardinality()) * (1 - (validation_split or 0)))
-    held_out = data.skip(kept).batch(batch_size) if validation_split else None
-    return data.take(kept).shuffle(kept).batch(batch_size), held_out
+    return tf.data.Dataset.from_tensor_slices(tree.map_structure(readable, samples))

@@ -30,7 +30,7 @@ from attention.contract.remat import (
     rematerialize_tensors,
 )
 from attention.contract.scopes import CacheScope, NewCacheScope
-from attention.contract.sizes import is_concrete
+from attention.contract.sizes import is_concrete, is_tensor
 from attention.contract.types import (
     Activation,
     Cache,
@@ -74,6 +74,7 @@ __all__ = [
     "grow_cache",
     "hide_full_remat",
     "is_concrete",
+    "is_tensor",
     "last_tokens",
     "max_positions",
     "rematerialize_tensors",

@@ -181,6 +181,7 @@ def test_parts_that_are_not_loaded(text_lm, preset):
     assert CausalLM.from_preset(preset, preprocessor=other).preprocessor is other
 
 
+@pytest.mark.slow
 def test_keras_files(tmp_path, text_lm):
     lm = make_lm(text_lm.backbone, text_lm.preprocessor)
     lm.compile(

@@ -19,11 +19,12 @@ from tests.helpers import (
     make,
     ragged,
     sample,
+    slow,
     to_numpy,
 )
 
 few_attentions = pytest.mark.parametrize(
-    "name", ["multi_head", "rotary", "t5", "alibi"]
+    "name", [slow("multi_head"), "rotary", "t5", slow("alibi")]
 )
 GARBAGE = np.array([np.nan, np.inf, 1e30])[:, None, None]
 

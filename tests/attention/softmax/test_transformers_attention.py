@@ -11,7 +11,7 @@ from attention import (
     LatentAttention,
     RotaryPosition,
 )
-from tests.helpers import WIDTH, assert_close, band, built, check_outputs, sample
+from tests.helpers import WIDTH, assert_close, band, built, check_outputs, sample, slow
 from tests.torch_modules import kernel, numbers, randomized, run
 
 torch = pytest.importorskip("torch")
@@ -167,7 +167,7 @@ def test_latent_attention_of_deepseek(query_latent_dim, window):
     }
 
 
-@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize("groups", [slow(4), 2])
 def test_differential_attention_of_diffllama(groups):
     theirs, rotary = module_of(
         "diffllama", "DiffLlama", 1, num_key_value_heads=groups, rms_norm_eps=1e-5

@@ -114,7 +114,7 @@ ROUNDED = {"int8": 0.05, "int8_window": 0.05}
 
 
 # One of each kind. On torch, where nothing is compiled, `.ci/run` has them all.
-EVERYWHERE = ["options", "latent", "gated_delta_net", "rwkv_time_mix", "decoder"]
+EVERYWHERE = ["options", "gated_delta_net"]
 EVERYWHERE += ["rwkv_channel_mix", "short_convolution", "position_embedding"]
 
 

@@ -1,0 +1,147 @@
+"""What `fit` reads: every kind of batches, prompts with responses."""
+
+import keras
+import keras_hub
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from blocks import CausalLMPreprocessor
+from tests.helpers import raises, to_numpy
+from tests.models import make_lm, make_text_lm
+
+TEXTS = ["ab", "cde", "f", "ghij"]
+
+
+class Batches(keras.utils.PyDataset):
+    def __init__(self, *arrays):
+        super().__init__()
+        self.arrays = arrays
+        self.epochs = 0
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, i):
+        parts = tuple(x[2 * i : 2 * i + 2] for x in self.arrays)
+        return parts if len(parts) > 1 else parts[0]
+
+    def on_epoch_end(self):
+        self.epochs += 1
+
+
+def losses(make, data, **kwargs):
+    keras.utils.set_random_seed(0)
+    return make().fit(data, verbose=0, shuffle=False, **kwargs).history["loss"]
+
+
+def check_same(make, kinds, expected):
+    """Each epoch's loss depends on all batches before, in their order."""
+    expected = losses(make, expected, epochs=3)
+    for kind in kinds:
+        np.testing.assert_allclose(losses(make, kind(), epochs=3), expected, rtol=1e-4)
+
+
+def test_batches_of_tokens():
+    tokens = np.random.default_rng(0).integers(1, 60, (4, 6)).astype("int32")
+    x = {"token_ids": tokens, "padding_mask": np.ones_like(tokens)}
+    weights = np.random.default_rng(1).uniform(size=(4, 6)).astype("float32")
+    expected = tf.data.Dataset.from_tensor_slices((x, tokens, weights)).batch(2)
+
+    def parts(i):
+        rows = slice(2 * i, 2 * i + 2)
+        return {k: v[rows] for k, v in x.items()}, tokens[rows], weights[rows]
+
+    def endless():
+        while True:
+            yield from map(parts, range(2))
+
+    class Indexed(Batches):
+        def __getitem__(self, i):
+            return parts(i)
+
+    kinds = [lambda: Indexed(tokens), lambda: Listed(parts)]
+    check_same(make_lm, kinds, expected)
+    found = losses(make_lm, endless(), epochs=2, steps_per_epoch=2)
+    np.testing.assert_allclose(found, losses(make_lm, expected, epochs=2), rtol=1e-4)
+
+
+class Listed:
+    """An iterable of batches that is none of Keras's kinds."""
+
+    def __init__(self, parts, count=2):
+        self.parts, self.count = parts, count
+
+    def __iter__(self):
+        return map(self.parts, range(self.count))
+
+    def __len__(self):
+        # Keras's optimizers on TensorFlow count a step too many in each epoch of
+        # data of unknown size.
+        return self.count
+
+
+def test_batches_of_text():
+    dataset = Batches(np.array(TEXTS))
+    kinds = [lambda: dataset, lambda: Listed(lambda i: TEXTS[2 * i : 2 * i + 2])]
+    expected = tf.data.Dataset.from_tensor_slices(TEXTS).batch(2)
+    check_same(make_text_lm, kinds, expected)
+    assert dataset.epochs >= 2
+    lm = make_text_lm()
+    expected = lm.evaluate(expected, verbose=0)
+    for kind in kinds:
+        np.testing.assert_allclose(lm.evaluate(kind(), verbose=0), expected, rtol=1e-5)
+    found = lm.evaluate(iter([TEXTS[:2], TEXTS[2:]]), verbose=0)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    with raises(ValueError, "`x` has no batch"):
+        lm.fit(Listed(None, 0))
+    # What is held out may be of another kind.
+    for held_out in (TEXTS, dataset):
+        lm = make_text_lm()
+        history = lm.fit(Batches(np.array(TEXTS)), validation_data=held_out, verbose=0)
+        expected = lm.evaluate(TEXTS, verbose=0)[0]
+        np.testing.assert_allclose(history.history["val_loss"], expected, rtol=1e-5)
+
+
+def test_batches_of_torch_and_hugging_face():
+    torch = pytest.importorskip("torch")
+    loader = torch.utils.data.DataLoader(TEXTS, batch_size=2)
+    expected = tf.data.Dataset.from_tensor_slices(TEXTS).batch(2)
+    check_same(make_text_lm, [lambda: loader], expected)
+    lm = make_text_lm()
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_dict({"text": TEXTS})
+    found = lm.evaluate(table, batch_size=2, verbose=0)
+    np.testing.assert_allclose(found, lm.evaluate(expected, verbose=0), rtol=1e-5)
+
+
+def test_prompts_are_no_targets():
+    preprocessor = CausalLMPreprocessor(
+        keras_hub.tokenizers.ByteTokenizer(), 8, start_token=2, end_token=1
+    )
+    answers = {"prompts": ["ab", "cdefghijkl", ""], "responses": ["xyz", "q", "r"]}
+    x, y, weights = preprocessor(answers)
+    data = tf.data.Dataset.from_tensor_slices(answers).batch(3).map(preprocessor)
+    mapped = next(iter(data.as_numpy_iterator()))
+    for found in ((x, y, weights), mapped):
+        tokens, targets, counted = found[0]["token_ids"], *found[1:]
+        assert to_numpy(tokens)[0].tolist() == [2, *b"abxyz", 1, 0]
+        assert to_numpy(targets)[0].tolist() == [*b"abxyz", 1, 0, 0]
+        assert to_numpy(counted).astype(int).tolist() == [
+            [0, 0, 1, 1, 1, 1, 0, 0],
+            # The response does not fit.
+            [0] * 8,
+            [1, 1, 0, 0, 0, 0, 0, 0],
+        ]
+        assert to_numpy(found[0]["padding_mask"])[0].sum() == 7
+    lm = make_text_lm()
+    lm.fit(answers, verbose=0)
+    for texts, error in (
+        ({"prompts": ["a"]}, TypeError),
+        ({"prompts": "a", "responses": ["b"]}, TypeError),
+        ({"prompts": ["a"], "responses": [1]}, TypeError),
+        ({"prompts": ["a"], "responses": ["b", "c"]}, ValueError),
+        ({"prompts": ["a"], "responses": [""]}, ValueError),
+    ):
+        with raises(error, "`x` must", "Received"):
+            lm.fit(texts, verbose=0)
