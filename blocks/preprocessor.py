@@ -11,7 +11,6 @@ from typing import Any
 
 import keras
 import keras_hub
-import tensorflow as tf
 from keras import ops
 
 from attention.contract import check_positive_int, describe
@@ -198,10 +197,8 @@ class CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         Args:
             x: strings, or a dict of `prompts` and `responses`, both strings: tokens of
                 prompts are no targets then.
-            y: not used.
-            sample_weight: not used.
-            sequence_length: int or `None`. The length of the samples, if it is not the
-                preprocessor's.
+            y, sample_weight: not used.
+            sequence_length: int or `None`. The length, if not the preprocessor's.
 
         Returns:
             `(x, y, sample_weight)`, all of shape `(batch, sequence_length)`.
@@ -211,19 +208,16 @@ class CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         if not self.built:
             self.build(None)
         prompts, responses = (self.tokenizer(x[k]) for k in ("prompts", "responses"))
-        if tf.executing_eagerly():
-            both = [[*map(int, (*p, *r))] for p, r in zip(prompts, responses)]
-        else:
-            both = tf.concat([prompts, responses], axis=1)
-        options = {
-            "sequence_length": 1 + (sequence_length or self.sequence_length),
-            "add_start_value": self.add_start_token,
-        }
-        tokens, mask = self.packer(both, add_end_value=self.add_end_token, **options)
-        _, of_prompt = self.packer(prompts, add_end_value=False, **options)
+        tokens, mask, is_answer = self.packer.pack_answers(
+            prompts,
+            responses,
+            1 + (sequence_length or self.sequence_length),
+            self.add_start_token,
+            self.add_end_token,
+        )
         x = {"token_ids": tokens[..., :-1], "padding_mask": mask[..., :-1]}
-        weights = (mask & ~of_prompt)[..., 1:]
-        return keras.utils.pack_x_y_sample_weight(x, tokens[..., 1:], weights)
+        y, weights = tokens[..., 1:], is_answer[..., 1:]
+        return keras.utils.pack_x_y_sample_weight(x, y, weights)
 
     @property
     def start_token_id(self) -> int | None:

@@ -23,6 +23,24 @@ class StartPacker(keras_hub.layers.StartEndPacker):
             inputs = without(inputs, self.start_value[0])
         return super().call(inputs, **kwargs)
 
+    def pack_answers(
+        self, prompts: Any, responses: Any, length: int, start: bool, end: bool
+    ) -> tuple[Any, Any, Any]:
+        """Packs rows of prompts, each with its response, of which the end may be cut.
+
+        Returns:
+            The tokens, the padding mask, and a mask of what belongs to a response; all
+            of shape `(batch, length)`.
+        """
+        if tf.executing_eagerly():
+            both = [[*map(int, (*p, *r))] for p, r in zip(prompts, responses)]
+        else:
+            both = tf.concat([prompts, responses], axis=1)
+        options = {"sequence_length": length, "add_start_value": start}
+        tokens, mask = self(both, add_end_value=end, **options)
+        _, of_prompt = self(prompts, add_end_value=False, **options)
+        return tokens, mask, mask & ~of_prompt
+
 
 def _without_start(rows: Any, start: int) -> Any:
     if len(rows) and np.ndim(rows[0]) > 0:
