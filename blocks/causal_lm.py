@@ -215,7 +215,12 @@ class CausalLM(
             kwargs["validation_data"] = self._readable_by_keras(
                 validation_data, batch_size
             )
-            return self._call_keras("fit", x, **kwargs)
+            # Past KerasHub's `fit`, and so past the one that counts.
+            self.weights_version += 1
+            try:
+                return keras.Model.fit(self, preprocessed(self, x), **kwargs)
+            finally:
+                self.weights_version += 1
         in_memory = is_in_memory(x)
         x, y = read_samples(self, x, y)
         if isinstance(validation_data, tuple):
@@ -234,22 +239,15 @@ class CausalLM(
 
     def evaluate(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
         if is_for_keras(x):
-            return self._call_keras("evaluate", x, **kwargs)
+            data = preprocessed(self, x)
+            return keras.Model.evaluate(self, data, y, *args, **kwargs)
         x, y = read_samples(self, as_dataset(x), y)
         return super().evaluate(x, y, *args, **kwargs)
 
     def predict(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
         if is_for_keras(x):
-            return self._call_keras("predict", x, **kwargs)
+            return keras.Model.predict(self, preprocessed(self, x), *args, **kwargs)
         return super().predict(read_samples(self, as_dataset(x))[0], *args, **kwargs)
-
-    def _call_keras(self, name: str, x: Any, **kwargs: Any) -> Any:
-        """Calls Keras's own `fit`, `evaluate` or `predict`, past KerasHub's."""
-        self.weights_version += 1
-        try:
-            return getattr(keras.Model, name)(self, preprocessed(self, x), **kwargs)
-        finally:
-            self.weights_version += 1
 
     def _readable_by_keras(self, data: Any, batch_size: int | None) -> Any:
         """Returns validation data of any kind, preprocessed."""

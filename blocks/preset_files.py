@@ -52,7 +52,7 @@ def written_aside(
         _reserve(aside, weights, shard)
         yield str(aside)
         names = _files(aside)
-        # Damage to others is noticed, or people change them.
+        # Others are text: people may change it, and damage to it is noticed.
         sums = {x: _checksum(aside / x) for x in names if _is_weights(x)}
         # Weights are replaced as a whole: a larger model has several files of them.
         sums = sums or _read_json(folder / CHECKSUMS)
@@ -137,8 +137,7 @@ def _reserve(folder: pathlib.Path, weights: Sequence[Any], shard: float | None) 
         raise OSError(
             error.errno,
             f"The preset can't be saved: {known[error.errno]}. Its weights take "
-            f"{total:,} bytes. What was there "
-            "before is unchanged",
+            f"{total:,} bytes. What was there before is unchanged",
             str(folder.parent),
         ) from error
     finally:

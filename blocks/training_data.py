@@ -21,6 +21,7 @@ from blocks.generation.prompts import (
     vocabulary_size,
 )
 from blocks.preprocessor import CausalLMPreprocessor
+from blocks.training.token_crossentropy import TokenCrossentropy
 
 
 def is_in_memory(x: Any) -> bool:
@@ -151,7 +152,9 @@ def read_samples(task: Any, x: Any, y: Any = None) -> tuple[Any, Any]:
         x = {**x, "token_ids": tokens}
         loss = task.loss
         if (
-            isinstance(loss, keras.losses.SparseCategoricalCrossentropy)
+            isinstance(
+                loss, (TokenCrossentropy, keras.losses.SparseCategoricalCrossentropy)
+            )
             and loss.ignore_class is None
             and hasattr(y, "shape")
         ):

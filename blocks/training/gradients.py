@@ -73,13 +73,13 @@ def loop(
     )[1]
 
 
-def sum_over_replicas(x: Tensor) -> Tensor:
-    """Returns the sum over all replicas of a `tf.distribute.Strategy`."""
+def sum_over_replicas(x: Tensor) -> tuple[Tensor, int]:
+    """Returns the sum over all replicas of a `tf.distribute.Strategy`, and their number."""
     if keras.config.backend() != "tensorflow":
-        return x
+        return x, 1
     import tensorflow as tf
 
     context = tf.distribute.get_replica_context()
     if context is None or context.num_replicas_in_sync == 1:
-        return x
-    return context.all_reduce("SUM", x)
+        return x, 1
+    return context.all_reduce("SUM", x), context.num_replicas_in_sync

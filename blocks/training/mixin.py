@@ -58,7 +58,8 @@ class TrainingMixin:
         given = {"metrics": metrics, "weighted_metrics": weighted_metrics}
         self._given_metrics = Untracked(None, given)
         self._step_metrics = None
-        if _is_mean_of_tokens(loss):
+        own = type(self).compute_loss is not TrainingMixin.compute_loss
+        if _is_mean_of_tokens(loss) and not own:
             computed = self._computed_metrics(loss, metrics, weighted_metrics)
             all_of_them = computed is not None
             mean = keras.metrics.Mean(name="loss")
@@ -74,9 +75,8 @@ class TrainingMixin:
         self, loss: TokenCrossentropy, *given: Any
     ) -> list[keras.metrics.Metric] | None:
         """Returns the metrics to compute with the loss; `None` if some need logits."""
-        cls = type(self)
-        for name in ("call", "compute_loss", "compute_metrics"):
-            if getattr(cls, name) is not getattr(TrainingMixin, name):
+        for name in ("call", "compute_metrics"):
+            if getattr(type(self), name) is not getattr(TrainingMixin, name):
                 return None
         computed = []
         for metric in (x for part in given for x in part or ()):
@@ -146,11 +146,13 @@ class TrainingMixin:
         else:
             sums = self._sums_of_logits(y_pred, y, weights)
         count = ops.sum(weights)
-        loss = ops.divide_no_nan(sums[0], sum_over_replicas(count))
-        for other in self.losses:  # type: ignore[attr-defined]
-            loss = loss + ops.sum(other)
+        all_counts, replicas = sum_over_replicas(count)
+        added = sum(ops.sum(other) for other in self.losses)  # type: ignore[attr-defined]
+        # The gradients of replicas are summed.
+        loss = ops.divide_no_nan(sums[0], all_counts) + added / replicas
         mean, *others = self._step_metrics.value
-        mean.update_state(ops.stop_gradient(loss), count)
+        value = ops.divide_no_nan(sums[0], count) + added
+        mean.update_state(ops.stop_gradient(value), count)
         for metric in others:
             total = sums[1 + _COMPUTED.index(type(metric))]
             value = ops.divide_no_nan(ops.stop_gradient(total), count)

@@ -157,6 +157,34 @@ def test_losses_of_layers_are_added():
     assert_close(compiled(backbone).evaluate(x, y, verbose=0)[0], plain + added)
 
 
+def test_a_step_of_ones_own():
+    """A subclass that computes its loss, or that has a training step of its own."""
+
+    class Halved(CausalLM):
+        def compute_loss(self, x, y, y_pred, sample_weight, training=True):
+            return super().compute_loss(x, y, y_pred, sample_weight, training) / 2
+
+    class Custom(CausalLM):
+        def test_step(self, data):
+            x, y = data
+            self.compute_loss(x, y, self(x, training=False), None, training=False)
+            return self.get_metrics_result()
+
+        if keras.config.backend() == "jax":
+            test_step = CausalLM.test_step
+
+    x, y = ragged_data()
+    x = {**x, "padding_mask": np.ones_like(x["padding_mask"])}
+    found = {}
+    for cls in (CausalLM, Halved, Custom):
+        lm = cls(make_backbone(num_layers=1))
+        lm.compile()
+        found[cls] = lm.evaluate(x, y, verbose=0)
+    assert_close(found[Halved][0], found[CausalLM][0] / 2)
+    assert_close(found[Halved][1], found[CausalLM][1])
+    assert_close(found[Custom], found[CausalLM])
+
+
 def test_what_was_compiled_is_saved(tmp_path):
     lm = compiled(make_backbone(num_layers=1), TokenCrossentropy(z_loss=0.5))
     lm.save(tmp_path / "model.keras")

@@ -1,0 +1,48 @@
+"""`tf.distribute.MirroredStrategy`: the same as on one device, however rows are padded."""
+
+import subprocess
+import sys
+import textwrap
+
+import keras
+import pytest
+
+SCRIPT = """
+    import keras, numpy as np, tensorflow as tf
+    cpus = tf.config.list_physical_devices("CPU")
+    two = [tf.config.LogicalDeviceConfiguration()] * 2
+    tf.config.set_logical_device_configuration(cpus[0], two)
+    from blocks import CausalLM, Perplexity
+    from tests.models import make_backbone
+
+    # The second replica has far fewer tokens.
+    mask = (np.arange(7) < [[7], [7], [6], [7], [2], [2], [1], [2]]).astype("int32")
+    tokens = np.random.default_rng(0).integers(1, 60, mask.shape).astype("int32") * mask
+    x = {"token_ids": tokens, "padding_mask": mask}
+    found = []
+    mirrored = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    for strategy in (tf.distribute.get_strategy(), mirrored):
+        with strategy.scope():
+            lm = CausalLM(make_backbone(num_layers=1))
+            metrics = ["accuracy", Perplexity()]
+            lm.compile(keras.optimizers.SGD(0.1), weighted_metrics=metrics)
+        data = tf.data.Dataset.from_tensor_slices((x, tokens)).batch(8)
+        logs = lm.fit(data, epochs=2, verbose=0).history
+        weights = [np.array(weight) for weight in lm.trainable_weights]
+        found.append([*(logs[name] for name in sorted(logs)), *weights])
+    for first, second in zip(*found):
+        np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-5)
+    print("equal")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="of TensorFlow")
+def test_replicas_equal_one_device():
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(SCRIPT)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.stdout.strip().endswith("equal"), run.stderr[-3000:]
