@@ -11,8 +11,11 @@ from keras import ops
 from attention.contract import Tensor
 from blocks.training.gradients import loop, value_and_gradients
 
-# How many logits are in memory at a time. With more it is hardly faster.
+# At least so many logits are in memory at a time.
 _LOGITS = 2**24
+# And as many as this times the numbers in the head, whose gradients are summed anew for
+# each chunk: with small ones that takes longer than their products.
+_HEADS = 2
 # Taken for the batch size where it is not known yet when the step is traced.
 _ROWS = 8
 
@@ -67,7 +70,8 @@ def chunked_sums(
     trained = [x for x in variables if x.trainable]
     fixed = [(x, ops.stop_gradient(x.value)) for x in variables if not x.trainable]
     rows, length = hidden_states.shape[:2]
-    chunk = max(1, _LOGITS // (sizes[1] * (rows or _ROWS)))
+    logits = max(_LOGITS, _HEADS * hidden_states.shape[2] * sizes[1])
+    chunk = max(1, logits // (sizes[1] * (rows or _ROWS)))
     length = ops.shape(hidden_states)[1] if length is None else length
     if isinstance(length, int):
         chunk = min(chunk, length)

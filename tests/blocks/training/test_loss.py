@@ -86,6 +86,7 @@ def test_padding_counts_in_no_loss():
 
 def test_logits_are_computed_a_few_positions_at_a_time(monkeypatch, calls_of):
     """With the gradients that all logits at once give."""
+    monkeypatch.setattr(chunked_loss, "_HEADS", 0)
     monkeypatch.setattr(chunked_loss, "_LOGITS", 3 * 2 * VOCABULARY_SIZE)
     x, y = ragged_data()
     options = {"label_smoothing": 0.1, "z_loss": 0.01}
