@@ -211,16 +211,6 @@ class CausalLM(
                 vocabulary, or a row is not padded on the right.
         """
         x, validation_data = as_dataset(x), as_dataset(validation_data)
-        if is_for_keras(x):
-            kwargs["validation_data"] = self._readable_by_keras(
-                validation_data, batch_size
-            )
-            # Past KerasHub's `fit`, and so past the one that counts.
-            self.weights_version += 1
-            try:
-                return keras.Model.fit(self, preprocessed(self, x), **kwargs)
-            finally:
-                self.weights_version += 1
         in_memory = is_in_memory(x)
         x, y = read_samples(self, x, y)
         if isinstance(validation_data, tuple):
@@ -228,6 +218,12 @@ class CausalLM(
             validation_data = (*checked, *validation_data[2:])
         else:
             validation_data, _ = read_samples(self, validation_data)
+        if is_for_keras(x):
+            held_out = self._readable_by_keras(validation_data, batch_size)
+            # Past KerasHub's `fit`, and so past the one that counts.
+            with self.changing_weights():
+                data = preprocessed(self, x)
+                return keras.Model.fit(self, data, validation_data=held_out, **kwargs)
         if in_memory and kwargs.pop("shuffle", True):
             samples = keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
             x, held_out = shuffled(samples, batch_size or 32, validation_split)
@@ -251,12 +247,13 @@ class CausalLM(
 
     def _readable_by_keras(self, data: Any, batch_size: int | None) -> Any:
         """Returns validation data of any kind, preprocessed."""
-        if data is None or is_for_keras(data):
-            return None if data is None else preprocessed(self, data)
+        if data is None:
+            return None
+        if is_for_keras(data):
+            return preprocessed(self, data)
         if is_in_memory(data):
             parts = data if isinstance(data, tuple) else (data,)
-            checked = read_samples(self, *parts[:2])
-            samples = keras.utils.pack_x_y_sample_weight(*checked, *parts[2:])
+            samples = keras.utils.pack_x_y_sample_weight(*parts)
             data = as_slices(samples).batch(batch_size or 32)
         return data.map(self.preprocess_samples)
 

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from blocks.checkpoints.hugging_face import write_json
+
 CHECKSUMS = "checksums.json"
 # Within the preset: what is being written, and what is complete and to be moved.
 _WRITING, _WRITTEN = ".writing", ".written"
@@ -56,7 +58,7 @@ def written_aside(
         sums = {x: _checksum(aside / x) for x in names if _is_weights(x)}
         # Weights are replaced as a whole: a larger model has several files of them.
         sums = sums or _read_json(folder / CHECKSUMS)
-        (aside / CHECKSUMS).write_text(json.dumps(sums, indent=4), encoding="utf-8")
+        write_json(str(aside), CHECKSUMS, sums)
         for path in (*(aside / name for name in names), aside / CHECKSUMS, aside):
             _sync(path)
         aside.rename(folder / _WRITTEN)

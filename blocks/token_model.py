@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -18,12 +19,8 @@ def _counted(name: str) -> Callable:
 
     @functools.wraps(getattr(keras_hub.models.Backbone, name))
     def method(self: TokenModel, *args: Any, **kwargs: Any) -> Any:
-        # Before and after, as a callback of `fit` may generate in between.
-        self.weights_version += 1
-        try:
+        with self.changing_weights():
             return getattr(super(TokenModel, self), name)(*args, **kwargs)
-        finally:
-            self.weights_version += 1
 
     return method
 
@@ -37,6 +34,16 @@ class TokenModel:
     """
 
     weights_version = 0
+
+    @contextlib.contextmanager
+    def changing_weights(self) -> Iterator[None]:
+        """Counts a change of the weights by what runs inside."""
+        # Before and after, as a callback of `fit` may generate in between.
+        self.weights_version += 1
+        try:
+            yield
+        finally:
+            self.weights_version += 1
 
     fit = _counted("fit")
     train_on_batch = _counted("train_on_batch")

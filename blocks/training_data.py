@@ -103,9 +103,10 @@ def preprocessed(task: Any, x: Any) -> Any:
 
 
 def _texts(x: Any) -> Any:
-    return (
-        {k: to_plain(v) for k, v in x.items()} if isinstance(x, dict) else to_plain(x)
-    )
+    """Returns text, or a dict of texts, as a string or lists."""
+    if isinstance(x, dict):
+        return {name: to_plain(value) for name, value in x.items()}
+    return to_plain(x)
 
 
 def _as_batch(batch: Any) -> Any:
@@ -164,10 +165,7 @@ def read_samples(task: Any, x: Any, y: Any = None) -> tuple[Any, Any]:
 
 def _read_answers(x: dict[str, Any]) -> dict[str, list[str]]:
     """Returns prompts and their responses as lists of strings."""
-    texts = {name: to_plain(value) for name, value in x.items()}
-    lengths = {
-        len(value) for value in texts.values() if isinstance(value, (list, tuple))
-    }
+    texts = _texts(x)
     fits = all(
         isinstance(x, (list, tuple)) and all(map(is_text, x)) for x in texts.values()
     )
@@ -177,10 +175,11 @@ def _read_answers(x: dict[str, Any]) -> dict[str, list[str]]:
             "lists of strings: the model has a preprocessor, which makes tokens and "
             f"targets of them. Received: x={describe(x)}"
         )
-    if len(lengths) > 1 or not any(texts["responses"]):
+    prompts, responses = len(texts["prompts"]), len(texts["responses"])
+    if prompts != responses or not any(texts["responses"]):
         raise ValueError(
             "`x` must have a response for each prompt. Received: "
-            f"{len(texts['prompts'])} prompts and {len(texts['responses'])} responses"
+            f"{prompts} prompts and {responses} responses"
             + ("" if any(texts["responses"]) else ", which are all empty")
         )
     return {name: [to_str(text) for text in value] for name, value in texts.items()}

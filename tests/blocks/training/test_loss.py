@@ -8,19 +8,20 @@ from keras import ops
 from blocks import CausalLM, Perplexity, TokenCrossentropy
 from blocks.training import chunked_loss
 from tests.helpers import assert_close, to_numpy
-from tests.models import RAGGED, VOCABULARY_SIZE, make_backbone, make_text_lm, prompts
+from tests.models import (
+    RAGGED,
+    VOCABULARY_SIZE,
+    log_softmax,
+    make_backbone,
+    make_text_lm,
+    prompts,
+)
 
 
 def ragged_data(seed=0):
     x = prompts(RAGGED)
     y = np.random.default_rng(seed).integers(0, VOCABULARY_SIZE, x["token_ids"].shape)
     return x, y.astype("int32")
-
-
-def log_softmax(logits):
-    logits = logits.astype("float64")
-    top = logits.max(-1, keepdims=True)
-    return logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
 
 
 def reference(logits, targets, weights, label_smoothing=0.0, z_loss=0.0):
