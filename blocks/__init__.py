@@ -17,6 +17,7 @@ from blocks.json_tokenizer import JsonTokenizer
 from blocks.layers.feed_forward import FeedForward, GatedFeedForward, gelu_approximate
 from blocks.layers.mixture_of_experts import MixtureOfExperts
 from blocks.layers.norms import DynamicTanh
+from blocks.packing import PackedDocuments
 from blocks.preprocessor import CausalLMPreprocessor
 from blocks.swap import SwapReport
 from blocks.training.perplexity import Perplexity
@@ -36,6 +37,7 @@ __all__ = [
     "GenerationState",
     "JsonTokenizer",
     "MixtureOfExperts",
+    "PackedDocuments",
     "Perplexity",
     "PromptLookup",
     "Session",

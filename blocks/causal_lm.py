@@ -26,6 +26,7 @@ from blocks.training_data import (
     as_slices,
     is_for_keras,
     is_in_memory,
+    is_tokens,
     preprocessed,
     read_samples,
     shuffled,
@@ -192,7 +193,8 @@ class CausalLM(
                 `prompts` and `responses`, of which only the responses are learned; else
                 a dict of `token_ids` and `padding_mask`. Or batches of these, or of
                 tuples with targets and weights: a `tf.data.Dataset`, a torch
-                `DataLoader`, a `keras.utils.PyDataset`, a Grain dataset, a generator.
+                `DataLoader`, a `keras.utils.PyDataset`, a Grain dataset, a generator,
+                `blocks.PackedDocuments`. Tokens need no preprocessor, and pass it by.
             y: the next token of each, where there is no preprocessor.
             batch_size: int or `None`, which means 32.
             sample_weight: the weight of each target, or `None`.
@@ -232,6 +234,14 @@ class CausalLM(
         kwargs.setdefault("shuffle", False)
         data = (x, y, batch_size, sample_weight, validation_data, validation_split)
         return super().fit(*data, **kwargs)
+
+    def preprocess_samples(
+        self, x: Any, y: Any = None, sample_weight: Any = None
+    ) -> Any:
+        """Returns training samples of texts by the preprocessor; tokens as they are."""
+        if is_tokens(x):
+            return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
+        return super().preprocess_samples(x, y, sample_weight)
 
     def evaluate(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
         if is_for_keras(x):

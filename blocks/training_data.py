@@ -29,6 +29,12 @@ def is_in_memory(x: Any) -> bool:
     return isinstance(x, (str, bytes, list, tuple, dict)) or hasattr(x, "shape")
 
 
+def is_tokens(x: Any) -> bool:
+    """Returns whether samples or batches are tokens, for which no preprocessor is needed."""
+    x = x[0] if isinstance(x, tuple) and x else x
+    return isinstance(x, dict) and "token_ids" in x
+
+
 def as_dataset(x: Any) -> Any:
     """Returns a `tf.data.Dataset` of an iterable of batches, such as a `DataLoader`.
 
@@ -90,7 +96,7 @@ def preprocessed(task: Any, x: Any) -> Any:
     """Returns data that `is_for_keras` with each batch preprocessed."""
 
     def preprocess(batch: Any) -> Any:
-        if task.preprocessor is None:
+        if task.preprocessor is None or is_tokens(batch):
             return batch
         texts = batch if isinstance(batch, tuple) else (batch,)
         samples = task.preprocess_samples(*map(_texts, texts))
@@ -127,11 +133,15 @@ def read_samples(task: Any, x: Any, y: Any = None) -> tuple[Any, Any]:
         `(x, y)`: text as a list of strings, tokens with 0 for padding. A
         `tf.data.Dataset` checks its batches; other data that yields batches, as it is.
     """
-    if isinstance(x, tf.data.Dataset) and task.preprocessor is None:
+    if isinstance(x, tf.data.Dataset) and (
+        task.preprocessor is None or is_tokens(x.element_spec)
+    ):
         return with_checked_batches(x, vocabulary_size(task)), y
     if not is_in_memory(x):
         return x, y
     preprocessor = task.preprocessor
+    if is_tokens(x):
+        preprocessor = None
     if isinstance(preprocessor, CausalLMPreprocessor) and isinstance(x, dict):
         return _read_answers(x), y
     if isinstance(preprocessor, keras_hub.models.CausalLMPreprocessor):
@@ -147,7 +157,7 @@ def read_samples(task: Any, x: Any, y: Any = None) -> tuple[Any, Any]:
         if not any(texts):
             raise ValueError(f"`x` has no text. Received: x={describe(texts)}")
         return texts, y
-    if preprocessor is None and isinstance(x, dict) and "token_ids" in x:
+    if preprocessor is None and is_tokens(x):
         tokens, *_ = read_tokens(x["token_ids"], x.get("padding_mask"))
         check_tokens(tokens, vocabulary_size(task))
         x = {**x, "token_ids": tokens}
@@ -195,7 +205,7 @@ def with_checked_batches(data: tf.data.Dataset, size: int | None) -> tf.data.Dat
         check_tokens(read_tokens(tokens, *mask)[0], size)
 
     def check(x: Any, *targets: Any) -> Any:
-        if isinstance(x, dict) and "token_ids" in x:
+        if is_tokens(x):
             names = [name for name in ("token_ids", "padding_mask") if name in x]
             tf.numpy_function(check_arrays, [x[name] for name in names], [])
         return (x, *targets) if targets else x

@@ -30,6 +30,7 @@ from attention.contract.remat import (
     rematerialize_tensors,
 )
 from attention.contract.scopes import CacheScope, NewCacheScope
+from attention.contract.segments import SegmentScope, segment_positions, segment_starts
 from attention.contract.sizes import is_concrete, is_tensor
 from attention.contract.types import (
     Activation,
@@ -53,6 +54,7 @@ __all__ = [
     "Initializer",
     "Mask",
     "NewCacheScope",
+    "SegmentScope",
     "Shape",
     "Tensor",
     "Untracked",
@@ -78,4 +80,6 @@ __all__ = [
     "last_tokens",
     "max_positions",
     "rematerialize_tensors",
+    "segment_positions",
+    "segment_starts",
 ]

@@ -48,6 +48,10 @@ class CachedLayer(keras.layers.Layer):
     - `padding_mask`: `(batch_size, length)`, true for the real tokens of the
       inputs, which are padded on the right. A padded token is a no-op: it
       enters no state, is attended by no token and moves no position.
+    - `segment_ids`: of packed rows, `(batch_size, length)`: integers, one number for
+      the tokens of one document. No other document in the row changes its outputs. A
+      layer has this argument to be trained on packed rows (`SegmentScope`), never with
+      a cache.
     - The whole sequence without a cache, one prefill, chunks of any sizes and
       one token at a time give the same outputs.
     - A smaller index than before takes the last positions back, if the layer
@@ -241,6 +245,9 @@ class CachedLayer(keras.layers.Layer):
                 "Add `padding_mask=None` to it, and leave out the tokens for "
                 "which the mask is false."
             )
+        segments = self._choose_segment_ids(given.get("segment_ids"), inputs, cache)
+        if segments is not None:
+            kwargs["segment_ids"] = segments
         self._check_length(inputs, mask, cache, index)
         changes: dict[str, Any] = {"scope": None, "running": None}
         if isinstance(inputs, keras.KerasTensor) and keras.config.backend() == "torch":
@@ -274,6 +281,27 @@ class CachedLayer(keras.layers.Layer):
                 "tokens a `padding_mask` of its own."
             )
         return None
+
+    def _choose_segment_ids(
+        self, given: Tensor | None, inputs: Tensor, cache: Cache | None
+    ) -> Tensor | None:
+        """Returns the documents of packed rows, if the context has some and not the call."""
+        around = context().segment_ids
+        if given is not None or around is None or not mask_fits(around, inputs):
+            return None
+        if cache is not None:
+            raise ValueError(
+                f"Layer '{self.name}' was called with a cache in a `SegmentScope`. A "
+                "cache holds one document in each row; give each its own row."
+            )
+        if "segment_ids" in parameters(type(self).call):
+            return around
+        raise TypeError(
+            f"`call` of layer '{self.name}' ({type(self).__name__}) has no argument "
+            "`segment_ids`, so documents that share a row would change each other's "
+            "outputs. Add `segment_ids=None` to it, and forget what came before "
+            "wherever the number changes; or train with a document in each row."
+        )
 
     def rematerialized_call(
         self, layer_call: Callable, *args: Any, **kwargs: Any

@@ -40,7 +40,8 @@ def in_context(call: Callable) -> Callable:
     signature = inspect.signature(call)
     names = list(signature.parameters)
     attached = {x: to for x, to in _attached_masks(names).items() if x not in names}
-    place = names.index("padding_mask") - 1 if "padding_mask" in names else None
+    of_tokens = ("padding_mask", "segment_ids")
+    places = {name: names.index(name) - 1 for name in of_tokens if name in names}
 
     @functools.wraps(call)
     def call_in_context(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -60,9 +61,8 @@ def in_context(call: Callable) -> Callable:
             if kwargs.get(to) is None and names.index(to) > len(args):
                 kwargs[to] = mask
         changes = {"running": self}
-        if place is not None:
-            given = args[place] if place < len(args) else kwargs.get("padding_mask")
-            changes["padding_mask"] = given
+        for name, place in places.items():
+            changes[name] = args[place] if place < len(args) else kwargs.get(name)
         with change_context(**changes):
             return call(self, *args, **kwargs)
 

@@ -24,7 +24,7 @@ from attention.contract.scopes import CacheScope, RecordingScope
 from attention.contract.types import Cache, Index, Mask, Tensor
 
 # Arguments of `call` that are not passed on to `transform`, or only if it names them.
-_CACHE_ARGUMENTS = ("cache", "cache_update_index", "training")
+_CACHE_ARGUMENTS = ("cache", "cache_update_index", "training", "segment_ids")
 
 
 @functools.cache
@@ -83,7 +83,8 @@ class CompositeCachedLayer(CachedLayer):
     when the layer is first called without a cache, in the symbolic call that
     makes a functional model or in any other.
 
-    Inner cached layers that are called without a padding mask use that of this layer.
+    Inner cached layers that are called without a padding mask use that of this layer,
+    and so with `segment_ids`.
 
     Args:
         **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
@@ -199,7 +200,8 @@ class CompositeCachedLayer(CachedLayer):
         # Its first argument may have any name.
         takes = parameters(type(self).transform)[1:]
         further = {name: value for name, value in inputs.items() if name in takes}
-        with change_context(padding_mask=inputs["padding_mask"]):
+        around = {name: inputs.get(name) for name in ("padding_mask", "segment_ids")}
+        with change_context(**around):
             return self.transform(inputs["x"], **further)
 
     def _check_arguments(self, args: tuple, kwargs: dict[str, Any]) -> None:

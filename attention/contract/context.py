@@ -31,6 +31,7 @@ class Context:
     Attributes:
         scope: the `Scope` that gives them their caches, or `None`.
         padding_mask: the mask of the enclosing call or scope, or `None`.
+        segment_ids: the documents of packed rows, of the same, or `None`.
         donated: bool. Whether a cache policy may overwrite the cache it receives.
         dry_run: the outermost `RecordingScope` around them, or `None`.
         running: the cached layer whose `call` makes these calls, or `None`.
@@ -39,6 +40,7 @@ class Context:
 
     scope: Scope | None = None
     padding_mask: Tensor | None = None
+    segment_ids: Tensor | None = None
     donated: bool = False
     dry_run: RecordingScope | None = None
     running: Any = None

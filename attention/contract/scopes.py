@@ -270,7 +270,8 @@ class RecordingScope(Scope):
     """
 
     def __init__(self, batch_size: int | None = None, strict: bool = True) -> None:
-        super().__init__(dry_run=context().dry_run or self)
+        # Rows that are made up hold no documents.
+        super().__init__(dry_run=context().dry_run or self, segment_ids=None)
         self.layers: list[Any] = []
         self.problem: str | None = None
         self.whole_prompt = False

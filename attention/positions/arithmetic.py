@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from keras import ops
 
+from attention.contract.segments import segment_positions
 from attention.contract.types import Index, Mask, Tensor
 
 # The position of padding: later than all queries, so that none attends to it, and far
@@ -34,13 +35,19 @@ def join_positions(past: Tensor, new: Tensor) -> Tensor:
     return ops.concatenate([past, new], axis=-1)
 
 
-def token_positions(cache_update_index: Index | None, length: int | Tensor) -> Tensor:
+def token_positions(
+    cache_update_index: Index | None,
+    length: int | Tensor,
+    segment_ids: Tensor | None = None,
+) -> Tensor:
     """Returns the positions of the `length` tokens that follow the cached ones.
 
     Args:
         cache_update_index: `None` (no cache: start at 0), an int, an integer scalar
             tensor or an integer tensor of shape `(batch,)`.
         length: int or integer scalar tensor.
+        segment_ids: `None` or integer tensor `(batch, length)`: positions count from
+            the start of each document. Then there is no cache.
 
     Returns:
         An `int32` tensor of shape `(length,)`, or `(batch, length)` where rows are at
@@ -53,6 +60,8 @@ def token_positions(cache_update_index: Index | None, length: int | Tensor) -> T
     >>> np.array(token_positions(np.array([0, 5]), 3)).tolist()
     [[0, 1, 2], [5, 6, 7]]
     """
+    if segment_ids is not None:
+        return segment_positions(segment_ids)
     steps = ops.arange(length, dtype="int32")
     if cache_update_index is None or isinstance(cache_update_index, int):
         return steps + (cache_update_index or 0)

@@ -85,13 +85,15 @@ class PositionEmbedding(CachedLayer):
         padding_mask: Mask | None = None,
         cache: tuple | None = None,
         cache_update_index: Index | None = None,
+        segment_ids: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, tuple]:
         if cache is not None and cache_update_index is None:
             raise ValueError(
                 f"Layer '{self.name}' was called with `cache` but without "
                 "`cache_update_index`, the position of its first token."
             )
-        positions = token_positions(cache_update_index, ops.shape(x)[1])
+        length = ops.shape(x)[1]
+        positions = token_positions(cache_update_index, length, segment_ids)
         positions = ops.minimum(positions, self.sequence_length - 1)
         embeddings = ops.convert_to_tensor(self.position_embeddings)
         embeddings = ops.cast(embeddings, self.compute_dtype)

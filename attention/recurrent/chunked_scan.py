@@ -10,6 +10,7 @@ from collections.abc import Callable
 from keras import ops
 
 from attention.contract.padding import cut
+from attention.contract.segments import segment_starts
 from attention.contract.sizes import sequence_length, static_size
 from attention.contract.types import Tensor
 
@@ -31,6 +32,7 @@ def linear_recurrence(
     state: Tensor,
     remove: Tensor | None = None,
     replace: Tensor | None = None,
+    segment_ids: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns the outputs of a gated linear recurrence, and its last state, in float32.
 
@@ -42,7 +44,7 @@ def linear_recurrence(
     Within a chunk by products of matrices, between chunks by an associative scan. Time
     and memory are linear in the length. One token, a few tokens and a whole sequence
     are the same computation. The arguments are those of `attention.LinearRecurrence`,
-    which has no other computation.
+    which has no other computation. The first token of a document does not see `state`.
 
     References:
 
@@ -56,11 +58,18 @@ def linear_recurrence(
     state = ops.cast(state, "float32")  # (b, h, k, v)
     # The decay from the start of the chunk to each token, and from each token to the
     # end. Both are sums: the difference of two large sums would have few digits left.
-    from_start = ops.cumsum(log_decay, axis=3)  # (b, n, h, c, 1 or k)
+    pairs = _Pairs(log_decay, chunks.begun(segment_ids))
+    from_start = pairs.from_start  # (b, n, h, c, 1 or k)
     later = _delay(ops.flip(log_decay, axis=3))
     to_end = ops.exp(ops.flip(ops.cumsum(later, axis=3), axis=3))
-    pairs = _Pairs(log_decay, from_start)
-    whole = ops.swapaxes(ops.exp(from_start[..., -1:, :]), 3, 4)  # (b, n, h, 1 or k, 1)
+    whole = ops.exp(from_start[..., -1:, :])  # (b, n, h, 1, 1 or k)
+    old = 1.0  # Whether a token sees the state at the chunk's start.
+    if pairs.begun is not None:
+        last = pairs.begun[..., -1:, :]
+        to_end = to_end * ops.cast(pairs.begun == last, "float32")
+        old = ops.cast(pairs.begun == 0, "float32")
+        whole = whole * old[..., -1:, :]
+    whole = _transpose(whole)
     # Outputs are `query_start · (state at the chunk's start)` and what the chunk adds.
     query_start = query * ops.exp(from_start)  # (b, n, h, c, k)
     outputs = pairs.products(query, query_start, key) @ value  # (b, n, h, c, v)
@@ -68,17 +77,17 @@ def linear_recurrence(
     if remove is None or replace is None:
         transition = ops.broadcast_to(whole, (*ops.shape(added)[:4], 1))
         states, state = _chunk_states(False, transition, added, state)
-        return chunks.join(outputs + query_start @ states), state
+        return chunks.join(outputs + old * query_start @ states), state
     remove, replace = chunks.split(remove), chunks.split(replace)
     # Each token finds `found_start · (state at the chunk's start) + found` along
     # `remove`. Earlier tokens of the chunk have written what they found in turn.
     found_start = remove * ops.exp(_delay(from_start))  # (b, n, h, c, k)
     found = pairs.products(remove, found_start, key, own=False) @ value
     replaced = pairs.products(remove, found_start, replace, own=False)
-    found_start, found = _solve(replaced, found_start, found)
+    found_start, found = _solve(replaced, old * found_start, found)
     read = pairs.products(query, query_start, replace)  # (b, n, h, c, c)
     outputs = outputs + read @ found
-    query_start = query_start + read @ found_start
+    query_start = old * query_start + read @ found_start
     replace_end = _transpose(replace * to_end)  # (b, n, h, k, c)
     added = added + replace_end @ found
     decay = ops.eye(key.shape[-1], dtype="float32") * whole
@@ -104,6 +113,16 @@ class _Chunks:
         # The last chunk is filled up with zeros: no decay, and nothing added.
         return ops.swapaxes(cut(ops.cast(x, "float32"), self.count, self.size), 2, 3)
 
+    def begun(self, segment_ids: Tensor | None) -> Tensor | None:
+        """Returns how many documents have begun in a chunk up to each token.
+
+        It is of shape `(b, n, 1, c, 1)`.
+        """
+        if segment_ids is None:
+            return None
+        starts = segment_starts(segment_ids)[..., None, None]
+        return ops.cumsum(self.split(starts), axis=3)
+
     def join(self, x: Tensor) -> Tensor:
         """Returns `(b, n, h, c, dim)` as `(b, l, h, dim)`."""
         x = ops.swapaxes(x, 2, 3)  # (b, n, c, h, dim)
@@ -114,20 +133,29 @@ class _Chunks:
 class _Pairs:
     """Products of tokens that read with tokens of the same chunk that wrote.
 
-    `log_decay` is `(b, n, h, c, 1 or k)`, and `from_start` its cumulative sum.
+    `log_decay` is `(b, n, h, c, 1 or k)`, and so is `from_start`, its sum from the
+    start of the chunk or of the token's document; `begun` is as from `_Chunks.begun`.
     """
 
-    def __init__(self, log_decay: Tensor, from_start: Tensor) -> None:
+    def __init__(self, log_decay: Tensor, begun: Tensor | None) -> None:
         index = ops.arange(ops.shape(log_decay)[3], dtype="int32")
         self.later = index[:, None] > index[None]
         self.not_earlier = index[:, None] >= index[None]
-        self.decay = self.growth = None
+        self.decay = self.growth = self.same = None
+        self.begun = begun
+        if begun is None:
+            self.from_start = ops.cumsum(log_decay, axis=3)
+        else:
+            # Not even the rounding of a sum depends on another document.
+            self.same = ops.cast(begun == _transpose(begun), "float32")
+            earlier = ops.cast(self.not_earlier, "float32") * self.same
+            self.from_start = earlier @ log_decay
         if log_decay.shape[-1] == 1:
             # (b, n, h, c, c): the decay between each pair, summed pair by pair.
             between = ops.cumsum(ops.where(self.later, log_decay, 0.0), axis=3)
             self.decay = ops.exp(ops.where(self.not_earlier, between, _NOTHING))
         else:
-            self.growth = ops.exp(-from_start)  # (b, n, h, c, k)
+            self.growth = ops.exp(-self.from_start)  # (b, n, h, c, k)
 
     def products(
         self, reader: Tensor, reader_start: Tensor, written: Tensor, own: bool = True
@@ -140,9 +168,11 @@ class _Pairs:
         """
         if self.decay is not None:
             decay = self.decay if own else _delay(self.decay)
-            return (reader @ _transpose(written)) * decay
+            products = (reader @ _transpose(written)) * decay
+            return products if self.same is None else products * self.same
         products = reader_start @ _transpose(written * self.growth)
-        return ops.where(self.not_earlier if own else self.later, products, 0.0)
+        products = ops.where(self.not_earlier if own else self.later, products, 0.0)
+        return products if self.same is None else products * self.same
 
 
 def _delay(x: Tensor) -> Tensor:

@@ -102,9 +102,11 @@ class LinearRecurrence(CachedLayer):
         padding_mask: Mask | None = None,
         cache: Cache | None = None,
         cache_update_index: Index | None = None,
+        segment_ids: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Cache]:
         if self.position is not None:
-            positions = token_positions(cache_update_index, ops.shape(query)[1])
+            length = ops.shape(query)[1]
+            positions = token_positions(cache_update_index, length, segment_ids)
             query, key = self.position.encode(query, key, positions, positions)
         inputs = [query, key, value, log_decay, remove, replace]
         if padding_mask is not None:
@@ -117,7 +119,7 @@ class LinearRecurrence(CachedLayer):
             # `zeros_like`, as the batch size may not be known.
             state = ops.zeros_like(key[:, 0, :, :, None] * value[:, 0, :, None])
         outputs, state = linear_recurrence(
-            query, key, value, log_decay, state, remove, replace
+            query, key, value, log_decay, state, remove, replace, segment_ids
         )
         return outputs if cache is None else (outputs, state)
 

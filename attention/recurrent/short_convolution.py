@@ -70,16 +70,14 @@ class ShortConvolution(TokenShift):
                 name="bias", shape=(self._width,), initializer="zeros"
             )
 
-    def _mix(self, seen: Tensor, length: int | Tensor) -> Tensor:
+    def _mix(self, seen: list[Tensor]) -> Tensor:
         # Each sum would be rounded in half precision.
-        kernel, x = float32(self.kernel), float32(seen)
-        outputs = sum(
-            x[:, i : i + length] * kernel[i]  # (b, l, w) * (w,)
-            for i in range(self.kernel_size)
-        )
+        kernel = float32(self.kernel)
+        # (b, l, w) * (w,)
+        outputs = sum(float32(x) * kernel[i] for i, x in enumerate(seen))
         if self.bias is not None:
             outputs = outputs + float32(self.bias)
-        return ops.cast(self.activation(outputs), seen.dtype)
+        return ops.cast(self.activation(outputs), seen[0].dtype)
 
     def get_config(self) -> dict[str, Any]:
         config = {**arguments_of(ShortConvolution, self), **super().get_config()}

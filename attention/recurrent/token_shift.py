@@ -9,6 +9,7 @@ from attention.contract.arguments import check_positive_int
 from attention.contract.cached_layer import CachedLayer
 from attention.contract.checks import check_sequence_shape
 from attention.contract.padding import last_tokens
+from attention.contract.segments import segment_positions
 from attention.contract.types import Cache, Index, Mask, Shape, Tensor
 
 
@@ -59,6 +60,7 @@ class TokenShift(CachedLayer):
         padding_mask: Mask | None = None,
         cache: Cache | None = None,
         cache_update_index: Index | None = None,
+        segment_ids: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Cache]:
         if cache is None:
             # `zeros_like`, as the batch size may not be known.
@@ -66,13 +68,28 @@ class TokenShift(CachedLayer):
         else:
             past = ops.cast(cache, x.dtype)
         seen = ops.concatenate([past, x], axis=1)  # (b, past + l, w)
-        outputs = self._mix(seen, ops.shape(x)[1])
+        outputs = self._mix(self._earlier(seen, ops.shape(x)[1], segment_ids))
         if cache is None:
             return outputs
         return outputs, ops.cast(
             last_tokens(seen, padding_mask, self._past), cache.dtype
         )
 
-    def _mix(self, seen: Tensor, length: int | Tensor) -> Tensor:
-        """Returns the outputs, `(b, l, w)`, from tokens of `(b, past + l, w)`."""
-        return seen[:, :-1]
+    def _earlier(
+        self, seen: Tensor, length: int | Tensor, segment_ids: Tensor | None
+    ) -> list[Tensor]:
+        """Returns tokens of `(b, past + l, w)` before each token, the nearest last.
+
+        A token of another document is zero. The last one is the token itself.
+        """
+        found = [seen[:, i : i + length] for i in range(self._past + 1)]
+        if segment_ids is None:
+            return found
+        positions = segment_positions(segment_ids)[..., None]  # (b, l, 1)
+        return [
+            ops.where(positions >= self._past - i, x, 0) for i, x in enumerate(found)
+        ]
+
+    def _mix(self, seen: list[Tensor]) -> Tensor:
+        """Returns the outputs from the tokens before each token, all `(b, l, w)`."""
+        return seen[0]

@@ -9,6 +9,7 @@ from keras import ops
 
 from attention.contract.arguments import describe, dtype_name
 from attention.contract.checks import mask_fits
+from attention.contract.segments import check_segments
 from attention.contract.sizes import is_concrete, is_tensor, static_size
 from attention.contract.types import Index, Mask, Tensor
 from attention.positions.arithmetic import hide_padding, one_row_each
@@ -74,27 +75,22 @@ def check_prefix_length(layer_name: str, prefix_length: Index, inputs: Any) -> A
 
 
 def check_segment_ids(layer_name: str, segment_ids: Tensor, inputs: Any) -> Any:
-    """Returns segment ids, `(batch, length)`, as those of queries and of keys.
+    """Returns segment ids as a tensor, `(batch, length)`.
 
     Raises a `TypeError` if they are no integers, and a `ValueError` if they are of
     another shape than the inputs.
     """
     if segment_ids is None:
         return None
-    if isinstance(segment_ids, (list, tuple)):
-        segment_ids = np.asarray(segment_ids)
-    received = (
-        f"Received by layer '{layer_name}': segment_ids={describe(segment_ids)}, "
-        f"inputs={describe(inputs)}"
-    )
-    if not hasattr(segment_ids, "shape") or "int" not in str(segment_ids.dtype):
-        raise TypeError(f"`segment_ids` must be an integer tensor. {received}")
-    if len(segment_ids.shape) != 2 or not mask_fits(segment_ids, inputs):
+    by_layer = f" by layer '{layer_name}'"
+    segment_ids = check_segments(segment_ids, by_layer)
+    if not mask_fits(segment_ids, inputs):
         raise ValueError(
             "`segment_ids` must be of shape (batch, length), a number for each token. "
-            + received
+            f"Received{by_layer}: segment_ids={describe(segment_ids)}, "
+            f"inputs={describe(inputs)}"
         )
-    return (ops.convert_to_tensor(segment_ids),) * 2
+    return ops.convert_to_tensor(segment_ids)
 
 
 def only_whole_prefixes(

@@ -267,7 +267,7 @@ class DotProductAttention(AttentionParts):
         value, key = (x if source is query else source for source in (value, key))
         q, new = self.project(x, value, key)
         # Encode positions.
-        positions = token_positions(index, ops.shape(x)[1])
+        positions = token_positions(index, ops.shape(x)[1], segment_ids)
         key_positions, key_padding_mask = positions, padding_mask
         if not own_sequence:
             key_positions = token_positions(None, ops.shape(key)[1])
@@ -296,7 +296,7 @@ class DotProductAttention(AttentionParts):
             key_padding_mask,
             attention_mask,
             prefix_length,
-            segment_ids,
+            None if segment_ids is None else (segment_ids, segment_ids),
             in_order=past is None,
         )
         options = (visibility, return_attention_scores, training)

@@ -11,7 +11,11 @@ from attention.contract.arguments import describe
 from attention.contract.padding import zero_padding
 from attention.contract.types import Cache, Index, Mask, Tensor
 from attention.positions.arithmetic import token_positions
-from attention.softmax.call_arguments import check_attention_mask, check_key_value
+from attention.softmax.call_arguments import (
+    check_attention_mask,
+    check_key_value,
+    check_segment_ids,
+)
 from attention.softmax.dot_product_attention import DotProductAttention
 from attention.softmax.visibility import Visibility
 
@@ -115,15 +119,18 @@ class SharedKeyValueAttention(DotProductAttention):
         cache_update_index: Index = None,
         return_attention_scores: bool = False,
         training: bool | None = None,
+        segment_ids: Tensor = None,
     ) -> Any:
         self._check_heads(key_value)
-        self._check_cached_call(cache, cache_update_index, None)
+        self._check_cached_call(cache, cache_update_index, segment_ids)
+        segment_ids = check_segment_ids(self.name, segment_ids, query)
         check_attention_mask(attention_mask, query, None)
         query = zero_padding(query, padding_mask)
         q = self.project_query(query)  # (batch, length, num_heads, key_dim)
         key, value = ops.swapaxes(key_value["key"], 1, 2), key_value["value"]
         key_positions = ops.cast(key_value["positions"], "int32")
-        positions = token_positions(cache_update_index, ops.shape(query)[1])
+        length = ops.shape(query)[1]
+        positions = token_positions(cache_update_index, length, segment_ids)
         # No new keys: these were encoded by the layer that made them.
         no_keys = {"key": key[:, :0]}
         q, _ = self.encode_positions(q, no_keys, positions, key_positions[:, :0])
@@ -132,6 +139,7 @@ class SharedKeyValueAttention(DotProductAttention):
             key_positions,
             policy=self.cache_policy,
             attention_mask=attention_mask,
+            segment_ids=None if segment_ids is None else (segment_ids, segment_ids),
             in_order=True,
         )
         new = past = None

@@ -9,6 +9,7 @@ from keras import ops
 
 from attention.caches.cache_policy import CachePolicy
 from attention.contract.padding import cut
+from attention.contract.segments import same_segment
 from attention.contract.sizes import sequence_length, static_size
 from attention.contract.types import Mask, Tensor
 from attention.positions.arithmetic import HIDDEN_POSITION, one_row_each
@@ -65,8 +66,7 @@ class Visibility:
         if self.attention_mask is not None:
             masks.append(_align(self.attention_mask, self.key_positions, self.in_order))
         if self.segment_ids is not None:
-            queries, keys = self.segment_ids
-            masks.append(queries[:, :, None] == keys[:, None, :])
+            masks.append(same_segment(*self.segment_ids))
         if not masks:
             return None
         combined = masks[0]

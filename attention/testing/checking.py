@@ -29,6 +29,7 @@ from attention.testing.numeric_checks import (
     check_gradients,
     check_low_precision,
 )
+from attention.testing.packing_check import check_packing, packs
 from attention.testing.padding_checks import check_masked_rows, check_padding
 from attention.testing.probe import Probe
 from attention.testing.rewind_check import check_rewind
@@ -49,6 +50,7 @@ CHECKS: dict[str, Callable[[Probe], None]] = {
     "padding": check_padding,
     "capacity": check_capacity,
     "rewind": check_rewind,
+    "packing": check_packing,
     "compiled": check_compiled,
     "low_precision": check_low_precision,
     "gradients": check_gradients,
@@ -83,7 +85,8 @@ def run_checks(
                 f"most {limit}. Received: max_length={subject.length}"
             )
         probe = Probe(subject, subject.made)
-        names = [name for name in names if name != "compiled" or has_compiler()]
+        possible = {"compiled": has_compiler, "packing": lambda: packs(subject.sites())}
+        names = [x for x in names if x not in possible or possible[x]()]
         return run_in_order(names, lambda name: CHECKS[name](probe), subject)
 
 
@@ -116,6 +119,9 @@ def check_cached_layer(
       padding that reaches past the end overwrites nothing.
     - `rewind`: where `can_rewind` is true, tokens that were taken back leave no
       trace, in rows that take back as many and in rows that don't.
+    - `packing`: documents that share a row (`attention.SegmentScope`) have the outputs
+      that each has alone, and one moves none of another's. Layers whose `call` has no
+      `segment_ids` are left out: they can't be trained on packed rows.
     - `compiled`: XLA (TensorFlow) and jit (JAX) give what eager calls give.
     - `low_precision`: `mixed_bfloat16`, `bfloat16`, `mixed_float16` stay near.
     - `gradients`: finite, and the same with a cache and without.
@@ -138,8 +144,8 @@ def check_cached_layer(
             size 1, for a layer that rounds more with a cache, such as to 8 bits.
 
     Returns:
-        A dict from each check to the largest difference that was found. On torch,
-        which compiles nothing, `compiled` is not in it.
+        A dict from each check to the largest difference that was found. Checks that
+        can't be made are not in it: on torch, which compiles nothing, `compiled`.
 
     Raises:
         ConformanceError: an `AssertionError` that names the first check that

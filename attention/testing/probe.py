@@ -11,6 +11,7 @@ import keras
 import numpy as np
 from keras import tree
 
+from attention.contract.segments import SegmentScope
 from attention.contract.types import Cache, Index, Mask
 from attention.testing.backends import compile_call, without_gradients
 from attention.testing.running import ConformanceError
@@ -102,7 +103,9 @@ class Probe:
             inputs: Any, cache: Cache, mask: Mask, index: Index, masks: Any
         ) -> Any:
             if name == "call":
-                return subject.call(made, inputs, mask, **masks)
+                masks = dict(masks or {})
+                with SegmentScope(masks.pop("segment_ids", None)):
+                    return subject.call(made, inputs, mask, **masks)
             index = static if index is None else index
             return subject.call_with_cache(made, inputs, cache, index, mask)
 

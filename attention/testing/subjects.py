@@ -105,6 +105,10 @@ class Subject(Checked):
         shape = (batch_size, length, self.hidden_dim)
         return rng.normal(size=shape).astype("float32")
 
+    def sites(self) -> tuple[CachedLayer, ...]:
+        """Returns the cached layers that are called."""
+        return (self.made,)
+
     def create_cache(self, made: Layer, batch_size: int, length: int) -> Cache:
         return made.create_cache(batch_size, length)
 
@@ -164,6 +168,9 @@ class ModelSubject(Subject):
 
     def _sites(self, made: Layer) -> tuple[CachedLayer, ...]:
         return call_sites(made, self.draw(np.random.default_rng(0), 1, 1))
+
+    def sites(self) -> tuple[CachedLayer, ...]:
+        return self._sites(self.made)
 
     def create_cache(self, made: Layer, batch_size: int, length: int) -> Cache:
         example = self.draw(np.random.default_rng(0), 1, 1)

@@ -65,7 +65,8 @@ class MixtureOfExperts(CachedLayer):
         x: tensor of shape `(batch, length, width)`.
         padding_mask: boolean tensor `(batch, length)`: the real tokens.
         cache: `()`, the cache made by `create_cache`.
-        cache_update_index: as for every `CachedLayer`.
+        cache_update_index: as for every `CachedLayer`, and so are `segment_ids`,
+            which make no difference.
         training: bool. Whether to add the loss.
 
     Returns:
@@ -200,6 +201,7 @@ class MixtureOfExperts(CachedLayer):
         cache: Cache | None = None,
         cache_update_index: Index | None = None,
         training: bool | None = None,
+        segment_ids: Tensor | None = None,
     ) -> Any:
         if padding_mask is not None:
             padding_mask = ops.cast(padding_mask, "bool")

@@ -10,8 +10,8 @@ import keras
 import keras_hub
 from keras import ops
 
-from attention.contract import Tensor, Untracked
-from blocks.generation.backbone_inputs import backbone_inputs
+from attention.contract import SegmentScope, Tensor, Untracked
+from blocks.generation.backbone_inputs import NAMES, backbone_inputs
 from blocks.training.chunked_loss import UsedVariables, chunked_sums
 from blocks.training.gradients import sum_over_replicas
 from blocks.training.perplexity import Perplexity
@@ -124,11 +124,15 @@ class TrainingMixin:
             self._without_logits = False
 
     def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Tensor:
-        if not self._without_logits:
-            return super().call(inputs, training=training, mask=mask)  # type: ignore[misc]
-        names = ("token_ids", "padding_mask")
-        known = backbone_inputs(self.backbone, *(inputs[name] for name in names))
-        return self.backbone(known, training=training)
+        segment_ids = None
+        if isinstance(inputs, dict):
+            segment_ids = inputs.get("segment_ids")
+            inputs = {x: inputs[x] for x in NAMES if x in inputs}
+        with SegmentScope(segment_ids):
+            if not self._without_logits:
+                return super().call(inputs, training=training, mask=mask)  # type: ignore[misc]
+            known = backbone_inputs(self.backbone, **inputs)
+            return self.backbone(known, training=training)
 
     def compute_loss(
         self,

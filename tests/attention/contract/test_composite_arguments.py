@@ -92,7 +92,7 @@ def test_arguments_by_position_or_keyword():
 
 def test_the_signature_of_call_is_that_of_transform():
     parameters = inspect.signature(make().call).parameters
-    names = "x other gain padding_mask cache cache_update_index training"
+    names = "x other gain padding_mask cache cache_update_index training segment_ids"
     # What Keras hands over by itself comes last.
     assert [*parameters] == [*names.split(), "mask", "x_mask"]
     assert parameters["gain"].default == 1.0

@@ -146,7 +146,7 @@ SCHEMES = {
     "alibi": AlibiBias,
 }
 EQUALITIES = ["rows", "causality", "prefill_and_steps", "chunks", "positions"]
-EQUALITIES += ["masked_rows", "padding", "capacity", "rewind"]
+EQUALITIES += ["masked_rows", "padding", "capacity", "rewind", "packing"]
 
 
 @settings(

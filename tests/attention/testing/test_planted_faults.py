@@ -100,7 +100,11 @@ def test_a_cache_that_is_changed_in_place():
 )
 def test_the_same_layers_without_a_fault(make):
     report = check_cached_layer(make, **SIZES)
-    assert len(report) == len(CHECKS) - (keras.config.backend() == "torch")
+    # Their `call` has no `segment_ids`.
+    left_out = {"packing"}
+    if keras.config.backend() == "torch":
+        left_out.add("compiled")
+    assert set(CHECKS) - set(report) == left_out
     for check, difference in report.items():
         bound = 0.1 if check == "low_precision" else 1e-3
         assert 0 <= difference < bound, (check, difference)
