@@ -15,6 +15,7 @@ from attention.contract import (
     call_with_cache,
     can_rewind,
     create_cache,
+    declare_role,
     grow_cache,
     last_tokens,
 )
@@ -82,6 +83,7 @@ __all__ = [
     "call_with_cache",
     "can_rewind",
     "create_cache",
+    "declare_role",
     "grow_cache",
     "last_tokens",
     "token_positions",

@@ -9,6 +9,7 @@ import keras_hub
 from attention.contract import DType, describe
 from blocks.checkpoints import hugging_face
 from blocks.checkpoints.keras_hub import convert_backbone
+from blocks.checkpoints.peft_adapters import export_lora
 from blocks.hugging_face_files import write_preprocessor
 from blocks.preset_files import written_aside
 from blocks.presets import check_registered, load_task
@@ -73,6 +74,36 @@ class CheckpointMixin:
         hugging_face.export_backbone(self.backbone, path, dtype)
         write_preprocessor(path, self.preprocessor)
 
+    def export_lora_to_peft(self, path: str, base_model: str | None = None) -> None:
+        """Writes the low-rank updates alone, as PEFT and transformers read them.
+
+        `AutoModelForCausalLM.from_pretrained(base_model).load_adapter(path)` then
+        computes what this model does.
+
+        Args:
+            path: str. The folder; it is made if need be.
+            base_model: `None`, or the folder or handle of the model without updates.
+
+        Raises:
+            ValueError: if there are no updates, or the backbone is of no published
+                architecture.
+        """
+        export_lora(self.backbone, path, base_model)
+
+    def merge_lora(self) -> Any:
+        """Makes a model of plain weights, with the low-rank updates added to them.
+
+        Its weights are floats where those of this model are quantized. This model stays
+        as it is.
+
+        Returns:
+            The model, which has the same preprocessor and is not compiled.
+
+        Raises:
+            TypeError: if the backbone is no `blocks.CustomBackbone`.
+        """
+        return self.swap()[0]
+
     def swap(
         self, backbone_class: type | None = None, **changes: Any
     ) -> tuple[Any, SwapReport]:
@@ -81,7 +112,8 @@ class CheckpointMixin:
         Weights whose path and shape are the same are kept. Where only the number of
         heads differs, fewer heads are the means of those that stood side by side, and
         more are copies. All others are as their initializers make them, to be trained.
-        This model stays as it is.
+        Updates of LoRA are added to weights, and quantized ones become floats. This model
+        stays as it is.
 
         Args:
             backbone_class: a subclass of `blocks.CustomBackbone`, usually one of this

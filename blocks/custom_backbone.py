@@ -22,13 +22,14 @@ from attention.contract import (
 from blocks.custom_decoder import CustomDecoder
 from blocks.hooks import dtype_policy_scope, name_layer, run_hook
 from blocks.layers.feed_forward import FeedForward, gelu_approximate
+from blocks.lora import LowRankUpdates
 from blocks.preset_files import written_aside
 from blocks.presets import check_registered, make_from_config
 from blocks.token_model import TokenModel
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
-class CustomBackbone(TokenModel, keras_hub.models.Backbone):
+class CustomBackbone(LowRankUpdates, TokenModel, keras_hub.models.Backbone):
     """A decoder-only backbone with a hook for each of its parts.
 
     By default it is GPT-2's architecture. It is an ordinary functional KerasHub
@@ -322,26 +323,6 @@ class CustomBackbone(TokenModel, keras_hub.models.Backbone):
         for decoder in self.transformer_layers:
             x = decoder(x, padding_mask=padding_mask)
         return x
-
-    def enable_lora(self, rank: int, target_layer_names: Any = None) -> None:
-        """Freezes all weights and adds trainable low-rank updates.
-
-        Its arguments are those of `CausalLM.enable_lora`.
-
-        Raises:
-            ValueError: if there is no layer of such a name.
-        """
-        super().enable_lora(rank, target_layer_names)
-        for weight in self.trainable_weights:
-            # `save_lora_weights` would leave out what else was trained.
-            weight.trainable = "lora" in weight.name
-        if not self.trainable_weights:
-            names = target_layer_names or self.default_lora_layer_names()
-            raise ValueError(
-                f"No layer that LoRA applies to is named one of {list(names)}, so "
-                "nothing is left to train. Pass the names of dense layers as "
-                "`target_layer_names`."
-            )
 
     def save_to_preset(
         self, preset_dir: str, max_shard_size: float | None = 10

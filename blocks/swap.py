@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 from keras import ops
 
-from attention.contract import Tensor, describe
+from attention.contract import Tensor, all_layers, describe
+from blocks.checkpoints.computed_weights import current_weights
 from blocks.checkpoints.loading import weights_from
 from blocks.custom_backbone import CustomBackbone
 
@@ -49,7 +50,7 @@ def swap_backbone(
             "`backbone_class` must be a subclass of `blocks.CustomBackbone`, for example "
             f"of `{type(backbone).__name__}`. Received: backbone_class={describe(cls)}"
         )
-    old = {weight.path: weight for weight in backbone.weights}
+    old = current_weights(backbone)
     report = SwapReport([], {}, [], [])
 
     def value_of(weight: Any) -> Tensor | None:
@@ -68,7 +69,10 @@ def swap_backbone(
         report.adapted[path] = how
         return ops.cast(value, weight.dtype)
 
-    config = {**backbone.get_config(), **changes}
+    config = backbone.get_config()
+    if any(getattr(x, "quantization_mode", None) for x in all_layers(backbone)):
+        config["dtype"] = backbone.dtype_policy  # The weights are floats again.
+    config.update(changes)
     # The name of a model is that of its class.
     config.pop("name", None)
     with weights_from(lambda: value_of):

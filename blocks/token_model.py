@@ -49,7 +49,6 @@ class TokenModel:
     train_on_batch = _counted("train_on_batch")
     set_weights = _counted("set_weights")
     load_weights = _counted("load_weights")
-    load_lora_weights = _counted("load_lora_weights")
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(inputs, dict) and inputs.get("padding_mask") is not None:

@@ -29,6 +29,12 @@ from attention.contract.remat import (
     hide_full_remat,
     rematerialize_tensors,
 )
+from attention.contract.roles import (
+    FEED_FORWARD_ROLES,
+    ROLES,
+    declare_role,
+    role_of,
+)
 from attention.contract.scopes import CacheScope, NewCacheScope
 from attention.contract.segments import SegmentScope, segment_positions, segment_starts
 from attention.contract.sizes import is_concrete, is_tensor
@@ -44,6 +50,8 @@ from attention.contract.types import (
 )
 
 __all__ = [
+    "FEED_FORWARD_ROLES",
+    "ROLES",
     "Activation",
     "Cache",
     "CacheScope",
@@ -71,6 +79,7 @@ __all__ = [
     "check_right_padded",
     "clone_initializer",
     "create_cache",
+    "declare_role",
     "describe",
     "find_not_rewindable",
     "grow_cache",
@@ -80,6 +89,7 @@ __all__ = [
     "last_tokens",
     "max_positions",
     "rematerialize_tensors",
+    "role_of",
     "segment_positions",
     "segment_starts",
 ]

@@ -6,6 +6,7 @@ from typing import Any
 
 import keras
 
+from attention.contract.roles import ROLES, declare_role
 from attention.contract.types import DType, Initializer
 
 
@@ -49,9 +50,17 @@ def clone_initializer(initializer: Initializer, number: int = 0) -> Initializer:
 
 
 def make_dense(
-    layer: Any, name: str, size: int, input_size: int, use_bias: bool = False
+    layer: Any,
+    name: str,
+    size: int,
+    input_size: int,
+    use_bias: bool = False,
+    role: str | None = None,
 ) -> keras.layers.Layer:
-    """Returns a built projection with the initializers and dtype policy of `layer`."""
+    """Returns a built projection with the initializers and dtype policy of `layer`.
+
+    `role` is one of `declare_role`; `None` means the name, if that is one.
+    """
     bias_initializer = getattr(layer, "bias_initializer", "zeros")
     dense = keras.layers.Dense(
         size,
@@ -62,7 +71,8 @@ def make_dense(
         name=name,
     )
     dense.build((None, None, input_size))
-    return dense
+    role = name if role is None and name in ROLES else role
+    return dense if role is None else declare_role(dense, role)
 
 
 def make_rms_norm(

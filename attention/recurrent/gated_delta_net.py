@@ -99,7 +99,7 @@ class GatedDeltaNet(RecurrentMixer):
         self._key_size = keys = self._key_heads * key_dim
         values = heads * value_dim
         self.query_key_value = make_dense(
-            self, "query_key_value", 2 * keys + values, width
+            self, "query_key_value", 2 * keys + values, width, role="input"
         )
         self.convolution = self.make_convolution(self.kernel_size, 2 * keys + values)
         self.gate_dense = make_dense(self, "gate", values, width)

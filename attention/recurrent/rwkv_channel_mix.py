@@ -60,8 +60,9 @@ class RWKVChannelMix(CompositeCachedLayer):
             shape=(width,),
             initializer=keras.initializers.RandomUniform(0.0, 1.0),
         )
-        self.key_dense = make_dense(self, "key", self.hidden_dim, width)
-        self.value_dense = make_dense(self, "value", width, self.hidden_dim)
+        sizes = self.hidden_dim, width
+        self.key_dense = make_dense(self, "key", *sizes, role="ffn_input")
+        self.value_dense = make_dense(self, "value", *sizes[::-1], role="ffn_output")
 
     def transform(self, x: Tensor) -> Tensor:  # type: ignore[override]
         mixed = x + (self.shift(x) - x) * ops.cast(self.mix, x.dtype)  # (b, l, w)

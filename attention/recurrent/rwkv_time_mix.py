@@ -108,7 +108,9 @@ class RWKVTimeMix(RecurrentMixer):
             )
             for name in _MIXED
         }
-        self.receptance_dense = make_dense(self, "receptance", width, width)
+        self.receptance_dense = make_dense(
+            self, "receptance", width, width, role="query"
+        )
         self.key_dense = make_dense(self, "key", width, width)
         self.value_dense = make_dense(self, "value", width, width)
         self.output_dense = make_dense(self, "output", width, width)

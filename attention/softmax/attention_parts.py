@@ -21,6 +21,7 @@ from attention.contract.arguments import (
 from attention.contract.cached_layer import CachedLayer
 from attention.contract.checks import check_sequence_shape
 from attention.contract.inner_layers import clone_initializer, make_rms_norm
+from attention.contract.roles import ROLES, declare_role
 from attention.contract.sizes import static_size
 from attention.contract.types import Cache, Initializer, Tensor
 from attention.positions.position_scheme import (
@@ -149,7 +150,8 @@ class AttentionParts(CachedLayer):
             **self._initializers(),
         )
         dense.build(inputs_shape)
-        return dense
+        role = "gate" if name == "output_gate" else name
+        return declare_role(dense, role) if role in ROLES else dense
 
     def build_output(self, query_shape: tuple) -> None:
         """Makes the parts after the queries: dropout, bias, output projection."""
@@ -167,6 +169,7 @@ class AttentionParts(CachedLayer):
             **self._initializers(),
         )
         self.output_dense.build((*query_shape[:2], self.num_heads, value_dim))
+        declare_role(self.output_dense, "output")
         self.dropout_layer = keras.layers.Dropout(
             self.dropout, dtype=self.dtype_policy, name="attention_dropout"
         )

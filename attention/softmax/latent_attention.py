@@ -126,13 +126,19 @@ class LatentAttention(DotProductAttention):
         width, bias = query_shape[-1], self.use_bias
         size, epsilon = self.query_latent_dim, self.epsilon
         if size is not None:
-            self.query_down = make_dense(self, "query_down", size, width, bias)
+            self.query_down = make_dense(
+                self, "query_down", size, width, bias, role="query"
+            )
             self.query_norm = make_rms_norm(self, "query_norm", size, epsilon)
         source = (*query_shape[:-1], size or width)
         self.query_dense = self.make_projection("query", self.query_heads(), source)
-        self.latent_dense = make_dense(self, "latent", latent_dim, width, bias)
+        self.latent_dense = make_dense(
+            self, "latent", latent_dim, width, bias, role="value"
+        )
         self.latent_norm = make_rms_norm(self, "latent_norm", latent_dim, epsilon)
-        self.rotary_key_dense = make_dense(self, "rotary_key", rotary_dim, width, bias)
+        self.rotary_key_dense = make_dense(
+            self, "rotary_key", rotary_dim, width, bias, role="key"
+        )
         # Not layers, as they are applied from either side. Their layout is that of
         # decoding, head by head.
         self.key_up = self._kernel("key_up", key_dim, latent_dim)

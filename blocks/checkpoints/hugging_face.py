@@ -18,6 +18,7 @@ from blocks.checkpoints.architecture import (
     architecture_of,
     find_architecture,
 )
+from blocks.checkpoints.computed_weights import current_weights
 from blocks.checkpoints.gguf_file import GgufFile
 from blocks.checkpoints.loading import load_weights, weights_from
 from blocks.checkpoints.mxfp4 import unpacked
@@ -125,20 +126,6 @@ def write_json(folder: str, name: str, content: dict[str, Any]) -> None:
     """Writes a dict into a file of a folder."""
     path = pathlib.Path(folder, name)
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def current_weights(backbone: Any) -> dict[str, Any]:
-    """Returns weights by path, those that LoRA updates with their update added."""
-    values = {
-        weight.path: weight
-        for weight in backbone.weights
-        if not weight.name.startswith("lora_")
-    }
-    for layer in all_layers(backbone):
-        if getattr(layer, "lora_enabled", False):
-            path = next(w.path for w in layer.weights if w.name == "kernel")
-            values[path] = layer.kernel
-    return values
 
 
 def _tensors(

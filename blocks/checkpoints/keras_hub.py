@@ -10,8 +10,8 @@ from keras import ops
 
 from attention.contract import DType, all_layers, describe
 from blocks.checkpoints.architecture import find_architecture
+from blocks.checkpoints.computed_weights import current_weights
 from blocks.checkpoints.conversions import Shape
-from blocks.checkpoints.hugging_face import current_weights
 from blocks.checkpoints.keras_hub_models import KERAS_HUB_MODELS, KerasHubModel
 from blocks.checkpoints.loading import load_weights
 

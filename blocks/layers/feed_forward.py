@@ -14,7 +14,10 @@ from attention.contract import (
     Tensor,
     check_positive_int,
     clone_initializer,
+    declare_role,
 )
+
+_ROLES = {"intermediate": "ffn_input", "gate": "ffn_gate", "output": "ffn_output"}
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
@@ -120,7 +123,7 @@ class FeedForward(keras.layers.Layer):
             name=name,
         )
         dense.build(inputs_shape)
-        return dense
+        return declare_role(dense, _ROLES[name])
 
     def build(self, inputs_shape: Shape) -> None:
         self.intermediate_dense = self._project(

@@ -74,7 +74,7 @@ def test_lora_trains_its_own_weights_only(lm):
 
 def test_lora_without_a_target():
     backbone = make_backbone(num_layers=1)
-    with pytest.raises(ValueError, match="named one of \\['wuery'\\]"):
+    with pytest.raises(ValueError, match="has one of \\['wuery'\\]"):
         backbone.enable_lora(2, target_layer_names=["wuery"])
     backbone = make_backbone(num_layers=1)
     backbone.enable_lora(2, target_layer_names=["intermediate"])
