@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
@@ -77,6 +78,9 @@ class CustomBackbone(LowRankUpdates, TokenModel, keras_hub.models.Backbone):
             ALiBi) passes `False`; its length then has no limit.
         tie_word_embeddings: bool. Whether the embedding is used for the output
             logits, too.
+        remat: `None` or `"block"`: in training only what goes into each block is kept,
+            and a block is computed again for its gradients. It takes about a third more
+            time, and memory for the activations of one block instead of all.
         dtype: the dtype or dtype policy of all layers.
         **kwargs: arguments of `keras_hub.models.Backbone`: `name`, `trainable`.
 
@@ -136,6 +140,7 @@ class CustomBackbone(LowRankUpdates, TokenModel, keras_hub.models.Backbone):
         layer_norm_epsilon: float = 1e-5,
         learned_positions: bool = True,
         tie_word_embeddings: bool = True,
+        remat: str | None = None,
         dtype: DType = None,
         **kwargs: Any,
     ) -> None:
@@ -155,6 +160,11 @@ class CustomBackbone(LowRankUpdates, TokenModel, keras_hub.models.Backbone):
         self.layer_norm_epsilon = layer_norm_epsilon
         self.learned_positions = bool(learned_positions)
         self.tie_word_embeddings = bool(tie_word_embeddings)
+        if remat not in (None, "block"):
+            raise ValueError(
+                f"`remat` must be 'block' or None. Received: remat={describe(remat)}"
+            )
+        self.remat = remat
 
         with dtype_policy_scope(keras.dtype_policies.get(dtype)):
             # === Layers ===
@@ -167,7 +177,8 @@ class CustomBackbone(LowRankUpdates, TokenModel, keras_hub.models.Backbone):
                 )
             self.transformer_layers: list[CachedLayer] = []
             for i in range(self.num_layers):
-                decoder = run_hook(self, "create_decoder", i)
+                with keras.RematScope("full") if remat else contextlib.nullcontext():
+                    decoder = run_hook(self, "create_decoder", i)
                 # One block may be used at several depths.
                 if not any(decoder is other for other in self.transformer_layers):
                     name_layer(decoder, f"transformer_layer_{i}")
@@ -358,6 +369,8 @@ class CustomBackbone(LowRankUpdates, TokenModel, keras_hub.models.Backbone):
             learned_positions=self.learned_positions,
             tie_word_embeddings=self.tie_word_embeddings,
         )
+        if self.remat is not None:
+            config["remat"] = self.remat
         return config
 
 

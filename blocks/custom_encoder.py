@@ -75,7 +75,7 @@ class CustomEncoder(TransformerBlock):
         self, layer_call: Callable, *args: Any, **kwargs: Any
     ) -> Callable:
         return rematerialize_tensors(
-            super().rematerialized_call, layer_call, args, kwargs
+            self, super().rematerialized_call, layer_call, args, kwargs
         )
 
     def call(

@@ -8,8 +8,11 @@ import re
 
 import keras
 import keras_hub
+import pytest
 
 import attention
+
+pytestmark = pytest.mark.same_everywhere
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGES = ("attention", "blocks")

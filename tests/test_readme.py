@@ -10,6 +10,8 @@ import re
 import keras
 import pytest
 
+pytestmark = pytest.mark.same_everywhere
+
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 

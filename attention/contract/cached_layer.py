@@ -309,7 +309,7 @@ class CachedLayer(keras.layers.Layer):
         if kwargs.get("cache") is not None:
             return layer_call
         return rematerialize_tensors(
-            super().rematerialized_call, layer_call, args, kwargs
+            self, super().rematerialized_call, layer_call, args, kwargs
         )
 
     def compute_output_spec(self, *args: Any, **kwargs: Any) -> Any:

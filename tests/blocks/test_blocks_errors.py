@@ -23,6 +23,8 @@ from tests.models import (
     prompts,
 )
 
+pytestmark = pytest.mark.same_everywhere
+
 # === Hooks and arguments ===
 
 

@@ -16,6 +16,8 @@ from tests.models import (
     rows_of,
 )
 
+pytestmark = pytest.mark.same_everywhere
+
 
 def generate_both(models, x, **kwargs):
     """Returns the outputs of KerasHub's model and of ours."""

@@ -10,6 +10,8 @@ from blocks import CausalLMPreprocessor
 from tests.helpers import raises, to_numpy
 from tests.models import byte_preprocessor, log_softmax, make_backbone, make_lm
 
+pytestmark = pytest.mark.same_everywhere
+
 
 def word_tokenizer(**kwargs):
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "quick", "fox", "##es"]
@@ -101,6 +103,8 @@ def test_graph_mode_and_batches():
 def test_fit_on_raw_strings():
     preprocessor = byte_preprocessor(sequence_length=12)
     lm = make_lm(make_backbone(num_layers=1, vocabulary_size=256), preprocessor)
+    # Tracing on TensorFlow takes far longer than a few steps.
+    lm.run_eagerly = keras.config.backend() == "tensorflow"
     texts = ["hello world", "hello keras"] * 4
     first = lm.fit(texts, batch_size=4, epochs=1, verbose=0).history["loss"][0]
     dataset = tf.data.Dataset.from_tensor_slices(texts).batch(4).repeat(12)

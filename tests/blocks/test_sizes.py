@@ -14,6 +14,8 @@ from blocks.checkpoints.loading import weights_from
 from blocks.checkpoints.sizes import make_backbone, named_sizes
 from tests.helpers import raises
 
+pytestmark = pytest.mark.same_everywhere
+
 ON_TORCH = keras.config.backend() == "torch"
 SIZES = {
     name: size

@@ -4,7 +4,8 @@ import keras
 import numpy as np
 import pytest
 
-from blocks import CausalLM, CustomBackbone
+from attention import Retention, RotaryAttention
+from blocks import CausalLM, CustomBackbone, MixtureOfExperts
 from tests.helpers import assert_close, raises, slow
 
 TOKENS = np.array([[1, 2, 3], [4, 5, 0]], "int32")
@@ -30,6 +31,37 @@ def test_what_is_computed_again_is_the_same(mode):
         again = make_lm()
     weights = plain.get_weights()
     assert_close(trained(again, weights), trained(plain, weights))
+
+
+class Mixed(CustomBackbone):
+    """Has all that computing again could change: seeds, losses of layers, documents."""
+
+    def create_attention_layer(self, inputs_shape, layer_index):
+        return Retention(2) if layer_index else RotaryAttention(2, dropout=0.3)
+
+    def create_ffn(self, inputs_shape, layer_index):
+        return MixtureOfExperts(16, 4, 2, balance_weight=0.5)
+
+
+def test_blocks_that_are_computed_again_train_the_same():
+    segments = np.array([[1, 1, 2], [1, 1, 0]], "int32")
+    x = {**INPUTS, "segment_ids": segments}
+
+    def train(remat):
+        keras.utils.set_random_seed(0)
+        lm = CausalLM(Mixed(20, 2, 2, 8, 16, dropout=0.3, remat=remat))
+        lm.compile(keras.optimizers.SGD(0.5), sampler="greedy")
+        history = lm.fit(x, TOKENS, epochs=2, shuffle=False, verbose=0)
+        return lm, history.history["loss"]
+
+    (plain, losses), (again, same) = train(None), train("block")
+    np.testing.assert_allclose(same, losses, rtol=1e-5)
+    for a, b in zip(again.weights, plain.weights, strict=True):
+        assert_close(a, b)
+    restored = type(again.backbone).from_config(again.backbone.get_config())
+    assert restored.remat == "block" and "remat" not in plain.backbone.get_config()
+    with raises(ValueError, "`remat` must be 'block' or None", "full"):
+        CustomBackbone(20, 1, 2, 8, 16, remat="full")
 
 
 class Scaled(CustomBackbone):

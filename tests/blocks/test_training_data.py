@@ -9,6 +9,8 @@ from blocks.training_data import shuffled
 from tests.helpers import raises
 from tests.models import RAGGED, make_lm, prompts
 
+pytestmark = pytest.mark.same_everywhere
+
 
 def test_samples_in_memory_are_shuffled_in_each_epoch():
     samples = {"a": np.arange(40), "b": [str(i) for i in range(40)]}

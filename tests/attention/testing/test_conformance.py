@@ -126,6 +126,8 @@ def test_layers(name):
         checks.remove("low_precision")  # rounding decides between two like keys
     if keras.config.backend() == "torch":
         checks.remove("compiled")
+    if keras.config.backend() == "jax" and name not in ("options", "top_k"):
+        checks.remove("low_precision")  # compiles all for each of three policies
     report = check_cached_layer(
         LAYERS[name], max_length=9, checks=checks, tolerance=tolerance
     )

@@ -10,6 +10,8 @@ from attention.testing import ConformanceError, check_cached_layer, check_cached
 from attention.testing.checking import CHECKS
 from tests.planted_faults import Attend, Leak
 
+pytestmark = pytest.mark.same_everywhere
+
 SIZES = {"hidden_dim": 8, "max_length": 12}
 ROTARY, BIAS = {"rotary": True}, {"bias": True}
 

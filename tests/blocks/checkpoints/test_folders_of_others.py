@@ -12,6 +12,8 @@ from tests.helpers import to_numpy
 from tests.made_tokenizers import HARD_TEXTS, byte_level, metaspace
 from tests.models import make_backbone, prompts
 
+pytestmark = pytest.mark.same_everywhere
+
 pytest.importorskip("safetensors")
 
 TEMPLATE = (

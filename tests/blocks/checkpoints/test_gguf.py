@@ -9,6 +9,8 @@ from blocks.models.llama import LlamaBackbone
 from tests.helpers import raises, to_numpy
 from tests.models import make_backbone, prompts
 
+pytestmark = pytest.mark.same_everywhere
+
 gguf = pytest.importorskip("gguf")
 TOKENS = ["<s>", "</s>", "<|im|>", *"abcdefghijklm", "Ġ", "ab", "Ġc", *"1234567"]
 MERGES = ["a b", "Ġ c"]

@@ -17,6 +17,8 @@ from tests.models import make_backbone, prompts, randomize
 pytest.importorskip("safetensors")
 from safetensors.numpy import load_file, save_file
 
+pytestmark = pytest.mark.same_everywhere
+
 LLAMA = {"vocabulary_size": 30, "learned_positions": False, "num_key_value_heads": 2}
 WEIGHTS = "model.safetensors"
 

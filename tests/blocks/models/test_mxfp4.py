@@ -8,6 +8,8 @@ import pytest
 from blocks import CausalLM
 from tests.helpers import assert_close, to_numpy
 
+pytestmark = pytest.mark.same_everywhere
+
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
