@@ -22,6 +22,7 @@ from blocks.lora import LowRankUpdates, forget_functions
 from blocks.preprocessor import CausalLMPreprocessor
 from blocks.quantized_head import logits_of
 from blocks.token_model import TokenModel
+from blocks.training.invalid_loss import with_stop
 from blocks.training.mixin import TrainingMixin
 from blocks.training_data import (
     as_dataset,
@@ -210,10 +211,14 @@ class CausalLM(
             A `keras.callbacks.History`.
 
         Raises:
+            FloatingPointError: if the loss of a step is NaN or infinite, before a
+                callback saves the weights. (A `keras.callbacks.TerminateOnNaN` among
+                the callbacks takes the place of this.)
             TypeError: if `x` is no text where it must be.
             ValueError: if `x` is empty, a token of `x` or `y` is outside of the
                 vocabulary, or a row is not padded on the right.
         """
+        kwargs["callbacks"] = with_stop(kwargs.get("callbacks"))
         x, validation_data = as_dataset(x), as_dataset(validation_data)
         in_memory = is_in_memory(x)
         x, y = read_samples(self, x, y)
