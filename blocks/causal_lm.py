@@ -18,7 +18,7 @@ from blocks.generation.backbone_inputs import (
 from blocks.generation.compilation import GenerationSizes
 from blocks.generation.mixin import GenerationMixin
 from blocks.generation.prompts import tokenizer_size, vocabulary_size
-from blocks.lora import LowRankUpdates, forget_functions
+from blocks.lora import LoraMixin
 from blocks.preprocessor import CausalLMPreprocessor
 from blocks.quantized_head import logits_of
 from blocks.token_model import TokenModel
@@ -42,6 +42,7 @@ class CausalLM(
     TrainingMixin,
     GenerationMixin,
     CheckpointMixin,
+    LoraMixin,
     keras_hub.models.CausalLM,
 ):
     """A causal language model on any backbone made of cached layers.
@@ -273,85 +274,6 @@ class CausalLM(
             samples = keras.utils.pack_x_y_sample_weight(*parts)
             data = as_slices(samples).batch(batch_size or 32)
         return data.map(self.preprocess_samples)
-
-    def enable_lora(
-        self,
-        rank: int,
-        target: Any = None,
-        alpha: float | None = None,
-        target_layer_names: Any = None,
-    ) -> None:
-        """Freezes the backbone and adds trainable low-rank updates to it.
-
-        Compile again before the next `fit`, as other weights are trained then. The base
-        may be quantized (`quantize("int8")`, `"int4"`) before, not after.
-        `save_lora_weights` and `load_lora_weights` keep the updates alone,
-        `export_lora_to_peft` writes them for transformers, and `merge_lora` makes a
-        model of plain weights.
-
-        Args:
-            rank: int. The rank of the updates.
-            target: what is updated: roles that layers declare for their projections
-                (`attention.declare_role`), such as `["query", "value"]`; `"attention"`
-                or `"ffn"` for all roles of these; names of layers; `"all"` for all
-                projections in blocks. `None` means queries and values, and projections
-                of several of these at once.
-            alpha: float or `None`. Updates are multiplied by `alpha / rank`; `None`
-                means the rank.
-            target_layer_names: another name of `target`, KerasHub's.
-
-        Raises:
-            TypeError: if the backbone is no `CustomBackbone`, or `target` is no string
-                and no list of strings.
-            ValueError: if no projection has such a role or name, or there are updates.
-
-        Example:
-
-        >>> from blocks import CausalLM, CustomBackbone
-        >>> lm = CausalLM(CustomBackbone(50, 2, 2, 16, 32))
-        >>> lm.enable_lora(4, target="attention", alpha=8)
-        >>> lm.compile()
-
-        Reference:
-
-        - [Hu et al., 2021](https://arxiv.org/abs/2106.09685)
-        """
-        forget_functions(self)
-        if isinstance(self.backbone, LowRankUpdates):
-            self.backbone.enable_lora(rank, target, alpha, target_layer_names)
-            return
-        if not isinstance(self.backbone, keras_hub.models.Backbone) or alpha:
-            raise TypeError(
-                f"`backbone` '{self.backbone.name}' is a {type(self.backbone).__name__},"
-                " which does not know its projections. Call `enable_lora(rank)` of the "
-                "layers you mean, or make the backbone a `blocks.CustomBackbone`."
-            )
-        self.backbone.enable_lora(rank, target or target_layer_names)
-
-    def load_lora_weights(self, filepath: Any) -> None:
-        """Loads low-rank updates, which LoRA need not be enabled for.
-
-        Args:
-            filepath: str or path, which ends in `.lora.h5`, of `save_lora_weights`.
-
-        Raises:
-            ValueError: if the updates are of other layers, ranks or shapes. The model
-                stays as it was.
-        """
-        forget_functions(self)
-        with self.changing_weights():
-            self.backbone.load_lora_weights(filepath)
-
-    def save_lora_weights(self, filepath: Any) -> None:
-        """Saves the low-rank updates alone to a file.
-
-        Args:
-            filepath: str or path, which ends in `.lora.h5`.
-
-        Raises:
-            ValueError: if there are none, or the name ends otherwise.
-        """
-        self.backbone.save_lora_weights(filepath)
 
     def quantize(self, *args: Any, **kwargs: Any) -> None:
         """Quantizes the weights, as `keras.Model.quantize`."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import h5py
 import keras
+import keras_hub
 from keras import ops
 
 from attention.contract import (
@@ -28,6 +29,91 @@ _SUFFIX = ".lora.h5"
 def forget_functions(model: Any) -> None:
     """Has a model compiled anew: what was traced before has no updates."""
     model.train_function = model.test_function = model.predict_function = None
+
+
+class LoraMixin:
+    """The part of `blocks.CausalLM` for LoRA."""
+
+    backbone: Any
+
+    def enable_lora(
+        self,
+        rank: int,
+        target: Any = None,
+        alpha: float | None = None,
+        target_layer_names: Any = None,
+    ) -> None:
+        """Freezes the backbone and adds trainable low-rank updates to it.
+
+        Compile again before the next `fit`, as other weights are trained then. The base
+        may be quantized (`quantize("int8")`, `"int4"`) before, not after.
+        `save_lora_weights` and `load_lora_weights` keep the updates alone,
+        `export_lora_to_peft` writes them for transformers, and `merge_lora` makes a
+        model of plain weights.
+
+        Args:
+            rank: int. The rank of the updates.
+            target: what is updated: roles that layers declare for their projections
+                (`attention.declare_role`), such as `["query", "value"]`; `"attention"`
+                or `"ffn"` for all roles of these; names of layers; `"all"` for all
+                projections in blocks. `None` means queries and values, and projections
+                of several of these at once.
+            alpha: float or `None`. Updates are multiplied by `alpha / rank`; `None`
+                means the rank.
+            target_layer_names: another name of `target`, KerasHub's.
+
+        Raises:
+            TypeError: if the backbone is no `CustomBackbone`, or `target` is no string
+                and no list of strings.
+            ValueError: if no projection has such a role or name, or there are updates.
+
+        Example:
+
+        >>> from blocks import CausalLM, CustomBackbone
+        >>> lm = CausalLM(CustomBackbone(50, 2, 2, 16, 32))
+        >>> lm.enable_lora(4, target="attention", alpha=8)
+        >>> lm.compile()
+
+        Reference:
+
+        - [Hu et al., 2021](https://arxiv.org/abs/2106.09685)
+        """
+        forget_functions(self)
+        if isinstance(self.backbone, LowRankUpdates):
+            self.backbone.enable_lora(rank, target, alpha, target_layer_names)
+            return
+        if not isinstance(self.backbone, keras_hub.models.Backbone) or alpha:
+            raise TypeError(
+                f"`backbone` '{self.backbone.name}' is a {type(self.backbone).__name__},"
+                " which does not know its projections. Call `enable_lora(rank)` of the "
+                "layers you mean, or make the backbone a `blocks.CustomBackbone`."
+            )
+        self.backbone.enable_lora(rank, target or target_layer_names)
+
+    def load_lora_weights(self, filepath: Any) -> None:
+        """Loads low-rank updates, which LoRA need not be enabled for.
+
+        Args:
+            filepath: str or path, which ends in `.lora.h5`, of `save_lora_weights`.
+
+        Raises:
+            ValueError: if the updates are of other layers, ranks or shapes. The model
+                stays as it was.
+        """
+        forget_functions(self)
+        with self.changing_weights():  # type: ignore[attr-defined]
+            self.backbone.load_lora_weights(filepath)
+
+    def save_lora_weights(self, filepath: Any) -> None:
+        """Saves the low-rank updates alone to a file.
+
+        Args:
+            filepath: str or path, which ends in `.lora.h5`.
+
+        Raises:
+            ValueError: if there are none, or the name ends otherwise.
+        """
+        self.backbone.save_lora_weights(filepath)
 
 
 class LowRankUpdates:

@@ -10,8 +10,8 @@ import keras
 from keras import ops, tree
 
 _HELP = (
-    "Nothing was saved since. Go on from the last checkpoint with a smaller learning "
-    "rate, a warm-up, or clipped gradients (`global_clipnorm=1.0` of the optimizer)."
+    "Go on from the last checkpoint with a smaller learning rate, a warm-up, or clipped "
+    "gradients (`global_clipnorm=1.0` of the optimizer)."
 )
 
 
