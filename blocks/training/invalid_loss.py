@@ -28,22 +28,22 @@ class StopOnInvalidLoss(keras.callbacks.Callback):
 
     def __init__(self) -> None:
         super().__init__()
-        self._lock = threading.Lock()
+        self._one_at_a_time = threading.Lock()
         self._epoch, self._next, self._at_once = 0, 0, 1
-        self._losses: dict[int, float] = {}
+        self._waiting: dict[int, float] = {}
 
     def on_train_begin(self, logs: Any = None) -> None:
         self._at_once = self.model.steps_per_execution
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._epoch, self._next = epoch + 1, self._at_once - 1
-        self._losses.clear()
+        self._waiting.clear()
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        with self._lock:
-            self._losses[batch] = (logs or {}).get("loss", 0.0)
-            while self._next in self._losses:
-                self._check(self._next, self._losses.pop(self._next))
+        with self._one_at_a_time:
+            self._waiting[batch] = (logs or {}).get("loss", 0.0)
+            while self._next in self._waiting:
+                self._check(self._next, self._waiting.pop(self._next))
                 self._next += self._at_once
 
     def _check(self, batch: int, loss: float) -> None:
