@@ -18,6 +18,7 @@ from blocks.layers.feed_forward import FeedForward, GatedFeedForward, gelu_appro
 from blocks.layers.mixture_of_experts import MixtureOfExperts
 from blocks.layers.norms import DynamicTanh
 from blocks.packing import PackedDocuments
+from blocks.preference_tuning import PreferenceTuning
 from blocks.preprocessor import CausalLMPreprocessor
 from blocks.swap import SwapReport
 from blocks.training.perplexity import Perplexity
@@ -39,6 +40,7 @@ __all__ = [
     "MixtureOfExperts",
     "PackedDocuments",
     "Perplexity",
+    "PreferenceTuning",
     "PromptLookup",
     "Session",
     "Speculation",

@@ -6,6 +6,7 @@
 from attention.contract.arguments import (
     arguments_of,
     check_fraction,
+    check_number,
     check_optional_positive_int,
     check_positive_int,
     describe,
@@ -74,6 +75,7 @@ __all__ = [
     "can_rewind",
     "change_context",
     "check_fraction",
+    "check_number",
     "check_optional_positive_int",
     "check_positive_int",
     "check_right_padded",
