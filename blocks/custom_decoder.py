@@ -70,6 +70,8 @@ class CustomDecoder(TransformerBlock, CompositeCachedLayer):
             padded on the right.
         cache: a cache made by `create_cache`.
         cache_update_index: how many positions the cache holds.
+        segment_ids: `None` or integer tensor of shape `(batch, length)`: the document of
+            each token, in packed rows. Not with a cache.
         training: bool. Whether to apply dropout.
 
     Returns:
