@@ -273,11 +273,11 @@ def _load(backbone: Any, filepath: Any) -> None:
         file.visititems(read)
     layers = _updated(backbone)
     known = projections(backbone)
-    missing = sorted(set(found) - set(known)) or sorted(set(layers) - set(found))
+    alone = set(found) ^ set(layers) if layers else set(found) - set(known)
     ranks = {x: (found[x][0], layers[x].lora_rank) for x in found if x in layers}
     wrong = [f"{x}: rank {a}, here {b}" for x, (a, b) in ranks.items() if a != b]
-    if missing or wrong or not found or (layers and len(layers) != len(found)):
-        problem = "; ".join(wrong) or f"only one of both has {missing}"
+    if alone or wrong or not found:
+        problem = "; ".join(wrong) or f"only one of both has {sorted(alone)}"
         raise ValueError(
             f"The updates in '{filepath}' do not fit this model: {problem}. Load them "
             "into a model of the same layers, before or after the same `enable_lora`."

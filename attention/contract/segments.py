@@ -26,7 +26,7 @@ def SegmentScope(segment_ids: Tensor | None) -> Iterator[None]:
     can't raises a `TypeError`. The scope is for whole sequences, without a cache.
 
     Args:
-        segment_ids: `None`, which changes nothing, or an integer tensor of shape
+        segment_ids: `None`, for rows of one document, or an integer tensor of shape
             `(batch, length)`, of the model's inputs. A document's tokens are next to
             each other and have the same number, other than its neighbours'.
 
