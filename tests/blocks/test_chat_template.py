@@ -9,6 +9,8 @@ from tests.helpers import raises
 from tests.made_tokenizers import byte_level
 from tests.models import EagerLM, make_backbone, make_lm
 
+pytestmark = pytest.mark.same_everywhere
+
 CHATML = """\
 {%- if tools %}
 {{ '<|im_start|>system\\nTools:' }}

@@ -24,6 +24,8 @@ from tests.models import (
     prompts,
 )
 
+pytestmark = pytest.mark.same_everywhere
+
 
 @keras.saving.register_keras_serializable(package=PACKAGE)
 class AlternatingBackbone(CustomBackbone):

@@ -16,6 +16,8 @@ from blocks import CustomDecoder, GatedFeedForward
 from tests.helpers import assert_close, raises, sample, to_numpy
 from tests.models import randomize
 
+pytestmark = pytest.mark.same_everywhere
+
 WIDTH = 16
 
 

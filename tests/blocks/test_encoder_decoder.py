@@ -20,6 +20,8 @@ from tests.helpers import (
     to_numpy,
 )
 
+pytestmark = pytest.mark.same_everywhere
+
 SIZES = {"intermediate_dim": 24, "num_heads": 4}
 LENGTH, SOURCE = 9, 7
 MASK = np.arange(SOURCE)[None] < np.array([SOURCE, 3, 1])[:, None]

@@ -13,6 +13,8 @@ from tests.helpers import raises, to_numpy
 from tests.made_tokenizers import HARD_TEXTS, byte_level, metaspace
 from tests.models import EagerLM, make_backbone, make_lm
 
+pytestmark = pytest.mark.same_everywhere
+
 KINDS = pytest.mark.parametrize("make", [byte_level, metaspace])
 INVALID = b"\xff\xfe ok \xf0\x9f\x98"
 BYTES = [*(text.encode() for text in HARD_TEXTS), INVALID]

@@ -19,6 +19,8 @@ from blocks.models.llama import LlamaBackbone
 from blocks.models.phi3 import Phi3Backbone
 from tests.helpers import assert_close, raises, to_numpy
 
+pytestmark = pytest.mark.same_everywhere
+
 TOKENS = np.arange(1, 11)[None] % 9 + 1
 X = {"token_ids": TOKENS, "padding_mask": np.ones_like(TOKENS)}
 SIZES = {"vocabulary_size": 16, "num_layers": 2, "num_heads": 4, "hidden_dim": 16}

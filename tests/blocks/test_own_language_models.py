@@ -17,6 +17,8 @@ from tests.models import (
     randomize,
 )
 
+pytestmark = pytest.mark.same_everywhere
+
 
 @keras.saving.register_keras_serializable(package=PACKAGE)
 class LogitsLM(CausalLM):

@@ -51,7 +51,9 @@ def test_margins_and_training(lora):
         lm.enable_lora(4, "all")
     tuning = PreferenceTuning(lm, beta=0.5)
     assert (tuning.reference is None) == lora
-    tuning.compile(keras.optimizers.Adam(0.05))
+    # Tracing on TensorFlow takes far longer than a few steps.
+    eager = keras.config.backend() == "tensorflow"
+    tuning.compile(keras.optimizers.Adam(0.05), run_eagerly=eager)
     loss, accuracy = tuning.evaluate(PAIRS, verbose=0)
     assert loss == pytest.approx(np.log(2), rel=1e-5) and accuracy == 0
     losses = tuning.fit(PAIRS, epochs=6, verbose=0).history["loss"]

@@ -27,6 +27,8 @@ from tests.models import (
     to_numpy,
 )
 
+pytestmark = pytest.mark.same_everywhere
+
 
 def check_same_logits(restored, lm):
     x = prompts(RAGGED)

@@ -38,6 +38,8 @@ from tests.helpers import (
     secret,
 )
 
+pytestmark = pytest.mark.same_everywhere
+
 
 @pytest.fixture(scope="module")
 def layer():

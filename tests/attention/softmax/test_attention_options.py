@@ -24,6 +24,8 @@ from tests.helpers import (
     to_numpy,
 )
 
+pytestmark = pytest.mark.same_everywhere
+
 OPTIONS = {
     "query_key_norm": True,
     "logit_soft_cap": 1.5,

@@ -20,6 +20,8 @@ from tests.helpers import (
     to_numpy,
 )
 
+pytestmark = pytest.mark.same_everywhere
+
 SOURCE = 7
 MASK = ragged(SOURCE, 0, 3, length=SOURCE)
 

@@ -32,6 +32,8 @@ from tests.models import (
     prompts,
 )
 
+pytestmark = pytest.mark.same_everywhere
+
 PREFIX = 9
 
 

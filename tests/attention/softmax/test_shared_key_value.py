@@ -28,6 +28,8 @@ from tests.helpers import (
     to_numpy,
 )
 
+pytestmark = pytest.mark.same_everywhere
+
 SETTINGS = {
     "grouped": {},
     "plain": {"num_key_value_heads": 4},

@@ -9,6 +9,8 @@ from blocks import FeedForward, GatedFeedForward, gelu_approximate
 from tests.helpers import assert_close, to_numpy
 from tests.models import randomize
 
+pytestmark = pytest.mark.same_everywhere
+
 torch = pytest.importorskip("torch")
 functional = torch.nn.functional
 GELU_TANH = functools.partial(functional.gelu, approximate="tanh")

@@ -21,6 +21,8 @@ from tests.helpers import (
 )
 from tests.models import check_generation, make_backbone, make_lm
 
+pytestmark = pytest.mark.same_everywhere
+
 
 def made(*args, width=6, **kwargs):
     layer = MixtureOfExperts(*args, **kwargs)

@@ -16,6 +16,8 @@ from tests.models import (
     prompts,
 )
 
+pytestmark = pytest.mark.same_everywhere
+
 # Norms, and the names of their weights.
 NORMS = {
     "without_bias": (lambda: keras.layers.LayerNormalization(center=False), {"gamma"}),
