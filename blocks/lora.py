@@ -135,7 +135,11 @@ class LowRankUpdates:
             ValueError: if no projection has such a role or name, or there are updates.
         """
         forget_functions(self)
-        _enable(self, rank, target or target_layer_names, alpha)
+        check_positive_int("rank", rank)
+        layers = _find(self, target or target_layer_names)
+        _freeze(self)
+        for layer in layers:
+            _add_update(layer, rank, alpha)
 
     def save_lora_weights(self, filepath: Any) -> None:
         """Saves the low-rank updates alone to a file.
@@ -146,7 +150,19 @@ class LowRankUpdates:
         Raises:
             ValueError: if there are none, or the name ends otherwise.
         """
-        _save(self, filepath)
+        layers = _updated(self)
+        if not layers:
+            raise ValueError(
+                "There are no low-rank updates to save. Call `enable_lora(rank)` first."
+            )
+        _check_name(filepath)
+        with h5py.File(filepath, "w") as file:
+            for path, layer in layers.items():
+                group = file.create_group(path)
+                group.attrs.update(rank=layer.lora_rank, alpha=layer.lora_alpha)
+                for name in ("a", "b"):
+                    value = getattr(layer, f"lora_kernel_{name}")
+                    group[name] = ops.convert_to_numpy(value)
 
     def load_lora_weights(self, filepath: Any) -> None:
         """Loads low-rank updates, and enables LoRA as it was where it is not yet.
@@ -161,17 +177,6 @@ class LowRankUpdates:
         forget_functions(self)
         with self.changing_weights():  # type: ignore[attr-defined]
             _load(self, filepath)
-
-
-def _enable(
-    backbone: Any, rank: int, target: Any = None, alpha: float | None = None
-) -> None:
-    """Freezes a backbone, and adds low-rank updates to the projections that it names."""
-    check_positive_int("rank", rank)
-    layers = _find(backbone, target)
-    _freeze(backbone)
-    for layer in layers:
-        _add_update(layer, rank, alpha)
 
 
 def _freeze(backbone: Any) -> None:
@@ -210,17 +215,17 @@ def _find(backbone: Any, target: Any) -> list[Any]:
     def fits(layer: Any, words: Any) -> bool:
         return not {role_of(layer), layer.name}.isdisjoint(words)
 
-    groups = {word: _GROUPS.get(word, (word,)) for word in wanted}
+    groups = [_GROUPS.get(word, (word,)) for word in wanted]
     if target is None:
         # Each block has to have some, and not each block all.
         for block in backbone.transformer_layers:
             inside = [x for x in all_layers(block) if isinstance(x, _KINDS)]
             if inside and not any(fits(x, wanted) for x in inside):
                 raise ValueError(_none_of(wanted, inside, f" of block '{block.name}'"))
-    for group in [] if target is None else groups.values():
+    for group in [] if target is None else groups:
         if not any(fits(x, group) for x in candidates.values()):
             raise ValueError(_none_of(group, candidates.values()))
-    roles = {role for group in groups.values() for role in group}
+    roles = {role for group in groups for role in group}
     found = [x for x in candidates.values() if fits(x, roles)]
     if not found:
         raise ValueError(_none_of(roles, candidates.values()))
@@ -240,23 +245,6 @@ def _none_of(words: Any, layers: Any, where: str = "") -> str:
 def _updated(backbone: Any) -> dict[str, Any]:
     """Returns the projections that have low-rank updates, by path."""
     return {path: x for path, x in projections(backbone).items() if x.lora_enabled}
-
-
-def _save(backbone: Any, filepath: Any) -> None:
-    """Writes the updates, and what is needed to add them again, to a file."""
-    layers = _updated(backbone)
-    if not layers:
-        raise ValueError(
-            "There are no low-rank updates to save. Call `enable_lora(rank)` first."
-        )
-    _check_name(filepath)
-    with h5py.File(filepath, "w") as file:
-        for path, layer in layers.items():
-            group = file.create_group(path)
-            group.attrs.update(rank=layer.lora_rank, alpha=layer.lora_alpha)
-            for name in ("a", "b"):
-                value = getattr(layer, f"lora_kernel_{name}")
-                group[name] = ops.convert_to_numpy(value)
 
 
 def _load(backbone: Any, filepath: Any) -> None:

@@ -12,7 +12,7 @@ import tensorflow as tf
 from attention.contract import check_positive_int, describe
 from blocks.generation.prompts import is_text, to_plain, to_str
 from blocks.preprocessor import CausalLMPreprocessor
-from blocks.training_data import as_dataset
+from blocks.training_data import as_dataset, read_answers
 
 # So many documents are given to the tokenizer at a time.
 _AT_A_TIME = 256
@@ -98,6 +98,8 @@ class PackedDocuments:
                 "`sequence_length`, the length of rows, is needed where there is no "
                 "`preprocessor`."
             )
+        if isinstance(documents, dict):
+            documents = read_answers(documents, "documents")
         self.documents = documents
         self.preprocessor: Any = preprocessor
         length = sequence_length or getattr(preprocessor, "sequence_length", None)
@@ -151,7 +153,7 @@ class PackedDocuments:
         """Returns a tuple for each document: a prompt, if there is one, and the rest."""
         documents = self.documents
         if isinstance(documents, dict):
-            return zip(*(to_plain(documents[x]) for x in ("prompts", "responses")))
+            return zip(*documents.values())
         if isinstance(documents, tf.data.Dataset):
             documents = documents.as_numpy_iterator()
         return zip(to_plain(documents))

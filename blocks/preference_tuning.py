@@ -9,7 +9,7 @@ from keras import ops
 
 from attention.contract import Tensor, check_number, describe
 from blocks.causal_lm import CausalLM
-from blocks.generation.prompts import is_text, to_plain, to_str
+from blocks.training_data import read_columns
 
 _TEXTS = ("prompts", "chosen", "rejected")
 _SIDES = ("chosen", "rejected")
@@ -124,11 +124,8 @@ class PreferenceTuning(keras.Model):
             TypeError: if `x` is no such dict.
             ValueError: if the lists are not of one length.
         """
-        texts = {k: to_plain(v) for k, v in x.items()} if isinstance(x, dict) else {}
-        if set(texts) != set(_TEXTS) or not all(
-            isinstance(v, (list, tuple)) and all(map(is_text, v))
-            for v in texts.values()
-        ):
+        texts = read_columns(x, _TEXTS)
+        if texts is None:
             raise TypeError(
                 "`x` must be a dict of `prompts`, `chosen` and `rejected`, all lists of "
                 f"strings. Received: x={describe(x)}"
@@ -138,7 +135,7 @@ class PreferenceTuning(keras.Model):
                 "`x` must have two answers for each prompt. Received: "
                 + ", ".join(f"{len(v)} {k}" for k, v in texts.items())
             )
-        prompts, *answers = ([*map(to_str, texts[name])] for name in _TEXTS)
+        prompts, *answers = texts.values()
         arrays = {}
         for side, responses in zip(_SIDES, answers):
             samples = {"prompts": prompts, "responses": responses}

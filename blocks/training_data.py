@@ -143,7 +143,7 @@ def read_samples(task: Any, x: Any, y: Any = None) -> tuple[Any, Any]:
     if is_tokens(x):
         preprocessor = None
     if isinstance(preprocessor, CausalLMPreprocessor) and isinstance(x, dict):
-        return _read_answers(x), y
+        return read_answers(x), y
     if isinstance(preprocessor, keras_hub.models.CausalLMPreprocessor):
         if isinstance(x, dict):
             return x, y  # with images, perhaps
@@ -173,26 +173,34 @@ def read_samples(task: Any, x: Any, y: Any = None) -> tuple[Any, Any]:
     return x, y
 
 
-def _read_answers(x: dict[str, Any]) -> dict[str, list[str]]:
-    """Returns prompts and their responses as lists of strings."""
-    texts = _texts(x)
+def read_columns(x: Any, names: tuple[str, ...]) -> dict[str, list[str]] | None:
+    """Returns the strings of a dict of texts; `None` if it is no dict of these lists."""
+    texts = _texts(x) if isinstance(x, dict) else {}
     fits = all(
         isinstance(x, (list, tuple)) and all(map(is_text, x)) for x in texts.values()
     )
-    if set(texts) != {"prompts", "responses"} or not fits:
+    if set(texts) != set(names) or not fits:
+        return None
+    return {name: [to_str(text) for text in texts[name]] for name in names}
+
+
+def read_answers(x: dict[str, Any], argument: str = "x") -> dict[str, list[str]]:
+    """Returns prompts and their responses as lists of strings."""
+    texts = read_columns(x, ("prompts", "responses"))
+    if texts is None:
         raise TypeError(
-            "`x` must be a list of strings, or a dict of `prompts` and `responses`, both "
+            f"`{argument}` must be a list of strings, or a dict of `prompts` and `responses`, both "
             "lists of strings: the model has a preprocessor, which makes tokens and "
-            f"targets of them. Received: x={describe(x)}"
+            f"targets of them. Received: {argument}={describe(x)}"
         )
     prompts, responses = len(texts["prompts"]), len(texts["responses"])
     if prompts != responses or not any(texts["responses"]):
         raise ValueError(
-            "`x` must have a response for each prompt. Received: "
+            f"`{argument}` must have a response for each prompt. Received: "
             f"{prompts} prompts and {responses} responses"
             + ("" if any(texts["responses"]) else ", which are all empty")
         )
-    return {name: [to_str(text) for text in value] for name, value in texts.items()}
+    return texts
 
 
 def with_checked_batches(data: tf.data.Dataset, size: int | None) -> tf.data.Dataset:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import keras
@@ -70,8 +71,8 @@ def dequantized(layer: Any) -> dict[str, Tensor]:
         order, kernel = [*"io"], "io"
         axes = (layer.input_spec.axes[-1],)
         sizes = {"i": axes[0], "o": layer.units}
-    size = ops.prod(axes)
-    eye = ops.reshape(ops.eye(int(size), dtype=layer.compute_dtype), (1, -1, *axes))
+    eye = ops.eye(math.prod(axes), dtype=layer.compute_dtype)
+    eye = ops.reshape(eye, (1, -1, *axes))
     outputs = layer(eye) - layer(ops.zeros_like(eye))  # Without the bias.
     outputs = ops.reshape(outputs, [sizes[x] for x in order])
     return {"kernel": ops.transpose(outputs, [order.index(x) for x in kernel])}

@@ -120,3 +120,6 @@ def test_wrong_documents():
         next(iter(PackedDocuments(["abc"], sequence_length=4)))
     with raises(TypeError, "documents", "token ids"):
         next(iter(PackedDocuments([[0.5, 1.0]], sequence_length=4)))
+    answers = {"prompts": ["a", "b"], "responses": ["c"]}
+    with raises(ValueError, "`documents` must have a response", "2 prompts and 1"):
+        PackedDocuments(answers, sequence_length=4)
