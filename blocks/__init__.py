@@ -21,10 +21,12 @@ from blocks.packing import PackedDocuments
 from blocks.preference_tuning import PreferenceTuning
 from blocks.preprocessor import CausalLMPreprocessor
 from blocks.swap import SwapReport
+from blocks.training.backup import BackupAndResume
 from blocks.training.perplexity import Perplexity
 from blocks.training.token_crossentropy import TokenCrossentropy
 
 __all__ = [
+    "BackupAndResume",
     "CausalLM",
     "CausalLMPreprocessor",
     "CustomBackbone",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -22,11 +23,12 @@ from blocks.lora import LoraMixin
 from blocks.preprocessor import CausalLMPreprocessor
 from blocks.quantized_head import logits_of
 from blocks.token_model import TokenModel
-from blocks.training.invalid_loss import with_stop
+from blocks.training.callbacks import training_callbacks
 from blocks.training.mixin import TrainingMixin
 from blocks.training_data import (
     as_dataset,
     as_slices,
+    from_epoch,
     is_for_keras,
     is_in_memory,
     is_tokens,
@@ -219,7 +221,10 @@ class CausalLM(
             ValueError: if `x` is empty, a token of `x` or `y` is outside of the
                 vocabulary, or a row is not padded on the right.
         """
-        kwargs["callbacks"] = with_stop(kwargs.get("callbacks"))
+        kwargs["callbacks"], backup = training_callbacks(kwargs.get("callbacks"))
+        seed, first = None, kwargs.get("initial_epoch", 0)
+        if backup is not None:
+            kwargs["initial_epoch"], seed = backup.start(first)
         x, validation_data = as_dataset(x), as_dataset(validation_data)
         in_memory = is_in_memory(x)
         x, y = read_samples(self, x, y)
@@ -228,17 +233,26 @@ class CausalLM(
             validation_data = (*checked, *validation_data[2:])
         else:
             validation_data, _ = read_samples(self, validation_data)
+        if in_memory and kwargs.pop("shuffle", True):
+            samples = keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
+            size = batch_size or 32
+            x, held_out = shuffled(samples, size, validation_split, seed)
+            validation_data = held_out if validation_data is None else validation_data
+            y = batch_size = sample_weight = validation_split = None
+        if backup is not None:
+            passed, steps = (
+                kwargs["initial_epoch"] - first,
+                kwargs.get("steps_per_epoch"),
+            )
+            x, kwargs["steps_per_epoch"] = from_epoch(self, x, passed, steps)
         if is_for_keras(x):
+            if isinstance(x, Iterator):
+                kwargs.setdefault("shuffle", False)
             held_out = self._readable_by_keras(validation_data, batch_size)
             # Past KerasHub's `fit`, and so past the one that counts.
             with self.changing_weights():
                 data = preprocessed(self, x)
                 return keras.Model.fit(self, data, validation_data=held_out, **kwargs)
-        if in_memory and kwargs.pop("shuffle", True):
-            samples = keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
-            x, held_out = shuffled(samples, batch_size or 32, validation_split)
-            validation_data = held_out if validation_data is None else validation_data
-            y = batch_size = sample_weight = validation_split = None
         kwargs.setdefault("shuffle", False)
         data = (x, y, batch_size, sample_weight, validation_data, validation_split)
         return super().fit(*data, **kwargs)

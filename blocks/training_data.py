@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
@@ -224,8 +225,37 @@ def with_checked_batches(data: tf.data.Dataset, size: int | None) -> tf.data.Dat
     return data
 
 
+def from_epoch(
+    task: Any, data: Any, passed: int, steps_per_epoch: int | None
+) -> tuple[Any, int | None]:
+    """Returns data that begin after so many epochs, and the steps of each epoch.
+
+    What shuffles itself anew in each epoch is in the order that it would have had.
+    """
+    if isinstance(data, tf.data.Dataset):
+        length = int(data.cardinality())
+        if steps_per_epoch is None and length < 0:
+            # Its length is not known, so each epoch begins it anew.
+            return data, None
+        steps_per_epoch = steps_per_epoch or length
+        data = data.map(task.preprocess_samples, tf.data.AUTOTUNE).repeat()
+        # A dataset is shuffled by how often it has been read before, and Keras reads it
+        # more often than there are epochs: so it gets what can be read once.
+        data = data.prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
+    if isinstance(data, keras.utils.PyDataset):
+        for _ in range(passed):
+            data.on_epoch_begin()
+            data.on_epoch_end()
+    elif isinstance(data, Iterator) and steps_per_epoch:
+        data = itertools.islice(data, passed * steps_per_epoch, None)
+    return data, steps_per_epoch
+
+
 def shuffled(
-    samples: Any, batch_size: int, validation_split: float | None
+    samples: Any,
+    batch_size: int,
+    validation_split: float | None,
+    seed: int | None = None,
 ) -> tuple[tf.data.Dataset, tf.data.Dataset | None]:
     """Returns datasets of samples, a structure of arrays or of lists in their place.
 
@@ -235,7 +265,7 @@ def shuffled(
     data = as_slices(samples)
     kept = int(int(data.cardinality()) * (1 - (validation_split or 0)))
     held_out = data.skip(kept).batch(batch_size) if validation_split else None
-    return data.take(kept).shuffle(kept).batch(batch_size), held_out
+    return data.take(kept).shuffle(kept, seed).batch(batch_size), held_out
 
 
 def as_slices(samples: Any) -> tf.data.Dataset:

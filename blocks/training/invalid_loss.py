@@ -7,7 +7,7 @@ import threading
 from typing import Any
 
 import keras
-from keras import ops, tree
+from keras import ops
 
 _HELP = (
     "Go on from the last checkpoint with a smaller learning rate, a warm-up, or clipped "
@@ -67,14 +67,3 @@ class StopOnInvalidLoss(keras.callbacks.Callback):
                     f"The weight '{weight.path}' is not finite at the end of epoch "
                     f"{epoch + 1}. {_HELP}"
                 )
-
-
-def with_stop(callbacks: Any) -> Any:
-    """Returns the callbacks of a `fit` that is to stop on an invalid loss."""
-    if isinstance(callbacks, keras.callbacks.CallbackList):
-        return callbacks
-    callbacks = tree.flatten(callbacks) if callbacks else []
-    # Who wants Keras's own, which only ends the training, has it.
-    if any(isinstance(x, keras.callbacks.TerminateOnNaN) for x in callbacks):
-        return callbacks
-    return [StopOnInvalidLoss(), *callbacks]
