@@ -7,6 +7,7 @@ from typing import Any
 
 import keras
 import keras_hub
+import tensorflow as tf
 
 from attention.contract import describe
 from blocks.checkpoint_mixin import CheckpointMixin
@@ -23,7 +24,7 @@ from blocks.lora import LoraMixin
 from blocks.preprocessor import CausalLMPreprocessor
 from blocks.quantized_head import logits_of
 from blocks.token_model import TokenModel
-from blocks.training.callbacks import training_callbacks
+from blocks.training.callbacks import start_training
 from blocks.training.mixin import TrainingMixin
 from blocks.training_data import (
     as_dataset,
@@ -221,10 +222,7 @@ class CausalLM(
             ValueError: if `x` is empty, a token of `x` or `y` is outside of the
                 vocabulary, or a row is not padded on the right.
         """
-        kwargs["callbacks"], backup = training_callbacks(kwargs.get("callbacks"))
-        seed, first = None, kwargs.get("initial_epoch", 0)
-        if backup is not None:
-            kwargs["initial_epoch"], seed = backup.start(first)
+        passed, seed = start_training(kwargs)
         x, validation_data = as_dataset(x), as_dataset(validation_data)
         in_memory = is_in_memory(x)
         x, y = read_samples(self, x, y)
@@ -239,12 +237,11 @@ class CausalLM(
             x, held_out = shuffled(samples, size, validation_split, seed)
             validation_data = held_out if validation_data is None else validation_data
             y = batch_size = sample_weight = validation_split = None
-        if backup is not None:
-            passed, steps = (
-                kwargs["initial_epoch"] - first,
-                kwargs.get("steps_per_epoch"),
-            )
-            x, kwargs["steps_per_epoch"] = from_epoch(self, x, passed, steps)
+        if passed is not None:
+            if isinstance(x, tf.data.Dataset):
+                x = x.map(self.preprocess_samples, tf.data.AUTOTUNE)
+            steps = kwargs.get("steps_per_epoch")
+            x, kwargs["steps_per_epoch"] = from_epoch(x, passed, steps)
         if is_for_keras(x):
             if isinstance(x, Iterator):
                 kwargs.setdefault("shuffle", False)

@@ -9,7 +9,8 @@ from keras import ops
 
 from attention.contract import Tensor, check_number, describe
 from blocks.causal_lm import CausalLM
-from blocks.training_data import read_columns
+from blocks.training.callbacks import start_training
+from blocks.training_data import from_epoch, read_columns, shuffled
 
 _TEXTS = ("prompts", "chosen", "rejected")
 _SIDES = ("chosen", "rejected")
@@ -186,11 +187,28 @@ class PreferenceTuning(keras.Model):
 
         Returns:
             A `keras.callbacks.History`.
+
+        Raises:
+            FloatingPointError: if the loss of a step is NaN or infinite.
+            TypeError: if `x` is no such dict.
         """
         held_out = kwargs.get("validation_data")
         if _is_texts(held_out):
             kwargs["validation_data"] = self._samples(held_out)
         x, y = self._samples(x) if _is_texts(x) else (x, y)
+        passed, seed = start_training(kwargs)
+        if isinstance(x, dict) and kwargs.pop("shuffle", True):
+            weights = kwargs.pop("sample_weight", None)
+            samples = keras.utils.pack_x_y_sample_weight(x, y, weights)
+            size = kwargs.pop("batch_size", None) or 32
+            split = kwargs.pop("validation_split", None)
+            x, held_out = shuffled(samples, size, split, seed)
+            y = None
+            kwargs.setdefault("validation_data", held_out)
+        if passed is not None:
+            steps = kwargs.get("steps_per_epoch")
+            x, kwargs["steps_per_epoch"] = from_epoch(x, passed, steps)
+        kwargs.setdefault("shuffle", False)
         with self.lm.changing_weights():
             return super().fit(x, y, **kwargs)
 

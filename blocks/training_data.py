@@ -226,7 +226,7 @@ def with_checked_batches(data: tf.data.Dataset, size: int | None) -> tf.data.Dat
 
 
 def from_epoch(
-    task: Any, data: Any, passed: int, steps_per_epoch: int | None
+    data: Any, passed: int, steps_per_epoch: int | None
 ) -> tuple[Any, int | None]:
     """Returns data that begin after so many epochs, and the steps of each epoch.
 
@@ -238,16 +238,16 @@ def from_epoch(
             # Its length is not known, so each epoch begins it anew.
             return data, None
         steps_per_epoch = steps_per_epoch or length
-        data = data.map(task.preprocess_samples, tf.data.AUTOTUNE).repeat()
         # A dataset is shuffled by how often it has been read before, and Keras reads it
         # more often than there are epochs: so it gets what can be read once.
-        data = data.prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
+        data = data.repeat().prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
     if isinstance(data, keras.utils.PyDataset):
         for _ in range(passed):
             data.on_epoch_begin()
             data.on_epoch_end()
     elif isinstance(data, Iterator) and steps_per_epoch:
-        data = itertools.islice(data, passed * steps_per_epoch, None)
+        begun = itertools.islice(data, passed * steps_per_epoch, None)
+        data = (batch for batch in begun)  # Keras asks for a generator.
     return data, steps_per_epoch
 
 

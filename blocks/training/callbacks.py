@@ -11,13 +11,19 @@ from blocks.training.backup import BackupAndResume
 from blocks.training.invalid_loss import StopOnInvalidLoss
 
 
-def training_callbacks(given: Any) -> tuple[Any, BackupAndResume | None]:
-    """Returns the callbacks of a training, and the one of them that makes backups.
+def start_training(options: dict[str, Any]) -> tuple[int | None, int | None]:
+    """Completes the callbacks among the arguments of `fit`, and looks for a backup.
 
-    A `keras.callbacks.CallbackList` is returned as it is.
+    The callbacks and the first epoch are changed in `options`. A
+    `keras.callbacks.CallbackList` stays as it is.
+
+    Returns:
+        How many epochs an earlier process has trained, and the seed of the order of
+        samples; `None` without a `BackupAndResume`.
     """
+    given = options.get("callbacks")
     if isinstance(given, keras.callbacks.CallbackList):
-        return given, None
+        return None, None
     callbacks = tree.flatten(given) if given else []
     backups = [x for x in callbacks if isinstance(x, BackupAndResume)]
     if len(backups) > 1:
@@ -29,4 +35,9 @@ def training_callbacks(given: Any) -> tuple[Any, BackupAndResume | None]:
     # Who wants Keras's own, which only ends the training, has it.
     if not any(isinstance(x, keras.callbacks.TerminateOnNaN) for x in callbacks):
         callbacks = [StopOnInvalidLoss(), *callbacks]
-    return callbacks, next(iter(backups), None)
+    options["callbacks"] = callbacks
+    if not backups:
+        return None, None
+    first = options.get("initial_epoch", 0)
+    options["initial_epoch"], seed = backups[0].start(first)
+    return options["initial_epoch"] - first, seed

@@ -5,7 +5,13 @@ import keras_hub
 import numpy as np
 import pytest
 
-from blocks import CausalLM, CausalLMPreprocessor, CustomBackbone, PreferenceTuning
+from blocks import (
+    BackupAndResume,
+    CausalLM,
+    CausalLMPreprocessor,
+    CustomBackbone,
+    PreferenceTuning,
+)
 from tests.helpers import assert_close, raises, slow, to_numpy
 from tests.models import log_softmax
 
@@ -101,3 +107,33 @@ def test_errors():
         tuning.preprocess({"prompts": ["a"]})
     with raises(ValueError, "2 prompts, 1 chosen"):
         tuning.preprocess({**PAIRS, "chosen": ["2"]})
+
+
+def test_goes_on_after_a_stop(tmp_path):
+    """What `BackupAndResume` does for `CausalLM.fit`."""
+
+    class Stop(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if self.stops and batch == 2:
+                raise KeyboardInterrupt
+
+    pairs = {name: ["a", "b", "cd", "e", "fg"] for name in PAIRS}
+    pairs["chosen"] = ["x", "yz", "x", "xx", "y"]
+
+    def fit(folder, stop=False):
+        lm = make_lm(dropout=0.1)
+        lm.enable_lora(2)
+        tuning = PreferenceTuning(lm)
+        tuning.compile("adam", run_eagerly=keras.config.backend() == "tensorflow")
+        callback = Stop()
+        callback.stops = stop
+        backup = BackupAndResume(tmp_path / folder, save_freq=2)
+        return tuning.fit(
+            pairs, batch_size=1, epochs=2, callbacks=[backup, callback], verbose=0
+        ).history["loss"]
+
+    expected = fit("whole")
+    with pytest.raises(KeyboardInterrupt):
+        fit("stopped", stop=True)
+    np.random.random(), keras.random.normal((1,))
+    np.testing.assert_allclose(fit("stopped"), expected, rtol=1e-6)
