@@ -180,12 +180,9 @@ class TrainingMixin:
 
     def _sums_of_logits(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Any:
         """Returns the weighted sums of the loss, of cross-entropies and of hits."""
-        losses, crossentropies = self.loss.losses(targets, logits)
-        parts = [losses, crossentropies]
+        *parts, hits = self.loss.scores(targets, logits)
         if any(type(x) is _COMPUTED[1] for x in self._step_metrics.value):  # type: ignore[union-attr]
-            chosen = ops.cast(ops.argmax(logits, axis=-1), "int32")
-            hits = ops.equal(chosen, ops.cast(targets, "int32"))
-            parts.append(ops.cast(hits, "float32"))
+            parts.append(hits)
         return ops.stack([ops.sum(part * weights) for part in parts])
 
     def _sums_of_hidden_states(

@@ -51,7 +51,7 @@ class Perplexity(keras.metrics.Mean):
         """
         y_true = ops.convert_to_tensor(y_true)
         loss = TokenCrossentropy(ignore_class=self.ignore_class)
-        _, crossentropy = loss.losses(y_true, ops.convert_to_tensor(y_pred))
+        _, crossentropy, _ = loss.scores(y_true, ops.convert_to_tensor(y_pred))
         weights = leave_out(y_true, self.ignore_class, sample_weight)
         super().update_state(crossentropy, weights)
 

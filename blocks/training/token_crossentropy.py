@@ -76,24 +76,71 @@ class TokenCrossentropy(keras.losses.Loss):
         Returns:
             A float tensor of shape `(batch, length)`.
         """
-        return self.losses(y_true, y_pred)[0]
+        return self.scores(y_true, y_pred)[0]
 
-    def losses(self, targets: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the losses of tokens, and their plain cross-entropies."""
-        logits = ops.cast(logits, "float32")
+    def scores(self, targets: Tensor, logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns the losses of tokens, their plain cross-entropies, and the hits.
+
+        Args:
+            targets: integer tensor of shape `(batch, length)`.
+            logits: of shape `(batch, length, vocabulary_size)`.
+
+        Returns:
+            Three float32 tensors of shape `(batch, length)`. A hit is 1 where the target
+            has the highest logit. Only the first two have gradients.
+        """
         targets = ops.cast(targets, "int32")
         if self.ignore_class is not None:
             targets = ops.where(ops.equal(targets, self.ignore_class), 0, targets)
-        normalizer = ops.logsumexp(logits, axis=-1)
-        chosen = ops.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        crossentropy = normalizer - chosen
-        losses = crossentropy
-        if self.label_smoothing:
-            uniform = normalizer - ops.mean(logits, axis=-1)
-            losses = losses + self.label_smoothing * (uniform - crossentropy)
-        if self.z_loss:
-            losses = losses + self.z_loss * ops.square(normalizer)
-        return losses, crossentropy
+        is_exact = keras.backend.standardize_dtype(logits.dtype) == "float32"
+        of_tokens = self._stacked(targets, ops.cast(logits, "float32"))
+        losses, crossentropies, hits = (of_tokens[i] for i in range(3))
+        if not is_exact:
+            # There several tokens often have the highest logit.
+            chosen = ops.cast(ops.argmax(logits, axis=-1), "int32")
+            hits = ops.cast(ops.equal(chosen, targets), "float32")
+        return losses, crossentropies, ops.stop_gradient(hits)
+
+    def _stacked(self, targets: Tensor, logits: Tensor) -> Tensor:
+        smoothing = self.label_smoothing
+
+        def compute(logits: Tensor) -> tuple[Tensor, ...]:
+            highest = ops.stop_gradient(ops.max(logits, axis=-1, keepdims=True))
+            powers = ops.exp(logits - highest)
+            total = ops.sum(powers, axis=-1)
+            normalizer = ops.log(total) + highest[..., 0]
+            chosen = ops.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+            crossentropies = normalizer - chosen
+            losses = crossentropies
+            if smoothing:
+                uniform = normalizer - ops.mean(logits, axis=-1)
+                losses = losses + smoothing * (uniform - crossentropies)
+            if self.z_loss:
+                losses = losses + self.z_loss * ops.square(normalizer)
+            hits = ops.cast(chosen >= highest[..., 0], "float32")
+            stacked = ops.stack([losses, crossentropies, hits])
+            return stacked, powers, total, normalizer
+
+        if keras.config.backend() == "jax":
+            # Its compiler finds what is written out below.
+            return compute(logits)[0]
+
+        @ops.custom_gradient
+        def with_gradients(logits: Tensor) -> Any:
+            stacked, powers, total, normalizer = compute(logits)
+
+            def gradients(*arguments: Tensor, upstream: Any = None) -> Tensor:
+                given = arguments[0] if upstream is None else upstream
+                of_losses, of_both = given[0], given[0] + given[1]
+                of_normalizer = of_both + 2 * self.z_loss * normalizer * of_losses
+                found = powers * (of_normalizer / total)[..., None]
+                if smoothing:
+                    found = found - (smoothing / found.shape[-1]) * of_losses[..., None]
+                return _subtracted(found, targets, of_both - smoothing * of_losses)
+
+            return stacked, gradients
+
+        return with_gradients(logits)
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
@@ -124,3 +171,15 @@ def for_tokens(weights: Any, targets: Tensor) -> Tensor:
     weights = ops.cast(weights, "float32")
     # Their rank is not known on TensorFlow where a step is traced for both.
     return ops.reshape(weights, (ops.shape(targets)[0], -1))
+
+
+def _subtracted(x: Tensor, indices: Tensor, numbers: Tensor) -> Tensor:
+    """Returns a tensor less a number in each row, at an index of the last axis."""
+    flat = ops.reshape(x, (-1, x.shape[-1]))
+    column = ops.reshape(indices, (-1,))
+    places = ops.stack(
+        [ops.arange(ops.shape(column)[0], dtype="int32"), column], axis=1
+    )
+    old = ops.take_along_axis(flat, column[:, None], axis=1)[:, 0]
+    new = ops.scatter_update(flat, places, old - ops.reshape(numbers, (-1,)))
+    return ops.reshape(new, ops.shape(x))

@@ -7,6 +7,7 @@ from keras import ops
 
 from blocks import CausalLM, Perplexity, TokenCrossentropy
 from blocks.training import chunked_loss
+from blocks.training.gradients import value_and_gradients
 from tests.helpers import assert_close, to_numpy
 from tests.models import (
     RAGGED,
@@ -74,6 +75,45 @@ def test_the_loss_is_the_mean_over_real_tokens(options):
     mean, perplexity = reference(logits, y, counted, **options)
     assert_close(loss(y, logits, counted), mean, atol=1e-5)
     assert_close(metric.result() / perplexity, 1.0, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 0.5}])
+def test_gradients_are_those_of_the_formula(options):
+    """Differences of the papers' formula, in float64."""
+    random = np.random.default_rng(0)
+    logits = random.normal(size=(2, 3, 5)) * 2
+    targets, weights = random.integers(0, 5, (2, 3)), random.uniform(size=(2, 3))
+    shares = ops.convert_to_tensor(weights / weights.sum(), "float32")
+
+    def weighted(logits):
+        losses, crossentropies, _ = TokenCrossentropy(**options).scores(targets, logits)
+        mean, other = (ops.sum(x * shares) for x in (losses, crossentropies))
+        return ops.stack([mean + 2 * other])
+
+    def expected(logits):
+        loss, perplexity = reference(logits, targets, weights, **options)
+        return loss + 2 * np.log(perplexity)
+
+    given = [ops.convert_to_tensor(logits, "float32")]
+    value, (found,) = value_and_gradients(weighted, given)
+    assert_close(value, [expected(logits)], atol=1e-5)
+    differences = np.zeros_like(logits)
+    for place in np.ndindex(*logits.shape):
+        step = np.zeros_like(logits)
+        step[place] = 1e-5
+        rise = expected(logits + step) - expected(logits - step)
+        differences[place] = rise / 2e-5
+    assert_close(found, differences, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_hits(dtype):
+    logits = np.random.default_rng(0).normal(size=(4, 50, 9))
+    logits = ops.cast(ops.convert_to_tensor(logits, "float32"), dtype)
+    targets = np.random.default_rng(1).integers(0, 9, (4, 50))
+    hits = TokenCrossentropy().scores(targets, logits)[2]
+    chosen = to_numpy(ops.cast(logits, "float32")).argmax(-1)
+    np.testing.assert_array_equal(to_numpy(hits), chosen == targets)
 
 
 def test_padding_counts_in_no_loss():
