@@ -24,6 +24,7 @@ from blocks.quantized_head import logits_of
 from blocks.token_model import TokenModel
 from blocks.training.invalid_loss import with_stop
 from blocks.training.mixin import TrainingMixin
+from blocks.training.tokens_per_second import with_tokens_per_second
 from blocks.training_data import (
     as_dataset,
     as_slices,
@@ -209,7 +210,9 @@ class CausalLM(
                 epoch, unless `shuffle=False`.
 
         Returns:
-            A `keras.callbacks.History`.
+            A `keras.callbacks.History`. Beside the loss there is `tokens_per_second`,
+            without padding and without the first step, which compiles, if the loss is
+            the default or another `TokenCrossentropy`.
 
         Raises:
             FloatingPointError: if the loss of a step is NaN or infinite, before a
@@ -219,7 +222,8 @@ class CausalLM(
             ValueError: if `x` is empty, a token of `x` or `y` is outside of the
                 vocabulary, or a row is not padded on the right.
         """
-        kwargs["callbacks"] = with_stop(kwargs.get("callbacks"))
+        callbacks = with_tokens_per_second(kwargs.get("callbacks"))
+        kwargs["callbacks"] = with_stop(callbacks)
         x, validation_data = as_dataset(x), as_dataset(validation_data)
         in_memory = is_in_memory(x)
         x, y = read_samples(self, x, y)
