@@ -68,8 +68,10 @@ def plot_history(history: keras.callbacks.History | dict[str, list[float]]) -> F
     )[:, 0]
     for ax, (panel, names) in zip(axes, panels.items()):
         for name in names:
-            step = epochs // len(values[name])
-            ax.plot(numbers[step - 1 :: step], values[name], marker=".", label=name)
+            count = len(values[name])
+            step = epochs // count
+            places = numbers[step - 1 :: step][:count]
+            ax.plot(places, values[name], marker=".", label=name)
         ax.set_ylabel(panel)
         ax.grid(alpha=0.3)
         if len(names) > 1:

@@ -19,20 +19,22 @@ def lines_of(ax):
 @pytest.mark.same_everywhere
 def test_history():
     history = keras.callbacks.History()
-    history.epoch = [2, 3, 4, 5]
+    history.epoch = [2, 3, 4, 5, 6]
     history.history = {
-        "accuracy": [0.1, 0.2, 0.3, 0.4],
-        "loss": [4.0, 3.0, 2.0, 1.0],
-        "tokens_per_second": [float("nan"), 7.0, 8.0, 9.0],
+        "accuracy": [0.1, 0.2, 0.3, 0.4, 0.5],
+        "loss": [4.0, 3.0, 2.0, 1.0, 0.0],
+        "tokens_per_second": [float("nan"), 7.0, 8.0, 9.0, 7.0],
         "val_loss": [4.5, 3.5],
     }
     figure = plot_history(history)
     loss, accuracy, speed = figure.axes
     assert lines_of(loss) == {
-        "loss": [[3, 4, 5, 6], [4.0, 3.0, 2.0, 1.0]],
+        "loss": [[3, 4, 5, 6, 7], [4.0, 3.0, 2.0, 1.0, 0.0]],
         "val_loss": [[4, 6], [4.5, 3.5]],
     }
-    assert lines_of(accuracy) == {"accuracy": [[3, 4, 5, 6], [0.1, 0.2, 0.3, 0.4]]}
+    assert lines_of(accuracy) == {
+        "accuracy": [[3, 4, 5, 6, 7], [0.1, 0.2, 0.3, 0.4, 0.5]]
+    }
     assert [x.get_ylabel() for x in (loss, accuracy, speed)] == [
         "loss",
         "accuracy",
