@@ -18,6 +18,7 @@ from blocks.layers.feed_forward import FeedForward, GatedFeedForward, gelu_appro
 from blocks.layers.mixture_of_experts import MixtureOfExperts
 from blocks.layers.norms import DynamicTanh
 from blocks.packing import PackedDocuments
+from blocks.plots import attention_maps, attention_scores, plot_history
 from blocks.preference_tuning import PreferenceTuning
 from blocks.preprocessor import CausalLMPreprocessor
 from blocks.swap import SwapReport
@@ -48,6 +49,9 @@ __all__ = [
     "Speculation",
     "SwapReport",
     "TokenCrossentropy",
+    "attention_maps",
+    "attention_scores",
     "clone_initializer",
     "gelu_approximate",
+    "plot_history",
 ]

@@ -212,7 +212,9 @@ class CausalLM(
                 epoch, unless `shuffle=False`.
 
         Returns:
-            A `keras.callbacks.History`.
+            A `keras.callbacks.History`. Beside the loss there is `tokens_per_second`,
+            without padding and without the first step, which compiles, if the loss is
+            the default or another `TokenCrossentropy`.
 
         Raises:
             FloatingPointError: if the loss of a step is NaN or infinite, before a

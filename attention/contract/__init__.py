@@ -37,6 +37,7 @@ from attention.contract.roles import (
     role_of,
 )
 from attention.contract.scopes import CacheScope, NewCacheScope
+from attention.contract.scores import ScoreScope, keep_scores, scores_wanted
 from attention.contract.segments import SegmentScope, segment_positions, segment_starts
 from attention.contract.sizes import is_concrete, is_tensor
 from attention.contract.types import (
@@ -63,6 +64,7 @@ __all__ = [
     "Initializer",
     "Mask",
     "NewCacheScope",
+    "ScoreScope",
     "SegmentScope",
     "Shape",
     "Tensor",
@@ -88,10 +90,12 @@ __all__ = [
     "hide_full_remat",
     "is_concrete",
     "is_tensor",
+    "keep_scores",
     "last_tokens",
     "max_positions",
     "rematerialize_tensors",
     "role_of",
+    "scores_wanted",
     "segment_positions",
     "segment_starts",
 ]

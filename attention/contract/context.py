@@ -32,6 +32,7 @@ class Context:
         scope: the `Scope` that gives them their caches, or `None`.
         padding_mask: the mask of the enclosing call or scope, or `None`.
         segment_ids: the documents of packed rows, of the same, or `None`.
+        scores: what a `ScoreScope` around them has collected, or `None`.
         donated: bool. Whether a cache policy may overwrite the cache it receives.
         dry_run: the outermost `RecordingScope` around them, or `None`.
         running: the cached layer whose `call` makes these calls, or `None`.
@@ -41,6 +42,7 @@ class Context:
     scope: Scope | None = None
     padding_mask: Tensor | None = None
     segment_ids: Tensor | None = None
+    scores: list[tuple[Any, Tensor]] | None = None
     donated: bool = False
     dry_run: RecordingScope | None = None
     running: Any = None

@@ -10,6 +10,7 @@ from typing import Any
 import keras
 from keras import ops, tree
 
+from attention.contract.scores import scores_wanted
 from attention.contract.sizes import is_tensor
 from attention.contract.types import Tensor
 
@@ -79,6 +80,9 @@ def rematerialize_tensors(
     again draws the same numbers, although its seed is another by then. (Keras 3.15 draws
     others or none, and so has other gradients on TensorFlow, and errors on JAX and torch.)
     """
+    if scores_wanted():
+        # They can't leave what is computed again.
+        return layer_call
     flat = tree.flatten((args, kwargs))
     places = [i for i, x in enumerate(flat) if is_tensor(x)]
     variables = layer.variables

@@ -9,6 +9,7 @@ from keras import ops
 from attention.caches.cache_policy import to_cache_layout
 from attention.caches.writes import computed_after
 from attention.contract.padding import zero_padding
+from attention.contract.scores import keep_scores, scores_wanted
 from attention.contract.types import Cache, Index, Mask, Tensor
 from attention.positions.arithmetic import (
     hide_padding,
@@ -211,11 +212,20 @@ class DotProductAttention(AttentionParts):
     # The call, which runs the steps.
 
     def _attend_and_project(
-        self, query: Tensor, new: Any, past: Any, *options: Any, inputs: Tensor
+        self,
+        query: Tensor,
+        new: Any,
+        past: Any,
+        visibility: Visibility,
+        return_scores: bool,
+        training: bool | None,
+        inputs: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Runs the steps from `attend` on, and returns outputs and scores."""
+        options = (visibility, return_scores or scores_wanted(), training)
         outputs, scores = self.attend(query, new, past, *options)
         outputs, scores = self.combine_heads(outputs, scores)
+        keep_scores(self, scores)
         return self.project_output(outputs, inputs), scores
 
     def __call__(  # type: ignore[override]

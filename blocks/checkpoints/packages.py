@@ -1,4 +1,4 @@
-"""Packages that only checkpoints need."""
+"""Packages that only checkpoints and pictures need."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import importlib
 from types import ModuleType
 
 
-def require(name: str, what: str) -> ModuleType:
+def require(name: str, what: str, extra: str = "checkpoints") -> ModuleType:
     """Returns the module of a package that may not be installed.
 
     Raises:
-        ImportError: if it is not; it says how to install it. `what` is what needs it.
+        ImportError: if it is not; it says how to install it, by which `extra`. `what` is what
+            needs it.
     """
     try:
         return importlib.import_module(name)
@@ -18,5 +19,5 @@ def require(name: str, what: str) -> ModuleType:
         package = name.partition(".")[0]
         raise ImportError(
             f"{what} need the package {package}: "
-            '`pip install "keras-transformer-blocks[checkpoints]"`.'
+            f'`pip install "keras-transformer-blocks[{extra}]"`.'
         ) from error

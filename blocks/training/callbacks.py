@@ -9,6 +9,7 @@ from keras import tree
 
 from blocks.training.backup import BackupAndResume
 from blocks.training.invalid_loss import StopOnInvalidLoss
+from blocks.training.tokens_per_second import TokensPerSecond
 
 
 def start_training(options: dict[str, Any]) -> tuple[int | None, int | None]:
@@ -32,6 +33,7 @@ def start_training(options: dict[str, Any]) -> tuple[int | None, int | None]:
         )
     # It saves what others have changed, such as the learning rate.
     callbacks = [x for x in callbacks if x not in backups] + backups
+    callbacks = [TokensPerSecond(), *callbacks]
     # Who wants Keras's own, which only ends the training, has it.
     if not any(isinstance(x, keras.callbacks.TerminateOnNaN) for x in callbacks):
         callbacks = [StopOnInvalidLoss(), *callbacks]

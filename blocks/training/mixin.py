@@ -20,6 +20,7 @@ from blocks.training.token_crossentropy import (
     for_tokens,
     leave_out,
 )
+from blocks.training.tokens_per_second import MeanLoss, add_count, hand_over_counts
 
 _ACCURACY = ("accuracy", "acc", "sparse_categorical_accuracy")
 # The metrics that are computed with the loss, in the order of the sums after its own.
@@ -41,6 +42,9 @@ class TrainingMixin:
     _step_metrics: Untracked | None = None
     # Whether `call` is to return hidden states.
     _without_logits = False
+    # Called after each step with how many tokens the epoch has trained on, or `None`.
+    on_count: Any = None
+    train_function: Any
 
     def compile(
         self,
@@ -62,8 +66,7 @@ class TrainingMixin:
         if _is_mean_of_tokens(loss) and not own:
             computed = self._computed_metrics(loss, metrics, weighted_metrics)
             all_of_them = computed is not None
-            mean = keras.metrics.Mean(name="loss")
-            self._step_metrics = Untracked(all_of_them, [mean, *(computed or ())])
+            self._step_metrics = Untracked(all_of_them, [MeanLoss(), *(computed or ())])
             # All of them have weights, as padding has none.
             weighted = (
                 [] if all_of_them else [*(metrics or ()), *(weighted_metrics or ())]
@@ -107,9 +110,18 @@ class TrainingMixin:
         others = [x for x in found if x.name not in replaced]
         return [*self._step_metrics.value, *others]
 
+    def make_train_function(self, force: bool = False) -> None:
+        made = self.train_function
+        super().make_train_function(force)  # type: ignore[misc]
+        if self.train_function is not made:
+            self.train_function = hand_over_counts(self.train_function, self)
+
     def train_step(self, *args: Any) -> Any:
         with self._step():
-            return super().train_step(*args)  # type: ignore[misc]
+            outputs = super().train_step(*args)  # type: ignore[misc]
+        if self._step_metrics is not None:
+            add_count(outputs, self._step_metrics.value[0], self)
+        return outputs
 
     def test_step(self, *args: Any) -> Any:
         with self._step():
@@ -150,13 +162,15 @@ class TrainingMixin:
         else:
             sums = self._sums_of_logits(y_pred, y, weights)
         count = ops.sum(weights)
-        all_counts, replicas = sum_over_replicas(count)
+        tokens = ops.sum(ops.cast(x["padding_mask"], "float32"))
+        both, replicas = sum_over_replicas(ops.stack([count, tokens]))
         added = sum(ops.sum(other) for other in self.losses)  # type: ignore[attr-defined]
         # The gradients of replicas are summed.
-        loss = ops.divide_no_nan(sums[0], all_counts) + added / replicas
+        loss = ops.divide_no_nan(sums[0], both[0]) + added / replicas
         mean, *others = self._step_metrics.value
         value = ops.divide_no_nan(sums[0], count) + added
         mean.update_state(ops.stop_gradient(value), count)
+        mean.count_tokens(both[1])
         for metric in others:
             total = sums[1 + _COMPUTED.index(type(metric))]
             value = ops.divide_no_nan(ops.stop_gradient(total), count)

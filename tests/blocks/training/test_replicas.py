@@ -8,12 +8,16 @@ import keras
 import pytest
 
 SCRIPT = """
-    import keras, numpy as np, tensorflow as tf
+    import itertools, keras, numpy as np, tensorflow as tf
     cpus = tf.config.list_physical_devices("CPU")
     two = [tf.config.LogicalDeviceConfiguration()] * 2
     tf.config.set_logical_device_configuration(cpus[0], two)
     from blocks import CausalLM, Perplexity
+    from blocks.training import tokens_per_second
     from tests.models import make_backbone
+
+    # A second for each step, so that rates are numbers of tokens.
+    tokens_per_second.perf_counter = itertools.count().__next__
 
     # The second replica has far fewer tokens.
     mask = (np.arange(7) < [[7], [7], [6], [7], [2], [2], [1], [2]]).astype("int32")
@@ -28,6 +32,7 @@ SCRIPT = """
             lm.compile(keras.optimizers.SGD(0.1), weighted_metrics=metrics)
         data = tf.data.Dataset.from_tensor_slices((x, tokens)).batch(8)
         logs = lm.fit(data, epochs=2, verbose=0).history
+        assert logs["tokens_per_second"][1] == mask.sum(), logs
         weights = [np.array(weight) for weight in lm.trainable_weights]
         found.append([*(logs[name] for name in sorted(logs)), *weights])
     for first, second in zip(*found):
