@@ -207,7 +207,9 @@ class PreferenceTuning(keras.Model):
             kwargs.setdefault("validation_data", held_out)
         if passed is not None:
             steps = kwargs.get("steps_per_epoch")
-            x, kwargs["steps_per_epoch"] = from_epoch(x, passed, steps)
+            x, kwargs["steps_per_epoch"] = from_epoch(
+                x, passed, steps, self.steps_per_execution
+            )
         kwargs.setdefault("shuffle", False)
         with self.lm.changing_weights():
             return super().fit(x, y, **kwargs)

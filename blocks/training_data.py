@@ -226,11 +226,12 @@ def with_checked_batches(data: tf.data.Dataset, size: int | None) -> tf.data.Dat
 
 
 def from_epoch(
-    data: Any, passed: int, steps_per_epoch: int | None
+    data: Any, passed: int, steps_per_epoch: int | None, at_once: int
 ) -> tuple[Any, int | None]:
     """Returns data that begin after so many epochs, and the steps of each epoch.
 
     What shuffles itself anew in each epoch is in the order that it would have had.
+    `at_once` is `steps_per_execution`.
     """
     if isinstance(data, tf.data.Dataset):
         length = int(data.cardinality())
@@ -246,7 +247,8 @@ def from_epoch(
             data.on_epoch_begin()
             data.on_epoch_end()
     elif isinstance(data, Iterator) and steps_per_epoch:
-        begun = itertools.islice(data, passed * steps_per_epoch, None)
+        read = -(-steps_per_epoch // at_once) * at_once
+        begun = itertools.islice(data, passed * read, None)
         data = (batch for batch in begun)  # Keras asks for a generator.
     return data, steps_per_epoch
 

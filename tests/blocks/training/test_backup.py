@@ -166,7 +166,9 @@ def check_resuming(tmp_path, data, at, save_freq, optimizer="adam", **kwargs):
 
     # Those before were passed over.
     order = list(expected)
-    for place in order[order.index(at) :]:
+    # Several steps have the number of the last one.
+    first = at if at in order else (at[0], at[1] + 1)
+    for place in order[order.index(first) :]:
         np.testing.assert_allclose(found[place], expected[place], rtol=1e-6)
     weights = zip(resumed.trainable_variables, whole.trainable_variables)
     for one, other in weights:
