@@ -194,7 +194,9 @@ class CausalLM(
 
         Args:
             x: a list of strings, if the model has a preprocessor, or a dict of
-                `prompts` and `responses`, of which only the responses are learned; else
+                `prompts` and `responses`, of which only the responses are learned, or of
+                `messages`, conversations as for `apply_chat_template`, of which only
+                what the assistant says and its stop tokens are; else
                 a dict of `token_ids` and `padding_mask`. Or batches of these, or of
                 tuples with targets and weights: a `tf.data.Dataset`, a torch
                 `DataLoader`, a `keras.utils.PyDataset`, a Grain dataset, a generator,
@@ -222,12 +224,12 @@ class CausalLM(
         kwargs["callbacks"] = with_stop(kwargs.get("callbacks"))
         x, validation_data = as_dataset(x), as_dataset(validation_data)
         in_memory = is_in_memory(x)
-        x, y = read_samples(self, x, y)
-        if isinstance(validation_data, tuple):
-            checked = read_samples(self, *validation_data[:2])
-            validation_data = (*checked, *validation_data[2:])
-        else:
-            validation_data, _ = read_samples(self, validation_data)
+        x, y, sample_weight = read_samples(self, x, y, sample_weight)
+        if validation_data is not None:
+            parts = validation_data
+            parts = parts if isinstance(parts, tuple) else (parts,)
+            parts = read_samples(self, *parts)
+            validation_data = keras.utils.pack_x_y_sample_weight(*parts)
         if is_for_keras(x):
             held_out = self._readable_by_keras(validation_data, batch_size)
             # Past KerasHub's `fit`, and so past the one that counts.
@@ -255,7 +257,9 @@ class CausalLM(
         if is_for_keras(x):
             data = preprocessed(self, x)
             return keras.Model.evaluate(self, data, y, *args, **kwargs)
-        x, y = read_samples(self, as_dataset(x), y)
+        x, y, weights = read_samples(self, as_dataset(x), y)
+        if weights is not None:
+            kwargs["sample_weight"] = weights
         return super().evaluate(x, y, *args, **kwargs)
 
     def predict(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
