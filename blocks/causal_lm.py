@@ -24,6 +24,7 @@ from blocks.quantized_head import logits_of
 from blocks.token_model import TokenModel
 from blocks.training.invalid_loss import with_stop
 from blocks.training.mixin import TrainingMixin
+from blocks.training.optimizer_precision import check_optimizer
 from blocks.training_data import (
     as_dataset,
     as_slices,
@@ -219,8 +220,10 @@ class CausalLM(
                 the callbacks takes the place of this.)
             TypeError: if `x` is no text where it must be.
             ValueError: if `x` is empty, a token of `x` or `y` is outside of the
-                vocabulary, or a row is not padded on the right.
+                vocabulary, a row is not padded on the right, or a `beta` of the
+                optimizer is 1 in the dtype of the weights, as 0.999 in bfloat16.
         """
+        check_optimizer(self.optimizer, self.trainable_variables)
         kwargs["callbacks"] = with_stop(kwargs.get("callbacks"))
         x, validation_data = as_dataset(x), as_dataset(validation_data)
         in_memory = is_in_memory(x)

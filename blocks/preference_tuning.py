@@ -9,6 +9,7 @@ from keras import ops
 
 from attention.contract import Tensor, check_number, describe
 from blocks.causal_lm import CausalLM
+from blocks.training.optimizer_precision import check_optimizer
 from blocks.training_data import read_columns
 
 _TEXTS = ("prompts", "chosen", "rejected")
@@ -87,6 +88,8 @@ class PreferenceTuning(keras.Model):
         if not (check_number("beta", beta) or 0.0) > 0:
             raise ValueError(f"`beta` must be positive. Received: beta={beta}")
         self.lm, self.beta = lm, beta
+        # By it Keras decides whether the loss is scaled.
+        self.dtype_policy = lm.dtype_policy
         self._updates = {id(w) for w in lm.weights if w.name == "lora_kernel_b"}
         if reference is None and not self._updates:
             reference = lm.swap()[0]
@@ -186,7 +189,12 @@ class PreferenceTuning(keras.Model):
 
         Returns:
             A `keras.callbacks.History`.
+
+        Raises:
+            ValueError: if a `beta` of the optimizer is 1 in the dtype of the weights, as
+                0.999 in bfloat16.
         """
+        check_optimizer(getattr(self, "optimizer", None), self.trainable_variables)
         held_out = kwargs.get("validation_data")
         if _is_texts(held_out):
             kwargs["validation_data"] = self._samples(held_out)
