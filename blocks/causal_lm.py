@@ -197,7 +197,9 @@ class CausalLM(
 
         Args:
             x: a list of strings, if the model has a preprocessor, or a dict of
-                `prompts` and `responses`, of which only the responses are learned; else
+                `prompts` and `responses`, of which only the responses are learned, or of
+                `messages`, conversations as for `apply_chat_template`, of which only
+                what the assistant says and its stop tokens are; else
                 a dict of `token_ids` and `padding_mask`. Or batches of these, or of
                 tuples with targets and weights: a `tf.data.Dataset`, a torch
                 `DataLoader`, a `keras.utils.PyDataset`, a Grain dataset, a generator,
@@ -222,17 +224,18 @@ class CausalLM(
                 the callbacks takes the place of this.)
             TypeError: if `x` is no text where it must be.
             ValueError: if `x` is empty, a token of `x` or `y` is outside of the
-                vocabulary, or a row is not padded on the right.
+                vocabulary, a row is not padded on the right, or a `beta` of the
+                optimizer is 1 in the dtype of the weights, as 0.999 in bfloat16.
         """
-        passed, seed = start_training(kwargs)
+        passed, seed = start_training(self, kwargs)
         x, validation_data = as_dataset(x), as_dataset(validation_data)
         in_memory = is_in_memory(x)
-        x, y = read_samples(self, x, y)
-        if isinstance(validation_data, tuple):
-            checked = read_samples(self, *validation_data[:2])
-            validation_data = (*checked, *validation_data[2:])
-        else:
-            validation_data, _ = read_samples(self, validation_data)
+        x, y, sample_weight = read_samples(self, x, y, sample_weight)
+        if validation_data is not None:
+            parts = validation_data
+            parts = parts if isinstance(parts, tuple) else (parts,)
+            parts = read_samples(self, *parts)
+            validation_data = keras.utils.pack_x_y_sample_weight(*parts)
         if in_memory and kwargs.pop("shuffle", True):
             samples = keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
             size = batch_size or 32
@@ -270,7 +273,9 @@ class CausalLM(
         if is_for_keras(x):
             data = preprocessed(self, x)
             return keras.Model.evaluate(self, data, y, *args, **kwargs)
-        x, y = read_samples(self, as_dataset(x), y)
+        x, y, weights = read_samples(self, as_dataset(x), y)
+        if weights is not None:
+            kwargs["sample_weight"] = weights
         return super().evaluate(x, y, *args, **kwargs)
 
     def predict(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:

@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from attention.contract import check_positive_int, describe
+from blocks.conversations import is_conversations, read_conversations, tokenized
 from blocks.generation.prompts import is_text, to_plain, to_str
 from blocks.preprocessor import CausalLMPreprocessor
 from blocks.training_data import as_dataset, read_answers
@@ -40,9 +41,9 @@ class PackedDocuments:
 
     Args:
         documents: an iterable of strings, or of lists of token ids; a
-            `tf.data.Dataset` of strings; or a dict of `prompts` and `responses`, of
-            which only the responses are targets. It must be possible to read it more
-            than once, for more than one epoch.
+            `tf.data.Dataset` of strings; or a dict of `prompts` and `responses`, or of
+            `messages`, of which only what `CausalLM.fit` learns are targets. It must be
+            possible to read it more than once, for more than one epoch.
         preprocessor: `None`, or a `blocks.CausalLMPreprocessor`, whose tokenizer reads
             strings, and which has the tokens before and after them. Lists of token
             ids are taken as they are.
@@ -98,7 +99,11 @@ class PackedDocuments:
                 "`sequence_length`, the length of rows, is needed where there is no "
                 "`preprocessor`."
             )
-        if isinstance(documents, dict):
+        if isinstance(documents, dict) and is_conversations(documents):
+            if preprocessor is None:
+                raise ValueError("Conversations need a `preprocessor`.")
+            documents = {"messages": read_conversations(documents, "documents")}
+        elif isinstance(documents, dict):
             documents = read_answers(documents, "documents")
         self.documents = documents
         self.preprocessor: Any = preprocessor
@@ -128,6 +133,12 @@ class PackedDocuments:
 
     def _tokenized(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Returns the tokens of each document, and their weights as targets."""
+        if is_conversations(self.documents):
+            for tokens, learned in tokenized(
+                self.preprocessor, self.documents["messages"]
+            ):
+                yield tokens, learned.astype("float32")
+            return
         documents = self._documents()
         while some := list(itertools.islice(documents, _AT_A_TIME)):
             texts = [to_str(x) for parts in some for x in parts if is_text(x)]

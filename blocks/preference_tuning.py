@@ -88,6 +88,8 @@ class PreferenceTuning(keras.Model):
         if not (check_number("beta", beta) or 0.0) > 0:
             raise ValueError(f"`beta` must be positive. Received: beta={beta}")
         self.lm, self.beta = lm, beta
+        # By it Keras decides whether the loss is scaled.
+        self.dtype_policy = lm.dtype_policy
         self._updates = {id(w) for w in lm.weights if w.name == "lora_kernel_b"}
         if reference is None and not self._updates:
             reference = lm.swap()[0]
@@ -191,12 +193,14 @@ class PreferenceTuning(keras.Model):
         Raises:
             FloatingPointError: if the loss of a step is NaN or infinite.
             TypeError: if `x` is no such dict.
+            ValueError: if a `beta` of the optimizer is 1 in the dtype of the weights, as
+                0.999 in bfloat16.
         """
         held_out = kwargs.get("validation_data")
         if _is_texts(held_out):
             kwargs["validation_data"] = self._samples(held_out)
         x, y = self._samples(x) if _is_texts(x) else (x, y)
-        passed, seed = start_training(kwargs)
+        passed, seed = start_training(self, kwargs)
         if isinstance(x, dict) and kwargs.pop("shuffle", True):
             weights = kwargs.pop("sample_weight", None)
             samples = keras.utils.pack_x_y_sample_weight(x, y, weights)

@@ -15,7 +15,8 @@ from keras import ops
 
 from attention.contract import check_positive_int, describe
 from blocks.chat_template import render_chats
-from blocks.generation.prompts import end_token_ids, tokenizer_size
+from blocks.conversations import conversation_samples, is_conversations
+from blocks.generation.prompts import end_token_ids, one_text, tokenizer_size
 from blocks.hugging_face_files import read_preprocessor
 from blocks.preset_files import written_aside
 from blocks.start_packer import StartPacker
@@ -32,7 +33,7 @@ class CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
     Called on strings, it returns `(x, y, sample_weight)` for `fit`: `x` is a
     dict of `token_ids` and `padding_mask`, `y` the next token of each, and the
     weights leave out padding; called on a dict of `prompts` and `responses`, the
-    prompts, too.
+    prompts, too, and of `messages`, all but what the assistant says.
 
     Args:
         tokenizer: a `keras_hub.tokenizers.Tokenizer`.
@@ -195,8 +196,9 @@ class CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         """Turns texts into training samples.
 
         Args:
-            x: strings, or a dict of `prompts` and `responses`, both strings: tokens of
-                prompts are no targets then.
+            x: strings; a dict of `prompts` and `responses`, both strings, of which
+                prompts are no targets; or a dict of `messages`, a list of conversations
+                as for `apply_chat_template`.
             y, sample_weight: not used.
             sequence_length: int or `None`. The length, if not the preprocessor's.
 
@@ -205,6 +207,8 @@ class CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         """
         if not isinstance(x, dict):
             return super().call(x, y, sample_weight, sequence_length)
+        if is_conversations(x):
+            return conversation_samples(self, x, sequence_length)
         if not self.built:
             self.build(None)
         prompts, responses = (self.tokenizer(x[k]) for k in ("prompts", "responses"))
@@ -279,7 +283,7 @@ class CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
             if found and found[-1] in self.stop_token_ids:
                 found.pop()
             kept = [t for t in found if t not in special]
-            texts.append(_to_text(self.tokenizer.detokenize([kept])) if kept else "")
+            texts.append(one_text(self.tokenizer.detokenize([kept])) if kept else "")
         return texts
 
     def apply_chat_template(
@@ -389,11 +393,3 @@ def _read_stops(token_ids: Any) -> list[int] | None:
             "`stop_token_ids` must be a list of token ids, or `None` for the end token. "
             f"Received: stop_token_ids={describe(token_ids)}"
         ) from None
-
-
-def _to_text(detokenized: Any) -> str:
-    """Returns the string of a batch of one, whatever form the tokenizer returns."""
-    if hasattr(detokenized, "numpy"):
-        detokenized = detokenized.numpy()
-    text = detokenized if isinstance(detokenized, (str, bytes)) else detokenized[0]
-    return text.decode("utf-8", errors="replace") if isinstance(text, bytes) else text

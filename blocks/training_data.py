@@ -13,6 +13,7 @@ import tensorflow as tf
 from keras import ops, tree
 
 from attention.contract import describe, is_tensor
+from blocks.conversations import conversation_samples, is_conversations
 from blocks.generation.prompts import (
     check_tokens,
     is_text,
@@ -56,6 +57,13 @@ def as_dataset(x: Any) -> Any:
     first = next(iter(x), None)
     if first is None:
         raise ValueError(f"`x` has no batch. Received: x={describe(x)}")
+    if is_conversations(first):
+        raise TypeError(
+            "Batches of conversations must come from a generator or a "
+            "`keras.utils.PyDataset`. From other data, pass batches of what the model's "
+            "`preprocessor` makes of them, or `blocks.PackedDocuments`. Received: "
+            f"x={describe(x)}"
+        )
     data = tf.data.Dataset.from_generator(
         lambda: map(_as_batch, x),
         output_signature=tree.map_structure(signature, _as_batch(first)),
@@ -99,6 +107,8 @@ def preprocessed(task: Any, x: Any) -> Any:
     def preprocess(batch: Any) -> Any:
         if task.preprocessor is None or is_tokens(batch):
             return batch
+        if is_conversations(batch):
+            return read_samples(task, batch)
         texts = batch if isinstance(batch, tuple) else (batch,)
         samples = task.preprocess_samples(*map(_texts, texts))
         return tree.map_structure(ops.convert_to_numpy, samples)
@@ -127,13 +137,28 @@ def _as_batch(batch: Any) -> Any:
     return ops.convert_to_numpy(batch) if is_tensor(batch) else np.asarray(batch)
 
 
-def read_samples(task: Any, x: Any, y: Any = None) -> tuple[Any, Any]:
+def read_samples(
+    task: Any, x: Any, y: Any = None, sample_weight: Any = None
+) -> tuple[Any, Any, Any]:
     """Checks samples that are in memory, as far as their form is known.
 
     Returns:
-        `(x, y)`: text as a list of strings, tokens with 0 for padding. A
-        `tf.data.Dataset` checks its batches; other data that yields batches, as it is.
+        `(x, y, sample_weight)`: text as a list of strings, tokens with 0 for padding,
+        conversations as tokens with their targets and weights. A `tf.data.Dataset`
+        checks its batches; other data that yields batches, as it is.
     """
+    if is_conversations(x):
+        if not isinstance(task.preprocessor, CausalLMPreprocessor):
+            raise ValueError(
+                "Conversations need a `blocks.CausalLMPreprocessor` with a chat "
+                f"template. The model's preprocessor is {describe(task.preprocessor)}"
+            )
+        # Past Keras, whose error would show all of them.
+        return conversation_samples(task.preprocessor, x)
+    return (*_read_samples(task, x, y), sample_weight)
+
+
+def _read_samples(task: Any, x: Any, y: Any) -> tuple[Any, Any]:
     if isinstance(x, tf.data.Dataset) and (
         task.preprocessor is None or is_tokens(x.element_spec)
     ):

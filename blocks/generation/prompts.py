@@ -125,6 +125,12 @@ def to_str(text: Any) -> str:
     return text
 
 
+def one_text(texts: Any) -> str:
+    """Returns the string of a text, or of the only one of a batch, of any kind."""
+    texts = to_plain(texts)
+    return to_str(texts if is_text(texts) else texts[0])
+
+
 def row_limits(
     lengths: np.ndarray,
     max_length: int | None,

@@ -9,19 +9,23 @@ from keras import tree
 
 from blocks.training.backup import BackupAndResume
 from blocks.training.invalid_loss import StopOnInvalidLoss
+from blocks.training.optimizer_precision import check_optimizer
 from blocks.training.tokens_per_second import TokensPerSecond
 
 
-def start_training(options: dict[str, Any]) -> tuple[int | None, int | None]:
-    """Completes the callbacks among the arguments of `fit`, and looks for a backup.
+def start_training(
+    model: keras.Model, options: dict[str, Any]
+) -> tuple[int | None, int | None]:
+    """Checks the optimizer, completes the callbacks of `fit`, and looks for a backup.
 
-    The callbacks and the first epoch are changed in `options`. A
+    The callbacks and the first epoch are changed in `options`, the arguments of `fit`. A
     `keras.callbacks.CallbackList` stays as it is.
 
     Returns:
         How many epochs an earlier process has trained, and the seed of the order of
         samples; `None` without a `BackupAndResume`.
     """
+    check_optimizer(getattr(model, "optimizer", None), model.trainable_variables)
     given = options.get("callbacks")
     if isinstance(given, keras.callbacks.CallbackList):
         return None, None
