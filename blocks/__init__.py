@@ -5,6 +5,7 @@ from blocks.causal_lm import CausalLM
 from blocks.custom_backbone import CustomBackbone
 from blocks.custom_decoder import CustomDecoder
 from blocks.custom_encoder import CustomEncoder
+from blocks.distribution import make_layout_map
 from blocks.generation import (
     DraftModel,
     GenerationSizes,
@@ -48,4 +49,5 @@ __all__ = [
     "TokenCrossentropy",
     "clone_initializer",
     "gelu_approximate",
+    "make_layout_map",
 ]
