@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import re
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import keras
@@ -37,8 +39,8 @@ def make_layout_map(
 
     Raises:
         TypeError: if `make_model` is no function.
-        ValueError: if the mesh has no such axis, a distribution is set already, a weight
-            of two axes or more is not declared, or a path is another one each time.
+        ValueError: if the mesh has no such axis, a weight of two axes or more is not
+            declared, or a path is another one each time.
 
     Example:
 
@@ -62,13 +64,7 @@ def make_layout_map(
             f"`device_mesh` has no axis '{model_dim_name}'. Received: axis_names="
             f"{tuple(device_mesh.axis_names)}. Pass one of these as `model_dim_name`."
         )
-    if keras.distribution.distribution() is not None:
-        raise ValueError(
-            "`make_layout_map` makes a model without weights, so it must be called "
-            "before `keras.distribution.set_distribution`."
-        )
     axes = _axes_of_model(make_model)
-    _check_names(axes, _axes_of_model(make_model))
     parts = dict(zip(device_mesh.axis_names, device_mesh.shape))[model_dim_name]
     layout_map = keras.distribution.LayoutMap(device_mesh)
     whole: dict[tuple, list[str]] = {}
@@ -95,22 +91,29 @@ def make_layout_map(
 
 
 def _axes_of_model(make_model: Callable[[], Any]) -> dict[str, WeightAxes]:
+    """Returns the axes of the weights of the model, of which nothing stays."""
     found: list[dict[str, WeightAxes]] = []
 
     def make() -> None:
         found.append(axes_of_weights(make_model()))
 
-    if keras.backend.backend() == "jax":
-        import jax
+    def make_twice() -> None:
+        for _ in range(2):
+            if keras.backend.backend() == "jax":
+                import jax
 
-        # What is traced has shapes and no values, and is thrown away.
-        jax.eval_shape(make)
-    else:
-        make()
-    return found[0]
+                # What is traced has shapes and no values. JAX traces a function once.
+                jax.eval_shape(lambda: make())
+            else:
+                make()
 
-
-def _check_names(first: dict[str, Any], second: dict[str, Any]) -> None:
+    drawn = random.getstate()
+    # Keras counts names in each thread, and has a distribution in each: those of the
+    # caller stay as they are, and so do the seeds of the next initializers.
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(make_twice).result()
+    random.setstate(drawn)
+    first, second = found
     differ = sorted(path for path in first if path not in second)
     if differ:
         raise ValueError(
@@ -118,3 +121,4 @@ def _check_names(first: dict[str, Any], second: dict[str, Any]) -> None:
             f"is made: {', '.join(differ)}. Name the layers in them that Keras names by "
             "a number, such as 'dense_1'."
         )
+    return first
