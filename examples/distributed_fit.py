@@ -22,7 +22,8 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 import keras
 import keras_hub
 import numpy as np
-from keras import distribution
+import tensorflow as tf
+from keras import distribution, tree
 
 from attention import RotaryAttention
 from blocks import CausalLM, CausalLMPreprocessor, CustomBackbone, make_layout_map
@@ -45,9 +46,7 @@ def make_model(quick):
         intermediate_dim=128 if quick else 512,
         learned_positions=False,
     )
-    tokenizer = keras_hub.tokenizers.ByteTokenizer()
-    preprocessor = CausalLMPreprocessor(tokenizer, sequence_length=64, end_token=0)
-    lm = CausalLM(backbone, preprocessor)
+    lm = CausalLM(backbone)
     # A checkpoint finds the optimizer's state by its name.
     optimizer = keras.optimizers.SGD(0.3, momentum=0.9, name="optimizer")
     lm.compile(optimizer, sampler="greedy")
@@ -69,11 +68,16 @@ def make_distribution(kind, make):
     )
 
 
-def load_texts(count):
+def load_data(count):
     from pydoc_data.topics import topics
 
     text = "\n".join(topics[key] for key in sorted(topics))
-    return [text[i * 64 : (i + 1) * 64] for i in range(count)]
+    texts = [text[i * 64 : (i + 1) * 64] for i in range(count)]
+    tokenizer = keras_hub.tokenizers.ByteTokenizer()
+    preprocessor = CausalLMPreprocessor(tokenizer, sequence_length=64, end_token=0)
+    # Batches of arrays, whose size TensorFlow knows: each process takes its rows.
+    arrays = tree.map_structure(np.array, preprocessor(texts))
+    return tf.data.Dataset.from_tensor_slices(arrays).batch(16, drop_remainder=True)
 
 
 def train(kind, quick, alone):
@@ -83,10 +87,10 @@ def train(kind, quick, alone):
     distribution.set_distribution(None if alone else make_distribution(kind, make))
     lm = make()
     start = time.perf_counter()
-    history = lm.fit(
-        load_texts(64 if quick else 1024), batch_size=16, shuffle=False, verbose=0
-    ).history
-    text = lm.generate("The following ", max_new_tokens=8 if quick else 32)
+    history = lm.fit(load_data(64 if quick else 1024), verbose=0).history
+    prompt = [list(b"The following ")]
+    found = lm.generate(prompt, max_new_tokens=8 if quick else 32, stop_token_ids=None)
+    text = bytes(np.array(found["token_ids"])[0].astype("uint8")).decode()
     held = sum(shard_bytes(weight) for weight in lm.weights)
     print(
         f"{kind}: loss {history['loss'][-1]:.6f}, {held / 2**10:.0f} KiB of weights on "
