@@ -5,6 +5,7 @@ from blocks.causal_lm import CausalLM
 from blocks.custom_backbone import CustomBackbone
 from blocks.custom_decoder import CustomDecoder
 from blocks.custom_encoder import CustomEncoder
+from blocks.distribution import make_layout_map
 from blocks.generation import (
     DraftModel,
     GenerationSizes,
@@ -53,5 +54,6 @@ __all__ = [
     "attention_scores",
     "clone_initializer",
     "gelu_approximate",
+    "make_layout_map",
     "plot_history",
 ]

@@ -26,6 +26,7 @@ from attention import (
     CachePolicy,
     GroupedQueryAttention,
     RotaryAttention,
+    declare_axes,
 )
 from attention.testing import check_cached_layer
 from blocks import CausalLM, CausalLMPreprocessor, CustomBackbone
@@ -40,6 +41,8 @@ class TalkingHeadsAttention(GroupedQueryAttention):
     def build(self, query_shape, value_shape=None, key_shape=None):
         super().build(query_shape, value_shape, key_shape)
         shape = (self.num_heads, self.num_heads)
+        # Each device that has some of the heads needs all of these weights.
+        declare_axes(self, {"mix_logits": (None, None), "mix_weights": (None, None)})
         self.mix_logits = self.add_weight(shape, "identity", name="mix_logits")
         self.mix_weights = self.add_weight(shape, "identity", name="mix_weights")
 

@@ -33,6 +33,8 @@ from attention.contract.remat import (
 from attention.contract.roles import (
     FEED_FORWARD_ROLES,
     ROLES,
+    Names,
+    declare_axes,
     declare_role,
     role_of,
 )
@@ -50,6 +52,7 @@ from attention.contract.types import (
     Shape,
     Tensor,
 )
+from attention.contract.weight_axes import WeightAxes, axes_of_weights
 
 __all__ = [
     "FEED_FORWARD_ROLES",
@@ -63,14 +66,17 @@ __all__ = [
     "Index",
     "Initializer",
     "Mask",
+    "Names",
     "NewCacheScope",
     "ScoreScope",
     "SegmentScope",
     "Shape",
     "Tensor",
     "Untracked",
+    "WeightAxes",
     "all_layers",
     "arguments_of",
+    "axes_of_weights",
     "build_as_one",
     "call_sites",
     "call_with_cache",
@@ -83,6 +89,7 @@ __all__ = [
     "check_right_padded",
     "clone_initializer",
     "create_cache",
+    "declare_axes",
     "declare_role",
     "describe",
     "find_not_rewindable",

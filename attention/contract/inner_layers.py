@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from attention.contract.roles import ROLES, declare_role
+from attention.contract.roles import ROLES, Names, declare_axes, declare_role
 from attention.contract.types import DType, Initializer
 
 
@@ -56,10 +56,13 @@ def make_dense(
     input_size: int,
     use_bias: bool = False,
     role: str | None = None,
+    axes: Names | None = None,
 ) -> keras.layers.Layer:
     """Returns a built projection with the initializers and dtype policy of `layer`.
 
-    `role` is one of `declare_role`; `None` means the name, if that is one.
+    `role` is one of `declare_role`; `None` means the name, if that is one. `axes` are
+    those of the kernel for `declare_axes`, where the role does not say them. Where
+    `layer` has heads, an axis of heads holds so many.
     """
     bias_initializer = getattr(layer, "bias_initializer", "zeros")
     dense = keras.layers.Dense(
@@ -71,6 +74,8 @@ def make_dense(
         name=name,
     )
     dense.build((None, None, input_size))
+    declared = {} if axes is None else {"kernel": axes, "bias": axes[1:]}
+    declare_axes(dense, declared, getattr(layer, "num_heads", None))
     role = name if role is None and name in ROLES else role
     return dense if role is None else declare_role(dense, role)
 

@@ -10,6 +10,7 @@ from keras import ops
 from attention.contract.arguments import arguments_of, check_positive_int
 from attention.contract.cached_layer import CachedLayer
 from attention.contract.checks import check_sequence_shape
+from attention.contract.roles import declare_axes
 from attention.contract.types import Index, Initializer, Mask, Shape, Tensor
 from attention.positions.arithmetic import token_positions
 
@@ -70,6 +71,7 @@ class PositionEmbedding(CachedLayer):
     def build(self, inputs_shape: Shape) -> None:
         what = "token embeddings, not the token ids,"
         width = check_sequence_shape(self.name, inputs_shape, what)
+        declare_axes(self, {"embeddings": (None, None)})
         self.position_embeddings = self.add_weight(
             name="embeddings",
             shape=(self.sequence_length, width),

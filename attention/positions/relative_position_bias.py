@@ -10,6 +10,7 @@ import numpy as np
 from keras import ops
 
 from attention.contract.arguments import arguments_of, check_positive_int
+from attention.contract.roles import declare_axes
 from attention.contract.types import Initializer, Tensor
 from attention.positions.position_scheme import PositionScheme
 
@@ -68,6 +69,7 @@ class RelativePositionBias(PositionScheme):
             )
 
     def build(self, num_heads: int) -> None:
+        declare_axes(self, {"embeddings": (None, "heads")})
         # Added to float32 logits, whatever the layer computes in.
         self.embeddings = self.add_weight(
             name="embeddings",

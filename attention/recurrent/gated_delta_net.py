@@ -23,7 +23,7 @@ from attention.recurrent.recurrent_mixer import RecurrentMixer
 
 def _log_of_uniform(shape: tuple[int, ...], dtype: DType = None) -> Tensor:
     """Returns logarithms of numbers drawn between 0.01 and 16."""
-    return ops.log(keras.random.uniform(shape, 0.01, 16, dtype=dtype))
+    return ops.log(keras.initializers.RandomUniform(0.01, 16)(shape, dtype))
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
@@ -103,8 +103,9 @@ class GatedDeltaNet(RecurrentMixer):
         )
         self.convolution = self.make_convolution(self.kernel_size, 2 * keys + values)
         self.gate_dense = make_dense(self, "gate", values, width)
-        self.beta_dense = make_dense(self, "beta", heads, width)
-        self.decay_dense = make_dense(self, "decay", heads, width)
+        heads_last = (None, "heads")
+        self.beta_dense = make_dense(self, "beta", heads, width, axes=heads_last)
+        self.decay_dense = make_dense(self, "decay", heads, width, axes=heads_last)
         self.log_rate = self.add_float32_weight("log_rate", (heads,), _log_of_uniform)
         self.decay_bias = self.add_float32_weight("decay_bias", (heads,), "ones")
         self.recurrence = self.make_recurrence(key_dim, value_dim)

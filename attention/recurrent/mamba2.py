@@ -34,7 +34,7 @@ def _log_of_heads(shape: tuple[int, ...], dtype: DType = None) -> Tensor:
 def _inverse_softplus_of_steps(shape: tuple[int, ...], dtype: DType = None) -> Tensor:
     """Returns biases whose softplus is log-uniform between 0.001 and 0.1."""
     low, high = math.log(1e-3), math.log(1e-1)
-    steps = ops.exp(keras.random.uniform(shape, low, high, dtype=dtype))
+    steps = ops.exp(keras.initializers.RandomUniform(low, high)(shape, dtype))
     return steps + ops.log(-ops.expm1(-steps))
 
 

@@ -16,6 +16,7 @@ from attention.contract.arguments import (
 )
 from attention.contract.checks import check_sequence_shape
 from attention.contract.inner_layers import make_dense
+from attention.contract.roles import declare_axes
 from attention.contract.types import Shape, Tensor
 from attention.recurrent.heads import float32, join_heads, split_heads
 from attention.recurrent.recurrent_mixer import RecurrentMixer
@@ -124,8 +125,8 @@ class RWKVTimeMix(RecurrentMixer):
         # Low-rank projections: down to the rank, and up to the width.
         self.narrow = {
             name: [
-                make_dense(self, f"{name}_down", rank, width),
-                make_dense(self, f"{name}_up", width, rank),
+                make_dense(self, f"{name}_down", rank, width, axes=(None, None)),
+                make_dense(self, f"{name}_up", width, rank, axes=(None, "heads")),
             ]
             for name, rank in ranks.items()
         }
@@ -136,6 +137,7 @@ class RWKVTimeMix(RecurrentMixer):
         }
         self.unit_scale = self.add_float32_weight("unit_scale", (width,), "ones")
         self.rate_scale = self.add_float32_weight("rate_scale", (width,), "ones")
+        declare_axes(self, {"bonus": ("heads", None)})
         self.bonus = self.add_float32_weight("bonus", (heads, key_dim), "zeros")
         self.recurrence = self.make_recurrence(key_dim)
         self.norm_scale = self.add_float32_weight("norm_scale", (width,), "ones")

@@ -9,6 +9,7 @@ from keras import ops
 
 from attention.contract.arguments import arguments_of, check_positive_int
 from attention.contract.inner_layers import clone_initializer
+from attention.contract.roles import declare_axes
 from attention.contract.types import Activation, Initializer, Shape, Tensor
 from attention.recurrent.heads import float32
 from attention.recurrent.token_shift import TokenShift
@@ -59,6 +60,7 @@ class ShortConvolution(TokenShift):
 
     def build(self, inputs_shape: Shape) -> None:
         super().build(inputs_shape)
+        declare_axes(self, {"kernel": (None, None)})
         self.kernel = self.add_weight(
             name="kernel",
             shape=(self.kernel_size, self._width),

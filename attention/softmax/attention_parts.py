@@ -21,7 +21,7 @@ from attention.contract.arguments import (
 from attention.contract.cached_layer import CachedLayer
 from attention.contract.checks import check_sequence_shape
 from attention.contract.inner_layers import clone_initializer, make_rms_norm
-from attention.contract.roles import ROLES, declare_role
+from attention.contract.roles import ROLES, declare_axes, declare_role
 from attention.contract.sizes import static_size
 from attention.contract.types import Cache, Initializer, Tensor
 from attention.positions.position_scheme import (
@@ -150,6 +150,7 @@ class AttentionParts(CachedLayer):
             **self._initializers(),
         )
         dense.build(inputs_shape)
+        declare_axes(dense, {"kernel": (None, "heads", None), "bias": ("heads", None)})
         role = "gate" if name == "output_gate" else name
         return declare_role(dense, role) if role in ROLES else dense
 

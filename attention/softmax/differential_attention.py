@@ -9,6 +9,7 @@ from keras import ops
 
 from attention.contract.arguments import arguments_of, check_number
 from attention.contract.inner_layers import make_rms_norm
+from attention.contract.roles import declare_axes
 from attention.contract.types import Tensor
 from attention.softmax.grouped_query_attention import GroupedQueryAttention
 
@@ -91,6 +92,7 @@ class DifferentialAttention(GroupedQueryAttention):
             autocast=False,
             name="lambdas",
         )
+        declare_axes(self, {"lambdas": (None, None, None)})
         self.head_norm = make_rms_norm(self, "head_norm", self.head_dims()[1], 1e-5)
 
     def _half_dim(self) -> int:

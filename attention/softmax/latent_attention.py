@@ -9,6 +9,7 @@ from keras import ops
 
 from attention.contract.arguments import arguments_of, refuse_arguments
 from attention.contract.inner_layers import make_dense, make_rms_norm
+from attention.contract.roles import declare_axes
 from attention.contract.types import Tensor
 from attention.positions.position_scheme import PositionScheme
 from attention.positions.rotary_position import RotaryPosition
@@ -127,17 +128,18 @@ class LatentAttention(DotProductAttention):
         size, epsilon = self.query_latent_dim, self.epsilon
         if size is not None:
             self.query_down = make_dense(
-                self, "query_down", size, width, bias, role="query"
+                self, "query_down", size, width, bias, "query", (None, None)
             )
             self.query_norm = make_rms_norm(self, "query_norm", size, epsilon)
         source = (*query_shape[:-1], size or width)
         self.query_dense = self.make_projection("query", self.query_heads(), source)
+        # What all heads share is not divided among them.
         self.latent_dense = make_dense(
-            self, "latent", latent_dim, width, bias, role="value"
+            self, "latent", latent_dim, width, bias, "value", (None, None)
         )
         self.latent_norm = make_rms_norm(self, "latent_norm", latent_dim, epsilon)
         self.rotary_key_dense = make_dense(
-            self, "rotary_key", rotary_dim, width, bias, role="key"
+            self, "rotary_key", rotary_dim, width, bias, "key", (None, None)
         )
         # Not layers, as they are applied from either side. Their layout is that of
         # decoding, head by head.
@@ -147,6 +149,7 @@ class LatentAttention(DotProductAttention):
 
     def _kernel(self, name: str, *shape: int) -> Tensor:
         initializer = self._initializers()["kernel_initializer"]
+        declare_axes(self, {name: ("heads", None, None)})
         return self.add_weight((self.num_heads, *shape), initializer, name=name)
 
     def cache_sizes(self) -> dict[str, tuple[int, int]]:

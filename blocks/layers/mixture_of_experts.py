@@ -19,6 +19,7 @@ from attention.contract import (
     check_optional_positive_int,
     check_positive_int,
     clone_initializer,
+    declare_axes,
     describe,
 )
 from blocks.layers.feed_forward import FeedForward, GatedFeedForward
@@ -148,6 +149,8 @@ class MixtureOfExperts(CachedLayer):
             name="router",
         )
         self.router.build(inputs_shape)
+        # Each token needs the chances of all experts.
+        declare_axes(self.router, {"kernel": (None, None)})
         shapes: dict[str, Shape] = {"intermediate": (width, self.intermediate_dim)}
         if self.gated:
             shapes["gate"] = (width, self.intermediate_dim)
@@ -160,6 +163,11 @@ class MixtureOfExperts(CachedLayer):
             )
             for i, (name, shape) in enumerate(shapes.items())
         }
+        for name in shapes:
+            # Where experts can't be divided evenly, each is divided.
+            last = (None, "hidden") if name != "output" else ("hidden", None)
+            axes = {f"{name}_kernels": ("experts", *last)}
+            declare_axes(self, {**axes, f"{name}_biases": ("experts", last[1])})
         self.biases = {}
         if self.use_bias:
             self.biases = {
@@ -190,6 +198,7 @@ class MixtureOfExperts(CachedLayer):
                     name="shared_gate",
                 )
                 self.shared_gate_dense.build(inputs_shape)
+                declare_axes(self.shared_gate_dense, {"kernel": (None, None)})
 
     def create_cache(self, batch_size: int, max_length: int) -> tuple:
         return ()

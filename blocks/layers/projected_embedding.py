@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from attention.contract import Shape, Tensor
+from attention.contract import Shape, Tensor, declare_axes
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
@@ -44,9 +44,11 @@ class ProjectedEmbedding(keras.layers.ReversibleEmbedding):
         self.hidden_dim = hidden_dim
         options = {"use_bias": False, "dtype": self.dtype_policy}
         self.project_in = keras.layers.Dense(hidden_dim, name="project_in", **options)
+        declare_axes(self.project_in, {"kernel": (None, None)})
         self.project_out = keras.layers.Dense(
             self.output_dim, name="project_out", **options
         )
+        declare_axes(self.project_out, {"kernel": (None, None)})
 
     def build(self, inputs_shape: Shape | None = None) -> None:
         super().build(inputs_shape)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import keras
 
 from attention import CachedLayer, RotaryAttention
-from attention.contract import Shape, Tensor
+from attention.contract import Shape, Tensor, declare_axes
 from blocks.checkpoints.architecture import register_architecture
 from blocks.custom_decoder import CustomDecoder
 from blocks.models.llama import Llama, LlamaBackbone
@@ -21,6 +21,7 @@ class Olmo2Attention(RotaryAttention):
         )
         heads = self.query_heads() if name == "query_norm" else self.key_heads()
         norm.build((None, None, *heads))
+        declare_axes(norm, {"scale": ("heads", None)})
         return norm
 
 

@@ -8,7 +8,7 @@ import keras
 from keras import ops
 
 from attention import CachedLayer, RotaryAttention
-from attention.contract import Shape, Tensor, arguments_of
+from attention.contract import Shape, Tensor, arguments_of, declare_axes
 from blocks.checkpoints.architecture import register_architecture
 from blocks.checkpoints.conversions import Stacked
 from blocks.models.llama import Llama, LlamaBackbone
@@ -20,6 +20,7 @@ class StableLMHeadNorm(keras.layers.LayerNormalization):
 
     def build(self, inputs_shape: Shape) -> None:
         super().build(inputs_shape)
+        declare_axes(self, {"head_scale": ("heads", None)})
         self.head_scale = self.add_weight(inputs_shape[-2:], "ones", name="head_scale")
 
     def call(self, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import pytest
 
+from attention.contract import axes_of_weights
 from blocks import CausalLM
 from tests.blocks.models import (
     experts_cases,
@@ -66,6 +67,10 @@ def expected_logits(reference, row):
 def test_logits_through_padding_and_a_cache(models):
     reference, lm = models
     check_logits(lm, functools.partial(expected_logits, reference))
+
+
+def test_weights_declare_their_axes(models):
+    axes_of_weights(models[1])
 
 
 @pytest.mark.skipif(keras.backend.backend() != "torch", reason="compiles elsewhere")
