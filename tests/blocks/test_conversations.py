@@ -180,7 +180,7 @@ def test_the_loss_is_that_of_tokens_with_weights():
         x, y, sample_weight=weights, validation_data=held_out, **options
     ).history
     assert found.keys() == expected.keys() and "val_loss" in found
-    for name in found:
+    for name in found.keys() - {"tokens_per_second"}:
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-4)
 
 
