@@ -111,6 +111,10 @@ class BackupAndResume(keras.callbacks.Callback):
                 "made. Elsewhere use `keras.callbacks.BackupAndRestore`."
             )
         self._started, self._since = False, 0
+        if not self.model.optimizer.built:
+            strategy = getattr(self.model, "distribute_strategy", None)
+            with strategy.scope() if strategy else contextlib.nullcontext():
+                self.model.optimizer.build(self.model.trainable_variables)
         if self._restored is not None:
             self._restore(self._restored)
             self._restored = None
@@ -170,14 +174,15 @@ class BackupAndResume(keras.callbacks.Callback):
             "names": [x.name for x in variables],
             "host": self._host,
         }
-        arrays = {f"variable_{i}": _exact(x) for i, x in enumerate(variables)}
+        arrays: dict[str, Any] = {"state": np.array(json.dumps(state))}
+        arrays |= {f"variable_{i}": _exact(x) for i, x in enumerate(variables)}
         arrays |= {f"torch_{i}": x for i, x in enumerate(_torch_state())}
         self.backup_dir.mkdir(parents=True, exist_ok=True)
         path = self.backup_dir / _FILE
         aside = path.with_suffix(".writing")
         try:
             with open(aside, "wb") as file:
-                np.savez(file, state=np.array(json.dumps(state)), **arrays)
+                np.savez(file, **arrays)
                 file.flush()
                 os.fsync(file.fileno())
             aside.replace(path)
@@ -191,9 +196,6 @@ class BackupAndResume(keras.callbacks.Callback):
             aside.unlink(missing_ok=True)
 
     def _restore(self, saved: dict[str, Any]) -> None:
-        optimizer = self.model.optimizer
-        if not optimizer.built:
-            optimizer.build(self.model.trainable_variables)
         state = json.loads(str(saved["state"]))
         variables = _variables(self.model)
         arrays = [saved[f"variable_{i}"] for i in range(len(state["names"]))]
@@ -256,15 +258,17 @@ def _variables(model: keras.Model) -> list[keras.Variable]:
 
 
 def _exact(variable: keras.Variable) -> np.ndarray:
-    array = ops.convert_to_numpy(variable.value)
+    # With replicas it is several variables.
+    array = ops.convert_to_numpy(ops.copy(variable.value))
     # Files of NumPy have no bfloat16, nor others that float32 holds exactly.
     return array if array.dtype.kind in "biuf" else array.astype("float32")
 
 
 def _host_state() -> list[Any]:
     """Returns the state of the random numbers with which data may be shuffled."""
-    kind, keys, *others = np.random.get_state()  # type: ignore[misc]
-    return [random.getstate(), [kind, keys.tolist(), *others]]
+    kind, *others = np.random.get_state()
+    others[0] = np.asarray(others[0]).tolist()
+    return [random.getstate(), [kind, *others]]
 
 
 def _set_host_state(state: list[Any]) -> None:
