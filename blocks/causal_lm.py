@@ -29,6 +29,7 @@ from blocks.training.mixin import TrainingMixin
 from blocks.training_data import (
     as_dataset,
     as_slices,
+    expected_end,
     from_epoch,
     is_for_keras,
     is_in_memory,
@@ -259,7 +260,9 @@ class CausalLM(
                 return keras.Model.fit(self, data, validation_data=held_out, **kwargs)
         kwargs.setdefault("shuffle", False)
         data = (x, y, batch_size, sample_weight, validation_data, validation_split)
-        return super().fit(*data, **kwargs)
+        steps = kwargs.get("steps_per_epoch"), kwargs.get("validation_steps")
+        with expected_end((x, steps[0]), (validation_data, steps[1])):
+            return super().fit(*data, **kwargs)
 
     def preprocess_samples(
         self, x: Any, y: Any = None, sample_weight: Any = None
@@ -270,18 +273,22 @@ class CausalLM(
         return super().preprocess_samples(x, y, sample_weight)
 
     def evaluate(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if is_for_keras(x):
-            data = preprocessed(self, x)
-            return keras.Model.evaluate(self, data, y, *args, **kwargs)
-        x, y, weights = read_samples(self, as_dataset(x), y)
-        if weights is not None:
-            kwargs["sample_weight"] = weights
-        return super().evaluate(x, y, *args, **kwargs)
+        x, steps = as_dataset(x), kwargs.get("steps")
+        with expected_end((x, steps)):
+            if is_for_keras(x):
+                data = preprocessed(self, x)
+                return keras.Model.evaluate(self, data, y, *args, **kwargs)
+            x, y, weights = read_samples(self, x, y)
+            if weights is not None:
+                kwargs["sample_weight"] = weights
+            return super().evaluate(x, y, *args, **kwargs)
 
     def predict(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if is_for_keras(x):
-            return keras.Model.predict(self, preprocessed(self, x), *args, **kwargs)
-        return super().predict(read_samples(self, as_dataset(x))[0], *args, **kwargs)
+        x, steps = as_dataset(x), kwargs.get("steps")
+        with expected_end((x, steps)):
+            if is_for_keras(x):
+                return keras.Model.predict(self, preprocessed(self, x), *args, **kwargs)
+            return super().predict(read_samples(self, x)[0], *args, **kwargs)
 
     def _readable_by_keras(self, data: Any, batch_size: int | None) -> Any:
         """Returns validation data of any kind, preprocessed."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any
 
@@ -248,6 +250,25 @@ def with_checked_batches(data: tf.data.Dataset, size: int | None) -> tf.data.Dat
     # Where the first is wrong, it is said before the training on JAX takes the weights.
     next(iter(data.take(1)), None)
     return data
+
+
+@contextlib.contextmanager
+def expected_end(*data: tuple[Any, int | None]) -> Iterator[None]:
+    """Leaves out Keras's warning at the end of data whose length it does not know.
+
+    Args:
+        *data: tuples of data and how many steps of it are asked for, or `None`.
+    """
+    unknown = tf.data.UNKNOWN_CARDINALITY
+    with warnings.catch_warnings():
+        for x, steps in data:
+            if isinstance(x, tf.data.Dataset):
+                is_known = int(x.cardinality()) != unknown
+            else:
+                is_known = not isinstance(x, Iterator)
+            if steps is None and not is_known:
+                warnings.filterwarnings("ignore", "Your input ran out of data")
+        yield
 
 
 def from_epoch(
