@@ -137,10 +137,9 @@ class WorkerPool:
         dtype: of weights and computations.
         device: `"cpu"` or `"gpu"`.
         folder: the folder for their output.
+        together: how many contestants may compile at a time; each keeps about one
+            core busy.
     """
-
-    # How many contestants may compile at a time; each keeps about one core busy.
-    together = 2
 
     def __init__(
         self,
@@ -150,7 +149,9 @@ class WorkerPool:
         dtype: str,
         device: str,
         folder: pathlib.Path,
+        together: int,
     ) -> None:
+        self.together = together
         self.contestants, self.shape, self.weights = contestants, shape, weights
         self.dtype, self.device, self.folder = dtype, device, folder
         self.workers: dict[str, WorkerProcess] = {}
@@ -193,7 +194,7 @@ class WorkerPool:
     ) -> dict[str, Any]:
         """Calls a function for all contestants that have not failed yet.
 
-        Two contestants at a time, so it is not for timing.
+        `together` contestants at a time, so it is not for timing.
 
         Args:
             function: takes the name of a contestant.

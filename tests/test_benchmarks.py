@@ -1,6 +1,7 @@
 """The benchmarks measure the same model everywhere, and count right."""
 
 import dataclasses
+import functools
 import importlib.util
 import itertools
 import json
@@ -10,12 +11,15 @@ import keras
 import numpy as np
 import pytest
 
-from benchmarks import generate, linear_cost, report
-from benchmarks.cases import Case, Goal, Plan, make_plan, make_prompts
+from benchmarks import cases, comparison, linear_cost, report, training_cases
+from benchmarks.cases import Case, Goal, Plan, make_prompts
+from benchmarks.generate import GENERATION
+from benchmarks.generation_runner import GenerationRunner
 from benchmarks.keras_contestants import KerasHub, Ours, assign_weights
-from benchmarks.processes import WorkerPool
-from benchmarks.runner import is_same_call
+from benchmarks.processes import WorkerError, WorkerPool
 from benchmarks.tokens import Tokens
+from benchmarks.train import TRAINING
+from benchmarks.training_runner import Losses
 from benchmarks.weights import (
     ModelShape,
     load_weights,
@@ -118,8 +122,8 @@ FIRST = [[7, 8], [7, 9]]
 def compare(second, case=TIMED, near_tie=0.0):
     pool = Gap()
     tokens = Tokens(pool, case, [[1, 2, 3], [4, 5, 6]], near_tie)
-    tokens.compare("all", "a", FIRST)
-    tokens.compare("all", "b", second)
+    tokens.compare("all", "a", {"tokens": FIRST})
+    tokens.compare("all", "b", {"tokens": second})
     return tokens, pool
 
 
@@ -152,16 +156,17 @@ def test_a_later_run_replaces_its_own_cases():
         }
 
     first = a_run(row(case="a", metric="old"), row(case="b"))
-    merged = generate.merge(first, a_run(row(case="a", metric="new")))
+    merged = comparison.merge(first, a_run(row(case="a", metric="new")))
     found = [(x["case"], x["metric"]) for x in merged["rows"]]
     assert found == [("b", "all"), ("a", "new")]
     assert merged["minutes"] == 4.0
     with pytest.raises(ValueError, match="`dtype` was float32 and is bfloat16"):
-        generate.merge(first, a_run(dtype="bfloat16"))
+        comparison.merge(first, a_run(dtype="bfloat16"))
     # KerasHub does not run twice what it can not limit.
-    assert is_same_call("few", "keras_hub/jax")
-    assert not is_same_call("all", "keras_hub/jax")
-    assert not is_same_call("few", "ours/jax")
+    same = functools.partial(GenerationRunner.is_same_call, None)
+    assert same("few", "keras_hub/jax")
+    assert not same("all", "keras_hub/jax")
+    assert not same("few", "ours/jax")
 
 
 # === Ratios and tables ===
@@ -222,7 +227,7 @@ def test_goals_without_an_opponent():
 
 
 def tiny_plan(*cases):
-    return Plan((GPT2,), {GPT2.name: cases}, "float32", 0.0)
+    return Plan((GPT2,), {GPT2.name: cases}, "float32", together=1)
 
 
 @pytest.mark.slow
@@ -237,12 +242,12 @@ def test_a_run_has_all_rows_and_a_table(tmp_path, capsys):
     )
     names = ["ours/tensorflow", "keras_hub/tensorflow"]
     plan = tiny_plan(*cases)
-    tiny_report = generate.run(plan, names, rounds=2, quick=True, only=["tiny"])
+    tiny_report = GENERATION.run(plan, names, rounds=2, quick=True, only=["tiny"])
     path = tmp_path / "report.json"
     path.write_text(json.dumps(tiny_report), encoding="utf-8")
-    generate.main(["--table", str(path)])
+    GENERATION.main(["--table", str(path)])
     text = capsys.readouterr().out
-    assert text.rstrip("\n") == report.table(tiny_report).rstrip("\n")
+    assert text.rstrip("\n") == GENERATION.table(tiny_report).rstrip("\n")
     heads = [line for line in text.splitlines() if line.startswith("| case |")]
     assert len(heads) == 1
     assert "ours/tensorflow | keras_hub/tensorflow | tensorflow: vs" in heads[0]
@@ -281,17 +286,16 @@ def test_what_fails_and_what_differs_is_told(monkeypatch, tmp_path):
         load(pool, worker)
 
     monkeypatch.setattr(WorkerPool, "load", load_others)
-    monkeypatch.setattr(WorkerPool, "together", 1)
     names = ["ours/tensorflow", "keras_hub/tensorflow", "keras_hub/nothing"]
     case = dataclasses.replace(TIMED, split=False)
-    found = generate.run(tiny_plan(case), names, rounds=1)
+    found = GENERATION.run(tiny_plan(case), names, rounds=1)
     assert len(found["rows"]) == 1
     row = found["rows"][0]
     assert list(row["values"]) == names[:2]
     assert row["void"].startswith("void: tokens differ at row 0, new token 1")
     assert "apart" in row["void"]
     assert list(row["errors"]) == names[2:]
-    text = report.table(found)
+    text = GENERATION.table(found)
     assert "| void |" in text
     assert row["void"] in text
     assert f"{names[2]}: {row['errors'][names[2]]}" in text
@@ -306,12 +310,116 @@ def test_peak_memory_is_that_of_now():
 
 def test_plans_fit_their_models():
     for quick, device in itertools.product((False, True), ("cpu", "gpu")):
-        plan = make_plan(quick, device)
+        plan = training_cases.make_plan(quick, device)
+        for shape in plan.models:
+            names = [case.name for case in plan.cases[shape.name]]
+            assert len(names) == len(set(names))
+            for case in plan.cases[shape.name]:
+                assert case.length <= shape.positions
+        plan = cases.make_plan(quick, device)
         for shape in plan.models:
             names = [case.name for case in plan.cases[shape.name]]
             assert len(names) == len(set(names))
             for case in plan.cases[shape.name]:
                 assert max(case.lengths) < case.max_length <= shape.positions
+
+
+# === Training ===
+
+
+def test_operations_of_products_are_counted_by_hand():
+    # Each of 2 layers: queries, keys, values and outputs 16 x 16, two layers of 16 x 32,
+    # and 2 x 10 x 16 for queries with keys, and for weights with values.
+    layer = 4 * 16 * 16 + 2 * 16 * 32 + 2 * 10 * 16
+    assert GPT2.training_operations(3, 10) == 6 * 3 * 10 * (2 * layer + 61 * 16)
+    # 6 query heads of 4, 2 key/value heads, three layers of 24 x 40.
+    layer = 2 * 24 * 24 + 2 * 24 * 8 + 3 * 24 * 40 + 2 * 10 * 24
+    assert LLAMA.training_operations(3, 10) == 6 * 3 * 10 * (2 * layer + 61 * 24)
+
+
+@pytest.mark.skipif(not has_transformers, reason="needs transformers")
+@both_shapes
+def test_operations_of_products_are_those_that_torch_counts(shape):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from benchmarks.torch_contestants import Transformers
+
+    contestant = loaded(Transformers(), shape)
+    # The kernel for CPUs is not counted.
+    contestant.model.set_attn_implementation("eager")
+    tokens = np.array(make_prompts((11,) * 3, 61, 0))
+    with FlopCounterMode(display=False) as counter:
+        contestant.train(tokens, rows=3)
+    assert counter.get_total_flops() == shape.training_operations(3, 10)
+
+
+def test_other_losses_void_the_row_and_compiling_again_is_an_error():
+    losses = Losses()
+    for name, value in (("a", 5.0), ("b", 5.004), ("b", 4.0), ("a", 4.0)):
+        losses.compare("all", name, {"loss": value, "compiled": value == 5.0})
+    assert losses.void is None
+    assert losses.notes[0].endswith("4.0000 last; the others differ by 8.0e-04 at most")
+    with pytest.raises(WorkerError, match="call 3 of fit .* compiled 2 functions"):
+        losses.compare("all", "a", {"loss": 3.0, "compiled": 2})
+    for value in (3.01, float("nan")):
+        losses.losses["b"][2:] = [value]
+        assert losses.void.startswith("void: losses differ in call 3: b ")
+
+
+def test_goals_of_some_backends_and_for_a_part_of_the_other():
+    goals = [Goal("all", 2.0, "keras_hub", backends=("jax",))]
+    goals.append(Goal("all", at_most=0.6, against="keras_hub"))
+    values = {"ours/jax": [1.0], "keras_hub/jax": [1.5]}
+    values |= {"ours/torch": [1.0], "keras_hub/torch": [2.0]}
+    found = row(values=values, goals=[dataclasses.asdict(goal) for goal in goals])
+    assert report.goal_text(found) == (
+        "2x keras_hub: jax MISSED; <= 0.6x keras_hub: jax MISSED, torch met"
+    )
+
+
+@both_shapes
+def test_all_libraries_train_alike(shape):
+    contestants = [Ours(), KerasHub()]
+    if has_transformers:
+        from benchmarks.torch_contestants import Transformers
+
+        contestants.append(Transformers())
+    tokens = np.array(make_prompts((9,) * 6, shape.vocabulary_size, 0))
+    checks = Losses()
+    for contestant in contestants:
+        loaded(contestant, shape)
+        name, traced = type(contestant).__name__, 0
+        for _ in range(3):
+            loss = contestant.train(tokens, rows=2)
+            compiled = contestant.traced_steps() - traced
+            traced += compiled
+            checks.compare("all", name, {"loss": loss, "compiled": compiled})
+        first, _, last = checks.losses[name]
+        assert last < first - 0.001
+    assert max(x for x, _ in checks.differences) < 1e-5
+
+
+@pytest.mark.slow
+def test_a_run_of_training_has_all_rows():
+    timed = training_cases.time_case(2, 16, 2)
+    memory = training_cases.memory_case(2, 16, GPT2)
+    names = ["ours/tensorflow", "keras_hub/tensorflow", "keras_hub/nothing"]
+    names += ["transformers/torch"] if has_transformers else []
+    found = TRAINING.run(tiny_plan(timed, memory), names, rounds=2)
+    metrics = ["training", "share of matrix limit", "peak memory"]
+    assert [row["metric"] for row in found["rows"]] == metrics
+    for row in found["rows"]:
+        assert row["void"] is None
+        assert list(row["errors"]) == ["keras_hub/nothing"]
+        assert set(row["values"]) == set(names) - set(row["errors"])
+    speed, share, _ = (row["values"]["ours/tensorflow"] for row in found["rows"])
+    assert len(speed) == 2
+    # The operations of a token, and the same limit of the machine for all.
+    rates = [x / y for x, y in zip(speed, share)]
+    other = [row["values"]["keras_hub/tensorflow"] for row in found["rows"][:2]]
+    assert other[0][0] / other[1][0] == pytest.approx(rates[0]) == rates[1]
+    assert found["rows"][1]["goals"][0]["at_least"] < (0.9 if has_transformers else 1)
+    assert "# Training" in TRAINING.table(found)
 
 
 def test_linear_cost_is_printed(monkeypatch, capsys):
