@@ -57,7 +57,7 @@ def pad_right(rows: list[list[int]], width: int) -> dict[str, np.ndarray]:
 
 
 class CountingAdamW(keras.optimizers.AdamW):
-    """AdamW that counts its calls: where steps are compiled, one for each tracing."""
+    """AdamW that counts its calls: where steps are compiled, those of tracing."""
 
     calls = 0
 
@@ -79,7 +79,7 @@ class KerasContestant:
         return self.lm.fit(x, tokens[:, 1:], **options).history["loss"][-1]
 
     def traced_steps(self) -> int:
-        """Returns how many training steps were traced so far, to be compiled."""
+        """Returns a number that grows when a training step is traced to be compiled."""
         is_compiled = keras.config.backend() != "torch"
         return self.lm.optimizer.calls if is_compiled else 0
 

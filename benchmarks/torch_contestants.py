@@ -140,7 +140,7 @@ class Transformers:
         return None
 
     def traced_steps(self) -> int:
-        """Returns 0, as nothing is compiled."""
+        """Returns 0, as nothing is traced."""
         return 0
 
     def train(self, tokens: np.ndarray, rows: int) -> float:

@@ -30,10 +30,7 @@ class Losses:
         own = self.losses.setdefault(name, [])
         own.append(reply["loss"])
         if len(own) > 1 and reply["compiled"]:
-            raise WorkerError(
-                f"call {len(own)} of fit with the same shapes compiled "
-                f"{reply['compiled']} functions"
-            )
+            raise WorkerError(f"call {len(own)} of fit compiled anew for equal shapes")
 
     @property
     def differences(self) -> list[tuple[float, str]]:

@@ -163,7 +163,7 @@ class Worker:
         """Trains once on each batch of so many rows.
 
         Returns:
-            The seconds, the mean loss and how many functions were compiled.
+            The seconds, the mean loss and `compiled`, 0 if nothing was.
         """
         batches = np.array(tokens, "int32")
         compiled = self.compiled_for_training()
@@ -172,7 +172,7 @@ class Worker:
         return {**times, "loss": loss, "compiled": compiled}
 
     def compiled_for_training(self) -> int:
-        """Returns how many functions have been compiled so far."""
+        """Returns a number that grows when something is compiled."""
         backend = self.backend_compilations() if self.backend_compilations else 0
         return backend + self.contestant.traced_steps()
 
