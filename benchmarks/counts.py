@@ -23,8 +23,7 @@ def run_compilations(pool: WorkerPool, case: Case) -> list[Row]:
     skipped = {x: "" for x in pool.contestants if x not in names}
 
     def count(name: str) -> dict[str, Any]:
-        worker = pool.worker(name)
-        pool.load(worker)  # Nothing is compiled yet.
+        worker = pool.worker_with_new_model(name)
         chosen = few if name.startswith("keras_hub") else prompts
         new = case.max_new_tokens
         return worker.call("count", prompts=chosen, max_new_tokens=new)

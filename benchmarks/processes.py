@@ -189,6 +189,14 @@ class WorkerPool:
                     raise
         return worker
 
+    def worker_with_new_model(self, name: str) -> WorkerProcess:
+        """Returns the process of a contestant, with nothing trained or compiled."""
+        worker = self.workers.get(name)
+        if worker is None or not worker.alive:
+            return self.worker(name)
+        self.load(worker)
+        return worker
+
     def for_each(
         self, function: Callable[[str], Any], errors: dict[str, str]
     ) -> dict[str, Any]:

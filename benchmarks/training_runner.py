@@ -81,8 +81,8 @@ class TrainingRunner(Runner):
             what = {"what": self.operation, **request}
             return run_memory(self.pool, case, what, losses)
         errors: dict[str, str] = {}
-        # Also where the case before left a trained model.
-        self.pool.for_each(lambda name: self.pool.load(self.pool.worker(name)), errors)
+        # The case before left a trained one.
+        self.pool.for_each(self.pool.worker_with_new_model, errors)
         self.warm_up({"all": request}, losses, errors)
         notes: list[str] = []
         names = self.one_for_each_backend(errors)
