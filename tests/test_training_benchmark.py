@@ -53,6 +53,7 @@ def test_operations_of_products_are_those_that_torch_counts(shape):
     with FlopCounterMode(display=False) as counter:
         contestant.train(tokens, rows=3)
     assert counter.get_total_flops() == shape.training_operations(3, 10)
+    assert 0 < contestant.products_part(tokens, rows=3) < 1
 
 
 def test_other_losses_void_the_row_and_compiling_again_is_an_error():
