@@ -1,8 +1,9 @@
-"""The models, cases and goals of a run."""
+"""The models, cases and goals of generation."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -17,15 +18,19 @@ class Goal:
 
     Attributes:
         metric: the metric of the row.
-        at_least: the ratio to `against`, or with `against=None` the value.
+        at_least: how many times better than `against`, or with `against=None` the
+            value.
         against: `"keras_hub"`, `"transformers"` or `None`.
-        at_most: the largest value, for metrics where less is better.
+        at_most: the largest value, or the largest part of the value of `against`, for
+            metrics where less is better.
+        backends: the backends that it is a goal for; empty means all.
     """
 
     metric: str
     at_least: float | None = None
     against: str | None = None
     at_most: float | None = None
+    backends: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +80,14 @@ class Plan:
         dtype: of weights and computations.
         near_tie: the largest gap of two logits at which the choice between them
             counts as rounding. With 0, any difference of tokens makes a row void.
+        together: how many contestants may warm up at a time.
     """
 
     models: tuple[ModelShape, ...]
-    cases: dict[str, tuple[Case, ...]]
+    cases: dict[str, tuple[Any, ...]]
     dtype: str
-    near_tie: float
+    near_tie: float = 0.0
+    together: int = 2
 
 
 def make_prompts(

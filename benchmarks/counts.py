@@ -7,7 +7,8 @@ from typing import Any
 from benchmarks.cases import Case, make_prompts
 from benchmarks.processes import WorkerError, WorkerPool
 from benchmarks.rows import Row
-from benchmarks.tokens import Tokens
+from benchmarks.runner import Checks
+from benchmarks.training_cases import TrainingCase
 
 # KerasHub compiles for each new length; a few lengths show that.
 KERAS_HUB_LENGTHS = 5
@@ -22,8 +23,7 @@ def run_compilations(pool: WorkerPool, case: Case) -> list[Row]:
     skipped = {x: "" for x in pool.contestants if x not in names}
 
     def count(name: str) -> dict[str, Any]:
-        worker = pool.worker(name)
-        pool.load(worker)  # Nothing is compiled yet.
+        worker = pool.worker_with_new_model(name)
         chosen = few if name.startswith("keras_hub") else prompts
         new = case.max_new_tokens
         return worker.call("count", prompts=chosen, max_new_tokens=new)
@@ -45,31 +45,40 @@ def run_compilations(pool: WorkerPool, case: Case) -> list[Row]:
     return [row for row in (steps, backend) if row.fields["values"] or errors]
 
 
-def run_memory(pool: WorkerPool, case: Case, near_tie: float) -> list[Row]:
-    """Returns a row of the peak memory, each contestant in a fresh process."""
+def run_memory(
+    pool: WorkerPool,
+    case: Case | TrainingCase,
+    request: dict[str, Any],
+    checks: Checks,
+) -> list[Row]:
+    """Returns a row of the peak memory, each contestant in a fresh process.
+
+    Args:
+        pool: the contestants' processes.
+        case: the case.
+        request: the operation that needs the memory, as `of`, and its arguments.
+        checks: compares the replies.
+    """
     pool.close()
     errors: dict[str, str] = {}
-    prompts = make_prompts(case.lengths, pool.shape.vocabulary_size, 1)
-    tokens = Tokens(pool, case, prompts, near_tie)
     row = Row(pool.shape.name, case, "peak memory", "MiB", False)
 
     def measure(name: str) -> dict[str, Any]:
         worker = pool.start(name)
         try:
             pool.load(worker)
-            length = case.max_length
-            return worker.call("memory", prompts=prompts, max_length=length)
+            return worker.call("memory", **request)
         finally:
             worker.close()
 
     for name, reply in pool.for_each(measure, errors).items():
         row.add(name, [reply["bytes"] / 2**20])
-        tokens.compare("all", name, reply["tokens"])
+        checks.compare("all", name, reply)
         since = "loading" if reply["was_reset"] else "the start of the process"
         note = f"peak of the {reply['of']} since {since}, with compilation"
         if note not in row.fields["notes"]:
             row.fields["notes"].append(note)
-    row.fields.update(errors=errors, void=tokens.void)
+    row.fields.update(errors=errors, void=checks.void)
     return [row]
 
 

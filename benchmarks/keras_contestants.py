@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -9,6 +10,7 @@ import keras_hub
 import numpy as np
 
 from attention import RotaryAttention
+from benchmarks.training_cases import ADAMW
 from benchmarks.weights import ModelShape, keras_hub_name
 from blocks import CausalLM, CustomBackbone, GatedFeedForward
 
@@ -54,10 +56,37 @@ def pad_right(rows: list[list[int]], width: int) -> dict[str, np.ndarray]:
     return {"token_ids": token_ids, "padding_mask": padding_mask}
 
 
+class CountingAdamW(keras.optimizers.AdamW):
+    """AdamW that counts its calls: where steps are compiled, those of tracing."""
+
+    calls = 0
+
+    def apply(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        return super().apply(*args, **kwargs)
+
+
 class KerasContestant:
     """The base of both contestants."""
 
     lm: Any
+
+    def train(self, tokens: np.ndarray, rows: int) -> float:
+        """Trains on batches of so many rows, and returns the mean loss."""
+        inputs = tokens[:, :-1]
+        x = {"token_ids": inputs, "padding_mask": np.ones_like(inputs)}
+        options = {"batch_size": rows, "shuffle": False, "verbose": 0}
+        return self.lm.fit(x, tokens[:, 1:], **options).history["loss"][-1]
+
+    def traced_steps(self) -> int:
+        """Returns a number that grows when a training step is traced to be compiled."""
+        is_compiled = keras.config.backend() != "torch"
+        return self.lm.optimizer.calls if is_compiled else 0
+
+    def large_product(self, size: int) -> Callable[[], object]:
+        """Returns a function that multiplies two matrices of so many rows."""
+        matrix = keras.random.uniform((size, size))
+        return lambda: float(keras.ops.matmul(matrix, matrix)[0, 0])
 
     def new_tokens(self, rows: list[list[int]], outputs: dict) -> list[list[int]]:
         """Returns the tokens after each prompt."""
@@ -81,7 +110,7 @@ class Ours(KerasContestant):
     def load(
         self, shape: ModelShape, weights: dict[str, np.ndarray], dtype: str
     ) -> None:
-        """Makes the model, compiled with defaults but for the sampler."""
+        """Makes the model, compiled with defaults but for optimizer and sampler."""
         backbone = self.backbone_class(shape)(
             vocabulary_size=shape.vocabulary_size,
             num_layers=shape.num_layers,
@@ -96,7 +125,7 @@ class Ours(KerasContestant):
         )
         assign_weights(backbone, weights)
         self.lm = CausalLM(backbone)
-        self.lm.compile(sampler="greedy")
+        self.lm.compile(CountingAdamW(**ADAMW), sampler="greedy")
 
     def prepare(self, prompts: list[list[int]], max_length: int) -> Any:
         """Returns the inputs of `generate`; not timed."""
@@ -173,7 +202,9 @@ class KerasHub(KerasContestant):
         renamed = {keras_hub_name(kind, name): w for name, w in weights.items()}
         assign_weights(backbone, renamed)
         self.lm = cls(backbone, preprocessor=None)
-        self.lm.compile(sampler="greedy", jit_compile=self.jit_compile)
+        self.lm.compile(
+            CountingAdamW(**ADAMW), sampler="greedy", jit_compile=self.jit_compile
+        )
 
     def prepare(self, prompts: list[list[int]], max_length: int) -> Any:
         """Returns the inputs of `generate`; not timed."""

@@ -137,10 +137,9 @@ class WorkerPool:
         dtype: of weights and computations.
         device: `"cpu"` or `"gpu"`.
         folder: the folder for their output.
+        together: how many contestants may compile at a time; each keeps about one
+            core busy.
     """
-
-    # How many contestants may compile at a time; each keeps about one core busy.
-    together = 2
 
     def __init__(
         self,
@@ -150,7 +149,9 @@ class WorkerPool:
         dtype: str,
         device: str,
         folder: pathlib.Path,
+        together: int,
     ) -> None:
+        self.together = together
         self.contestants, self.shape, self.weights = contestants, shape, weights
         self.dtype, self.device, self.folder = dtype, device, folder
         self.workers: dict[str, WorkerProcess] = {}
@@ -188,12 +189,20 @@ class WorkerPool:
                     raise
         return worker
 
+    def worker_with_new_model(self, name: str) -> WorkerProcess:
+        """Returns the process of a contestant, with nothing trained or compiled."""
+        worker = self.workers.get(name)
+        if worker is None or not worker.alive:
+            return self.worker(name)
+        self.load(worker)
+        return worker
+
     def for_each(
         self, function: Callable[[str], Any], errors: dict[str, str]
     ) -> dict[str, Any]:
         """Calls a function for all contestants that have not failed yet.
 
-        Two contestants at a time, so it is not for timing.
+        `together` contestants at a time, so it is not for timing.
 
         Args:
             function: takes the name of a contestant.

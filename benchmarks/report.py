@@ -122,34 +122,39 @@ def goal_text(row: dict[str, Any]) -> str:
     for goal in row["goals"]:
         at_most, at_least = goal["at_most"], goal["at_least"]
         against = goal["against"]
+        text = f"<= {at_most:g}" if at_most is not None else f"{at_least:g}"
         if against:
-            text = f"{at_least:g}x {against}"
-        elif at_most is not None:
-            text = f"<= {at_most:g}"
-        else:
+            text += f"x {against}"
+        elif at_most is None:
             text = f">= {at_least:.0%}" if row["unit"] == "%" else f">= {at_least:g}"
         verdicts = []
         for ours, values in row["values"].items():
-            if not ours.startswith("ours/") or row["void"]:
+            library, backend = ours.split("/")
+            wanted = goal.get("backends") or [backend]
+            if library != "ours" or row["void"] or backend not in wanted:
                 continue
             if against:
                 value = found.get(ours, {}).get(against, (None, None))[1]
+                if value is not None and at_most is not None:
+                    value = 1 / value
             else:
                 value = median(values)
             if value is not None:
                 met = value <= at_most if at_most is not None else value >= at_least
-                verdicts.append(f"{ours.split('/')[1]} {'met' if met else 'MISSED'}")
+                verdicts.append(f"{backend} {'met' if met else 'MISSED'}")
         texts.append(f"{text}: {', '.join(verdicts) or 'not measured'}")
     if texts and any(note.startswith("BUSY MACHINE") for note in row["notes"]):
         texts.append("not reliable: BUSY MACHINE")
     return "; ".join(texts)
 
 
-def table(report: dict[str, Any]) -> str:
+def table(report: dict[str, Any], title: str, method: str) -> str:
     """Returns the report as Markdown.
 
     Args:
         report: the content of the JSON file.
+        title: of the report.
+        method: what all contestants did, in a few words.
     """
     settings = report["settings"]
     contestants = settings["contestants"]
@@ -160,10 +165,10 @@ def table(report: dict[str, Any]) -> str:
         for library in ("keras_hub", "transformers")
         if any(name.startswith(library) for name in contestants)
     ]
-    lines = ["# Generation" + (" (QUICK: small models)" if settings["quick"] else "")]
+    lines = [f"# {title}" + (" (QUICK: small models)" if settings["quick"] else "")]
     lines += ["", *machine_lines(report), ""]
     lines += [
-        f"{settings['dtype']}, greedy, random weights, the same for all. The median "
+        f"{settings['dtype']}, {method}, random weights, the same for all. The median "
         "of the rounds (least–most). A ratio says how many times better ours is than "
         "the other: the median of the rounds' ratios; on TensorFlow against the "
         "faster of KerasHub's default and XLA.",

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from benchmarks.cases import Case
+from benchmarks.training_cases import TrainingCase
 
 
 class Row:
@@ -20,7 +21,12 @@ class Row:
     """
 
     def __init__(
-        self, model: str, case: Case, metric: str, unit: str, more_is_better: bool
+        self,
+        model: str,
+        case: Case | TrainingCase,
+        metric: str,
+        unit: str,
+        more_is_better: bool,
     ) -> None:
         self.fields: dict[str, Any] = {
             "model": model,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from benchmarks.cases import Case
 from benchmarks.processes import WorkerError, WorkerPool
 
@@ -28,8 +30,9 @@ class Tokens:
         self.void: str | None = None
         self.notes: list[str] = []
 
-    def compare(self, kind: str, name: str, tokens: list[list[int]]) -> None:
+    def compare(self, kind: str, name: str, reply: dict[str, Any]) -> None:
         """Compares with the first contestant's tokens of this kind of call."""
+        tokens = reply["tokens"]
         if kind not in self.references:
             self.references[kind] = tokens
             if kind == "all" or self.reference is None:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
-import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.timing import fastest
+from benchmarks.training_cases import ADAMW
 from benchmarks.weights import ModelShape, torch_weights
 
 BANDWIDTH_BYTES = 512 * 2**20
+# How torch's profiler names products, forward and backward. The softmax of attention
+# is inside of its kernel.
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product_")
 
 
 def torch_device() -> str:
@@ -40,6 +45,9 @@ class Transformers:
                 n_head=shape.num_heads,
                 n_inner=shape.intermediate_dim,
                 layer_norm_epsilon=1e-5,
+                resid_pdrop=0.0,
+                embd_pdrop=0.0,
+                attn_pdrop=0.0,
                 **no_tokens,
             )
             model = transformers.GPT2LMHeadModel(config)
@@ -60,6 +68,12 @@ class Transformers:
         arrays = torch_weights(shape, weights)
         model.load_state_dict({k: torch.from_numpy(v) for k, v in arrays.items()})
         self.model = model.to(torch_device(), getattr(torch, dtype)).eval()
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=ADAMW["learning_rate"],
+            weight_decay=ADAMW["weight_decay"],
+            eps=ADAMW["epsilon"],
+        )
 
     def prepare(self, prompts: list[list[int]], max_length: int) -> Any:
         """Returns the prompts as they are: `generate` makes batches of them."""
@@ -127,6 +141,49 @@ class Transformers:
         """Returns `None`, as nothing is compiled."""
         return None
 
+    def traced_steps(self) -> int:
+        """Returns 0, as nothing is traced."""
+        return 0
+
+    def train(self, tokens: np.ndarray, rows: int) -> float:
+        """Trains on batches of so many rows, and returns the mean loss."""
+        self.model.train()
+        total, batches = 0.0, np.split(tokens, len(tokens) // rows)
+        for batch in batches:
+            inputs = torch.from_numpy(batch).long().to(torch_device())
+            # The target of the last position, too, as in Keras's `fit`.
+            targets = inputs[:, 1:].contiguous()
+            outputs = self.model(inputs[:, :-1], labels=targets, shift_labels=targets)
+            outputs.loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            total += outputs.loss.item()
+        self.model.eval()
+        return total / len(batches)
+
+    def products_part(self, tokens: np.ndarray, rows: int) -> float:
+        """Returns the products' part of the time of training, by torch's profiler.
+
+        The larger one of two calls, as it takes time to start the profiler.
+        """
+        parts = []
+        for _ in range(2):
+            with torch.profiler.profile() as profile:
+                self.train(tokens, rows)
+            spent = {x.key: x.self_cpu_time_total for x in profile.key_averages()}
+            products = [
+                time
+                for name, time in spent.items()
+                if name.removeprefix("aten::").startswith(PRODUCTS)
+            ]
+            parts.append(sum(products) / sum(spent.values()))
+        return max(parts)
+
+    def large_product(self, size: int) -> Callable[[], object]:
+        """Returns a function that multiplies two matrices of so many rows."""
+        matrix = torch.rand((size, size), device=torch_device())
+        return lambda: (matrix @ matrix)[0, 0].item()
+
 
 class Bandwidth:
     """Measures the memory bandwidth, which limits a decode step."""
@@ -149,14 +206,13 @@ class Bandwidth:
             "torch.sum": lambda: torch.sum(self.matrix),
             "torch.amax": lambda: torch.amax(self.matrix),
         }
-        found = {}
-        for name, read in ways.items():
-            seconds = []
-            for _ in range(times):
-                start = time.perf_counter()
-                read()
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-                seconds.append(time.perf_counter() - start)
-            found[name] = BANDWIDTH_BYTES / float(np.quantile(seconds, 0.1))
-        return found
+
+        def synchronized(read: Callable[[], torch.Tensor]) -> None:
+            read()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+
+        return {
+            name: BANDWIDTH_BYTES / fastest(lambda read=read: synchronized(read), times)
+            for name, read in ways.items()
+        }

@@ -75,6 +75,23 @@ class ModelShape:
         weights = sum(int(np.prod(shape)) for shape in counted.values())
         return weights + self.cache_elements(rows, 1) * filled
 
+    def training_operations(self, rows: int, length: int) -> int:
+        """Returns the multiplications and additions of a training step's products.
+
+        Those with the weights, those of attention and the head's. Attention counts
+        with all pairs of positions, as without a causal kernel they are computed and
+        then masked. The backward pass has two products for each of the forward pass.
+        """
+        weights = sum(
+            int(np.prod(size))
+            for name, size in weight_shapes(self).items()
+            if name.endswith("/kernel")
+        )
+        head = self.vocabulary_size * self.hidden_dim
+        # Queries with keys, and weights with values.
+        attention = 2 * length * self.num_heads * self.head_dim * self.num_layers
+        return 3 * 2 * rows * length * (weights + head + attention)
+
 
 def weight_shapes(shape: ModelShape) -> dict[str, tuple[int, ...]]:
     """The shape of each weight, by its path in `blocks.CustomBackbone`."""

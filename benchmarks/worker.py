@@ -16,7 +16,13 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
+from benchmarks.timing import fastest
 from benchmarks.weights import ModelShape, load_weights
+
+# The rows and columns of the matrices whose product shows the limit of the cores.
+MATRIX = 2048
 
 
 def make_contestant(name: str) -> Any:
@@ -132,6 +138,13 @@ class Worker:
         gc.collect()
         return {}
 
+    def timed(self, function: Callable[..., Any], *arguments: Any) -> tuple[Any, dict]:
+        """Calls a function; returns what it does, the seconds and others' seconds."""
+        others, start = others_seconds(), time.perf_counter()
+        outputs = function(*arguments)
+        seconds, others = time.perf_counter() - start, others_seconds() - others
+        return outputs, {"seconds": seconds, "others": others}
+
     def generate(
         self,
         prompts: list[list[int]],
@@ -142,12 +155,31 @@ class Worker:
         """Generates once, and returns the seconds and the tokens."""
         inputs = self.contestant.prepare(prompts, max_length)
         arguments = (max_length, max_new_tokens, None if stops is None else (*stops,))
-        others, start = others_seconds(), time.perf_counter()
-        outputs = self.contestant.generate(inputs, *arguments)
-        seconds, others = time.perf_counter() - start, others_seconds() - others
+        outputs, times = self.timed(self.contestant.generate, inputs, *arguments)
         rows = self.contestant.new_tokens(prompts, outputs)
-        tokens = [until_stop(row, stops) for row in rows]
-        return {"seconds": seconds, "others": others, "tokens": tokens}
+        return {**times, "tokens": [until_stop(row, stops) for row in rows]}
+
+    def train(self, tokens: list[list[int]], rows: int) -> dict[str, Any]:
+        """Trains once on each batch of so many rows.
+
+        Returns:
+            The seconds, the mean loss and `compiled`, 0 if nothing was.
+        """
+        batches = np.array(tokens, "int32")
+        compiled = self.compiled_for_training()
+        loss, times = self.timed(self.contestant.train, batches, rows)
+        compiled = self.compiled_for_training() - compiled
+        return {**times, "loss": loss, "compiled": compiled}
+
+    def compiled_for_training(self) -> int:
+        """Returns a number that grows when something is compiled."""
+        backend = self.backend_compilations() if self.backend_compilations else 0
+        return backend + self.contestant.traced_steps()
+
+    def products_part(self, tokens: list[list[int]], rows: int) -> dict[str, float]:
+        """Returns the products' part of the time of training, for transformers."""
+        part = self.contestant.products_part(np.array(tokens, "int32"), rows)
+        return {"part": part}
 
     def count(self, prompts: list[list[int]], max_new_tokens: int) -> dict[str, Any]:
         """Generates from each prompt by itself, and counts compilations."""
@@ -165,11 +197,11 @@ class Worker:
             found["backend"] = self.backend_compilations() - backend
         return found
 
-    def memory(self, **arguments: Any) -> dict[str, Any]:
-        """Generates once, and returns the peak memory."""
+    def memory(self, what: str, **arguments: Any) -> dict[str, Any]:
+        """Does an operation once, and adds the peak memory to its reply."""
         was_reset = reset_peak_memory()
-        tokens = self.generate(**arguments)["tokens"]
-        return {**peak_memory(), "tokens": tokens, "was_reset": was_reset}
+        reply = getattr(self, what)(**arguments)
+        return {**reply, **peak_memory(), "was_reset": was_reset}
 
     def cache_elements(self, prompts: list, max_length: int) -> dict[str, Any]:
         """Returns the number of elements in this library's KV cache."""
@@ -184,6 +216,12 @@ class Worker:
         """Returns the bytes per second of each operation."""
         return self.contestant.measure()
 
+    def matrix_limit(self) -> dict[str, float]:
+        """Returns the float32 operations per second of a large product, by backend."""
+        seconds = fastest(self.contestant.large_product(MATRIX), times=10)
+        backend = os.environ["KERAS_BACKEND"]
+        return {f"{backend}'s matmul": 2 * MATRIX**3 / seconds}
+
 
 def serve(name: str) -> None:
     """Answers requests until standard input ends."""
@@ -196,11 +234,14 @@ def serve(name: str) -> None:
         for operation in (
             "load",
             "generate",
+            "train",
+            "products_part",
             "count",
             "memory",
             "cache_elements",
             "gap",
             "bandwidth",
+            "matrix_limit",
         ):
             operations[operation] = getattr(worker, operation)
         return {}

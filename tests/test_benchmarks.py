@@ -1,6 +1,7 @@
 """The benchmarks measure the same model everywhere, and count right."""
 
 import dataclasses
+import functools
 import importlib.util
 import itertools
 import json
@@ -10,11 +11,12 @@ import keras
 import numpy as np
 import pytest
 
-from benchmarks import generate, linear_cost, report
-from benchmarks.cases import Case, Goal, Plan, make_plan, make_prompts
+from benchmarks import cases, comparison, linear_cost, report, training_cases
+from benchmarks.cases import Case, Goal, Plan, make_prompts
+from benchmarks.generate import GENERATION
+from benchmarks.generation_runner import GenerationRunner
 from benchmarks.keras_contestants import KerasHub, Ours, assign_weights
 from benchmarks.processes import WorkerPool
-from benchmarks.runner import is_same_call
 from benchmarks.tokens import Tokens
 from benchmarks.weights import (
     ModelShape,
@@ -118,8 +120,8 @@ FIRST = [[7, 8], [7, 9]]
 def compare(second, case=TIMED, near_tie=0.0):
     pool = Gap()
     tokens = Tokens(pool, case, [[1, 2, 3], [4, 5, 6]], near_tie)
-    tokens.compare("all", "a", FIRST)
-    tokens.compare("all", "b", second)
+    tokens.compare("all", "a", {"tokens": FIRST})
+    tokens.compare("all", "b", {"tokens": second})
     return tokens, pool
 
 
@@ -152,16 +154,17 @@ def test_a_later_run_replaces_its_own_cases():
         }
 
     first = a_run(row(case="a", metric="old"), row(case="b"))
-    merged = generate.merge(first, a_run(row(case="a", metric="new")))
+    merged = comparison.merge(first, a_run(row(case="a", metric="new")))
     found = [(x["case"], x["metric"]) for x in merged["rows"]]
     assert found == [("b", "all"), ("a", "new")]
     assert merged["minutes"] == 4.0
     with pytest.raises(ValueError, match="`dtype` was float32 and is bfloat16"):
-        generate.merge(first, a_run(dtype="bfloat16"))
+        comparison.merge(first, a_run(dtype="bfloat16"))
     # KerasHub does not run twice what it can not limit.
-    assert is_same_call("few", "keras_hub/jax")
-    assert not is_same_call("all", "keras_hub/jax")
-    assert not is_same_call("few", "ours/jax")
+    same = functools.partial(GenerationRunner.is_same_call, None)
+    assert same("few", "keras_hub/jax")
+    assert not same("all", "keras_hub/jax")
+    assert not same("few", "ours/jax")
 
 
 # === Ratios and tables ===
@@ -218,11 +221,22 @@ def test_goals_without_an_opponent():
     assert report.goal_text({**steps, "comparable": False}) == "<= 8: jax MISSED"
 
 
+def test_goals_of_some_backends_and_for_a_part_of_the_other():
+    goals = [Goal("all", 2.0, "keras_hub", backends=("jax",))]
+    goals.append(Goal("all", at_most=0.6, against="keras_hub"))
+    values = {"ours/jax": [1.0], "keras_hub/jax": [1.5]}
+    values |= {"ours/torch": [1.0], "keras_hub/torch": [2.0]}
+    found = row(values=values, goals=[dataclasses.asdict(goal) for goal in goals])
+    assert report.goal_text(found) == (
+        "2x keras_hub: jax MISSED; <= 0.6x keras_hub: jax MISSED, torch met"
+    )
+
+
 # === The whole ===
 
 
 def tiny_plan(*cases):
-    return Plan((GPT2,), {GPT2.name: cases}, "float32", 0.0)
+    return Plan((GPT2,), {GPT2.name: cases}, "float32", together=1)
 
 
 @pytest.mark.slow
@@ -237,12 +251,12 @@ def test_a_run_has_all_rows_and_a_table(tmp_path, capsys):
     )
     names = ["ours/tensorflow", "keras_hub/tensorflow"]
     plan = tiny_plan(*cases)
-    tiny_report = generate.run(plan, names, rounds=2, quick=True, only=["tiny"])
+    tiny_report = GENERATION.run(plan, names, rounds=2, quick=True, only=["tiny"])
     path = tmp_path / "report.json"
     path.write_text(json.dumps(tiny_report), encoding="utf-8")
-    generate.main(["--table", str(path)])
+    GENERATION.main(["--table", str(path)])
     text = capsys.readouterr().out
-    assert text.rstrip("\n") == report.table(tiny_report).rstrip("\n")
+    assert text.rstrip("\n") == GENERATION.table(tiny_report).rstrip("\n")
     heads = [line for line in text.splitlines() if line.startswith("| case |")]
     assert len(heads) == 1
     assert "ours/tensorflow | keras_hub/tensorflow | tensorflow: vs" in heads[0]
@@ -281,17 +295,16 @@ def test_what_fails_and_what_differs_is_told(monkeypatch, tmp_path):
         load(pool, worker)
 
     monkeypatch.setattr(WorkerPool, "load", load_others)
-    monkeypatch.setattr(WorkerPool, "together", 1)
     names = ["ours/tensorflow", "keras_hub/tensorflow", "keras_hub/nothing"]
     case = dataclasses.replace(TIMED, split=False)
-    found = generate.run(tiny_plan(case), names, rounds=1)
+    found = GENERATION.run(tiny_plan(case), names, rounds=1)
     assert len(found["rows"]) == 1
     row = found["rows"][0]
     assert list(row["values"]) == names[:2]
     assert row["void"].startswith("void: tokens differ at row 0, new token 1")
     assert "apart" in row["void"]
     assert list(row["errors"]) == names[2:]
-    text = report.table(found)
+    text = GENERATION.table(found)
     assert "| void |" in text
     assert row["void"] in text
     assert f"{names[2]}: {row['errors'][names[2]]}" in text
@@ -306,7 +319,13 @@ def test_peak_memory_is_that_of_now():
 
 def test_plans_fit_their_models():
     for quick, device in itertools.product((False, True), ("cpu", "gpu")):
-        plan = make_plan(quick, device)
+        plan = training_cases.make_plan(quick, device)
+        for shape in plan.models:
+            names = [case.name for case in plan.cases[shape.name]]
+            assert len(names) == len(set(names))
+            for case in plan.cases[shape.name]:
+                assert case.length <= shape.positions
+        plan = cases.make_plan(quick, device)
         for shape in plan.models:
             names = [case.name for case in plan.cases[shape.name]]
             assert len(names) == len(set(names))
