@@ -117,8 +117,6 @@ class BackupAndResume(keras.callbacks.Callback):
                 self.model.optimizer.build(self.model.trainable_variables)
         if self._restored is not None:
             self._restore(self._restored)
-            self._restored = None
-        self._of_metrics = [_exact(x) for x in self._metrics_variables()]
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._epoch, self._host = epoch, _host_state()
@@ -127,11 +125,10 @@ class BackupAndResume(keras.callbacks.Callback):
         # How many batches of this epoch were learned before; of later ones, none.
         self._learned, self._batch = self._batch, 0
         if self._learned:
-            # Keras has reset them by now.
-            for variable, array in zip(self._metrics_variables(), self._of_metrics):
-                variable.assign(array)
             self._pass_over(self._learned)
-        elif not (self.backup_dir / _FILE).exists():
+            return
+        self._restored = None
+        if not (self.backup_dir / _FILE).exists():
             # If that can't be done, it is said now. What begins without it is random.
             self._save(epoch, 0)
 
@@ -166,16 +163,13 @@ class BackupAndResume(keras.callbacks.Callback):
 
     def _save(self, epoch: int, batch: int) -> None:
         self._since = 0
-        variables = _variables(self.model)
-        state = {
-            "epoch": epoch,
-            "batch": batch,
-            "seed": self._seed,
-            "names": [x.name for x in variables],
-            "host": self._host,
-        }
+        state = {"epoch": epoch, "batch": batch, "seed": self._seed, "host": self._host}
+        variables, of_metrics = _variables(self.model), _metrics_variables(self.model)
+        for kind, found in (("variable", variables), ("metric", of_metrics)):
+            state[kind] = [x.name for x in found]
         arrays: dict[str, Any] = {"state": np.array(json.dumps(state))}
-        arrays |= {f"variable_{i}": _exact(x) for i, x in enumerate(variables)}
+        for kind, found in (("variable", variables), ("metric", of_metrics)):
+            arrays |= {f"{kind}_{i}": _exact(x) for i, x in enumerate(found)}
         arrays |= {f"torch_{i}": x for i, x in enumerate(_torch_state())}
         self.backup_dir.mkdir(parents=True, exist_ok=True)
         path = self.backup_dir / _FILE
@@ -196,11 +190,19 @@ class BackupAndResume(keras.callbacks.Callback):
             aside.unlink(missing_ok=True)
 
     def _restore(self, saved: dict[str, Any]) -> None:
-        state = json.loads(str(saved["state"]))
-        variables = _variables(self.model)
-        arrays = [saved[f"variable_{i}"] for i in range(len(state["names"]))]
+        """Restores all but the metrics, which Keras is yet to reset."""
+        self._assign(_variables(self.model), "variable", saved)
+        self._torch = [saved[x] for x in saved if x.startswith("torch_")]
+        _set_host_state(json.loads(str(saved["state"]))["host"])
+        _set_torch_state(self._torch)
+
+    def _assign(
+        self, variables: list[keras.Variable], kind: str, saved: dict[str, Any]
+    ) -> None:
+        names = json.loads(str(saved["state"]))[kind]
+        arrays = [saved[f"{kind}_{i}"] for i in range(len(names))]
         known = [(x.name, tuple(x.shape)) for x in variables]
-        found = [(x, y.shape) for x, y in zip(state["names"], arrays)]
+        found = [(x, y.shape) for x, y in zip(names, arrays)]
         if known != found:
             first = next((x for x in zip(known, found) if x[0] != x[1]), None)
             difference = (
@@ -214,23 +216,28 @@ class BackupAndResume(keras.callbacks.Callback):
             )
         for variable, array in zip(variables, arrays):
             variable.assign(array)
-        self._torch = [saved[x] for x in saved if x.startswith("torch_")]
-        _set_host_state(state["host"])
-        _set_torch_state(self._torch)
-
-    def _metrics_variables(self) -> list[keras.Variable]:
-        return [x for metric in self.model.metrics for x in metric.variables]
 
     def _pass_over(self, count: int) -> None:
         """Makes the model read so many batches of this epoch without learning them."""
-        model = self.model
+        model, saved = self.model, self._restored or {}
         self._left, self._train = count, model.train_function
-        logs = model.get_metrics_result()
+        names = json.loads(str(saved["state"]))["metric"]
+        is_built = len(_metrics_variables(model)) == len(names)
+        if is_built:
+            self._assign(_metrics_variables(model), "metric", saved)
+        logs = model.get_metrics_result() if is_built else {}
 
         def read(*arguments: Any) -> Any:
+            nonlocal is_built, logs
             *states, data = arguments
+            if not is_built:
+                # On TensorFlow the first step makes the variables of metrics.
+                self._train(data)
+                self._restore(saved)
+                self._assign(_metrics_variables(model), "metric", saved)
+                is_built, logs = True, model.get_metrics_result()
             # What is read ahead is in a list, already.
-            if isinstance(data, Iterator):
+            elif isinstance(data, Iterator):
                 for _ in range(model.steps_per_execution):
                     next(data)
             self._left -= model.steps_per_execution
@@ -243,18 +250,20 @@ class BackupAndResume(keras.callbacks.Callback):
         model.train_function = read
 
     def _stop_passing_over(self) -> None:
-        self._left = 0
+        self._left, self._restored = 0, None
         self.model.train_function = self._train
 
 
 def _variables(model: keras.Model) -> list[keras.Variable]:
-    """Returns all variables of a training."""
-    found = [
-        *model.variables,
-        *model.optimizer.variables,
-        *(x for metric in model.metrics for x in metric.variables),
+    """Returns the variables of a training without those of its metrics."""
+    others = {id(x) for x in _metrics_variables(model)}
+    return [
+        x for x in (*model.variables, *model.optimizer.variables) if id(x) not in others
     ]
-    return list({id(x): x for x in found}.values())
+
+
+def _metrics_variables(model: keras.Model) -> list[keras.Variable]:
+    return [x for metric in model.metrics for x in metric.variables]
 
 
 def _exact(variable: keras.Variable) -> np.ndarray:
