@@ -5,7 +5,7 @@
     python examples/finetune.py --devices 4    # on simulated devices, on JAX
     python examples/finetune.py --quick        # a tiny untrained model, no download
 
-Paragraphs are packed into rows in which none sees another. Low-rank updates are trained
+Passages are packed into rows in which none sees another. Low-rank updates are trained
 by AdamW with a warm-up, a cosine decay and clipped gradients. Stop it at any moment, by
 Ctrl-C or a crash, and run the same command again: it goes on from the last backup, to the
 same losses. `KERAS_BACKEND` chooses the backend.
@@ -95,8 +95,8 @@ def on_devices(options):
     )
 
 
-def read_paragraphs(options):
-    """Returns paragraphs to train on, and some that are held out."""
+def read_passages(options):
+    """Returns passages to train on, and some that are held out."""
     if options.quick:
         from pydoc_data.topics import topics
 
@@ -104,9 +104,12 @@ def read_paragraphs(options):
     else:
         path = options.text_file or fetch.novel()
         text = path.read_text(encoding="utf-8")
-    found = [x.strip() for x in text.split("\n\n" if "\n\n" in text else "\n")]
-    found = [x for x in found if len(x) > 20]
-    count = max(2, len(found) // 20)
+        if options.text_file is None:
+            text = text.split("*** START OF")[1].split("*** END OF")[0]
+    lines = [x.strip() for x in text.split("\n")[1:]]
+    size = 2 if options.quick else 12
+    found = [" ".join(lines[i : i + size]) for i in range(0, len(lines), size)]
+    count = len(found) // 20 + 1
     return found[:-count], found[-count:]
 
 
@@ -141,7 +144,7 @@ def train(options):
         on_devices(options)
     lm = load(options)
     lm.compile(make_optimizer(options), weighted_metrics=["accuracy", Perplexity()])
-    texts, held_out = read_paragraphs(options)
+    texts, held_out = read_passages(options)
     packed = {"preprocessor": lm.preprocessor, "sequence_length": options.length}
     packed["batch_size"] = options.batch
     held_out = PackedDocuments(held_out, **packed)
