@@ -186,8 +186,8 @@ def slow(*case):
     [
         ("in memory", (1, 3), 2),
         ("dataset", (2, 1), 3),
-        ("PyDataset", (2, 2), 2),
-        ("generator", (1, 2), 3),
+        slow("PyDataset", (2, 2), 2),
+        slow("generator", (1, 2), 3),
         slow("validation", (1, "end"), 3),
         slow("few steps", (2, 1), 1),
         slow("in memory", (0, 0), "epoch"),
