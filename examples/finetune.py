@@ -146,7 +146,8 @@ def train(options):
     lm.compile(make_optimizer(options), weighted_metrics=["accuracy", Perplexity()])
     texts, held_out = read_passages(options)
     packed = {"preprocessor": lm.preprocessor, "sequence_length": options.length}
-    packed["batch_size"] = options.batch
+    # Devices share the rows of each batch, so there is none of fewer rows.
+    packed |= {"batch_size": options.batch, "drop_remainder": options.devices > 1}
     held_out = PackedDocuments(held_out, **packed)
     before = lm.evaluate(held_out, verbose=0, return_dict=True)["perplexity"]
     callbacks = [BackupAndResume(options.folder / "backup", save_freq=3)]
