@@ -246,10 +246,7 @@ class CausalLM(
         if passed is not None:
             if isinstance(x, tf.data.Dataset):
                 x = x.map(self.preprocess_samples, tf.data.AUTOTUNE)
-            steps = kwargs.get("steps_per_epoch")
-            x, kwargs["steps_per_epoch"] = from_epoch(
-                x, passed, steps, self.steps_per_execution
-            )
+            x = from_epoch(x, passed, kwargs, self.steps_per_execution)
         if is_for_keras(x):
             if isinstance(x, Iterator):
                 kwargs.setdefault("shuffle", False)

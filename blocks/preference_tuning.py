@@ -210,10 +210,7 @@ class PreferenceTuning(keras.Model):
             y = None
             kwargs.setdefault("validation_data", held_out)
         if passed is not None:
-            steps = kwargs.get("steps_per_epoch")
-            x, kwargs["steps_per_epoch"] = from_epoch(
-                x, passed, steps, self.steps_per_execution
-            )
+            x = from_epoch(x, passed, kwargs, self.steps_per_execution)
         kwargs.setdefault("shuffle", False)
         with self.lm.changing_weights():
             return super().fit(x, y, **kwargs)

@@ -271,20 +271,24 @@ def expected_end(*data: tuple[Any, int | None]) -> Iterator[None]:
         yield
 
 
-def from_epoch(
-    data: Any, passed: int, steps_per_epoch: int | None, at_once: int
-) -> tuple[Any, int | None]:
-    """Returns data that begin after so many epochs, and the steps of each epoch.
+def from_epoch(data: Any, passed: int, options: dict[str, Any], at_once: int) -> Any:
+    """Returns data that begin after so many epochs.
 
     What shuffles itself anew in each epoch is in the order that it would have had.
-    `at_once` is `steps_per_execution`.
+
+    Args:
+        data: what is trained on.
+        passed: how many epochs an earlier process has trained.
+        options: the arguments of `fit`, of which `steps_per_epoch` is completed.
+        at_once: the model's `steps_per_execution`.
     """
+    steps_per_epoch = options.get("steps_per_epoch")
     if isinstance(data, tf.data.Dataset):
         length = int(data.cardinality())
         if steps_per_epoch is None and length < 0:
             # Its length is not known, so each epoch begins it anew.
-            return data, None
-        steps_per_epoch = steps_per_epoch or length
+            return data
+        steps_per_epoch = options["steps_per_epoch"] = steps_per_epoch or length
         # A dataset is shuffled by how often it has been read before, and Keras reads it
         # more often than there are epochs: so it gets what can be read once.
         data = data.repeat().prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
@@ -296,7 +300,7 @@ def from_epoch(
         read = -(-steps_per_epoch // at_once) * at_once
         begun = itertools.islice(data, passed * read, None)
         data = (batch for batch in begun)  # Keras asks for a generator.
-    return data, steps_per_epoch
+    return data
 
 
 def shuffled(

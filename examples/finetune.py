@@ -184,7 +184,7 @@ def compare(options):
     with tempfile.TemporaryDirectory() as folder:
         options.folder = pathlib.Path(folder, "whole")
         whole = train(options)
-        # In the second epoch, two steps after a backup.
+        # In the second epoch, after a backup in the first.
         killed = run(pathlib.Path(folder, "killed"), options.steps + 1)
         assert killed == -signal.SIGKILL, killed
         resumed = run(pathlib.Path(folder, "killed"), 0)

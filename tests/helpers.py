@@ -3,7 +3,9 @@
 import importlib.util
 import pathlib
 import re
+import subprocess
 import sys
+import textwrap
 
 import keras
 import numpy as np
@@ -32,6 +34,16 @@ from attention.testing.backends import to_numpy
 def slow(value):
     """A parameter of a test that takes long, and is the same on every backend."""
     return pytest.param(value, marks=pytest.mark.slow)
+
+
+def run_script(script):
+    """Runs an indented script in a process of its own, and returns what it wrote."""
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def load_example(name):

@@ -1,7 +1,5 @@
 """The benchmark of training counts right, and compares equal work."""
 
-import importlib.util
-
 import keras
 import numpy as np
 import pytest
@@ -12,21 +10,12 @@ from benchmarks.keras_contestants import KerasHub, Ours
 from benchmarks.processes import WorkerError
 from benchmarks.train import TRAINING
 from benchmarks.training_runner import Losses
-from benchmarks.weights import ModelShape, random_weights
+from tests.test_benchmarks import GPT2, LLAMA, both_shapes, has_transformers, loaded
 
-GPT2 = ModelShape("GPT-2", "gpt2", 2, 16, 2, 2, 32, 61, positions=64)
-LLAMA = ModelShape("Llama", "llama", 2, 24, 6, 2, 40, 61, positions=64)
-both_shapes = pytest.mark.parametrize("shape", [GPT2, LLAMA], ids=["gpt2", "llama"])
 # It starts processes on all backends by itself.
 pytestmark = pytest.mark.skipif(
     keras.config.backend() == "jax", reason="twice is enough"
 )
-has_transformers = importlib.util.find_spec("transformers") is not None
-
-
-def loaded(contestant, shape):
-    contestant.load(shape, random_weights(shape), "float32")
-    return contestant
 
 
 def test_operations_of_products_are_counted_by_hand():

@@ -87,19 +87,20 @@ class BackupAndResume(keras.callbacks.Callback):
             The epoch to begin with, and the seed of the order of samples.
         """
         path = self.backup_dir / _FILE
-        self._restored: dict[str, Any] | None = None
+        # The state and the arrays of the file, as long as they are needed.
+        self._restored: tuple[dict[str, Any], dict[str, np.ndarray]] | None = None
         self._epoch, self._batch, self._seed = initial_epoch, 0, random.getrandbits(31)
         if path.exists():
             try:
                 with np.load(path) as file:
-                    self._restored = {name: file[name] for name in file.files}
-                state = json.loads(str(self._restored["state"]))
+                    arrays = {name: file[name] for name in file.files}
+                state = json.loads(str(arrays["state"]))
             except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
                 raise ValueError(
                     f"The backup '{path}' is damaged. Delete it to train from the start."
                 ) from error
             self._epoch, self._batch = state["epoch"], state["batch"]
-            self._seed = state["seed"]
+            self._seed, self._restored = state["seed"], (state, arrays)
         self._started = True
         return self._epoch, self._seed
 
@@ -116,7 +117,7 @@ class BackupAndResume(keras.callbacks.Callback):
             with strategy.scope() if strategy else contextlib.nullcontext():
                 self.model.optimizer.build(self.model.trainable_variables)
         if self._restored is not None:
-            self._restore(self._restored)
+            self._restore(*self._restored)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._epoch, self._host = epoch, _host_state()
@@ -124,8 +125,8 @@ class BackupAndResume(keras.callbacks.Callback):
             self._torch = _torch_state()
         # How many batches of this epoch were learned before; of later ones, none.
         self._learned, self._batch = self._batch, 0
-        if self._learned:
-            self._pass_over(self._learned)
+        if self._learned and self._restored is not None:
+            self._pass_over(self._learned, *self._restored)
             return
         self._restored = None
         if not (self.backup_dir / _FILE).exists():
@@ -164,12 +165,12 @@ class BackupAndResume(keras.callbacks.Callback):
     def _save(self, epoch: int, batch: int) -> None:
         self._since = 0
         state = {"epoch": epoch, "batch": batch, "seed": self._seed, "host": self._host}
-        variables, of_metrics = _variables(self.model), _metrics_variables(self.model)
-        for kind, found in (("variable", variables), ("metric", of_metrics)):
-            state[kind] = [x.name for x in found]
-        arrays: dict[str, Any] = {"state": np.array(json.dumps(state))}
-        for kind, found in (("variable", variables), ("metric", of_metrics)):
-            arrays |= {f"{kind}_{i}": _exact(x) for i, x in enumerate(found)}
+        arrays: dict[str, Any] = {}
+        for kind, variables_of in _KINDS.items():
+            variables = variables_of(self.model)
+            state[kind] = [x.name for x in variables]
+            arrays |= {f"{kind}_{i}": _exact(x) for i, x in enumerate(variables)}
+        arrays["state"] = np.array(json.dumps(state))
         arrays |= {f"torch_{i}": x for i, x in enumerate(_torch_state())}
         self.backup_dir.mkdir(parents=True, exist_ok=True)
         path = self.backup_dir / _FILE
@@ -189,20 +190,20 @@ class BackupAndResume(keras.callbacks.Callback):
         finally:
             aside.unlink(missing_ok=True)
 
-    def _restore(self, saved: dict[str, Any]) -> None:
+    def _restore(self, state: dict[str, Any], arrays: dict[str, np.ndarray]) -> None:
         """Restores all but the metrics, which Keras is yet to reset."""
-        self._assign(_variables(self.model), "variable", saved)
-        self._torch = [saved[x] for x in saved if x.startswith("torch_")]
-        _set_host_state(json.loads(str(saved["state"]))["host"])
+        self._assign("variable", state, arrays)
+        self._torch = [arrays[x] for x in arrays if x.startswith("torch_")]
+        _set_host_state(state["host"])
         _set_torch_state(self._torch)
 
     def _assign(
-        self, variables: list[keras.Variable], kind: str, saved: dict[str, Any]
+        self, kind: str, state: dict[str, Any], arrays: dict[str, np.ndarray]
     ) -> None:
-        names = json.loads(str(saved["state"]))[kind]
-        arrays = [saved[f"{kind}_{i}"] for i in range(len(names))]
+        variables, names = _KINDS[kind](self.model), state[kind]
+        saved = [arrays[f"{kind}_{i}"] for i in range(len(names))]
         known = [(x.name, tuple(x.shape)) for x in variables]
-        found = [(x, y.shape) for x, y in zip(names, arrays)]
+        found = [(x, y.shape) for x, y in zip(names, saved)]
         if known != found:
             first = next((x for x in zip(known, found) if x[0] != x[1]), None)
             difference = (
@@ -214,17 +215,18 @@ class BackupAndResume(keras.callbacks.Callback):
                 f"The backup in '{self.backup_dir}' is of another model, optimizer or "
                 f"metrics: this one has {difference}. Use another folder, or delete it."
             )
-        for variable, array in zip(variables, arrays):
+        for variable, array in zip(variables, saved):
             variable.assign(array)
 
-    def _pass_over(self, count: int) -> None:
+    def _pass_over(
+        self, count: int, state: dict[str, Any], arrays: dict[str, np.ndarray]
+    ) -> None:
         """Makes the model read so many batches of this epoch without learning them."""
-        model, saved = self.model, self._restored or {}
+        model = self.model
         self._left, self._train = count, model.train_function
-        names = json.loads(str(saved["state"]))["metric"]
-        is_built = len(_metrics_variables(model)) == len(names)
+        is_built = len(_metrics_variables(model)) == len(state["metric"])
         if is_built:
-            self._assign(_metrics_variables(model), "metric", saved)
+            self._assign("metric", state, arrays)
         logs = model.get_metrics_result() if is_built else {}
 
         def read(*arguments: Any) -> Any:
@@ -233,8 +235,8 @@ class BackupAndResume(keras.callbacks.Callback):
             if not is_built:
                 # On TensorFlow the first step makes the variables of metrics.
                 self._train(data)
-                self._restore(saved)
-                self._assign(_metrics_variables(model), "metric", saved)
+                self._restore(state, arrays)
+                self._assign("metric", state, arrays)
                 is_built, logs = True, model.get_metrics_result()
             # What is read ahead is in a list, already.
             elif isinstance(data, Iterator):
@@ -264,6 +266,10 @@ def _variables(model: keras.Model) -> list[keras.Variable]:
 
 def _metrics_variables(model: keras.Model) -> list[keras.Variable]:
     return [x for metric in model.metrics for x in metric.variables]
+
+
+# What a backup holds, each kind of variables under its own names.
+_KINDS = {"variable": _variables, "metric": _metrics_variables}
 
 
 def _exact(variable: keras.Variable) -> np.ndarray:

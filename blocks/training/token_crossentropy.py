@@ -92,16 +92,12 @@ class TokenCrossentropy(keras.losses.Loss):
         targets = ops.cast(targets, "int32")
         if self.ignore_class is not None:
             targets = ops.where(ops.equal(targets, self.ignore_class), 0, targets)
-        is_exact = keras.backend.standardize_dtype(logits.dtype) == "float32"
-        of_tokens = self._stacked(targets, ops.cast(logits, "float32"))
-        losses, crossentropies, hits = (of_tokens[i] for i in range(3))
-        if not is_exact:
-            # There several tokens often have the highest logit.
-            chosen = ops.cast(ops.argmax(logits, axis=-1), "int32")
-            hits = ops.cast(ops.equal(chosen, targets), "float32")
-        return losses, crossentropies, ops.stop_gradient(hits)
+        # In lower precision several tokens often have the highest logit.
+        ties = keras.backend.standardize_dtype(logits.dtype) != "float32"
+        found = self._stacked(targets, ops.cast(logits, "float32"), ties)
+        return found[0], found[1], ops.stop_gradient(found[2])
 
-    def _stacked(self, targets: Tensor, logits: Tensor) -> Tensor:
+    def _stacked(self, targets: Tensor, logits: Tensor, ties: bool) -> Tensor:
         smoothing = self.label_smoothing
 
         def compute(logits: Tensor) -> tuple[Tensor, ...]:
@@ -117,7 +113,11 @@ class TokenCrossentropy(keras.losses.Loss):
                 losses = losses + smoothing * (uniform - crossentropies)
             if self.z_loss:
                 losses = losses + self.z_loss * ops.square(normalizer)
-            hits = ops.cast(chosen >= highest[..., 0], "float32")
+            hits = chosen >= highest[..., 0]
+            if ties:
+                first = ops.cast(ops.argmax(logits, axis=-1), "int32")
+                hits = ops.equal(first, targets)
+            hits = ops.cast(hits, "float32")
             stacked = ops.stack([losses, crossentropies, hits])
             return stacked, powers, total, normalizer
 

@@ -12,7 +12,7 @@ import pytest
 
 from blocks import CausalLM
 from blocks.preset_files import check_files, finish_save, written_aside
-from tests.helpers import raises, to_numpy
+from tests.helpers import raises, run_script, to_numpy
 from tests.models import make_backbone, make_text_lm
 
 pytestmark = pytest.mark.same_everywhere
@@ -133,12 +133,7 @@ def test_without_room_the_preset_stays(tmp_path):
         except OSError as error:
             print(error)
     """
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    run = run_script(script)
     assert "files may not be that large" in run.stdout, run.stderr[-2000:]
     check_files(tmp_path)
     assert not [x for x in os.listdir(tmp_path) if x.startswith(".")]

@@ -14,7 +14,7 @@ import pytest
 import tensorflow as tf
 
 from blocks import BackupAndResume, CausalLM, PackedDocuments, Perplexity
-from tests.helpers import raises, to_numpy
+from tests.helpers import raises, run_script, to_numpy
 from tests.models import byte_preprocessor, make_backbone
 
 ROWS, EPOCHS = 10, 3
@@ -362,12 +362,7 @@ def test_a_full_disk_leaves_the_last_backup(tmp_path):
         except OSError as error:
             print(error)
     """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(script)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_script(script)
     assert "The backup can't be saved: File too large" in done.stdout, done.stderr
     assert [x.name for x in tmp_path.iterdir()] == ["training_state.npz"]
     assert (tmp_path / "training_state.npz").read_bytes() == before

@@ -1,11 +1,9 @@
 """`tf.distribute.MirroredStrategy`: the same as on one device, however rows are padded."""
 
-import subprocess
-import sys
-import textwrap
-
 import keras
 import pytest
+
+from tests.helpers import run_script
 
 SCRIPT = """
     import itertools, keras, numpy as np, tensorflow as tf
@@ -44,10 +42,5 @@ SCRIPT = """
 @pytest.mark.slow
 @pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="of TensorFlow")
 def test_replicas_equal_one_device():
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(SCRIPT)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    run = run_script(SCRIPT)
     assert run.stdout.strip().endswith("equal"), run.stderr[-3000:]
