@@ -11,6 +11,7 @@ from attention.caches.cache_policy import to_cache_layout
 from attention.contract.types import Mask, Tensor
 from attention.softmax.filled_slots import attend_to_filled
 from attention.softmax.kernels import fused_attention, grouped_attention
+from attention.softmax.memory_efficient import memory_efficient_attention
 from attention.softmax.visibility import Visibility
 
 Pair = tuple[Tensor, Tensor]
@@ -26,7 +27,8 @@ class Weighting(NamedTuple):
         bias: called with positions of queries and keys; returns a bias or `None`.
         soft_cap: `None` or float, as `logit_soft_cap` of a layer.
         dropout: `None`, or a callable applied to the weights.
-        fused: bool. Whether the backend's fused kernel may compute it.
+        plain: bool. Whether it is the softmax of the scaled products and the bias.
+        fused: bool. Whether the backend's fused kernel takes these heads, if so.
     """
 
     compute_weights: Callable[[Any, Any], Any]
@@ -34,6 +36,7 @@ class Weighting(NamedTuple):
     bias: Callable[[Any, Any], Any]
     soft_cap: float | None
     dropout: Callable[[Any], Any] | None
+    plain: bool
     fused: bool
 
 
@@ -48,8 +51,8 @@ def attend_to(
     """Attends to the visible keys, in the way that takes the least time.
 
     A sequence without a past is attended in blocks where the cache policy bounds how
-    far queries see, or by the backend's fused kernel; a large cache only as far as
-    it is filled.
+    far queries see, by the backend's fused kernel, or a few queries at a time; a
+    large cache only as far as it is filled.
 
     Args:
         query: tensor of shape `(batch, length, num_heads, key_dim)`.
@@ -102,8 +105,13 @@ def attend_to(
         outputs = attend_to_filled(
             lambda *args: attend(*args)[0], past, mask, bias, visibility.key_positions
         )
-    elif plain and new is not None and weighting.fused:
+    elif plain and weighting.plain and weighting.fused:
         outputs = fused_attention(query, *new, mask, bias, weighting.scale)
+    elif plain and weighting.plain and bias is None:
+        ordered = visibility.hides_later_keys
+        outputs = memory_efficient_attention(
+            query, *new, mask, weighting.scale, ordered
+        )
     else:
         outputs, scores = attend(past, mask, bias)
     if visibility.may_be_empty:

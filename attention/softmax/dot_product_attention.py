@@ -161,17 +161,15 @@ class DotProductAttention(AttentionParts):
             None if x is None else (x["key"], x["value"]) for x in (new, past)
         )
         default = type(self).compute_weights is DotProductAttention.compute_weights
-        fused = default and self.sinks is None and self.logit_soft_cap is None
-        if fused and keys is not None:
-            heads = (query.shape[2], keys[0].shape[2])
-            dims = (keys[0].shape[3], keys[1].shape[3])
-            fused = fused_attention_applies(*heads, *dims, self.compute_dtype)
+        plain = default and self.sinks is None and self.logit_soft_cap is None
+        fused = plain and fused_attention_applies(*self.head_dims())
         weighting = Weighting(
             self.compute_weights,
             self._logit_scale,
             self._bias,
             self.logit_soft_cap,
             self.dropout_layer if training and self.dropout else None,
+            plain,
             fused,
         )
         return attend_to(query, keys, stored, visibility, weighting, return_scores)

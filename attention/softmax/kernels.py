@@ -28,13 +28,13 @@ class TokensFirst:
 def _products(query: Tensor, key: Tensor) -> Tensor:
     """Returns `float32` products of `(batch, heads, queries, key_dim)` and keys."""
     if not isinstance(key, TokensFirst):
-        return _matmul_to_float32(query, key)
+        return matmul_to_float32(query, key)
     # (batch, heads, keys, queries). On the right the keys would be transposed.
-    products = _matmul_to_float32(key.keys, ops.swapaxes(query, 2, 3))
+    products = matmul_to_float32(key.keys, ops.swapaxes(query, 2, 3))
     return ops.swapaxes(products, 2, 3)
 
 
-def _matmul_to_float32(a: Tensor, b: Tensor) -> Tensor:
+def matmul_to_float32(a: Tensor, b: Tensor) -> Tensor:
     """Returns a matrix product that is never rounded to half precision.
 
     Products of published models' queries and keys exceed float16's largest number, and
@@ -130,22 +130,18 @@ def masked_softmax(logits: Tensor, mask: Mask, sinks: Tensor = None) -> Tensor:
     return weights if sinks is None else weights[..., :-1]
 
 
-def fused_attention_applies(
-    num_heads: int, num_key_value_heads: int, key_dim: int, value_dim: int, dtype: str
-) -> bool:
-    """Returns whether `keras.ops.dot_product_attention` takes these heads as they are.
+def fused_attention_applies(key_dim: int, value_dim: int) -> bool:
+    """Returns whether `keras.ops.dot_product_attention` has a fused kernel.
 
-    Outside of JAX it repeats keys and values for grouped heads. On JAX it takes
-    no values of another size than the keys, and CPUs can't compile its float16. On
-    TensorFlow it has no kernel, and rounds logits to half precision.
+    TensorFlow has none, and JAX has none on CPUs: all weights would be kept for the
+    gradient. On JAX it takes no values of another size than the keys. On torch keys and
+    values are repeated for grouped heads, which takes less time than doing without it.
     """
     if keras.config.backend() == "jax":
         import jax
 
-        supported = dtype != "float16" or jax.default_backend() != "cpu"
-        return key_dim == value_dim and supported
-    rounds = keras.config.backend() == "tensorflow" and dtype in _HALF_PRECISION
-    return num_heads == num_key_value_heads and not rounds
+        return key_dim == value_dim and jax.default_backend() != "cpu"
+    return keras.config.backend() == "torch"
 
 
 def fused_attention(

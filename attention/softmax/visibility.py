@@ -55,6 +55,12 @@ class Visibility:
         masked = not self.causal and self.key_padding_mask is not None
         return masked or self.attention_mask is not None
 
+    @property
+    def hides_later_keys(self) -> bool:
+        """Returns whether keys are the queries' tokens, and none sees a later one."""
+        same = self.key_positions is self.query_positions
+        return self.causal and self.prefix_length is None and same
+
     def mask(self) -> Tensor:
         """Returns a mask that broadcasts to `(batch, heads, queries, keys)`.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import keras
@@ -17,6 +18,8 @@ from attention.contract import (
     declare_role,
 )
 
+_LINEAR = 2 * math.sqrt(2 / math.pi)
+_CUBIC = _LINEAR * 0.044715
 _ROLES = {"intermediate": "ffn_input", "gate": "ffn_gate", "output": "ffn_output"}
 
 
@@ -34,7 +37,27 @@ def gelu_approximate(x: Tensor) -> Tensor:
     Returns:
         A tensor of the same shape and dtype.
     """
-    return keras.activations.gelu(x, approximate=True)
+    if keras.config.backend() != "tensorflow" or isinstance(x, keras.KerasTensor):
+        return keras.activations.gelu(x, approximate=True)
+
+    # The same formula, `x * sigmoid(2 * u)` for `x * (1 + tanh(u)) / 2`, with fewer passes
+    # over memory, and only `x` is kept for the gradient.
+    @ops.custom_gradient
+    def with_gradient(x: Tensor) -> Any:
+        square = ops.square(x)
+        outputs = x * ops.sigmoid(x * (_CUBIC * square + _LINEAR))
+
+        def gradient(*arguments: Tensor, upstream: Any = None) -> Tensor:
+            given = arguments[0] if upstream is None else upstream
+            square = ops.square(x)
+            part = ops.sigmoid(x * (_CUBIC * square + _LINEAR))
+            # As 1 - part is exactly 0 where the square is infinite in half precision, ...
+            slope = x * part * (1 - part) * (3 * _CUBIC * square + _LINEAR)
+            return given * (part + slope)
+
+        return outputs, gradient
+
+    return with_gradient(x)
 
 
 def published_activation(name: str) -> Activation:

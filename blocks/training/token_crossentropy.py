@@ -134,9 +134,13 @@ class TokenCrossentropy(keras.losses.Loss):
                 of_losses, of_both = given[0], given[0] + given[1]
                 of_normalizer = of_both + 2 * self.z_loss * normalizer * of_losses
                 found = powers * (of_normalizer / total)[..., None]
+                # Powers over their total at the targets.
+                chosen = of_normalizer * ops.exp(-stacked[1])
                 if smoothing:
-                    found = found - (smoothing / found.shape[-1]) * of_losses[..., None]
-                return _subtracted(found, targets, of_both - smoothing * of_losses)
+                    even = (smoothing / found.shape[-1]) * of_losses
+                    found, chosen = found - even[..., None], chosen - even
+                chosen = chosen - of_both + smoothing * of_losses
+                return _with_targets(found, targets, chosen)
 
             return stacked, gradients
 
@@ -173,13 +177,13 @@ def for_tokens(weights: Any, targets: Tensor) -> Tensor:
     return ops.reshape(weights, (ops.shape(targets)[0], -1))
 
 
-def _subtracted(x: Tensor, indices: Tensor, numbers: Tensor) -> Tensor:
-    """Returns a tensor less a number in each row, at an index of the last axis."""
+def _with_targets(x: Tensor, indices: Tensor, numbers: Tensor) -> Tensor:
+    """Returns a tensor with a number put into each row, at an index of the last axis."""
+    # Nothing else may read it: TensorFlow then writes into it and copies nothing.
     flat = ops.reshape(x, (-1, x.shape[-1]))
     column = ops.reshape(indices, (-1,))
     places = ops.stack(
         [ops.arange(ops.shape(column)[0], dtype="int32"), column], axis=1
     )
-    old = ops.take_along_axis(flat, column[:, None], axis=1)[:, 0]
-    new = ops.scatter_update(flat, places, old - ops.reshape(numbers, (-1,)))
+    new = ops.scatter_update(flat, places, ops.reshape(numbers, (-1,)))
     return ops.reshape(new, ops.shape(x))
