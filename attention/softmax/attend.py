@@ -28,7 +28,7 @@ class Weighting(NamedTuple):
         soft_cap: `None` or float, as `logit_soft_cap` of a layer.
         dropout: `None`, or a callable applied to the weights.
         plain: bool. Whether it is the softmax of the scaled products and the bias.
-        fused: bool. Whether the backend's fused kernel takes these heads, if so.
+        fused: bool. Whether it is, and the backend has a fused kernel for it.
     """
 
     compute_weights: Callable[[Any, Any], Any]
@@ -105,9 +105,9 @@ def attend_to(
         outputs = attend_to_filled(
             lambda *args: attend(*args)[0], past, mask, bias, visibility.key_positions
         )
-    elif plain and weighting.plain and weighting.fused:
+    elif plain and new is not None and weighting.fused:
         outputs = fused_attention(query, *new, mask, bias, weighting.scale)
-    elif plain and weighting.plain and bias is None:
+    elif plain and new is not None and weighting.plain and bias is None:
         ordered = visibility.hides_later_keys
         outputs = memory_efficient_attention(
             query, *new, mask, weighting.scale, ordered

@@ -29,6 +29,7 @@ from attention.positions.position_scheme import (
     check_position,
     serialize_position,
 )
+from attention.softmax.heads_dense import HeadsDense
 
 
 class AttentionParts(CachedLayer):
@@ -134,15 +135,7 @@ class AttentionParts(CachedLayer):
         Returns a layer that returns tensors of shape `(batch, length, heads, dim)` for
         inputs of shape `(batch, length, width)`.
         """
-        if self.use_bias and heads[1] == 1 and heads[0] > 1:
-            # Keras adds a bias of shape (heads, 1) along the length, on
-            # TensorFlow, where there happen to be as many tokens as heads.
-            raise ValueError(
-                f"Layer '{self.name}' would have {heads[0]} heads of size 1 with a "
-                f"bias as its {name}, which Keras computes wrongly on TensorFlow. "
-                "Use heads of size 2 or more, or `use_bias=False`."
-            )
-        dense = keras.layers.EinsumDense(
+        dense = HeadsDense(
             "blw,whd->blhd",
             output_shape=(None, *heads),
             bias_axes="hd" if self.use_bias else None,
@@ -162,7 +155,7 @@ class AttentionParts(CachedLayer):
         use_bias = self.use_bias if self.output_bias is None else self.output_bias
         # Letters of contracted axes are in alphabetical order: JAX sorts them, and would
         # otherwise transpose the kernel in every decode step.
-        self.output_dense = keras.layers.EinsumDense(
+        self.output_dense = HeadsDense(
             "bqhk,hkw->bqw",
             output_shape=(None, query_shape[-1]),
             bias_axes="w" if use_bias else None,

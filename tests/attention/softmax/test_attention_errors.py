@@ -118,10 +118,6 @@ def test_scalings_that_lack_something(scaling, parts):
 
 
 def test_width_that_heads_do_not_divide():
-    # Keras would add such a bias along the wrong axis, on TensorFlow.
-    with raises(ValueError, "4 heads of size 1", "use_bias=False"):
-        MultiHeadAttention(4, value_dim=1)(sample())
-    MultiHeadAttention(4, value_dim=1, use_bias=False)(sample())
     with raises(ValueError, "num_heads=3", str(WIDTH), "Pass `key_dim`"):
         MultiHeadAttention(3)(sample())
     with raises(ValueError, "must be even", "key_dim=5"):
