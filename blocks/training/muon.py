@@ -98,18 +98,22 @@ class Muon(keras.optimizers.Optimizer):
                 "all its weights: after `enable_lora`."
             )
         super().build(variables)
-        self._states = {}
+        states: dict[int, list[Any]] = {}
         for variable in variables:
             matrix = self.matrices.get(variable.path)
             state = [matrix, self.add_variable_from_reference(variable, "momentum")]
             if matrix is None:
                 state.append(self.add_variable_from_reference(variable, "velocity"))
-            self._states |= {id(x): state for x in _parts(variable)}
+            states |= {id(x): state for x in _parts(variable)}
+        self._states = states
 
     def update_step(
         self, gradient: Tensor, variable: keras.Variable, learning_rate: Tensor
     ) -> None:
         matrix, momentum, *velocity = self._states[id(variable)]
+        # On TensorFlow that of an embedding may be rows, several of them for one token,
+        # whose sum is to be squared. This adds them up.
+        gradient = ops.reshape(gradient, momentum.shape)
         gradient = ops.cast(gradient, momentum.dtype)
         if matrix is None:
             update = self._adam_update(gradient, momentum, *velocity)

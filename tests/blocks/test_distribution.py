@@ -40,8 +40,9 @@ def run(*arguments, devices=8):
 
 @has_jax
 @pytest.mark.slow
-def test_eight_devices_equal_one():
-    run("equal")
+@pytest.mark.parametrize("make", ["make_model", "make_muon_model"])
+def test_eight_devices_equal_one(make):
+    run("equal", make)
 
 
 @has_jax
