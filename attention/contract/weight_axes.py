@@ -90,8 +90,9 @@ def axes_of_weights(model: Any, trainable: bool = False) -> dict[str, WeightAxes
             + "\n- ".join(missing)
             + "\nIn the layer that makes them, declare the role of a projection, "
             "`attention.declare_role(self.wq, 'query')`, or the axes of a weight, "
-            "`attention.declare_axes(self, {'kernels': ('experts', None, None)})`, all "
-            "None where each device is to have the whole weight."
+            "`attention.declare_axes(self, {'kernels': ('experts', None, None)})`, with "
+            "`(None, 'vocabulary')` for the kernel of a head, and None for axes along "
+            "which nothing is to be divided."
         )
     return found
 

@@ -93,9 +93,10 @@ class Muon(keras.optimizers.Optimizer):
         unknown = sorted(set(paths) - set(self.matrices))
         if unknown:
             raise ValueError(
-                f"`Muon` was made for other weights than these: {', '.join(unknown)}. "
-                "Make it for the model to be trained, `blocks.Muon(lm)`, when this has "
-                "all its weights: after `enable_lora`."
+                f"`Muon` was made for other weights than '{unknown[0]}'"
+                + (f" and {len(unknown) - 1} others" if len(unknown) > 1 else "")
+                + ". Make it for the model to be trained, `blocks.Muon(lm)`, when this "
+                "has all its weights: after `enable_lora`."
             )
         super().build(variables)
         states: dict[int, list[Any]] = {}

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 
-from attention import LatentAttention, RotaryAttention, ShortConvolution
+from attention import LatentAttention, RotaryAttention, ShortConvolution, declare_role
 from blocks import CausalLM, CustomBackbone, MixtureOfExperts, Muon
 from tests.helpers import raises, to_numpy
 from tests.models import make_backbone, make_variant
@@ -125,6 +125,28 @@ def test_steps_are_those_of_the_formulas():
     assert len(optimizer.variables) == 2 + number
 
 
+@pytest.mark.parametrize(
+    ("equation", "order", "matrix"),
+    [
+        ("blw,hwd->blhd", (1, 0, 2), (1, 1)),
+        # A matrix for each head.
+        ("blhw,hwd->blhd", (0, 1, 2), (3, 1)),
+        ("blhw,whd->blhd", (1, 0, 2), (3, 1)),
+    ],
+)
+def test_axes_lie_as_the_equation_says(equation, order, matrix):
+    dense = keras.layers.EinsumDense(equation, (None, 3, 4), dtype="float32")
+    dense.build((None, None, 5) if "blw," in equation else (None, None, 3, 5))
+    before = to_numpy(dense.kernel)
+    optimizer = Muon(declare_role(dense, "query"), RATE, weight_decay=None)
+    gradient = np.random.default_rng(0).normal(size=before.shape)
+    optimizer.apply([as_tensor(gradient, "kernel")], dense.trainable_variables)
+    gradient = gradient.transpose(order)
+    update = numpy_muon(gradient, np.zeros_like(gradient), matrix)
+    expected = before - RATE * update.transpose(np.argsort(order))
+    np.testing.assert_allclose(to_numpy(dense.kernel), expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("mode", [None, "int4"])
 def test_low_rank_updates_of_plain_and_quantized_weights(mode):
     lm = CausalLM(make_backbone(num_layers=1))
@@ -133,7 +155,7 @@ def test_low_rank_updates_of_plain_and_quantized_weights(mode):
         lm.quantize(mode)
     lm.enable_lora(4, target="all")
     assert not check_steps(lm, make_optimizer(lm))
-    message = ("query/lora_kernel_a", "after `enable_lora`")
+    message = ("intermediate/lora_kernel_a' and 11 others", "after `enable_lora`")
     with raises(ValueError, *message):
         early.build(lm.trainable_variables)
 
