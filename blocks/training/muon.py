@@ -30,8 +30,9 @@ class Muon(keras.optimizers.Optimizer):
     Matrices are the kernels of projections and experts, and low-rank updates (LoRA).
     Embeddings, heads over the vocabulary, the kernels of short convolutions, norms and
     biases are trained with AdamW. Updates are scaled to the size that those of AdamW
-    have, so one `learning_rate` and `weight_decay` of AdamW serve for both. A matrix has
-    one number of state for each weight, where AdamW has two.
+    have in long trainings, so one `learning_rate` and `weight_decay` serve for both; in a
+    few hundred steps some four times AdamW's rate is better. A matrix has one number of
+    state for each weight, where AdamW has two.
 
     Args:
         model: the model to be trained, with its weights: after `enable_lora`. (In the
