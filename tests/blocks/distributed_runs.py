@@ -92,10 +92,11 @@ def distribute(make, shape):
     return keras.distribution.set_distribution(divided)
 
 
-def equal(name="make_model"):
+def equal(name="make_model", *shapes):
     """Compares data parallel, model parallel and both with one device."""
     make, results = globals()[name], {}
-    for shape in [None, (8,), (1, 4), (2, 4)]:
+    shapes = [tuple(map(int, x.split("x"))) for x in shapes or ("8", "1x4", "2x4")]
+    for shape in [None, *shapes]:
         if shape is not None:
             distribute(make, shape)
         lm = make()

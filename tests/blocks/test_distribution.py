@@ -40,9 +40,9 @@ def run(*arguments, devices=8):
 
 @has_jax
 @pytest.mark.slow
-@pytest.mark.parametrize("make", ["make_model", "make_muon_model"])
-def test_eight_devices_equal_one(make):
-    run("equal", make)
+@pytest.mark.parametrize("arguments", [("make_model",), ("make_muon_model", "2x4")])
+def test_eight_devices_equal_one(arguments):
+    run("equal", *arguments)
 
 
 @has_jax
