@@ -24,6 +24,7 @@ from blocks.preference_tuning import PreferenceTuning
 from blocks.preprocessor import CausalLMPreprocessor
 from blocks.swap import SwapReport
 from blocks.training.backup import BackupAndResume
+from blocks.training.muon import Muon
 from blocks.training.perplexity import Perplexity
 from blocks.training.token_crossentropy import TokenCrossentropy
 
@@ -42,6 +43,7 @@ __all__ = [
     "GenerationState",
     "JsonTokenizer",
     "MixtureOfExperts",
+    "Muon",
     "PackedDocuments",
     "Perplexity",
     "PreferenceTuning",

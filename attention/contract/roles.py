@@ -18,8 +18,8 @@ def declare_role(layer: Any, role: str) -> Any:
     """Says what a projection is for, and returns it.
 
     `CausalLM.enable_lora` finds projections by their roles, whatever their names, and
-    `blocks.make_layout_map` knows by them which axes of the weights are divided among
-    devices. A layer of your own declares those of its projections when it makes them.
+    `blocks.make_layout_map` and `blocks.Muon` know by them what the axes of the weights
+    are. A layer of your own declares those of its projections when it makes them.
 
     Args:
         layer: a `keras.layers.Dense` or `keras.layers.EinsumDense`.
@@ -55,9 +55,11 @@ def declare_axes(
 ) -> Any:
     """Says what the axes of a layer's own weights are, and returns the layer.
 
-    `blocks.make_layout_map` divides weights among devices along these axes. A layer of
-    your own declares its weights of two axes or more when it makes them. Those of
-    projections with a role (`declare_role`) and of embeddings are known.
+    `blocks.make_layout_map` divides weights among devices along these axes. To
+    `blocks.Muon` a weight of three axes, of `"experts"` or `"heads"` first, is a matrix
+    for each of these. A layer of your own declares its weights of two axes or more when
+    it makes them. Those of projections with a role (`declare_role`) and of embeddings
+    are known.
 
     Args:
         layer: a `keras.layers.Layer`.

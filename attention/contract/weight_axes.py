@@ -1,4 +1,4 @@
-"""What the axes of weights are, by which models are divided among devices."""
+"""What the axes of weights are: models are divided among devices, and trained, by them."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from attention.contract.types import Shape
 
 # These projections have their heads or hidden units as inputs, others as outputs.
 _OUTPUT_ROLES = ("output", "ffn_output")
+_PROJECTIONS = (keras.layers.Dense, keras.layers.EinsumDense)
 
 
 class WeightAxes(NamedTuple):
@@ -30,15 +31,24 @@ class WeightAxes(NamedTuple):
         counts: tuple of ints. For each axis how many parts of it belong together as
             one: the heads of an axis that holds the channels of all heads, say.
         shape: tuple of ints. The shape of the weight.
+        matrix: str or `None`. For a weight by which vectors are multiplied a letter for
+            each axis: `"i"` one of the inputs, `"o"` one of the outputs, `"b"` one along
+            which there is a matrix for each entry. A kernel `(width, heads, dim)` is the
+            matrix `"ioo"`, of `width` rows and `heads * dim` columns.
     """
 
     names: Names
     counts: Shape
     shape: Shape
+    matrix: str | None
 
 
-def axes_of_weights(model: Any) -> dict[str, WeightAxes]:
+def axes_of_weights(model: Any, trainable: bool = False) -> dict[str, WeightAxes]:
     """Returns the axes of all weights of a layer or model, by path.
+
+    Args:
+        model: a layer or model.
+        trainable: bool. Whether to leave out weights that are not trained.
 
     Raises:
         ValueError: if a weight of two axes or more has none. All are named.
@@ -47,7 +57,10 @@ def axes_of_weights(model: Any) -> dict[str, WeightAxes]:
     unknown: dict[str, str] = {}
     for layer in all_layers(model):
         known = _axes_by_name(layer)
+        matrices = _matrices_by_name(layer)
         for weight in _own_weights(layer):
+            if trainable and not weight.trainable:
+                continue
             shape = tuple(weight.shape)
             names = known.get(weight.name)
             if names is None and len(shape) > 1:
@@ -68,7 +81,8 @@ def axes_of_weights(model: Any) -> dict[str, WeightAxes]:
                     heads if heads and name == "heads" else size
                     for name, size in zip(names, shape)
                 )
-                found[weight.path] = WeightAxes(names, tuple(counts), shape)
+                matrix = matrices.get(weight.name)
+                found[weight.path] = WeightAxes(names, tuple(counts), shape, matrix)
     missing = [text for path, text in unknown.items() if path not in found]
     if missing:
         raise ValueError(
@@ -76,8 +90,9 @@ def axes_of_weights(model: Any) -> dict[str, WeightAxes]:
             + "\n- ".join(missing)
             + "\nIn the layer that makes them, declare the role of a projection, "
             "`attention.declare_role(self.wq, 'query')`, or the axes of a weight, "
-            "`attention.declare_axes(self, {'kernels': ('experts', None, None)})`, all "
-            "None where each device is to have the whole weight."
+            "`attention.declare_axes(self, {'kernels': ('experts', None, None)})`, with "
+            "`(None, 'vocabulary')` for the kernel of a head, and None for axes along "
+            "which nothing is to be divided."
         )
     return found
 
@@ -117,8 +132,7 @@ def _axes_by_name(layer: Any) -> dict[str, Names]:
 
 def _axes_of_projection(layer: Any, role: str) -> dict[str, Names]:
     axis = "hidden" if role in FEED_FORWARD_ROLES else "heads"
-    equation = getattr(layer, "equation", "i,io->o").replace("...", "")
-    inputs, kernel, outputs = re.split(",|->", equation)
+    inputs, kernel, outputs = _letters(layer)
     shared = outputs if role in _OUTPUT_ROLES else inputs
     divided = next(x for x in kernel if x not in shared)
     found = {"kernel": kernel}
@@ -129,3 +143,28 @@ def _axes_of_projection(layer: Any, role: str) -> dict[str, Names]:
         name: tuple(axis if x == divided else None for x in letters)
         for name, letters in found.items()
     }
+
+
+def _letters(layer: Any) -> list[str]:
+    """Returns the letters of a projection's inputs, kernel and outputs."""
+    equation = getattr(layer, "equation", "i,io->o")
+    return re.split(",|->", equation.replace("...", ""))
+
+
+def _matrices_by_name(layer: Any) -> dict[str, str]:
+    declared = declared_axes(layer)
+    # Kernels of experts or heads that lie one after the other.
+    found = {
+        name: "bio"
+        for name, axes in declared.items()
+        if len(axes) == 3 and axes[0] in ("experts", "heads")
+    }
+    is_head = "vocabulary" in declared.get("kernel", ())
+    if isinstance(layer, _PROJECTIONS) and not is_head:
+        inputs, kernel, outputs = _letters(layer)
+        matrix = "".join(
+            "o" if x not in inputs else "b" if x in outputs else "i" for x in kernel
+        )
+        found["kernel"] = matrix
+        found["lora_kernel_a"], found["lora_kernel_b"] = f"{matrix[:-1]}o", "io"
+    return found

@@ -14,7 +14,7 @@ import numpy as np
 from keras.distribution import DataParallel, DeviceMesh, ModelParallel
 
 from attention import Mamba2, RotaryAttention
-from blocks import CausalLM, CustomBackbone, MixtureOfExperts, make_layout_map
+from blocks import CausalLM, CustomBackbone, MixtureOfExperts, Muon, make_layout_map
 
 
 @keras.saving.register_keras_serializable(package="distributed_runs")
@@ -41,6 +41,12 @@ def make_model(num_layers=2, rank=None):
     # Adam would divide the differences of rounding by their own size.
     optimizer = keras.optimizers.SGD(0.1, momentum=0.9)
     lm.compile(optimizer, sampler="greedy")
+    return lm
+
+
+def make_muon_model():
+    lm = make_model()
+    lm.compile(Muon(lm, 0.01, epsilon=1.0), sampler="greedy")
     return lm
 
 
@@ -86,10 +92,11 @@ def distribute(make, shape):
     return keras.distribution.set_distribution(divided)
 
 
-def equal(make=make_model):
+def equal(name="make_model", *shapes):
     """Compares data parallel, model parallel and both with one device."""
-    results = {}
-    for shape in [None, (8,), (1, 4), (2, 4)]:
+    make, results = globals()[name], {}
+    shapes = [tuple(map(int, x.split("x"))) for x in shapes or ("8", "1x4", "2x4")]
+    for shape in [None, *shapes]:
         if shape is not None:
             distribute(make, shape)
         lm = make()

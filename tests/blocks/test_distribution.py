@@ -40,8 +40,9 @@ def run(*arguments, devices=8):
 
 @has_jax
 @pytest.mark.slow
-def test_eight_devices_equal_one():
-    run("equal")
+@pytest.mark.parametrize("arguments", [("make_model",), ("make_muon_model", "2x4")])
+def test_eight_devices_equal_one(arguments):
+    run("equal", *arguments)
 
 
 @has_jax

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from blocks import BackupAndResume, CausalLM, PackedDocuments, Perplexity
+from blocks import BackupAndResume, CausalLM, Muon, PackedDocuments, Perplexity
 from tests.helpers import raises, run_script, to_numpy
 from tests.models import byte_preprocessor, make_backbone
 
@@ -215,6 +215,12 @@ def scheduled():
     return keras.optimizers.LossScaleOptimizer(inner)
 
 
+def muon():
+    # It knows weights by their paths.
+    other = make_backbone(num_layers=1)
+    return Muon(other, 0.01, gradient_accumulation_steps=2, use_ema=True)
+
+
 @pytest.mark.parametrize(
     ("optimizer", "kwargs"),
     [
@@ -223,6 +229,7 @@ def scheduled():
         slow("adam", {"backbone": {"dtype": "mixed_bfloat16"}}),
         slow("sgd", {"backbone": {"dtype": "bfloat16"}}),
         slow("muon", {}),
+        slow(muon, {}),
     ],
 )
 def test_optimizers_and_dtypes(optimizer, kwargs, tmp_path):
