@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
+import ml_dtypes
 import numpy as np
 from keras import ops
 
@@ -171,6 +172,14 @@ def _aligned(shape: Shape, dtype: np.dtype) -> np.ndarray:
 
 def to_tensor(array: np.ndarray, dtype: str) -> Tensor:
     """Returns an array that `in_order` made as a tensor, which may share its memory."""
+    if keras.config.backend() == "torch":
+        import torch
+
+        # Keras copies an array. `from_numpy` knows no bfloat16 of numpy.
+        wide = array.dtype != ml_dtypes.bfloat16
+        tensor = torch.from_numpy(array if wide else array.view("int16"))
+        tensor = tensor if wide else tensor.view(torch.bfloat16)
+        return ops.convert_to_tensor(tensor, dtype=dtype)
     if keras.config.backend() != "tensorflow":
         return ops.convert_to_tensor(array, dtype=dtype)
     import tensorflow as tf
