@@ -184,8 +184,9 @@ def to_tensor(array: np.ndarray, dtype: str) -> Tensor:
     if keras.config.backend() == "torch":
         import torch
 
-        tensor = torch.from_numpy(array if plain else array.view("int16"))
-        array = tensor if plain else tensor.view(torch.bfloat16)
+        numbers = torch.from_numpy(array if plain else array.view("int16"))
+        tensor = numbers if plain else numbers.view(torch.bfloat16)
+        return ops.convert_to_tensor(tensor, dtype=dtype)
     return ops.convert_to_tensor(array, dtype=dtype)
 
 
