@@ -184,8 +184,8 @@ def to_tensor(array: np.ndarray, dtype: str) -> Tensor:
     if keras.config.backend() == "torch":
         import torch
 
-        numbers = torch.from_numpy(array if plain else array.view("int16"))
-        tensor = numbers if plain else numbers.view(torch.bfloat16)
+        tensor = torch.from_numpy(array if plain else array.view("int16"))
+        tensor = tensor if plain else tensor.view(torch.bfloat16)
         return ops.convert_to_tensor(tensor, dtype=dtype)
     return ops.convert_to_tensor(array, dtype=dtype)
 
