@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+from keras import ops
 
 from attention import CachedLayer, GroupedQueryAttention
 from attention.contract import (
@@ -34,6 +35,8 @@ class TransformerBlock(keras.layers.Layer):
     norm_names: tuple[str, ...] = ("attention_norm", "ffn_norm")
     # Of a backbone's `decoder_class`: runs the backbone's hook of a name.
     _run_backbone_hook: Callable | None = None
+    # Made by `build`.
+    residual_dropout: Callable
 
     def __init__(
         self,
@@ -111,9 +114,12 @@ class TransformerBlock(keras.layers.Layer):
             self._add_part(name, hooks.get(name, "create_norm"), inputs_shape)
             for name in names
         ]
-        self.residual_dropout = keras.layers.Dropout(
-            self.dropout, dtype=self.dtype_policy, name="residual_dropout"
-        )
+        # Most models drop nothing, and a layer takes long to make and to call.
+        self.residual_dropout = self._keep_all
+        if self.dropout:
+            self.residual_dropout = keras.layers.Dropout(
+                self.dropout, dtype=self.dtype_policy, name="residual_dropout"
+            )
         for layer in parts:
             build_layer(layer, inputs_shape, self.compute_dtype)
 
@@ -143,6 +149,10 @@ class TransformerBlock(keras.layers.Layer):
                 f"block already. Received: norm_names={names!r}"
                 + (f", of which {taken} are taken" if taken else "")
             )
+
+    def _keep_all(self, x: Tensor) -> Tensor:
+        """Returns what a dropout layer of rate 0 does."""
+        return ops.cast(x, self.compute_dtype)
 
     def add_residual(
         self, x: Tensor, norm: keras.layers.Layer, layer: Any, *args: Any, **kwargs: Any

@@ -25,19 +25,23 @@ def standardize_index(cache_update_index: Index, batch_size: int | None) -> Inde
         index = np.asarray(index)
     if isinstance(index, np.ndarray) and index.ndim == 0:
         index = index[()]
-    received = f"Received: cache_update_index={describe(index)}"
     is_number = isinstance(index, (int, np.integer)) and not isinstance(index, bool)
     if not is_number and not is_tensor(index):
         raise TypeError(
             "`cache_update_index` must be an integer, an integer scalar tensor "
-            f"or an integer tensor of shape (batch_size,). {received}"
+            "or an integer tensor of shape (batch_size,). Received: "
+            f"cache_update_index={describe(index)}"
         )
     if not is_number and "int" not in str(index.dtype):
-        raise TypeError(f"`cache_update_index` must have an integer dtype. {received}")
+        raise TypeError(
+            "`cache_update_index` must have an integer dtype. Received: "
+            f"cache_update_index={describe(index)}"
+        )
     if (is_number or isinstance(index, np.ndarray)) and np.any(index < 0):
         raise ValueError(
             "`cache_update_index` is the number of positions that the cache, or each "
-            f"row of it, has processed; it can't be negative. {received}"
+            "row of it, has processed; it can't be negative. Received: "
+            f"cache_update_index={describe(index)}"
         )
     if is_number:
         return int(index)
@@ -46,7 +50,8 @@ def standardize_index(cache_update_index: Index, batch_size: int | None) -> Inde
     if len(shape) > 1 or (len(shape) == 1 and known and shape[0] != batch_size):
         raise ValueError(
             "`cache_update_index` must be one index for all rows or one for "
-            f"each of the {batch_size} rows. {received}"
+            f"each of the {batch_size} rows. Received: cache_update_index="
+            f"{describe(index)}"
         )
     return index if isinstance(index, keras.KerasTensor) else ops.cast(index, "int32")
 

@@ -98,6 +98,7 @@ class AttentionParts(CachedLayer):
         self.cache_policy = policy
         # Made by `build` if needed.
         self.query_norm = self.key_norm = self.sinks = self.gate_dense = None
+        self.dropout_layer = None
 
     def _set_sizes(self, **sizes: Any) -> None:
         for name, size in sizes.items():
@@ -164,9 +165,10 @@ class AttentionParts(CachedLayer):
         )
         self.output_dense.build((*query_shape[:2], self.num_heads, value_dim))
         declare_role(self.output_dense, "output")
-        self.dropout_layer = keras.layers.Dropout(
-            self.dropout, dtype=self.dtype_policy, name="attention_dropout"
-        )
+        if self.dropout:
+            self.dropout_layer = keras.layers.Dropout(
+                self.dropout, dtype=self.dtype_policy, name="attention_dropout"
+            )
         if self.position is not None:
             self.position.build_for_layer(heads)
         if self.output_gate:

@@ -168,7 +168,7 @@ class DotProductAttention(AttentionParts):
             self._logit_scale,
             self._bias,
             self.logit_soft_cap,
-            self.dropout_layer if training and self.dropout else None,
+            self.dropout_layer if training else None,
             plain,
             fused,
         )

@@ -226,7 +226,9 @@ def _parts(backbone: Any) -> dict[str, dict[str, Any]]:
     """Returns the configuration of each layer within a backbone, by path."""
     found = {}
     for layer in all_layers(backbone):
-        if layer is backbone or isinstance(layer, keras.layers.InputLayer):
+        # A layer drops outputs in training only, and is not made for a rate of 0.
+        kinds = (keras.layers.InputLayer, keras.layers.Dropout)
+        if layer is backbone or isinstance(layer, kinds):
             continue
         kept = _relevant(layer.get_config())
         transform = getattr(type(layer), "transform", None)

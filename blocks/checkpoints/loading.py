@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
+import ml_dtypes
 import numpy as np
 from keras import ops
 
@@ -171,13 +172,22 @@ def _aligned(shape: Shape, dtype: np.dtype) -> np.ndarray:
 
 def to_tensor(array: np.ndarray, dtype: str) -> Tensor:
     """Returns an array that `in_order` made as a tensor, which may share its memory."""
-    if keras.config.backend() != "tensorflow":
-        return ops.convert_to_tensor(array, dtype=dtype)
-    import tensorflow as tf
+    # Keras copies an array on these two, and TensorFlow twice. Their own functions do
+    # not, and don't know the bfloat16 of numpy.
+    plain = array.dtype != ml_dtypes.bfloat16
+    if keras.config.backend() == "tensorflow":
+        import tensorflow as tf
 
-    # TensorFlow copies an array twice. DLPack has no bfloat16 of numpy.
-    bits = array.view(f"uint{8 * array.itemsize}")
-    return tf.bitcast(tf.experimental.dlpack.from_dlpack(bits.__dlpack__()), dtype)
+        numbers = array if plain else array.view("uint16")
+        tensor = tf.experimental.dlpack.from_dlpack(numbers.__dlpack__())
+        return tensor if plain else tf.bitcast(tensor, tf.bfloat16)
+    if keras.config.backend() == "torch":
+        import torch
+
+        tensor = torch.from_numpy(array if plain else array.view("int16"))
+        tensor = tensor if plain else tensor.view(torch.bfloat16)
+        return ops.convert_to_tensor(tensor, dtype=dtype)
+    return ops.convert_to_tensor(array, dtype=dtype)
 
 
 class _Progress:

@@ -51,8 +51,9 @@ class _Place(NamedTuple):
 class SafetensorsFolder:
     """The tensors of a folder's `model.safetensors`, or of the files of its index.
 
-    Files are read, not mapped: a mapped file counts as memory, once more than the
-    weights. Every place in a file is checked before anything is read.
+    A tensor that is read is mapped, which is no copy, and can't be written to. It is
+    mapped alone, as what is mapped counts as memory. Every place in a file is checked
+    before anything is read.
 
     Args:
         folder: str or path.
@@ -105,11 +106,17 @@ class SafetensorsFolder:
 
     def read(self, name: str) -> np.ndarray:
         place = self._places[name]
-        count = math.prod(place.shape) * place.dtype.itemsize
-        tensor = np.fromfile(place.path, np.uint8, count, offset=place.start)
-        if tensor.size != count:
-            raise ValueError(f"'{place.path}' was cut off while it was read.")
-        return tensor.view(place.dtype).reshape(place.shape)
+        if 0 in place.shape:
+            return np.empty(place.shape, place.dtype)
+        try:
+            tensor = np.memmap(
+                place.path, place.dtype, "r", place.start, place.shape or (1,)
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"'{place.path}' was cut off while it was read."
+            ) from error
+        return tensor.view(np.ndarray).reshape(place.shape)
 
 
 def _read_header(path: pathlib.Path) -> dict[str, _Place]:

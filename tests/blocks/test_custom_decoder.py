@@ -149,7 +149,7 @@ def test_dropout_acts_in_training_only():
 @pytest.mark.parametrize("dtype", ["mixed_bfloat16", "bfloat16"])
 def test_a_hook_that_forgets_the_dtype_has_the_blocks(dtype):
     before = keras.config.dtype_policy()
-    block = make_block(SublayersDecoder, dtype=dtype)
+    block = make_block(SublayersDecoder, dtype=dtype, dropout=0.1)
     assert keras.config.dtype_policy() is before
     attention_layers = (block.self_attention, block.self_attention.query_dense)
     others = (block.ffn.up, block.attention_norm, block.residual_dropout)

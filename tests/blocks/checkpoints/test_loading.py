@@ -4,12 +4,14 @@ import json
 import shutil
 
 import keras
+import ml_dtypes
 import numpy as np
 import pytest
 
 from blocks import CausalLM, CustomBackbone
 from blocks.checkpoints import Architecture, register_architecture
 from blocks.checkpoints import hugging_face as folders
+from blocks.checkpoints.loading import in_order
 from blocks.models.llama import LlamaBackbone
 from tests.helpers import raises, to_numpy
 from tests.models import make_backbone, prompts, randomize
@@ -166,6 +168,35 @@ def test_files_that_are_refused(name, folder):
     damage(folder)
     with raises(ValueError, *parts):
         CausalLM.from_preset(str(folder))
+
+
+def test_tensors_of_any_size_and_place_are_read(tmp_path):
+    tensors = {
+        "odd": np.arange(3, dtype="uint8"),
+        "matrix": np.arange(6, dtype=ml_dtypes.bfloat16).reshape(2, 3),
+        "scalar": np.array(7.5, "float32"),
+        "none": np.zeros((0, 4), "float32"),
+    }
+    kinds = {"uint8": "U8", "bfloat16": "BF16", "float32": "F32"}
+    header, data = {}, b""
+    for name, x in tensors.items():
+        place = [len(data), len(data) + x.nbytes]
+        kind = kinds[x.dtype.name]
+        header[name] = {"dtype": kind, "shape": x.shape, "data_offsets": place}
+        data += x.tobytes()
+    text = json.dumps(header).encode()
+    path = tmp_path / WEIGHTS
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+    checkpoint = folders.SafetensorsFolder(tmp_path)
+    for name, x in tensors.items():
+        found = checkpoint.read(name)
+        assert found.dtype == x.dtype and found.shape == x.shape
+        for dtype in {x.dtype.name, "float32"}:
+            copy = in_order(found.T, dtype)
+            np.testing.assert_array_equal(copy, x.T.astype(dtype))
+    cut(tmp_path, len(text) + 10)
+    with raises(ValueError, "was cut off while it was read"):
+        checkpoint.read("matrix")
 
 
 def test_a_preset_of_a_published_architecture(published, tmp_path):
