@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +26,8 @@ from blocks.training.tokens_per_second import MeanLoss, add_count, hand_over_cou
 _ACCURACY = ("accuracy", "acc", "sparse_categorical_accuracy")
 # The metrics that are computed with the loss, in the order of the sums after its own.
 _COMPUTED = (Perplexity, keras.metrics.SparseCategoricalAccuracy)
+# The model in whose step `call` is to return hidden states. Replicas run in threads.
+_MODEL: contextvars.ContextVar[Any] = contextvars.ContextVar("model", default=None)
 
 
 class TrainingMixin:
@@ -40,8 +43,6 @@ class TrainingMixin:
     sampler: Any
     # The mean loss, and the metrics that are computed together with it.
     _step_metrics: Untracked | None = None
-    # Whether `call` is to return hidden states.
-    _without_logits = False
     # Called after each step with how many tokens the epoch has trained on, or `None`.
     on_count: Any = None
     train_function: Any
@@ -129,11 +130,17 @@ class TrainingMixin:
 
     @contextlib.contextmanager
     def _step(self) -> Iterator[None]:
-        self._without_logits = bool(self._step_metrics and self._step_metrics.key)
+        all_are_computed = self._step_metrics and self._step_metrics.key
+        before = _MODEL.set(self if all_are_computed else None)
         try:
             yield
         finally:
-            self._without_logits = False
+            _MODEL.reset(before)
+
+    @property
+    def _without_logits(self) -> bool:
+        """Returns whether this is a step in which nothing needs the logits."""
+        return _MODEL.get() is self
 
     def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Tensor:
         segment_ids = None
