@@ -55,6 +55,19 @@ class TokenModel:
             check_right_padded(inputs["padding_mask"])
         return super().__call__(inputs, *args, **kwargs)  # type: ignore[misc]
 
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Any]]:
+        """Yields the paths and parameters of all weights, on torch.
+
+        So a torch optimizer takes `lm.parameters()`, and `DistributedDataParallel` takes
+        `lm`, in loops of one's own. `fit` needs neither. (Of KerasHub's models torch
+        finds none.)
+        """
+        prefix = f"{prefix}." if prefix else ""
+        for weight in self.weights:  # type: ignore[attr-defined]
+            yield prefix + weight.path, weight.value
+
     def rematerialized_call(
         self, layer_call: Callable, *args: Any, **kwargs: Any
     ) -> Callable:

@@ -6,7 +6,7 @@ import pytest
 
 from attention import Retention, RotaryAttention
 from blocks import CausalLM, CustomBackbone, MixtureOfExperts
-from tests.helpers import assert_close, raises, slow
+from tests.helpers import assert_close, raises, run_script, slow
 
 TOKENS = np.array([[1, 2, 3], [4, 5, 0]], "int32")
 INPUTS = {"token_ids": TOKENS, "padding_mask": (TOKENS > 0).astype("int32")}
@@ -99,3 +99,42 @@ def test_export(tmp_path):
     lm.export(folder, format="tf_saved_model", verbose=False)
     exported = tf.saved_model.load(folder)
     assert_close(np.asarray(exported.serve(INPUTS)), lm(INPUTS))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(keras.config.backend() != "torch", reason="torch's")
+def test_two_processes_of_torch_have_the_gradients_of_one(tmp_path):
+    script = f"""
+        import torch
+        from torch.nn.parallel import DistributedDataParallel
+        import torch.multiprocessing as processes
+        from tests.blocks.test_token_model import make_lm
+
+        def gradients(model, lm, tokens):
+            inputs = {{"token_ids": tokens, "padding_mask": torch.ones_like(tokens)}}
+            logits = model(inputs).flatten(0, 1)
+            torch.nn.functional.cross_entropy(logits, tokens.flatten()).backward()
+            return [x.grad for x in lm.parameters()]
+
+        def train(rank):
+            torch.manual_seed(rank)
+            torch.distributed.init_process_group(
+                "gloo", init_method="file://{tmp_path}/found", rank=rank, world_size=2
+            )
+            tokens = torch.arange(24).reshape(4, 6) % 20
+            # Weights are those of the first process.
+            lm = make_lm()
+            model = DistributedDataParallel(lm)
+            found = gradients(model, lm, tokens[rank::2])
+            lm.zero_grad()
+            expected = gradients(lm, lm, tokens)
+            assert len(found) == len(lm.weights)
+            for x, y in zip(found, expected):
+                torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
+
+        if __name__ == "__main__":
+            processes.start_processes(train, nprocs=2, start_method="fork")
+            print("the same")
+    """
+    result = run_script(script)
+    assert result.stdout == "the same\n", result.stderr
