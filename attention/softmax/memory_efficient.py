@@ -74,10 +74,11 @@ def memory_efficient_attention(
     length = ops.shape(query)[1]
     chunks = _cut(static_size(query, 1), causal)
 
-    def weigh(query: Tensor, key: Tensor, chunk: _Chunk) -> Tensor:
+    def weigh(query: Tensor, key: Tensor, masks: tuple, chunk: _Chunk) -> Tensor:
         logits = matmul_to_float32(query, ops.swapaxes(key, 2, 3))
-        if mask is None:
+        if not masks:
             return masked_softmax(logits, None)
+        (mask,) = masks
         rows, keys = ops.shape(logits)[2:]
         by_head = (-1, groups * group_size, rows // group_size, keys)
         weights = masked_softmax(ops.reshape(logits, by_head), chunk.mask(mask))
@@ -94,10 +95,10 @@ def memory_efficient_attention(
         return ops.concatenate(by_head, axis=3)
 
     @ops.custom_gradient
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Any:
+    def attend(query: Tensor, key: Tensor, value: Tensor, *masks: Tensor) -> Any:
         parts = []
         for chunk in chunks:
-            weights = weigh(chunk.queries(query), chunk.keys(key), chunk)
+            weights = weigh(chunk.queries(query), chunk.keys(key), masks, chunk)
             parts.append(ops.matmul(ops.cast(weights, value.dtype), chunk.keys(value)))
         outputs = join(parts)
 
@@ -107,7 +108,7 @@ def memory_efficient_attention(
             for chunk in chunks:
                 queries, errors, found = map(chunk.queries, (query, given, outputs))
                 keys, values = chunk.keys(key), chunk.keys(value)
-                weights = weigh(queries, keys, chunk)
+                weights = weigh(queries, keys, masks, chunk)
                 of_weights = matmul_to_float32(errors, ops.swapaxes(values, 2, 3))
                 products = ops.cast(errors, "float32") * ops.cast(found, "float32")
                 of_weights = of_weights - ops.sum(products, axis=-1, keepdims=True)
@@ -118,7 +119,7 @@ def memory_efficient_attention(
                 weights = ops.cast(weights, value.dtype)
                 part = ops.matmul(ops.swapaxes(weights, 2, 3), errors)
                 of_value = of_value + chunk.among_all(part)
-            return join(of_query), of_key, of_value
+            return join(of_query), of_key, of_value, *(None for _ in masks)
 
         return outputs, gradients
 
@@ -127,6 +128,8 @@ def memory_efficient_attention(
         ops.transpose(query, (0, 2, 3, 1, 4)),
         ops.transpose(key, (0, 2, 1, 3)),
         ops.transpose(value, (0, 2, 1, 3)),
+        # An argument: JAX computes it again where a block is computed again.
+        *(() if mask is None else (mask,)),
     )
     outputs = ops.transpose(outputs, (0, 3, 1, 2, 4))
     return ops.reshape(outputs, (-1, length, groups * group_size, value.shape[3]))
