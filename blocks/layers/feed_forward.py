@@ -49,10 +49,11 @@ def gelu_approximate(x: Tensor) -> Tensor:
 
         def gradient(*arguments: Tensor, upstream: Any = None) -> Tensor:
             given = arguments[0] if upstream is None else upstream
-            square = ops.square(x)
-            part = ops.sigmoid(x * (_CUBIC * square + _LINEAR))
-            # As 1 - part is exactly 0 where the square is infinite in half precision, ...
-            slope = x * part * (1 - part) * (3 * _CUBIC * square + _LINEAR)
+            # Beyond it is 0 or 1, but squares overflow in float16.
+            near = ops.clip(x, -10, 10)
+            square = ops.square(near)
+            part = ops.sigmoid(near * (_CUBIC * square + _LINEAR))
+            slope = near * part * (1 - part) * (3 * _CUBIC * square + _LINEAR)
             return given * (part + slope)
 
         return outputs, gradient
