@@ -24,7 +24,7 @@ class GroupedQueryAttention(DotProductAttention):
 
     The same call trains (no cache), reads a prompt and decodes (with one), with
     rows at the same position or each at its own. Causality is computed from
-    positions. Query heads and key/value heads are never repeated to match.
+    positions. A cache never repeats key/value heads to match the query heads.
 
     Args:
         num_heads: int. The number of query heads.
