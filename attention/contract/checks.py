@@ -26,22 +26,24 @@ def standardize_index(cache_update_index: Index, batch_size: int | None) -> Inde
     if isinstance(index, np.ndarray) and index.ndim == 0:
         index = index[()]
     is_number = isinstance(index, (int, np.integer)) and not isinstance(index, bool)
+
+    def received() -> str:
+        # Called for an error only: a description takes long for each layer of a step.
+        return f"Received: cache_update_index={describe(index)}"
+
     if not is_number and not is_tensor(index):
         raise TypeError(
             "`cache_update_index` must be an integer, an integer scalar tensor "
-            "or an integer tensor of shape (batch_size,). Received: "
-            f"cache_update_index={describe(index)}"
+            f"or an integer tensor of shape (batch_size,). {received()}"
         )
     if not is_number and "int" not in str(index.dtype):
         raise TypeError(
-            "`cache_update_index` must have an integer dtype. Received: "
-            f"cache_update_index={describe(index)}"
+            f"`cache_update_index` must have an integer dtype. {received()}"
         )
     if (is_number or isinstance(index, np.ndarray)) and np.any(index < 0):
         raise ValueError(
             "`cache_update_index` is the number of positions that the cache, or each "
-            "row of it, has processed; it can't be negative. Received: "
-            f"cache_update_index={describe(index)}"
+            f"row of it, has processed; it can't be negative. {received()}"
         )
     if is_number:
         return int(index)
@@ -50,8 +52,7 @@ def standardize_index(cache_update_index: Index, batch_size: int | None) -> Inde
     if len(shape) > 1 or (len(shape) == 1 and known and shape[0] != batch_size):
         raise ValueError(
             "`cache_update_index` must be one index for all rows or one for "
-            f"each of the {batch_size} rows. Received: cache_update_index="
-            f"{describe(index)}"
+            f"each of the {batch_size} rows. {received()}"
         )
     return index if isinstance(index, keras.KerasTensor) else ops.cast(index, "int32")
 
