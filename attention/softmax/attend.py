@@ -10,7 +10,11 @@ from keras import ops
 from attention.caches.cache_policy import to_cache_layout
 from attention.contract.types import Mask, Tensor
 from attention.softmax.filled_slots import attend_to_filled
-from attention.softmax.kernels import fused_attention, grouped_attention
+from attention.softmax.kernels import (
+    fused_attention,
+    fused_attention_applies,
+    grouped_attention,
+)
 from attention.softmax.memory_efficient import memory_efficient_attention
 from attention.softmax.visibility import Visibility
 
@@ -28,7 +32,6 @@ class Weighting(NamedTuple):
         soft_cap: `None` or float, as `logit_soft_cap` of a layer.
         dropout: `None`, or a callable applied to the weights.
         plain: bool. Whether it is the softmax of the scaled products and the bias.
-        fused: bool. Whether it is, and the backend has a fused kernel for it.
     """
 
     compute_weights: Callable[[Any, Any], Any]
@@ -37,7 +40,6 @@ class Weighting(NamedTuple):
     soft_cap: float | None
     dropout: Callable[[Any], Any] | None
     plain: bool
-    fused: bool
 
 
 def attend_to(
@@ -100,18 +102,20 @@ def attend_to(
             weighting.dropout,
         )
 
-    plain = not return_scores and weighting.dropout is None and new is not None
-    if plain and past is not None:
+    outputs_only = not return_scores and weighting.dropout is None and new is not None
+    if outputs_only and past is not None:
         outputs = attend_to_filled(
             lambda *args: attend(*args)[0], past, mask, bias, visibility.key_positions
         )
-    elif plain and new is not None and weighting.fused:
-        outputs = fused_attention(query, *new, mask, bias, weighting.scale)
-    elif plain and new is not None and weighting.plain and bias is None:
-        ordered = visibility.hides_later_keys
-        outputs = memory_efficient_attention(
-            query, *new, mask, weighting.scale, ordered
-        )
+    elif outputs_only and new is not None and weighting.plain:
+        scale, value_dim = weighting.scale, new[1].shape[3]
+        if fused_attention_applies(query.shape[3], value_dim):
+            outputs = fused_attention(query, *new, mask, bias, scale)
+        elif bias is None:
+            ordered = visibility.hides_later_keys
+            outputs = memory_efficient_attention(query, *new, mask, scale, ordered)
+        else:
+            outputs, _ = attend(None, mask, bias)
     else:
         outputs, scores = attend(past, mask, bias)
     if visibility.may_be_empty:

@@ -25,7 +25,7 @@ from attention.softmax.call_arguments import (
     only_whole_prefixes,
     pack_key_value,
 )
-from attention.softmax.kernels import fused_attention_applies, masked_softmax
+from attention.softmax.kernels import masked_softmax
 from attention.softmax.visibility import Visibility
 
 
@@ -162,7 +162,6 @@ class DotProductAttention(AttentionParts):
         )
         default = type(self).compute_weights is DotProductAttention.compute_weights
         plain = default and self.sinks is None and self.logit_soft_cap is None
-        fused = plain and fused_attention_applies(*self.head_dims())
         weighting = Weighting(
             self.compute_weights,
             self._logit_scale,
@@ -170,7 +169,6 @@ class DotProductAttention(AttentionParts):
             self.logit_soft_cap,
             self.dropout_layer if training else None,
             plain,
-            fused,
         )
         return attend_to(query, keys, stored, visibility, weighting, return_scores)
 
