@@ -7,12 +7,17 @@ from blocks.custom_decoder import CustomDecoder
 from blocks.custom_encoder import CustomEncoder
 from blocks.distribution import make_layout_map
 from blocks.generation import (
+    Completion,
     DraftModel,
+    GenerationOptions,
     GenerationSizes,
     GenerationState,
+    LogitsProcessor,
+    Logprobs,
     PromptLookup,
     Session,
     Speculation,
+    TokensSoFar,
 )
 from blocks.json_tokenizer import JsonTokenizer
 from blocks.layers.feed_forward import FeedForward, GatedFeedForward, gelu_approximate
@@ -32,6 +37,7 @@ __all__ = [
     "BackupAndResume",
     "CausalLM",
     "CausalLMPreprocessor",
+    "Completion",
     "CustomBackbone",
     "CustomDecoder",
     "CustomEncoder",
@@ -39,9 +45,12 @@ __all__ = [
     "DynamicTanh",
     "FeedForward",
     "GatedFeedForward",
+    "GenerationOptions",
     "GenerationSizes",
     "GenerationState",
     "JsonTokenizer",
+    "LogitsProcessor",
+    "Logprobs",
     "MixtureOfExperts",
     "Muon",
     "PackedDocuments",
@@ -52,6 +61,7 @@ __all__ = [
     "Speculation",
     "SwapReport",
     "TokenCrossentropy",
+    "TokensSoFar",
     "attention_maps",
     "attention_scores",
     "clone_initializer",

@@ -12,7 +12,7 @@ import keras
 from keras import ops, tree
 
 from attention.contract import all_layers, check_positive_int
-from blocks.generation.samplers import Sampling
+from blocks.generation.sampling import Sampling
 
 _LOGGER = logging.getLogger("blocks.generation")
 
@@ -139,7 +139,7 @@ class CompiledFunctions:
     Fixed in a compiled step are the variables that it reads (not their values), the
     layers' dtype policies, `run_eagerly` and `jit_compile`; for a step that samples, also
     the sampler's `get_config()`, but for numbers such as `temperature`, which are
-    arguments. They are compared at each call (the sampler's when a generation begins).
+    arguments, and which logits processors there are. They are compared at each call (the sampler's when a generation begins).
     Other attributes of layers are not looked at: after changing one, make a new
     `CausalLM`.
 
@@ -265,7 +265,7 @@ class CompiledFunctions:
 
 
 def _variables(sampling: Sampling | None) -> list[keras.Variable]:
-    return [] if sampling is None else sampling.sampler.variables
+    return [] if sampling is None else sampling.variables
 
 
 def _assign(targets: list[keras.Variable], sources: list[keras.Variable]) -> None:

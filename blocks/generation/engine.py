@@ -6,14 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from keras import ops
+from keras import ops, tree
 
 from attention import CacheScope, call_sites
 from attention.contract import Cache, Index, Tensor, max_positions
 from blocks.generation.backbone_inputs import backbone_inputs
 from blocks.generation.backends.loop_kernels import LoopKernels
 from blocks.generation.compilation import CompiledFunctions, StepKey
-from blocks.generation.samplers import Sampling
+from blocks.generation.options import NO_OPTIONS, Options
+from blocks.generation.sampling import NO_MEMORY, Sampling
 
 
 class Engine:
@@ -48,9 +49,9 @@ class Engine:
             )
         self.max_positions = max_positions(self.sites)
 
-    def sampling(self) -> Sampling:
+    def sampling(self, options: Options = NO_OPTIONS) -> Sampling:
         """Returns how a generation that begins now chooses tokens."""
-        return Sampling(self._sampler or self.task.sampler, self.task)
+        return Sampling(self._sampler or self.task.sampler, self.task, options)
 
     def create_cache(self, batch_size: int, capacity: int) -> Cache:
         """Returns an empty KV cache for all of the backbone."""
@@ -99,13 +100,15 @@ class Engine:
 
         `state` is the last `token` of each row; `index`, a scalar where all rows have one
         position, which is faster; `room`: how many more tokens each row may get;
-        `finished`: rows that get none; `steps`, at most `sizes.block_steps`; and `stops`,
-        the tokens at which rows end. All but the last two are `(batch,)`.
+        `memory`, from `sampling.begin`; `finished`: rows that get none; `steps`, at most
+        `sizes.block_steps`; and `stops`, the tokens at which rows end. All but the last
+        two, and the memory, are `(batch,)`.
 
         Returns:
-            `(cache, token, index, room, finished, tokens, valid)`: the first five
-            after these steps; the new tokens, `(batch, block_steps)`, -1 where a row's
-            logits were NaN or infinite; and which of these are part of the rows.
+            `(cache, token, index, room, memory, finished, tokens, valid, logprobs)`: the
+            first six after these steps; the new tokens, `(batch, block_steps)`, -1 where
+            a row's logits were NaN or infinite; which of these are part of the rows; and
+            their `Logprobs`, if they are asked for.
         """
         return self.functions.run(
             StepKey("decode", state[0].shape[0], capacity),
@@ -115,12 +118,19 @@ class Engine:
             sampling=sampling,
         )
 
-    def sample(self, logits: Tensor, sampling: Sampling) -> Tensor:
-        """Samples a token for each row of logits; -1 where they are NaN or infinite."""
+    def sample(
+        self,
+        logits: Tensor,
+        sampling: Sampling,
+        lengths: np.ndarray,
+        memory: Any = NO_MEMORY,
+    ) -> tuple[Tensor, Any, Any]:
+        """Chooses a token for each row of logits, as `Sampling.choose`."""
+        width = memory.token_ids.shape[1] - 1 if sampling.processors else None
         return self.functions.run(
-            StepKey("sample", logits.shape[0]),
+            StepKey("sample", logits.shape[0], width),
             lambda sampling: sampling.choose,
-            (logits, sampling.settings),
+            (logits, lengths, sampling.settings, memory),
             sampling=sampling,
         )
 
@@ -206,41 +216,52 @@ class Engine:
         kernels = LoopKernels(self.functions.layers)
 
         def decode(cache: Cache, *args: Any) -> tuple:
-            token, index, room, finished, steps, stops, settings = args
-            shape = (token.shape[0], self.sizes.block_steps)
+            token, index, room, memory, finished, steps, stops, settings = args
+            rows, width = token.shape[0], self.sizes.block_steps
             rows_differ = len(index.shape) == 1
             matrices = kernels.before_loop()
 
             def more(step: Tensor, *state: Any) -> Tensor:
-                finished = state[4]
+                finished = state[5]
                 return ops.logical_and(step < steps, ops.logical_not(ops.all(finished)))
 
             def body(step: Tensor, *state: Any) -> tuple:
-                cache, token, index, room, finished, tokens, valid = state
+                cache, token, index, room, memory, finished, *found = state
                 active = ops.logical_not(finished)
                 new = active[:, None]
                 with kernels.within_loop(matrices):
                     hidden, cache = self.forward(cache, token[:, None], index, new)
                     logits = self.task.compute_logits(hidden)[:, 0]
-                sampled = sampling.choose(logits, settings)
                 index = index + (ops.cast(active, "int32") if rows_differ else 1)
-                tokens = ops.slice_update(tokens, (0, step), sampled[:, None])
-                valid = ops.slice_update(valid, (0, step), new)
+                sampled, logprobs, memory = sampling.choose(
+                    logits, index, settings, memory
+                )
+                found = _written(found, (sampled, active, logprobs), step)
                 done = ops.logical_or(room <= 1, is_any(sampled, stops))
                 finished = ops.logical_or(finished, done)
                 # -1, for NaN, is no token that can be embedded.
                 finished = ops.logical_or(finished, sampled < 0)
                 token = ops.maximum(sampled, 0)
-                room = room - 1
-                return step + 1, cache, token, index, room, finished, tokens, valid
+                return step + 1, cache, token, index, room - 1, memory, finished, *found
 
-            tokens, valid = (ops.zeros(shape, dtype=x) for x in ("int32", "bool"))
-            state = (cache, token, index, room, finished, tokens, valid)
+            found = [ops.zeros((rows, width), dtype=x) for x in ("int32", "bool")]
+            found += [sampling.no_logprobs(rows, width)]
+            state = (cache, token, index, room, memory, finished, *found)
             loop_vars = (ops.zeros((), dtype="int32"), *state)
             run_loop = sampling.sampler.run_loop
             return tuple(run_loop(more, body, model=self.task, loop_vars=loop_vars)[1:])
 
         return decode
+
+
+def _written(buffers: Any, values: Any, step: Tensor) -> Any:
+    """Returns buffers, `(rows, steps, ...)`, with a step's values in their place."""
+
+    def write(buffer: Tensor, value: Tensor) -> Tensor:
+        start = (0, step, *[0] * (len(buffer.shape) - 2))
+        return ops.slice_update(buffer, start, value[:, None])
+
+    return tree.map_structure(write, list(buffers), list(values))
 
 
 def is_any(token: Tensor, stops: Tensor) -> Tensor:

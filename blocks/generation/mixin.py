@@ -5,18 +5,20 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Unpack
 
 import keras
 import numpy as np
 
 from attention.contract import check_positive_int, describe
-from blocks.generation.outputs import (
-    detokenize,
-    pad_token_id,
-    stream_pieces,
-    to_arrays,
+from blocks.generation.endings import NO_ENDINGS, Endings
+from blocks.generation.options import (
+    GenerationOptions,
+    Options,
+    check_no_logprobs,
+    read_options,
 )
+from blocks.generation.outputs import completions, joined, stream_pieces
 from blocks.generation.prompts import NO_TOKENS, Prompts, resolve_stops
 from blocks.generation.running_batch import Block, RunningBatch
 from blocks.generation.samplers import check_sampler, has_own_loop
@@ -24,6 +26,7 @@ from blocks.generation.search import search
 from blocks.generation.session import Session
 from blocks.generation.speculation import Speculation, check_speculation, speculate
 from blocks.generation.steps import GenerationSteps
+from blocks.generation.texts import detokenize, find_stop, pad_token_id, to_arrays
 
 
 class GenerationMixin(GenerationSteps):
@@ -39,6 +42,7 @@ class GenerationMixin(GenerationSteps):
         num_return_sequences: int = 1,
         speculation: Speculation | None = None,
         verbose: str | int = "auto",
+        **options: Unpack[GenerationOptions],
     ) -> Any:
         """Continues prompts.
 
@@ -68,12 +72,17 @@ class GenerationMixin(GenerationSteps):
             verbose: `"auto"`, 0 or 1. Whether to show a progress bar; `"auto"`
                 shows one for several batches that take more than two seconds,
                 in a terminal or a notebook.
+            **options: `temperature`, `top_k`, `top_p`, `min_p`, `seed`,
+                `repetition_penalty`, `presence_penalty`, `frequency_penalty`,
+                `no_repeat_ngram_size`, `logit_bias`, `processors`, `stop` and
+                `return_logprobs`: see `blocks.GenerationOptions`.
 
         Returns:
             For a string a string, for strings a list of strings, for tokens a
             dict of `token_ids` and `padding_mask` as NumPy arrays. With
             `num_return_sequences`, a list of strings for each string; arrays
-            have an axis for them after the batch axis.
+            have an axis for them after the batch axis. With `return_logprobs`, a
+            `blocks.Completion` for each continuation, in such lists.
 
         Raises:
             TypeError: if an argument has the wrong type.
@@ -99,7 +108,9 @@ class GenerationMixin(GenerationSteps):
         """
         stops = resolve_stops(stop_token_ids, self)
         times = check_positive_int("num_return_sequences", num_return_sequences)
-        purpose = None if times == 1 else "`num_return_sequences`"
+        needed = [name for name, value in options.items() if value is not None]
+        purpose = f"`{needed[0]}`" if needed else None
+        purpose = purpose if times == 1 else "`num_return_sequences`"
         purpose = purpose if speculation is None else "`speculation`"
         sampler = check_sampler(self, purpose)
         check_speculation(speculation, self)
@@ -111,29 +122,61 @@ class GenerationMixin(GenerationSteps):
         # All prompts are checked before the first is continued, so that no work is lost
         # to an error in the last.
         prompts, is_single = self._read(inputs, max_length, max_new_tokens)
-        outputs: list[np.ndarray] = []
+        chosen = [
+            read_options(options, self, sampler, len(batch.lengths), times)
+            for batch in prompts
+        ]
+        outputs: list[Any] = []
         seconds = self.generation_sizes.progress_seconds
-        for batch in with_progress(prompts, verbose, seconds):
+        batches = list(zip(prompts, chosen))
+        for batch, how in with_progress(batches, verbose, seconds):
             if has_own_loop(sampler):
                 rows = search(self._engine(), batch, stops)
-            else:
-                rows = [NO_TOKENS] * (len(batch.lengths) * times)
-                blocks = list(self._blocks(batch, stops, times, speculation))
-                if blocks:
-                    new, valid = (np.concatenate(x, axis=1) for x in zip(*blocks))
-                    rows = [row[mask] for row, mask in zip(new, valid)]
-            if not strip_prompt:
-                rows = [np.concatenate(pair) for pair in zip(batch.rows(times), rows)]
-            outputs += rows
-        if prompts[0].as_text:
-            texts: list[Any] = detokenize(outputs, self.preprocessor)
-            if times > 1:
-                texts = [texts[i : i + times] for i in range(0, len(texts), times)]
-            return texts[0] if is_single else texts
+                outputs += self._finished(batch, rows, strip_prompt)
+                continue
+            endings = Endings(stops, how.stop, self.preprocessor)
+            blocks = list(self._blocks(batch, endings, how, times, speculation))
+            rows = joined(blocks, len(batch.lengths) * times).rows()
+            found = self._finished(batch, rows, strip_prompt, endings)
+            if how.top is not None:
+                lengths = np.repeat(batch.lengths, times).tolist()
+                texts = found if batch.as_text else None
+                found = completions(blocks, lengths, endings, texts)
+            outputs += found
+        shape = (() if is_single else (-1,)) + (() if times == 1 else (times,))
+        if prompts[0].as_text or chosen[0].top is not None:
+            found = np.empty((len(outputs),), object)
+            found[:] = outputs
+            return found.reshape(shape).tolist() if shape else outputs[0]
         width = max(batch.width for batch in prompts)
         arrays = to_arrays(outputs, pad_token_id(self.preprocessor), width)
-        shape = (() if is_single else (-1,)) + (() if times == 1 else (times,))
         return {key: x.reshape(*shape, width) for key, x in arrays.items()}
+
+    def _finished(
+        self,
+        prompts: Prompts,
+        new: list[np.ndarray],
+        strip_prompt: bool,
+        endings: Endings = NO_ENDINGS,
+    ) -> list[Any]:
+        """Returns the text or the tokens of rows, which end before a stop string."""
+        times = len(new) // len(prompts.lengths)
+        befores = prompts.rows(times)
+        if strip_prompt:
+            befores = [NO_TOKENS] * len(new)
+        if not prompts.as_text:
+            new = [endings.cut(*pair) for pair in enumerate(new)]
+            return [np.concatenate(pair) for pair in zip(befores, new)]
+        new = [row[: endings.seen.get(i)] for i, row in enumerate(new)]
+        rows = [np.concatenate(pair) for pair in zip(befores, new)]
+        texts = detokenize(rows, self.preprocessor)
+        for row in endings.kept:
+            start = 0
+            if not strip_prompt:
+                start = len(detokenize([befores[row]], self.preprocessor)[0])
+            place = find_stop(texts[row], endings.stop[row], start)
+            texts[row] = texts[row][:place]
+        return texts
 
     def stream(
         self,
@@ -143,12 +186,13 @@ class GenerationMixin(GenerationSteps):
         strip_prompt: bool = False,
         max_new_tokens: int | None = None,
         speculation: Speculation | None = None,
+        **options: Unpack[GenerationOptions],
     ) -> Iterator[Any]:
         """Continues prompts, and yields text as it is generated.
 
         The arguments are those of `generate` (`inputs` is one batch), and the pieces
         joined are its result: the first is the prompt, unless `strip_prompt`. No piece
-        ends within a character.
+        ends within a character, or has a part of a stop string.
 
         Yields:
             For one string, strings. For a list of strings, lists with a string
@@ -172,16 +216,19 @@ class GenerationMixin(GenerationSteps):
         True
         """
         stops = resolve_stops(stop_token_ids, self)
-        check_sampler(self, "`stream`")
+        check_no_logprobs(options)
+        sampler = check_sampler(self, "`stream`")
         check_speculation(speculation, self)
         (prompts,), is_single = self._read(
             inputs, max_length, max_new_tokens, one_for="stream"
         )
         rows = prompts.rows()
-        blocks = self._blocks(prompts, stops, 1, speculation, block_steps=1)
+        how = read_options(options, self, sampler, len(rows))
+        endings = Endings(stops, how.stop, self.preprocessor)
+        blocks = self._blocks(prompts, endings, how, 1, speculation, block_steps=1)
         before = [NO_TOKENS] * len(rows) if strip_prompt else rows
         preprocessor = self.preprocessor if prompts.as_text else None
-        return stream_pieces(blocks, before, preprocessor, is_single)
+        return stream_pieces(blocks, before, preprocessor, is_single, endings)
 
     def start(self, inputs: Any) -> Session:
         """Starts a session, which is continued turn by turn.
@@ -204,7 +251,8 @@ class GenerationMixin(GenerationSteps):
     def _blocks(
         self,
         prompts: Prompts,
-        stops: tuple[int, ...],
+        endings: Endings,
+        options: Options,
         times: int,
         speculation: Speculation | None,
         block_steps: int | None = None,
@@ -218,10 +266,11 @@ class GenerationMixin(GenerationSteps):
         if times > 1:
             batch.repeat(times)
             room = np.repeat(room, times)
+        how = prompts.rows(times), room, endings, options
         if speculation is None:
-            yield from batch.decode(room, stops, block_steps)
+            yield from batch.decode(*how, block_steps)
         else:
-            yield from speculate(batch, speculation, prompts.rows(times), room, stops)
+            yield from speculate(batch, speculation, *how)
 
 
 def with_progress(batches: list[Any], verbose: Any, seconds: float) -> Iterator[Any]:

@@ -1,91 +1,74 @@
-"""Outputs of generation: strings, arrays, and pieces of text as it is generated."""
+"""Outputs of generation: what one call returns, and what a stream yields."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from keras import tree
 
-from blocks.generation.prompts import NO_TOKENS, pad_rows, to_str
+from blocks.generation.endings import Endings
 from blocks.generation.running_batch import Block
-
-# The replacement for bytes that are no character, or not yet one.
-_REPLACEMENT = "\ufffd"
-
-
-def pad_token_id(preprocessor: Any) -> int:
-    """Returns the token of padding."""
-    for owner in (preprocessor, getattr(preprocessor, "tokenizer", None)):
-        pad = getattr(owner, "pad_token_id", None)
-        if pad is not None:
-            return int(pad)
-    return 0
+from blocks.generation.sampling import Logprobs
+from blocks.generation.texts import TextPieces
 
 
-def to_arrays(
-    rows: list[np.ndarray], pad_token_id: int, width: int | None = None
-) -> dict[str, np.ndarray]:
-    """Returns rows as `token_ids` and `padding_mask` of shape `(batch, width)`."""
-    token_ids, lengths = pad_rows(rows, width, pad_token_id)
-    padding_mask = np.arange(token_ids.shape[1])[None] < lengths[:, None]
-    return {"token_ids": token_ids, "padding_mask": padding_mask}
+class Completion(NamedTuple):
+    """The continuation of a prompt, with numbers: see `return_logprobs`.
 
-
-def detokenize(rows: list[np.ndarray], preprocessor: Any) -> list[str]:
-    """Returns rows of tokens as strings."""
-    arrays = to_arrays(rows, pad_token_id(preprocessor))
-    texts = preprocessor.generate_postprocess(arrays)
-    if hasattr(texts, "numpy"):
-        texts = texts.numpy()
-    return [to_str(text) for text in texts]
-
-
-class TextPieces:
-    """Turns new tokens of rows into pieces of text.
-
-    A piece is the growth of the text of all tokens so far. Bytes that are not yet a
-    character are held back.
+    Attributes:
+        text: str. What `generate` returns without `return_logprobs`; `None` where the
+            prompts were tokens.
+        token_ids: `int32` array: the new tokens. The last is the stop token, if the row
+            ended at one. Tokens of a stop string are not among them.
+        finish_reason: str. `"stop"`: at a stop token or string. `"length"`: at the length
+            that was asked for.
+        prompt_length: int. How many tokens the prompt has.
+        logprobs: `Logprobs` of `token_ids`: `chosen`, `(length,)`; `best` and `best_ids`,
+            `(length, return_logprobs)`, or `()` for 0. They are those of the model's
+            logits, before processors and temperature.
     """
 
-    def __init__(self, batch_size: int, preprocessor: Any) -> None:
-        self._preprocessor = preprocessor
-        self._rows = [NO_TOKENS] * batch_size
-        self._given = [""] * batch_size
-        self._replacements = _REPLACEMENT
-        tokenizer = getattr(preprocessor, "tokenizer", None)
-        own = getattr(tokenizer, "replacement_char", None)
-        if isinstance(own, int):
-            # `ByteTokenizer` has a replacement of its own.
-            self._replacements += chr(own)
+    text: str | None
+    token_ids: np.ndarray
+    finish_reason: str
+    prompt_length: int
+    logprobs: Logprobs
 
-    def add(self, new: list[np.ndarray], finished: bool = False) -> list[str]:
-        """Returns a piece for each row's new tokens, which are the last if `finished`."""
-        self._rows = [np.concatenate(pair) for pair in zip(self._rows, new)]
-        try:
-            texts = detokenize(self._rows, self._preprocessor)
-        except UnicodeDecodeError:
-            # A strict decoder refuses parts of a character; the rest may follow.
-            if finished:
-                raise
-            texts = [self._text(*pair) for pair in zip(self._rows, self._given)]
-        return [self._piece(row, text, finished) for row, text in enumerate(texts)]
 
-    def _text(self, row: np.ndarray, given: str) -> str:
-        try:
-            return detokenize([row], self._preprocessor)[0]
-        except UnicodeDecodeError:
-            return given
+def joined(blocks: list[Block], count: int) -> Block:
+    """Returns the blocks of one generation of `count` rows as one."""
+    if not blocks:
+        empty = np.zeros((count, 0))
+        return Block(empty.astype("int32"), empty.astype("bool"))
+    return tree.map_structure(lambda *x: np.concatenate(x, axis=1), *blocks)
 
-    def _piece(self, row: int, text: str, finished: bool) -> str:
-        given = self._given[row]
-        if not finished:
-            text = text.rstrip(self._replacements)
-            if not text.startswith(given):
-                # The next tokens decide how these are decoded.
-                return ""
-        self._given[row] = text
-        return text[len(given) :]
+
+def completions(
+    blocks: list[Block],
+    prompt_lengths: list[int],
+    endings: Endings,
+    texts: list[str] | None,
+) -> list[Completion]:
+    """Returns the `Completion` of each row, of the blocks of one generation."""
+    whole = joined(blocks, len(prompt_lengths))
+    found = []
+    for row, (length, new) in enumerate(zip(prompt_lengths, whole.rows())):
+        kept = np.flatnonzero(whole.valid[row])[: len(endings.cut(row, new))]
+        logprobs = whole.logprobs or Logprobs(np.zeros((len(new), 0)), (), ())
+        found.append(
+            Completion(
+                None if texts is None else texts[row],
+                endings.cut(row, new),
+                endings.reason(row, new),
+                length,
+                Logprobs(
+                    *(x if isinstance(x, tuple) else x[row, kept] for x in logprobs)
+                ),
+            )
+        )
+    return found
 
 
 def stream_pieces(
@@ -93,33 +76,52 @@ def stream_pieces(
     prompts: list[np.ndarray],
     preprocessor: Any,
     is_single: bool,
+    endings: Endings,
 ) -> Iterator[Any]:
     """Yields text, or tokens if there is no preprocessor, as they are generated.
 
     `prompts`, which are yielded first, are empty where only what is new is wanted. A
     single row is yielded without a list.
     """
-    found = _new_rows(blocks, prompts)
-    if preprocessor is not None:
-        found = _texts(found, TextPieces(len(prompts), preprocessor))
-    for rows in found:
+    make = _tokens if preprocessor is None else _texts
+    for rows in make(blocks, prompts, preprocessor, endings):
         yield rows[0] if is_single else rows
 
 
-def _new_rows(blocks: Iterable[Block], prompts: list[np.ndarray]) -> Iterator[list]:
+def _tokens(
+    blocks: Iterable[Block], prompts: list[np.ndarray], _: Any, endings: Endings
+) -> Iterator[list]:
     if any(map(len, prompts)):
         yield prompts
-    for tokens, valid in blocks:
-        yield [row[mask] for row, mask in zip(tokens, valid)]
+    rows = [row[:0] for row in prompts]
+    for block in blocks:
+        if not endings.stop:
+            yield block.rows()
+            continue
+        rows = [np.concatenate(pair) for pair in zip(rows, block.rows())]
+        # Tokens that may become a stop string are held back.
+        counts = [endings.count_given(i) for i in range(len(rows))]
+        yield [row[:count] for row, count in zip(rows, counts)]
+        rows = [row[count:] for row, count in zip(rows, counts)]
+    if any(len(row) and i not in endings.kept for i, row in enumerate(rows)):
+        yield [row[: 0 if i in endings.kept else None] for i, row in enumerate(rows)]
 
 
-def _texts(found: Iterable[list[np.ndarray]], pieces: TextPieces) -> Iterator[list]:
-    rows: list[np.ndarray] = []
-    for rows in found:
-        texts = pieces.add(rows)
+def _texts(
+    blocks: Iterable[Block],
+    prompts: list[np.ndarray],
+    preprocessor: Any,
+    endings: Endings,
+) -> Iterator[list]:
+    pieces = TextPieces(len(prompts), preprocessor, endings.stop)
+    if any(map(len, prompts)):
+        texts = pieces.add_prompts(prompts)
         if any(texts):
             yield texts
-    if rows:
-        texts = pieces.add([NO_TOKENS] * len(rows), finished=True)
+    for block in blocks:
+        texts = pieces.add(block.rows())
         if any(texts):
             yield texts
+    texts = pieces.add([row[:0] for row in prompts], finished=True)
+    if any(texts):
+        yield texts

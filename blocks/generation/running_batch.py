@@ -4,23 +4,42 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 from keras import ops, tree
 
 from attention import grow_cache
 from attention.contract import Cache, Index, Tensor
+from blocks.generation.endings import Endings
 from blocks.generation.engine import Engine
+from blocks.generation.options import NO_OPTIONS, Options
 from blocks.generation.prompts import pad_rows
-from blocks.generation.samplers import Sampling
+from blocks.generation.sampling import Sampling
 
-# New tokens, `(batch, steps)`, and which of them are part of the rows.
-Block = tuple[np.ndarray, np.ndarray]
+
+class Block(NamedTuple):
+    """New tokens of the rows of a batch.
+
+    Attributes:
+        tokens: `int32` array `(batch, steps)`.
+        valid: bool array `(batch, steps)`: which of them are part of the rows.
+        logprobs: `Logprobs` of arrays, or `()` if they were not asked for.
+    """
+
+    tokens: np.ndarray
+    valid: np.ndarray
+    logprobs: Any = ()
+
+    def rows(self) -> list[np.ndarray]:
+        """Returns the new tokens of each row."""
+        return [row[mask] for row, mask in zip(self.tokens, self.valid)]
+
 
 BROKEN_LOGITS = (
     "Look for NaN in `lm.get_weights()` (a `fit` whose loss became NaN, a damaged file); "
     "else for a layer that divides by zero or overflows in float16, or for a very small "
-    "`temperature` of the sampler."
+    "`temperature`, or a logits processor that leaves no token."
 )
 
 
@@ -150,35 +169,55 @@ class RunningBatch:
         return other
 
     def sample(
-        self, sampling: Sampling, room: np.ndarray, stops: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the next token of each row, and which rows end with it.
+        self, sampling: Sampling, room: np.ndarray, stops: np.ndarray, memory: Any
+    ) -> tuple[Block, np.ndarray, Any]:
+        """Chooses the next token of each row, after its prompt.
 
-        Both are of shape `(batch,)`. A row ends if it has room for no other token.
+        Returns:
+            The block of one token; which rows end with it, `(batch,)`; and the memory. A
+            row ends if it has room for no other token.
         """
-        token = ops.convert_to_numpy(self.engine.sample(self.logits, sampling))
-        check_chosen(token[:, None], (room > 0)[:, None], self.processed)
-        return token, (room <= 1) | np.isin(token, stops)
+        found, logprobs, memory = self.engine.sample(
+            self.logits, sampling, self.processed, memory
+        )
+        token = ops.convert_to_numpy(found)
+        block = Block(
+            token[:, None],
+            (room > 0)[:, None],
+            tree.map_structure(lambda x: ops.convert_to_numpy(x)[:, None], logprobs),
+        )
+        check_chosen(block, self.processed)
+        return block, (room <= 1) | np.isin(token, stops), memory
 
     def decode(
-        self, room: np.ndarray, stops: tuple[int, ...], block_steps: int | None = None
+        self,
+        rows: list[np.ndarray],
+        room: np.ndarray,
+        endings: Endings,
+        options: Options = NO_OPTIONS,
+        block_steps: int | None = None,
     ) -> Iterator[Block]:
-        """Continues the rows until each has reached its limit or a stop token.
+        """Continues rows until each has reached its limit or its end.
 
         The last token of each row is not processed; a stop token is part of its row.
         Blocks of new tokens are yielded after each compiled call of `block_steps`.
 
         Args:
+            rows: all tokens of each row, which the batch has processed.
             room: `int32` array `(batch,)`: how many tokens each row may get.
-            stops: the tokens at which a row ends.
+            endings: at what rows end.
+            options: how tokens are chosen.
             block_steps: int or `None`, which means as many as there are.
         """
         if room.max() <= 0:
             return
-        sampling, stop_array = self.engine.sampling(), self.pad_stops(stops)
-        token: Tensor
-        token, finished = self.sample(sampling, room, stop_array)
-        yield token[:, None], (room > 0)[:, None]
+        sampling = self.engine.sampling(options)
+        stop_array = self.pad_stops(endings.stop_token_ids)
+        memory = sampling.begin(rows, self.capacity)
+        first, finished, memory = self.sample(sampling, room, stop_array, memory)
+        finished = finished | endings.reached(first.rows())
+        yield first
+        token: Tensor = first.tokens[:, 0]
         room = (room - 1).astype("int32")
         index: Index = self._index()
         block = min(block_steps or self.sizes.block_steps, self.sizes.block_steps)
@@ -187,24 +226,24 @@ class RunningBatch:
             left = np.where(finished, 0, room)
             steps = min(block, int(left.max()))
             self.reserve(int((self.processed + np.minimum(left, steps)).max()))
+            memory = sampling.grown(memory, self.capacity)
             with self.forgetting_if_it_fails():
-                state = (
-                    token,
-                    index,
-                    device_room,
-                    finished,
+                state = (token, index, device_room, memory, finished)
+                self.cache, *state, tokens, valid, logprobs = self.engine.decode(
+                    self.cache,
+                    self.capacity,
+                    sampling,
+                    *state,
                     np.int32(steps),
                     stop_array,
                 )
-                self.cache, token, index, device_room, *found = self.engine.decode(
-                    self.cache, self.capacity, sampling, *state
-                )
-                finished, tokens, valid = map(ops.convert_to_numpy, found)
-                tokens, valid = tokens[:, :steps], valid[:, :steps]
-                check_chosen(tokens, valid, self.processed + 1)
+                token, index, device_room, memory, finished = state
+                new = _on_host(Block(tokens, valid, logprobs), steps)
+                check_chosen(new, self.processed + 1)
             room = room - np.int32(steps)
-            self.processed = self.processed + valid.sum(axis=1, dtype="int32")
-            yield tokens, valid
+            self.processed = self.processed + new.valid.sum(axis=1, dtype="int32")
+            finished = ops.convert_to_numpy(finished) | endings.reached(new.rows())
+            yield new
 
     def pad_stops(self, stops: tuple[int, ...]) -> np.ndarray:
         """Returns stop tokens as an array of one of few sizes; -1 is no token."""
@@ -219,12 +258,17 @@ class RunningBatch:
         return first if (self.processed == first).all() else self.processed
 
 
-def check_chosen(tokens: np.ndarray, valid: np.ndarray, lengths: np.ndarray) -> None:
+def _on_host(block: Block, steps: int) -> Block:
+    """Returns the first steps of a block, as NumPy arrays."""
+    return tree.map_structure(lambda x: ops.convert_to_numpy(x)[:, :steps], block)
+
+
+def check_chosen(block: Block, lengths: np.ndarray) -> None:
     """Raises a `ValueError` if a valid token is -1, as no token could be chosen.
 
     `lengths`, `(batch,)`, is how many tokens were before the first.
     """
-    wrong = valid & (tokens < 0)
+    wrong = block.valid & (block.tokens < 0)
     if wrong.any():
         row, step = np.argwhere(wrong)[0]
         raise ValueError(

@@ -1,24 +1,16 @@
-"""Samplers: checks, the numbers that may change, and sampling a token."""
+"""Samplers that a model is compiled with: checks, and the numbers that may change."""
 
 from __future__ import annotations
 
-import copy
-import json
 import numbers
 from typing import Any
 
-import keras
 import keras_hub
-import numpy as np
-from keras import ops
-
-from attention.contract import Tensor
-from blocks.generation.prompts import tokenizer_size
 
 _samplers = keras_hub.samplers
 # Numbers that these samplers only compute with. `k` is a shape, and how a user's own
 # sampler uses a number is not known.
-_NUMBERS: dict[type, tuple[str, ...]] = {
+NUMBERS: dict[type, tuple[str, ...]] = {
     _samplers.GreedySampler: ("temperature",),
     _samplers.RandomSampler: ("temperature",),
     _samplers.TopKSampler: ("temperature",),
@@ -55,7 +47,7 @@ def check_sampler(task: Any, purpose: str | None = None) -> Any:
             "`generate` returns one continuation for each prompt. Compile "
             "with `BeamSampler(return_all_beams=False)`."
         )
-    for name in _NUMBERS.get(type(sampler), ("temperature",)):
+    for name in NUMBERS.get(type(sampler), ("temperature",)):
         value = getattr(sampler, name, 1.0)
         if isinstance(value, numbers.Real) and not float(value) > 0:
             raise ValueError(
@@ -81,73 +73,3 @@ def check_sampler(task: Any, purpose: str | None = None) -> Any:
 def has_own_loop(sampler: Any) -> bool:
     """Returns whether a sampler searches by itself, as beam search does."""
     return type(sampler).__call__ is not _samplers.Sampler.__call__
-
-
-class Sampling:
-    """How tokens are chosen in one generation, as it was when the generation began.
-
-    Attributes:
-        sampler: the `keras_hub.samplers.Sampler`.
-        known: int or `None`. How many of the model's first tokens the tokenizer has, if
-            it lacks some. Others are never chosen.
-        settings: the numbers that a compiled step takes as arguments, by the sampler's
-            attributes; none on torch, where nothing is compiled.
-        contract: tuple. What is fixed in a compiled step.
-    """
-
-    def __init__(self, sampler: Any, task: Any) -> None:
-        self.sampler = sampler
-        known = tokenizer_size(task.preprocessor)
-        self.known = known if known and known < task.output.shape[-1] else None
-        is_torch = keras.config.backend() == "torch"
-        names = () if is_torch else _NUMBERS.get(type(sampler), ())
-        numbers_of = {name: getattr(sampler, name, None) for name in names}
-        self.settings = {
-            name: np.float32(value)
-            for name, value in numbers_of.items()
-            if isinstance(value, numbers.Real)
-        }
-        # A step that is not compiled reads the sampler itself.
-        eager = is_torch or task.run_eagerly
-        self.contract = (self.known, sampler if eager else self._config(task))
-
-    def _config(self, task: Any) -> tuple:
-        """Returns the class and `get_config()`, without the numbers that are arguments.
-
-        Variables are read at each call. A user's class without a `get_config` of its own
-        may hold more: then each `compile` counts as a change.
-        """
-        kind, config = type(self.sampler), self.sampler.get_config()
-        if kind in _NUMBERS:
-            # The seed is in a variable.
-            arguments = {*self.settings, "seed"}
-            config = {key: x for key, x in config.items() if key not in arguments}
-        variables = [(tuple(v.shape), str(v.dtype)) for v in self.sampler.variables]
-        is_keras_hubs = getattr(_samplers, kind.__name__, None) is kind
-        is_told = is_keras_hubs or "get_config" in vars(kind)
-        silent = None if is_told else (id(self.sampler), task.times_compiled)
-        saved = json.dumps(keras.saving.serialize_keras_object(config), sort_keys=True)
-        return kind, saved, variables, silent
-
-    def choose(self, logits: Tensor, settings: dict[str, Tensor]) -> Tensor:
-        """Returns a token for each row of logits, `(rows,)`.
-
-        It is -1 where the logits are NaN or infinite.
-        """
-        # A copy for a trace, as other threads may use the sampler.
-        sampler = copy.copy(self.sampler) if settings else self.sampler
-        for name, value in settings.items():
-            setattr(sampler, name, value)
-        probabilities = sampler.compute_probabilities(self.mask_unknown(logits))
-        # A single logit that is NaN or infinite makes all probabilities of its row NaN.
-        broken = ops.isnan(probabilities[:, 0])
-        probabilities = ops.where(broken[:, None], 1.0, probabilities)
-        token = ops.cast(sampler.get_next_token(probabilities), "int32")
-        return ops.where(broken, -1, token)
-
-    def mask_unknown(self, logits: Tensor) -> Tensor:
-        """Returns logits with -inf for tokens that the tokenizer does not have."""
-        if self.known is None:
-            return logits
-        allowed = ops.arange(logits.shape[-1]) < self.known
-        return ops.where(allowed[None], logits, float("-inf"))

@@ -15,7 +15,7 @@ from blocks.generation.compilation import StepKey
 from blocks.generation.engine import Engine
 from blocks.generation.prompts import NO_TOKENS, Prompts
 from blocks.generation.running_batch import BROKEN_LOGITS
-from blocks.generation.samplers import Sampling
+from blocks.generation.sampling import Sampling
 
 
 def search(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 from keras import ops
@@ -16,7 +16,14 @@ from attention.contract import (
     find_not_rewindable,
 )
 from blocks.generation.compilation import same_objects
-from blocks.generation.outputs import stream_pieces
+from blocks.generation.endings import Endings
+from blocks.generation.options import (
+    GenerationOptions,
+    Options,
+    check_no_logprobs,
+    read_options,
+)
+from blocks.generation.outputs import completions, stream_pieces
 from blocks.generation.prompts import (
     NO_TOKENS,
     check_tokens,
@@ -91,6 +98,7 @@ class Session:
         stop_token_ids: Any = "auto",
         max_new_tokens: int | None = None,
         speculation: Any = None,
+        **options: Unpack[GenerationOptions],
     ) -> Any:
         """Adds text, if any, and continues.
 
@@ -104,24 +112,34 @@ class Session:
             max_new_tokens: int or `None`. How many tokens each row may get in
                 this turn.
             speculation: as for `CausalLM.generate`.
+            **options: see `blocks.GenerationOptions`. What they say of prompts is true
+                of all tokens before this turn's new ones. Tokens of a stop string are
+                among the session's, and not in what is returned.
 
         Returns:
             The new text: a string, or a list of strings for several rows; the
-            new tokens, as arrays, where the session began with tokens.
+            new tokens, as arrays, where the session began with tokens. With
+            `return_logprobs`, `blocks.Completion`s of these.
 
         Raises:
             TypeError: if an argument has the wrong type.
             ValueError: if the model's weights have changed since the session
                 began, or a row would be too long. The session stays as it was.
         """
-        count = len(self.tokens)
-        before: list[Any] = [[""] * count if self._as_text else [NO_TOKENS] * count]
+        turn = inputs, max_length, stop_token_ids, max_new_tokens, speculation
+        found, endings, options = self._begin(*turn, **options)
+        lengths = [len(row) for row in self.tokens]
+        blocks = list(found)
+        count = len(lengths)
+        none = [NO_TOKENS] * count
+        texts: list[Any] = [[""] * count if self._as_text else none]
+        texts += stream_pieces(blocks, none, self._preprocessor, False, endings)
         join: Any = "".join if self._as_text else np.concatenate
-        for new in self.stream(
-            inputs, max_length, stop_token_ids, max_new_tokens, speculation
-        ):
-            before.append([new] if self._is_single else new)
-        rows = [join(pieces) for pieces in zip(*before)]
+        rows = [join(pieces) for pieces in zip(*texts)]
+        if options.top is not None:
+            rows = completions(
+                blocks, lengths, endings, rows if self._as_text else None
+            )
         return rows[0] if self._is_single else rows
 
     def stream(
@@ -131,6 +149,7 @@ class Session:
         stop_token_ids: Any = "auto",
         max_new_tokens: int | None = None,
         speculation: Any = None,
+        **options: Unpack[GenerationOptions],
     ) -> Iterator[Any]:
         """Yields pieces of what `generate` returns, as they are generated.
 
@@ -146,34 +165,63 @@ class Session:
             ValueError: as `generate`, at once; and by the iterator of an earlier
                 turn. Whether the model has changed is checked when the turn begins.
         """
-        check_sampler(self._task, "a session")
-        check_speculation(speculation, self._task)
-        stops = resolve_stops(stop_token_ids, self._task)
+        check_no_logprobs(options)
+        turn = inputs, max_length, stop_token_ids, max_new_tokens, speculation
+        blocks, endings, _ = self._begin(*turn, **options)
+        none = [NO_TOKENS] * len(self.tokens)
+        return stream_pieces(blocks, none, self._preprocessor, self._is_single, endings)
+
+    @property
+    def _preprocessor(self) -> Any:
+        """Returns what makes text of tokens, or `None` in a session of tokens."""
+        return self._task.preprocessor if self._as_text else None
+
+    def _begin(
+        self,
+        inputs: Any,
+        max_length: int | None,
+        stop_token_ids: Any,
+        max_new_tokens: int | None,
+        speculation: Any,
+        **given: Any,
+    ) -> tuple[Iterator[Block], Endings, Options]:
+        """Adds inputs and processes them; returns the blocks of the turn, to be made."""
+        task = self._task
+        sampler = check_sampler(task, "a session")
+        check_speculation(speculation, task)
+        options = read_options(given, task, sampler, len(self.tokens))
+        endings = Endings(
+            resolve_stops(stop_token_ids, task), options.stop, task.preprocessor
+        )
         tokens = [np.concatenate(x) for x in zip(self.tokens, self._read(inputs))]
         room = self._room(tokens, max_length, max_new_tokens)
         self._check_model()
         self._turn += 1
         self.num_prefilled += self._batch.process(tokens, int(room.max()))
         self.tokens = tokens
-        blocks = self._blocks(self._turn, room, stops, speculation)
-        before = [NO_TOKENS] * len(tokens)
-        preprocessor = self._task.preprocessor if self._as_text else None
-        return stream_pieces(blocks, before, preprocessor, self._is_single)
+        blocks = self._blocks(self._turn, room, endings, options, speculation)
+        return blocks, endings, options
 
     def _blocks(
-        self, turn: int, room: np.ndarray, stops: tuple[int, ...], speculation: Any
+        self,
+        turn: int,
+        room: np.ndarray,
+        endings: Endings,
+        options: Options,
+        speculation: Any,
     ) -> Iterator[Block]:
         self._check_turn(turn)
+        how = self.tokens, room, endings, options
         if speculation is None:
-            blocks = self._batch.decode(room, stops, block_steps=1)
+            blocks = self._batch.decode(*how, block_steps=1)
         else:
-            blocks = speculate(self._batch, speculation, self.tokens, room, stops)
-        for tokens, valid in blocks:
+            blocks = speculate(self._batch, speculation, *how)
+        for block in blocks:
             self.tokens = [
-                np.append(row, new[mask]).astype("int32")
-                for row, new, mask in zip(self.tokens, tokens, valid)
+                np.append(*pair).astype("int32")
+                for pair in zip(self.tokens, block.rows())
             ]
-            yield tokens, valid
+            yield block
             self._check_turn(turn)
 
     def _check_turn(self, turn: int) -> None:

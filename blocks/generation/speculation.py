@@ -8,15 +8,17 @@ from typing import Any
 
 import keras_hub
 import numpy as np
-from keras import ops
+from keras import ops, tree
 
 from attention import can_rewind
 from attention.contract import Cache, Tensor, check_positive_int, describe
 from blocks.generation.compilation import StepKey
+from blocks.generation.endings import NO_ENDINGS, Endings
 from blocks.generation.engine import Engine, is_any
+from blocks.generation.options import Options
 from blocks.generation.prompts import NO_TOKENS, pad_rows
 from blocks.generation.running_batch import Block, RunningBatch, check_chosen
-from blocks.generation.samplers import Sampling
+from blocks.generation.sampling import Sampling
 
 
 class Speculation:
@@ -212,7 +214,7 @@ class _Draft:
         if not can_rewind(batch.engine.sites, batch.cache, end, least):
             self.before = (batch.copy(), self.seen)
         room = np.where(asked, num_tokens, 0).astype("int32")
-        found = [tokens for tokens, _ in self.batch.decode(room, ())]
+        found = [x.tokens for x in self.batch.decode(rows, room, NO_ENDINGS)]
         guesses = [
             row if ask else row[:0] for row, ask in zip(np.concatenate(found, 1), asked)
         ]
@@ -239,24 +241,25 @@ def speculate(
     speculation: Speculation,
     rows: list[np.ndarray],
     room: np.ndarray,
-    stops: tuple[int, ...],
+    endings: Endings,
+    options: Options,
 ) -> Iterator[Block]:
-    """Continues rows as `RunningBatch.decode`, with guesses.
-
-    The batch has processed `rows`, which are all tokens of each row.
-    """
+    """Continues rows as `RunningBatch.decode`, with guesses."""
     if room.max() <= 0:
         return
     engine, guesses = batch.engine, speculation.num_tokens
-    memory = speculation.begin(len(rows))
-    sampling, stop_array = engine.sampling(), batch.pad_stops(stops)
-    token, finished = batch.sample(sampling, room, stop_array)
-    yield token[:, None], (room > 0)[:, None]
-    rows = [np.append(row, new).astype("int32") for row, new in zip(rows, token)]
+    guesser = speculation.begin(len(rows))
+    sampling = engine.sampling(options)
+    stop_array = batch.pad_stops(endings.stop_token_ids)
+    memory = sampling.begin(rows, batch.capacity)
+    block, finished, memory = batch.sample(sampling, room, stop_array, memory)
+    finished = finished | endings.reached(block.rows())
+    yield block
+    rows = [np.append(*x).astype("int32") for x in zip(rows, block.tokens)]
     room = (room - 1).astype("int32")
     while not finished.all():
         asked = [row[: 0 if done else None] for row, done in zip(rows, finished)]
-        proposed = speculation.propose(memory, asked)
+        proposed = speculation.propose(guesser, asked)
         if len(proposed) != len(rows):
             raise ValueError(
                 f"`propose` must return an array of tokens for each of {len(rows)} rows. "
@@ -275,37 +278,41 @@ def speculate(
         width = min(guesses + 1, batch.capacity, engine.max_positions or batch.capacity)
         tokens, counts = tokens[:, :width], np.minimum(counts, width - 1)
         rewinds = can_rewind(engine.sites, batch.cache, reached, least)
-        state = (tokens, counts, batch.processed, room, finished, stop_array)
+        memory = sampling.grown(memory, batch.capacity)
+        state = (tokens, counts, batch.processed, room, memory, finished, stop_array)
         with batch.forgetting_if_it_fails():
-            batch.cache, *found = engine.functions.run(
+            batch.cache, memory, *found = engine.functions.run(
                 StepKey("verify", len(rows), batch.capacity, width, variant=rewinds),
                 functools.partial(_make_verify, engine, rewinds),
                 (batch.cache, *state, sampling.settings),
                 donate=(0,),
                 sampling=sampling,
             )
-            sampled, valid = map(ops.convert_to_numpy, found)
-            check_chosen(sampled, valid, batch.processed + 1)
-        new = valid.sum(axis=1, dtype="int32")
-        batch.processed = batch.processed + new
-        room = room - new
-        rows = [np.append(row, t[v]) for row, t, v in zip(rows, sampled, valid)]
+            block = Block(*tree.map_structure(ops.convert_to_numpy, found))
+            check_chosen(block, batch.processed + 1)
+        new = block.rows()
+        counts = np.array(list(map(len, new)), "int32")
+        batch.processed = batch.processed + counts
+        room = room - counts
+        rows = [np.concatenate(pair) for pair in zip(rows, new)]
         last = np.array([row[-1] for row in rows], "int32")
         finished = finished | (room <= 0) | np.isin(last, stop_array)
-        yield sampled, valid
+        finished = finished | endings.reached(new)
+        yield block
 
 
 def _make_verify(engine: Engine, rewinds: bool, sampling: Sampling) -> Callable:
-    def verify(cache: Cache, *args: Any) -> tuple[Cache, Tensor, Tensor]:
-        tokens, counts, index, room, finished, stops, settings = args
-        rows, width = tokens.shape
+    def verify(cache: Cache, *args: Any) -> tuple[Cache, Any, Tensor, Tensor, Any]:
+        tokens, counts, index, room, memory, finished, stops, settings = args
+        width = tokens.shape[1]
         places = ops.arange(width, dtype="int32")[None]
         active = ops.logical_not(finished)[:, None]
         mask = ops.logical_and(places <= counts[:, None], active)
         hidden, updated = engine.forward(cache, tokens, index, mask, donate=rewinds)
         logits = engine.task.compute_logits(hidden)  # (rows, width, vocabulary)
-        logits = ops.reshape(logits, (rows * width, logits.shape[-1]))
-        sampled = ops.reshape(sampling.choose(logits, settings), (rows, width))
+        sampled, logprobs, memories = _choose_all(
+            sampling, logits, tokens, index, settings, memory
+        )
         # A sampled token counts if all guesses before it were right, and no row
         # had ended.
         right = ops.logical_and(
@@ -321,6 +328,63 @@ def _make_verify(engine: Engine, rewinds: bool, sampling: Sampling) -> Callable:
             # The wrong tokens can't be taken back: process the right ones again, with
             # the cache from before.
             _, updated = engine.forward(cache, tokens, index, valid)
-        return updated, sampled, valid
+        if sampling.processors:
+            # What they keep is that after the last token that counts.
+            last = ops.maximum(ops.sum(ops.cast(valid, "int32"), axis=1) - 1, 0)
+            memory = tree.map_structure(lambda *x: _of_place(x, last), *memories)
+        return updated, memory, sampled, valid, logprobs
 
     return verify
+
+
+def _choose_all(
+    sampling: Sampling,
+    logits: Tensor,
+    tokens: Tensor,
+    index: Tensor,
+    settings: dict[str, Tensor],
+    memory: Any,
+) -> tuple[Tensor, Any, list[Any]]:
+    """Chooses a token at each place, `(rows, width)`, as if all guesses were right.
+
+    Returns:
+        `(sampled, logprobs, memories)`: the memory after each place.
+    """
+    rows, width = tokens.shape
+    if not sampling.processors:
+        flat = ops.reshape(logits, (rows * width, logits.shape[-1]))
+        lengths = index[:, None] + 1 + ops.arange(width, dtype="int32")[None]
+        settings = {
+            name: ops.repeat(x, width, axis=0) if len(x.shape) else x
+            for name, x in settings.items()
+        }
+        token, logprobs, _ = sampling.choose(flat, ops.reshape(lengths, -1), settings)
+        found = tree.map_structure(
+            lambda x: ops.reshape(x, (rows, width, *x.shape[1:])), (token, logprobs)
+        )
+        return *found, []
+    steps, memories = [], []
+    for place in range(width):
+        if place:
+            # The token chosen before is replaced by the guess: they differ only where
+            # this place does not count.
+            here = ops.arange(memory.token_ids.shape[1], dtype="int32")[None]
+            here = here == index[:, None] + place
+            token_ids = ops.where(here, tokens[:, place, None], memory.token_ids)
+            memory = memory._replace(token_ids=token_ids)
+        *step, memory = sampling.choose(
+            logits[:, place], index + 1 + place, settings, memory
+        )
+        steps.append(step)
+        memories.append(memory)
+    sampled, logprobs = tree.map_structure(lambda *x: ops.stack(x, axis=1), *steps)
+    return sampled, logprobs, memories
+
+
+def _of_place(values: tuple[Tensor, ...], place: Tensor) -> Tensor:
+    """Returns for each row one of several tensors, `(rows, ...)`."""
+    found = values[0]
+    for number, value in enumerate(values[1:], 1):
+        here = ops.reshape(place == number, (-1, *[1] * (len(value.shape) - 1)))
+        found = ops.where(here, value, found)
+    return found

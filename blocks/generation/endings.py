@@ -1,0 +1,103 @@
+"""At what rows end: stop tokens, and stop strings that several tokens may make up."""
+
+from __future__ import annotations
+
+import bisect
+from typing import Any
+
+import numpy as np
+
+from blocks.generation.prompts import NO_TOKENS
+from blocks.generation.texts import TextPieces
+
+
+class Endings:
+    """At what the rows of one generation end, besides their limits.
+
+    Args:
+        stop_token_ids: tuple of the tokens at which a row ends.
+        stop: for each row the strings before which its text ends, or empty.
+        preprocessor: makes text of tokens; needed for `stop`.
+
+    Attributes:
+        kept: by row, for those that have reached a stop string, how many of its new tokens
+            have no character of it.
+        seen: by row, for the same, how many new tokens there are with it.
+    """
+
+    def __init__(
+        self,
+        stop_token_ids: tuple[int, ...] = (),
+        stop: tuple[tuple[str, ...], ...] = (),
+        preprocessor: Any = None,
+    ) -> None:
+        self.stop_token_ids = stop_token_ids
+        self.stop = stop
+        self.kept: dict[int, int] = {}
+        self.seen: dict[int, int] = {}
+        self._preprocessor = preprocessor
+        self._new = [NO_TOKENS] * len(stop)
+        self._counted = [0] * len(stop)
+        self._pieces = TextPieces(len(stop), preprocessor, stop)
+
+    def reached(self, new: list[np.ndarray]) -> np.ndarray:
+        """Returns which rows have reached a stop string with their new tokens."""
+        if not self.stop:
+            return np.zeros((len(new),), "bool")
+        before = list(self._pieces.stopped)
+        self._pieces.add(new)
+        for row, (was, stopped) in enumerate(zip(before, self._pieces.stopped)):
+            if not was:
+                self._new[row] = np.concatenate([self._new[row], new[row]])
+            if stopped and not was:
+                self.kept[row] = self._count(row)
+                self.seen[row] = self._count_with_stop(row)
+        return np.array(self._pieces.stopped)
+
+    def cut(self, row: int, new: np.ndarray) -> np.ndarray:
+        """Returns the new tokens of a row, without those of its stop string."""
+        return new[: self.kept.get(row, len(new))]
+
+    def reason(self, row: int, new: np.ndarray) -> str:
+        """Returns `"stop"` if a row ended at a stop, or `"length"` at its limit."""
+        at_token = len(new) > 0 and int(new[-1]) in self.stop_token_ids
+        return "stop" if at_token or row in self.kept else "length"
+
+    def count_given(self, row: int) -> int:
+        """Returns how many new tokens, since the last call, are no part of a stop string.
+
+        Those that may become one are counted later.
+        """
+        count = self.kept.get(row, self._count(row))
+        more, self._counted[row] = count - self._counted[row], count
+        return more
+
+    def _count_with_stop(self, row: int) -> int:
+        new, stop = self._new[row], (self.stop[row],)
+
+        def is_stopped(count: int) -> bool:
+            pieces = TextPieces(1, self._preprocessor, stop)
+            pieces.add([new[:count]])
+            return pieces.stopped[0]
+
+        return bisect.bisect_left(range(len(new)), True, key=is_stopped)
+
+    def _count(self, row: int) -> int:
+        """Returns how many new tokens make up the text of a row so far."""
+        new = self._new[row]
+
+        def length(count: int) -> int:
+            pieces = TextPieces(1, self._preprocessor)
+            return len(pieces.add([new[:count]])[0])
+
+        def first(wanted: int) -> int:
+            return bisect.bisect_left(range(len(new)), wanted, key=length)
+
+        wanted = len(self._pieces.given[row])
+        count = first(wanted)
+        # A token may have characters of both.
+        return count if length(count) == wanted else first(length(count - 1))
+
+
+# At a limit only. It keeps nothing.
+NO_ENDINGS = Endings()

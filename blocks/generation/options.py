@@ -1,0 +1,344 @@
+"""Options of one call of `generate`, `stream`, sessions and loops of one's own."""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+from collections.abc import Callable, Mapping
+from typing import Any, TypedDict
+
+import keras
+import keras_hub
+import numpy as np
+
+from attention.contract import describe
+from blocks.generation.processors import (
+    FrequencyPenalty,
+    LogitBias,
+    LogitsProcessor,
+    NoRepeatNgram,
+    PresencePenalty,
+    RepetitionPenalty,
+)
+from blocks.generation.prompts import vocabulary_size
+
+_samplers = keras_hub.samplers
+
+
+class GenerationOptions(TypedDict, total=False):
+    """Options of one call: keyword arguments of `generate`, `stream` and sessions.
+
+    Each but `processors` and `return_logprobs` may be one value for all prompts, or a list
+    with one for each. A call with other numbers compiles nothing anew.
+
+    The order is that of transformers, and so is what the numbers mean: the processors
+    change the logits (`repetition_penalty`, `presence_penalty`, `frequency_penalty`,
+    `no_repeat_ngram_size`, `logit_bias`, then `processors` in their order); these are divided by
+    `temperature`, and filtered by `top_k`, `top_p` and `min_p`. With none of these four,
+    the sampler that the model was compiled with chooses. With one of them, the others are
+    those of that sampler, if it is `"greedy"` (whose temperature is 1), `"random"`,
+    `"top_k"` or `"top_p"`.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from blocks import CausalLM, CustomBackbone
+    >>> lm = CausalLM(CustomBackbone(50, 1, 2, 16, 32, max_sequence_length=32))
+    >>> lm.compile(sampler="greedy")
+    >>> options = dict(stop_token_ids=None, max_new_tokens=4)
+    >>> prompts = [[1, 2, 3], [1, 2, 3]]
+    >>> out = lm.generate(prompts, **options, temperature=[0.8, 1.2], seed=7)
+    >>> again = lm.generate(prompts[1:], **options, temperature=1.2, seed=7)
+    >>> bool((out["token_ids"][1] == again["token_ids"][0]).all())
+    True
+    """
+
+    temperature: Any
+    """float, at least 0. 0 takes the likeliest token."""
+
+    top_k: Any
+    """int. How many of the likeliest tokens may be drawn; 0 means all."""
+
+    top_p: Any
+    """float in (0, 1]. The likeliest tokens that together have this probability may be."""
+
+    min_p: Any
+    """float in [0, 1]. Tokens at least so many times as likely as the likeliest may be."""
+
+    seed: Any
+    """int. A row's tokens depend on its seed, and not on the batch that it is in. Of
+    several continuations of a prompt each has random numbers of its own. It needs one of
+    the options above, or a sampler that draws."""
+
+    repetition_penalty: Any
+    """float, larger than 0. Divides the logits of tokens in the row, its prompt
+    included; 1 changes nothing."""
+
+    presence_penalty: Any
+    """float. It is subtracted from the logits of tokens generated before."""
+
+    frequency_penalty: Any
+    """float. It is subtracted for each time that a token was generated before."""
+
+    no_repeat_ngram_size: Any
+    """int. No sequence of so many tokens comes twice in a row; 0 means any may."""
+
+    logit_bias: Any
+    """dict of tokens and what is added to their logits, or `None`."""
+
+    processors: Any
+    """list of `blocks.LogitsProcessor`."""
+
+    stop: Any
+    """str or a list of str; for several prompts also a list of such lists. The text of a
+    row ends before the first of these that is generated, also where several tokens make
+    it up. A session has it among its tokens."""
+
+    return_logprobs: Any
+    """int. Returns `blocks.Completion`s, with the log-probabilities of the new tokens and
+    of so many of the likeliest tokens."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options of a call, checked, with a number for each row.
+
+    Attributes:
+        numbers: arrays `(rows,)` by the names of what `Sampling` draws with, or empty if
+            the compiled sampler chooses.
+        processors: the `LogitsProcessor`s.
+        stop: for each row its stop strings, or empty.
+        top: how many likeliest tokens to tell, or `None` for no log-probabilities.
+    """
+
+    numbers: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    processors: tuple[LogitsProcessor, ...] = ()
+    stop: tuple[tuple[str, ...], ...] = ()
+    top: int | None = None
+
+
+NO_OPTIONS = Options()
+
+# Options that draw, and what leaves the choice as it is.
+_FILTERS = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
+_DRAWING = {"temperature": 1.0, **_FILTERS}
+_ALLOWED: dict[str, tuple[Callable[[np.ndarray], np.ndarray], str, type]] = {
+    "temperature": (lambda x: x >= 0, "at least 0", numbers.Real),
+    "top_k": (lambda x: x >= 0, "at least 0", numbers.Integral),
+    "top_p": (lambda x: (x > 0) & (x <= 1), "larger than 0, at most 1", numbers.Real),
+    "min_p": (lambda x: (x >= 0) & (x <= 1), "from 0 to 1", numbers.Real),
+    "seed": (lambda x: x == x, "an integer", numbers.Integral),
+    "repetition_penalty": (lambda x: x > 0, "larger than 0", numbers.Real),
+    "presence_penalty": (np.isfinite, "finite", numbers.Real),
+    "frequency_penalty": (np.isfinite, "finite", numbers.Real),
+    "no_repeat_ngram_size": (lambda x: x >= 0, "at least 0", numbers.Integral),
+}
+_PENALTIES: dict[str, Callable[[np.ndarray], LogitsProcessor]] = {
+    "repetition_penalty": RepetitionPenalty,
+    "presence_penalty": PresencePenalty,
+    "frequency_penalty": FrequencyPenalty,
+    "no_repeat_ngram_size": NoRepeatNgram,
+}
+
+
+def read_options(
+    options: Mapping[str, Any], task: Any, sampler: Any, count: int, times: int = 1
+) -> Options:
+    """Returns the options of a call for `count` prompts, `times` rows for each.
+
+    Raises:
+        TypeError: if an option is not known, or of the wrong type.
+        ValueError: if a number is not allowed, a list has not one value for each prompt,
+            or the sampler does not go with an option.
+    """
+    unknown = [
+        name for name in options if name not in GenerationOptions.__annotations__
+    ]
+    if unknown:
+        raise TypeError(
+            f"There is no option `{unknown[0]}`. The options of a call are "
+            f"{', '.join(GenerationOptions.__annotations__)}."
+        )
+    given = {name: value for name, value in options.items() if value is not None}
+    values = {
+        name: np.repeat(_numbers(name, given[name], count), times)
+        for name in _ALLOWED
+        if name in given
+    }
+    processors = [make(values[x]) for x, make in _PENALTIES.items() if x in values]
+    if "logit_bias" in given:
+        processors.append(_logit_bias(given["logit_bias"], task, count, times))
+    processors += _processors(given.get("processors", ()))
+    top = given.get("return_logprobs")
+    if top is not None:
+        size = task.output.shape[-1]
+        if isinstance(top, bool) or not isinstance(top, numbers.Integral):
+            raise TypeError(
+                "`return_logprobs` must be an integer. Received: "
+                f"return_logprobs={describe(top)}"
+            )
+        if not 0 <= top <= size:
+            raise ValueError(
+                f"`return_logprobs` must be from 0 to {size}, the size of the "
+                f"vocabulary. Received: return_logprobs={top}"
+            )
+    stop = _stops(given["stop"], task, count, times) if "stop" in given else ()
+    drawing = _drawing(values, sampler, count * times, times)
+    return Options(drawing, tuple(processors), stop, None if top is None else int(top))
+
+
+def check_no_logprobs(options: Mapping[str, Any]) -> None:
+    """Raises a `ValueError` if log-probabilities are asked for where text is yielded."""
+    if options.get("return_logprobs") is not None:
+        raise ValueError(
+            "`stream` yields text or tokens only. For `return_logprobs` call `generate`."
+        )
+
+
+def _drawing(
+    values: dict[str, np.ndarray], sampler: Any, rows: int, times: int
+) -> dict[str, np.ndarray]:
+    """Returns what to draw with, or nothing if the compiled sampler chooses."""
+    asked = [name for name in _DRAWING if name in values]
+    kind = type(sampler)
+    if not asked and ("seed" not in values or kind is _samplers.GreedySampler):
+        return {}
+    base: dict[str, Any] = {}
+    if kind in (_samplers.RandomSampler, _samplers.TopKSampler, _samplers.TopPSampler):
+        base["temperature"] = sampler.temperature
+    elif kind is not _samplers.GreedySampler:
+        raise ValueError(
+            f"`{asked[0] if asked else 'seed'}` can't be combined with the sampler that "
+            f"the model was compiled with, a {kind.__name__}. Compile with "
+            '"greedy", "random", "top_k" or "top_p", whose numbers these options are.'
+        )
+    if kind in (_samplers.TopKSampler, _samplers.TopPSampler):
+        base["top_k"] = sampler.k or 0
+    if kind is _samplers.TopPSampler:
+        base["top_p"] = sampler.p
+    found = {
+        name: values.get(name, np.full((rows,), base.get(name, default)))
+        for name, default in _DRAWING.items()
+    }
+    numbers_of = {
+        k: x.astype("int32" if k == "top_k" else "float32") for k, x in found.items()
+    }
+    if all((numbers_of[k] == value).all() for k, value in _FILTERS.items()):
+        # Filters sort the vocabulary.
+        numbers_of = {"temperature": numbers_of["temperature"]}
+    seeds = values.get("seed")
+    if seeds is None:
+        generator = getattr(sampler, "seed_generator", None)
+        drawn = keras.random.randint((rows // times,), 0, 2**31 - 1, seed=generator)
+        seeds = np.repeat(keras.ops.convert_to_numpy(drawn), times)
+    # The upper bits tell the continuations of a prompt apart.
+    high = (seeds.astype("int64") >> 32) + np.tile(np.arange(times), rows // times)
+    low = seeds.astype("int64") & 0xFFFFFFFF
+    both = np.stack([low, high & 0xFFFFFFFF], axis=1).astype("uint32")
+    return {**numbers_of, "seed": both.view("int32")}
+
+
+def _numbers(name: str, value: Any, count: int) -> np.ndarray:
+    """Returns an option as an array with a number for each prompt."""
+    is_allowed, allowed, kind = _ALLOWED[name]
+    given = _each(name, value, count, (numbers.Real, np.number))
+    for x in given:
+        if isinstance(x, bool) or not isinstance(x, kind):
+            what = "integers" if kind is numbers.Integral else "numbers"
+            raise TypeError(
+                f"`{name}` must be {what[:-1]}, or a list of {what}. Received: "
+                f"{name}={describe(value)}"
+            )
+    array = np.array([int(x) if kind is numbers.Integral else float(x) for x in given])
+    wrong = np.flatnonzero(~np.asarray(is_allowed(array)))
+    if len(wrong):
+        raise ValueError(
+            f"`{name}` must be {allowed}. Received: {name}={array[wrong[0]]}"
+            f"{f' for prompt {wrong[0]}' if count > 1 else ''}"
+        )
+    if name == "seed":
+        return array
+    return array.astype("int32" if kind is numbers.Integral else "float32")
+
+
+def _each(name: str, value: Any, count: int, single: Any) -> list[Any]:
+    """Returns a value for each prompt, of one for all or a list of them."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if not isinstance(value, (list, tuple)):
+        return [value] * count
+    if len(value) != count:
+        raise ValueError(
+            f"`{name}` must be one value for all prompts, or a list with one for each of "
+            f"{count}. Received: {name}={describe(value)}"
+        )
+    return list(value)
+
+
+def _processors(value: Any) -> list[LogitsProcessor]:
+    found = list(value) if isinstance(value, (list, tuple)) else [value]
+    wrong = [x for x in found if not isinstance(x, LogitsProcessor)]
+    if wrong:
+        raise TypeError(
+            "`processors` must be a list of `blocks.LogitsProcessor`. Received among "
+            f"them: {describe(wrong[0])}"
+        )
+    return found
+
+
+def _logit_bias(value: Any, task: Any, count: int, times: int) -> LogitBias:
+    each = [x or {} for x in _each("logit_bias", value, count, dict)]
+    size = vocabulary_size(task) or task.output.shape[-1]
+    for biases in each:
+        if not isinstance(biases, Mapping):
+            raise TypeError(
+                "`logit_bias` must be a dict of tokens and numbers, or a list of them. "
+                f"Received: logit_bias={describe(value)}"
+            )
+        for token, bias in biases.items():
+            if not isinstance(token, numbers.Integral) or not 0 <= token < size:
+                raise ValueError(
+                    "The keys of `logit_bias` must be tokens of the model's vocabulary "
+                    f"of {size}. Received: {token!r}"
+                )
+            if not isinstance(bias, numbers.Real) or not bias < float("inf"):
+                raise ValueError(
+                    "The values of `logit_bias` must be numbers, at most finite. "
+                    f"Received: {bias!r} for token {token}"
+                )
+    # One of few sizes, as each is compiled.
+    width = 8
+    while width < max(map(len, each)):
+        width *= 2
+    token_ids = np.zeros((count, width), "int32")
+    biases_of = np.zeros((count, width), "float32")
+    for row, biases in enumerate(each):
+        token_ids[row, : len(biases)] = list(biases)
+        biases_of[row, : len(biases)] = list(biases.values())
+    return LogitBias(np.repeat(token_ids, times, 0), np.repeat(biases_of, times, 0))
+
+
+def _stops(value: Any, task: Any, count: int, times: int) -> tuple:
+    if task.preprocessor is None:
+        raise ValueError(
+            "`stop` is text, but the model has no `preprocessor` that makes text of "
+            "tokens. Pass `stop_token_ids`, or make the model with a preprocessor."
+        )
+    if isinstance(value, str):
+        value = [value]
+    each = list(value) if isinstance(value, (list, tuple)) else [value]
+    if not any(isinstance(x, (list, tuple)) for x in each):
+        each = [each] * count
+    if len(each) != count:
+        raise ValueError(
+            f"A list of lists as `stop` must have one for each of {count} prompts. "
+            f"Received: stop={describe(value)}"
+        )
+    each = [[x] if isinstance(x, str) else x or () for x in each]
+    for stops in each:
+        if not all(isinstance(x, str) and x for x in stops):
+            raise TypeError(
+                "`stop` must be a string that is not empty, a list of them, or such a "
+                f"list for each prompt. Received: stop={describe(value)}"
+            )
+    return tuple(tuple(x) for x in each for _ in range(times))
