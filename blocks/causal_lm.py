@@ -19,6 +19,7 @@ from blocks.generation.backbone_inputs import (
 )
 from blocks.generation.compilation import GenerationSizes
 from blocks.generation.mixin import GenerationMixin
+from blocks.generation.options import check_defaults, draws
 from blocks.generation.prompts import tokenizer_size, vocabulary_size
 from blocks.lora import LoraMixin
 from blocks.preprocessor import CausalLMPreprocessor
@@ -69,6 +70,10 @@ class CausalLM(
             another functional model of cached layers.
         preprocessor: a `blocks.CausalLMPreprocessor` or one of KerasHub's, for
             strings in and strings out; `None` for tokens.
+        generation_options: dict or `None`. Defaults for the options of each call of
+            `generate` and the like, such as `{"temperature": 0.6, "top_p": 0.95}`: see
+            `blocks.GenerationOptions`. Those of a published checkpoint are those of its
+            `generation_config.json`. They are saved.
         generation_sizes: a `blocks.GenerationSizes`, or `None` for the default: how
             much `generate` does at once. Not saved: it depends on the machine, and
             changes no output.
@@ -117,9 +122,11 @@ class CausalLM(
         backbone: Any,
         preprocessor: Any = None,
         *,
+        generation_options: dict[str, Any] | None = None,
         generation_sizes: GenerationSizes | None = None,
         **kwargs: Any,
     ) -> None:
+        self.generation_options = check_defaults(generation_options or {})
         check_backbone(backbone)
         if type(self).compute_logits is CausalLM.compute_logits:
             token_embedding(backbone)
@@ -157,13 +164,21 @@ class CausalLM(
         """
         return logits_of(token_embedding(self.backbone), hidden_states)
 
-    def compile(self, *args: Any, sampler: Any = "top_k", **kwargs: Any) -> None:
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        if self.generation_options:
+            config["generation_options"] = dict(self.generation_options)
+        return config
+
+    def compile(self, *args: Any, sampler: Any = "auto", **kwargs: Any) -> None:
         """Configures training and generation, as KerasHub's `compile`.
 
         Args:
             *args: see `keras_hub.models.CausalLM.compile`.
-            sampler: a name, such as `"greedy"`, or a `keras_hub.samplers`
-                object, also of your own. Only its `get_config()` and its
+            sampler: `"auto"`, a name, such as `"greedy"`, or a `keras_hub.samplers`
+                object, also of your own. `"auto"` draws as `generation_options` say, and
+                is `"top_k"` if they say nothing of drawing; any other sampler takes the
+                place of what they say. Of an object only its `get_config()` and its
                 `variables` count, so that each call draws new numbers: a sampler that
                 holds variables or other samplers returns their variables, too.
                 Other changes of it take effect when you compile again.
@@ -181,6 +196,9 @@ class CausalLM(
                 "`sampler` must be a name, such as 'greedy', or a "
                 f"`keras_hub.samplers.Sampler`. Received: {describe(sampler)}"
             )
+        self._draws_by_options = sampler == "auto" and draws(self.generation_options)
+        if sampler == "auto":
+            sampler = "greedy" if self._draws_by_options else "top_k"
         super().compile(*args, sampler=sampler, **kwargs)
         self._reset_generation(kwargs.get("jit_compile", "auto"))
 

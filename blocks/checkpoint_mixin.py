@@ -72,7 +72,7 @@ class CheckpointMixin:
                 such as another attention. It says what differs, and nothing is written.
         """
         hugging_face.export_backbone(self.backbone, path, dtype)
-        write_preprocessor(path, self.preprocessor)
+        write_preprocessor(path, self.preprocessor, self.generation_options)
 
     def export_lora_to_peft(self, path: str, base_model: str | None = None) -> None:
         """Writes the low-rank updates alone, as PEFT and transformers read them.
@@ -148,7 +148,10 @@ class CheckpointMixin:
         """
         backbone, report = swap_backbone(self.backbone, backbone_class, changes)
         make: Any = type(self)
-        return make(backbone, self.preprocessor), report
+        options: Any = {}
+        if self.generation_options:
+            options = {"generation_options": dict(self.generation_options)}
+        return make(backbone, self.preprocessor, **options), report
 
     @classmethod
     def from_preset(cls, preset: str, load_weights: bool = True, **kwargs: Any) -> Any:

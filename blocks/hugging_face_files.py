@@ -56,6 +56,36 @@ def read_preprocessor(
     }
 
 
+# Options of generation that have the same name and meaning in transformers.
+_OPTIONS = ("temperature", "top_k", "top_p", "min_p")
+_PENALTIES = ("repetition_penalty", "no_repeat_ngram_size")
+
+
+def read_generation_options(folder: str | os.PathLike) -> dict[str, Any]:
+    """Returns what a `generation_config.json` says of `blocks.GenerationOptions`."""
+    found = _read_json(folder, "generation_config.json")
+    options = {name: found[name] for name in _PENALTIES if found.get(name)}
+    if found.get("do_sample") is False:
+        options["temperature"] = 0.0
+    elif found.get("do_sample"):
+        named = {name: found[name] for name in _OPTIONS if found.get(name) is not None}
+        # transformers' defaults where it draws.
+        options |= {"temperature": 1.0, "top_k": 50, **named}
+    return options
+
+
+def _generation_config(options: dict[str, Any]) -> dict[str, Any]:
+    """Returns options as transformers writes them."""
+    known = {
+        name: options[name] for name in (*_OPTIONS, *_PENALTIES) if name in options
+    }
+    if known.get("temperature") == 0:
+        return {"do_sample": False, **{k: known[k] for k in _PENALTIES if k in known}}
+    if any(name in known for name in _OPTIONS):
+        return {"do_sample": True, "top_k": 0, **known}
+    return known
+
+
 def _read_tokenizer(path: str, vocabulary_size: int | None) -> JsonTokenizer:
     tokenizer = JsonTokenizer(path)
     if vocabulary_size is None or tokenizer.vocabulary_size() <= vocabulary_size:
@@ -113,10 +143,12 @@ def _read_template(
     return {"default": template, **named} if named else template
 
 
-def write_preprocessor(folder: str | os.PathLike, preprocessor: Any) -> None:
+def write_preprocessor(
+    folder: str | os.PathLike, preprocessor: Any, options: dict[str, Any]
+) -> None:
     """Writes the files that `read_preprocessor` reads, for a `JsonTokenizer`.
 
-    Other tokenizers have no form that transformers reads; nothing is written for them.
+    `options` are those of generation. Other tokenizers have no form that transformers reads; nothing is written for them.
     """
     tokenizer = getattr(preprocessor, "tokenizer", None)
     if not isinstance(tokenizer, JsonTokenizer):
@@ -147,5 +179,6 @@ def write_preprocessor(folder: str | os.PathLike, preprocessor: Any) -> None:
         path.write_text(template, encoding="utf-8")
     generation = {f"{kind}_token_id": token_id for kind, token_id in ids.items()}
     generation["eos_token_id"] = list(preprocessor.stop_token_ids) or None
+    generation |= _generation_config(options)
     write_json(os.fspath(folder), "tokenizer_config.json", config)
     write_json(os.fspath(folder), "generation_config.json", generation)

@@ -22,6 +22,7 @@ from blocks.checkpoints import hugging_face, sizes
 from blocks.checkpoints.gguf_file import GgufFile
 from blocks.checkpoints.packages import require
 from blocks.gguf_tokenizer import read_gguf_preprocessor
+from blocks.hugging_face_files import read_generation_options
 from blocks.preprocessor import CausalLMPreprocessor
 from blocks.preset_files import check_files, finish_save
 
@@ -120,6 +121,9 @@ def _load_published(
         kwargs["backbone"] = hugging_face.load_backbone(source, load_weights, dtype)
     if "preprocessor" not in kwargs:
         kwargs["preprocessor"] = _read_preprocessor(source, kwargs["backbone"])
+    options = {} if isinstance(source, GgufFile) else read_generation_options(source)
+    if options:
+        kwargs.setdefault("generation_options", options)
     return cls(**kwargs)
 
 

@@ -5,6 +5,7 @@ from blocks.generation.options import GenerationOptions
 from blocks.generation.outputs import Completion
 from blocks.generation.processors import LogitsProcessor, TokensSoFar
 from blocks.generation.sampling import Logprobs
+from blocks.generation.scoring import Score
 from blocks.generation.session import Session
 from blocks.generation.speculation import DraftModel, PromptLookup, Speculation
 from blocks.generation.steps import GenerationState
@@ -18,6 +19,7 @@ __all__ = [
     "LogitsProcessor",
     "Logprobs",
     "PromptLookup",
+    "Score",
     "Session",
     "Speculation",
     "TokensSoFar",

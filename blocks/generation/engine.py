@@ -14,7 +14,13 @@ from blocks.generation.backbone_inputs import backbone_inputs
 from blocks.generation.backends.loop_kernels import LoopKernels
 from blocks.generation.compilation import CompiledFunctions, StepKey
 from blocks.generation.options import NO_OPTIONS, Options
-from blocks.generation.sampling import NO_MEMORY, Sampling
+from blocks.generation.sampling import (
+    NO_MEMORY,
+    Logprobs,
+    Sampling,
+    logprobs_of,
+    zero_logprobs,
+)
 
 
 class Engine:
@@ -91,6 +97,25 @@ class Engine:
             lambda _: self._make_process(capacity, chunk),
             (() if cache is None else cache, padded, index, lengths),
             donate=(0,),
+        )
+
+    def score(self, tokens: np.ndarray, lengths: np.ndarray, top: int) -> Logprobs:
+        """Returns the log-probabilities of each token after the ones before it.
+
+        `tokens` are of shape `(batch, width)`, of which `lengths`, `(batch,)`, count. Those
+        of token `i + 1` are at place `i`; what is behind a row has no meaning.
+        """
+        rows, longest = tokens.shape[0], int(lengths.max())
+        capacity = self.sizes.round_up_capacity(longest)
+        # Logits of all positions of a chunk are in memory: they are short.
+        chunk = max(1, self.sizes.chunk_length(rows, capacity) // 4)
+        chunk = capacity if self.sites.whole_prompt else chunk
+        padded = np.zeros((rows, -(-capacity // chunk) * chunk), "int32")
+        padded[:, :longest] = tokens[:, :longest]
+        return self.functions.run(
+            StepKey("score", rows, capacity, chunk, variant=top),
+            lambda _: self._make_score(capacity, chunk, top),
+            (padded, lengths),
         )
 
     def decode(
@@ -211,6 +236,30 @@ class Engine:
 
         return process
 
+    def _make_score(self, capacity: int, chunk: int, top: int) -> Callable:
+        def score(tokens: Tensor, lengths: Tensor) -> Logprobs:
+            rows, width = tokens.shape
+            following = ops.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+            longest = ops.max(lengths)
+
+            def more(start: Tensor, *_: Any) -> Tensor:
+                return start < longest
+
+            def score_chunk(start: Tensor, cache: Cache, found: Logprobs) -> tuple:
+                part = ops.slice(tokens, (0, start), (rows, chunk))  # (rows, chunk)
+                left = (lengths - start)[:, None]
+                mask = ops.arange(chunk, dtype="int32")[None] < left
+                hidden, cache = self.forward(cache, part, start, mask)
+                goals = ops.slice(following, (0, start), (rows, chunk))
+                new = logprobs_of(self.task.compute_logits(hidden), goals, top)
+                return start + chunk, cache, _put(found, new, start)
+
+            found = zero_logprobs(rows, width, top)
+            state = (ops.zeros((), dtype="int32"), self.create_cache(rows, capacity))
+            return ops.while_loop(more, score_chunk, (*state, found))[2]
+
+        return score
+
     def make_decode(self, sampling: Sampling) -> Callable:
         """Returns the function that `decode` compiles."""
         kernels = LoopKernels(self.functions.layers)
@@ -236,7 +285,9 @@ class Engine:
                 sampled, logprobs, memory = sampling.choose(
                     logits, index, settings, memory
                 )
-                found = _written(found, (sampled, active, logprobs), step)
+                values = [sampled, active, logprobs]
+                values = tree.map_structure(lambda x: x[:, None], values)
+                found = _put(found, values, step)
                 done = ops.logical_or(room <= 1, is_any(sampled, stops))
                 finished = ops.logical_or(finished, done)
                 # -1, for NaN, is no token that can be embedded.
@@ -245,7 +296,9 @@ class Engine:
                 return step + 1, cache, token, index, room - 1, memory, finished, *found
 
             found = [ops.zeros((rows, width), dtype=x) for x in ("int32", "bool")]
-            found += [sampling.no_logprobs(rows, width)]
+            found.append(
+                () if sampling.top is None else zero_logprobs(rows, width, sampling.top)
+            )
             state = (cache, token, index, room, memory, finished, *found)
             loop_vars = (ops.zeros((), dtype="int32"), *state)
             run_loop = sampling.sampler.run_loop
@@ -254,14 +307,14 @@ class Engine:
         return decode
 
 
-def _written(buffers: Any, values: Any, step: Tensor) -> Any:
-    """Returns buffers, `(rows, steps, ...)`, with a step's values in their place."""
+def _put(buffers: Any, values: Any, place: Tensor) -> Any:
+    """Returns buffers, `(rows, length, ...)`, with values in their place."""
 
-    def write(buffer: Tensor, value: Tensor) -> Tensor:
-        start = (0, step, *[0] * (len(buffer.shape) - 2))
-        return ops.slice_update(buffer, start, value[:, None])
+    def put(buffer: Tensor, value: Tensor) -> Tensor:
+        start = (0, place, *[0] * (len(buffer.shape) - 2))
+        return ops.slice_update(buffer, start, value)
 
-    return tree.map_structure(write, list(buffers), list(values))
+    return tree.map_structure(put, buffers, values)
 
 
 def is_any(token: Tensor, stops: Tensor) -> Tensor:

@@ -22,14 +22,14 @@ from blocks.generation.outputs import completions, joined, stream_pieces
 from blocks.generation.prompts import NO_TOKENS, Prompts, resolve_stops
 from blocks.generation.running_batch import Block, RunningBatch
 from blocks.generation.samplers import check_sampler, has_own_loop
+from blocks.generation.scoring import ScoringMixin
 from blocks.generation.search import search
 from blocks.generation.session import Session
 from blocks.generation.speculation import Speculation, check_speculation, speculate
-from blocks.generation.steps import GenerationSteps
 from blocks.generation.texts import detokenize, find_stop, pad_token_id, to_arrays
 
 
-class GenerationMixin(GenerationSteps):
+class GenerationMixin(ScoringMixin):
     """Generation for `blocks.CausalLM`, which it is a part of."""
 
     def generate(

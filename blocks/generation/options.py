@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypedDict
 
 import keras
@@ -37,7 +37,7 @@ class GenerationOptions(TypedDict, total=False):
     `temperature`, and filtered by `top_k`, `top_p` and `min_p`. With none of these four,
     the sampler that the model was compiled with chooses. With one of them, the others are
     those of that sampler, if it is `"greedy"` (whose temperature is 1), `"random"`,
-    `"top_k"` or `"top_p"`.
+    `"top_k"` or `"top_p"`. What a call leaves out is as in `lm.generation_options`.
 
     Example:
 
@@ -159,7 +159,8 @@ def read_options(
             f"There is no option `{unknown[0]}`. The options of a call are "
             f"{', '.join(GenerationOptions.__annotations__)}."
         )
-    given = {name: value for name, value in options.items() if value is not None}
+    given = {name: x for name, x in options.items() if x is not None}
+    given = {**task.default_options(), **given}
     values = {
         name: np.repeat(_numbers(name, given[name], count), times)
         for name in _ALLOWED
@@ -169,22 +170,49 @@ def read_options(
     if "logit_bias" in given:
         processors.append(_logit_bias(given["logit_bias"], task, count, times))
     processors += _processors(given.get("processors", ()))
-    top = given.get("return_logprobs")
-    if top is not None:
-        size = task.output.shape[-1]
-        if isinstance(top, bool) or not isinstance(top, numbers.Integral):
-            raise TypeError(
-                "`return_logprobs` must be an integer. Received: "
-                f"return_logprobs={describe(top)}"
-            )
-        if not 0 <= top <= size:
-            raise ValueError(
-                f"`return_logprobs` must be from 0 to {size}, the size of the "
-                f"vocabulary. Received: return_logprobs={top}"
-            )
+    top = check_top(given.get("return_logprobs"), task)
     stop = _stops(given["stop"], task, count, times) if "stop" in given else ()
     drawing = _drawing(values, sampler, count * times, times)
-    return Options(drawing, tuple(processors), stop, None if top is None else int(top))
+    return Options(drawing, tuple(processors), stop, top)
+
+
+def _check_names(options: Mapping[str, Any], known: Collection[str]) -> None:
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise TypeError(
+            f"There is no option `{unknown[0]}` here. The options are {', '.join(known)}."
+        )
+
+
+def check_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a model's own options, each a number for all rows."""
+    _check_names(options, _ALLOWED)
+    for name, value in options.items():
+        _numbers(name, value, 1)
+    return dict(options)
+
+
+def draws(options: Mapping[str, Any]) -> bool:
+    """Returns whether options say how tokens are drawn."""
+    return any(name in options for name in _DRAWING)
+
+
+def check_top(top: Any, task: Any) -> int | None:
+    """Returns how many likeliest tokens to tell, or `None` for no log-probabilities."""
+    if top is None:
+        return None
+    if isinstance(top, bool) or not isinstance(top, numbers.Integral):
+        raise TypeError(
+            "`return_logprobs` must be an integer. Received: "
+            f"return_logprobs={describe(top)}"
+        )
+    size = task.output.shape[-1]
+    if not 0 <= top <= size:
+        raise ValueError(
+            f"`return_logprobs` must be from 0 to {size}, the size of the vocabulary. "
+            f"Received: return_logprobs={top}"
+        )
+    return int(top)
 
 
 def check_no_logprobs(options: Mapping[str, Any]) -> None:

@@ -204,15 +204,6 @@ class Sampling:
         drawn = draw(logits, uniform(settings["seed"], lengths))
         return ops.where(is_greedy, greedy, drawn), broken
 
-    def no_logprobs(self, rows: int, length: int) -> Any:
-        """Returns zeros for the `Logprobs` of so many tokens, or `()` without them."""
-        if self.top is None:
-            return ()
-        chosen, shape = ops.zeros((rows, length)), (rows, length, self.top)
-        if not self.top:
-            return Logprobs(chosen, (), ())
-        return Logprobs(chosen, ops.zeros(shape), ops.zeros(shape, dtype="int32"))
-
     def mask_unknown(self, logits: Tensor) -> Tensor:
         """Returns logits with -inf for tokens that the tokenizer does not have."""
         if self.known is None:
@@ -232,3 +223,11 @@ def logprobs_of(logits: Tensor, token_ids: Tensor, top: int) -> Logprobs:
         return Logprobs(chosen, (), ())
     best, best_ids = ops.top_k(logprobs, top)
     return Logprobs(chosen, best, ops.cast(best_ids, "int32"))
+
+
+def zero_logprobs(rows: int, length: int, top: int) -> Logprobs:
+    """Returns zeros in the shapes of the `Logprobs` of rows of so many tokens."""
+    chosen, shape = ops.zeros((rows, length)), (rows, length, top)
+    if not top:
+        return Logprobs(chosen, (), ())
+    return Logprobs(chosen, ops.zeros(shape), ops.zeros(shape, dtype="int32"))

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import keras
 import numpy as np
-from keras import ops
+from keras import ops, tree
 
 from attention.contract import Cache, Tensor, check_positive_int, describe, is_concrete
 from blocks.generation.compilation import CompiledStep, GenerationSizes
 from blocks.generation.engine import Engine
+from blocks.generation.options import GenerationOptions, Options, draws, read_options
 from blocks.generation.prompts import (
     Prompts,
     check_tokens,
@@ -18,6 +19,8 @@ from blocks.generation.prompts import (
     read_prompts,
     vocabulary_size,
 )
+from blocks.generation.samplers import check_sampler
+from blocks.generation.sampling import NO_MEMORY
 
 
 class GenerationState(NamedTuple):
@@ -33,12 +36,14 @@ class GenerationState(NamedTuple):
             positions of each row the cache holds.
         logits: tensor of shape `(batch, vocabulary_size)`: of the next token.
         max_length: `int32` scalar tensor: how many positions each row can have.
+        memory: what the logits processors keep, or `()` if there are none.
     """
 
     cache: Cache
     cache_update_index: Tensor
     logits: Tensor
     max_length: Tensor
+    memory: Any = NO_MEMORY
 
 
 class GenerationSteps:
@@ -50,15 +55,22 @@ class GenerationSteps:
     generation_sizes: GenerationSizes
     # How many times `compile` was called.
     times_compiled = 0
+    # Defaults of each call, and whether they say how tokens are drawn: not where
+    # `compile` was given a sampler.
+    generation_options: dict[str, Any]
+    _draws_by_options = False
     _generation_engine: Engine | None = None
     _generation_jit_compile: Any = "auto"
 
-    def prefill(self, inputs: Any, max_length: int) -> GenerationState:
+    def prefill(
+        self, inputs: Any, max_length: int, **options: Unpack[GenerationOptions]
+    ) -> GenerationState:
         """Reads prompts: the first step of a generation loop of your own.
 
         Args:
             inputs: as for `generate`.
             max_length: int. How many positions each row can have in all.
+            **options: those that `sample` will be called with.
 
         Returns:
             A `GenerationState`, whose `logits` are those of the first new
@@ -79,7 +91,7 @@ class GenerationSteps:
         >>> prompt = {"token_ids": np.array([[1, 2, 3]]), "padding_mask": np.ones((1, 3))}
         >>> state = lm.prefill(prompt, max_length=8)
         >>> for _ in range(5):
-        ...     tokens = ops.argmax(state.logits, axis=-1)
+        ...     tokens = ops.argmax(state.logits, axis=-1)  # or `lm.sample(state)`
         ...     logits, state = lm.decode_step(tokens, state)
         >>> int(state.cache_update_index[0]), tuple(logits.shape)
         (8, (1, 50))
@@ -91,7 +103,73 @@ class GenerationSteps:
         )
         index = ops.convert_to_tensor(prompts.lengths)
         limit = ops.convert_to_tensor(np.int32(max_length))
-        return GenerationState(cache, index, logits, limit)
+        memory = NO_MEMORY
+        if options or self.generation_options:
+            how = self._loop_options(options, len(prompts.lengths))
+            sampling = self._engine().sampling(how)
+            memory = sampling.begin(prompts.rows(), max_length)
+            memory = tree.map_structure(ops.convert_to_tensor, memory)
+        return GenerationState(cache, index, logits, limit, memory)
+
+    def sample(
+        self, state: GenerationState, **options: Unpack[GenerationOptions]
+    ) -> tuple[Any, GenerationState]:
+        """Chooses the next token of each row, in a loop of your own.
+
+        It is what `generate` does between two decode steps. With `temperature` and `seed`
+        it may be called inside of `jax.jit` or `tf.function`.
+
+        Args:
+            state: from `prefill`, or from the last `decode_step`.
+            **options: see `blocks.GenerationOptions`; without any, the sampler that the
+                model was compiled with chooses. `prefill` takes the same ones.
+
+        Returns:
+            `(tokens, state)`: integers of shape `(batch,)`, -1 where logits are NaN or
+            infinite; and the state for `decode_step`.
+
+        Raises:
+            TypeError: if an option has the wrong type.
+            ValueError: if an option is not allowed, or `prefill` had no such processors.
+
+        Example:
+
+        >>> from blocks import CausalLM, CustomBackbone
+        >>> lm = CausalLM(CustomBackbone(50, 1, 2, 16, 32, max_sequence_length=32))
+        >>> lm.compile(sampler="greedy")
+        >>> options = {"temperature": 0.8, "repetition_penalty": 1.2, "seed": 3}
+        >>> state = lm.prefill([[1, 2, 3]], max_length=8, **options)
+        >>> found = []
+        >>> for _ in range(5):
+        ...     tokens, state = lm.sample(state, **options)
+        ...     _, state = lm.decode_step(tokens, state)
+        ...     found.append(int(tokens[0]))
+        >>> out = lm.generate([[1, 2, 3]], max_length=8, stop_token_ids=None, **options)
+        >>> out["token_ids"][0, 3:].tolist() == found
+        True
+        """
+        how = self._loop_options(options, state.logits.shape[0])
+        sampling = self._engine().sampling(how)
+        states = state.memory.states if state.memory else ()
+        if len(states) != len(sampling.processors):
+            raise ValueError(
+                f"`sample` was called with {len(sampling.processors)} logits processors "
+                f"(penalties and biases are some, too), and `prefill` with {len(states)}. "
+                "Pass the same options to both."
+            )
+        tokens, _, memory = self._engine().sample(
+            state.logits, sampling, state.cache_update_index, state.memory
+        )
+        return tokens, state._replace(memory=memory)
+
+    def _loop_options(self, options: Any, rows: int) -> Options:
+        for name in ("stop", "return_logprobs"):
+            if options.get(name) is not None:
+                raise ValueError(
+                    f"`{name}` is an option of `generate`. In a loop of your own, look at "
+                    "the tokens and at `state.logits`."
+                )
+        return read_options(options, self, check_sampler(self, "`sample`"), rows)
 
     def decode_step(
         self, tokens: Tensor, state: GenerationState, donate: bool = False
@@ -122,7 +200,7 @@ class GenerationSteps:
                 "`state` must come from `prefill` or the last `decode_step`. "
                 f"Received: state={describe(state)}"
             )
-        cache, index, logits, limit = state
+        cache, index, logits, limit, memory = state
         shape = tuple(getattr(tokens, "shape", np.shape(tokens)))
         rows = logits.shape[0]
         if shape != (rows,):
@@ -149,7 +227,7 @@ class GenerationSteps:
         logits, cache = self._engine().step(
             cache, capacity, tokens, index, limit, donate
         )
-        return logits, GenerationState(cache, index + 1, logits, limit)
+        return logits, GenerationState(cache, index + 1, logits, limit, memory)
 
     @property
     def compiled_steps(self) -> tuple[CompiledStep, ...]:
@@ -170,6 +248,13 @@ class GenerationSteps:
     def xla_generation(self) -> bool:
         """Returns whether generation is compiled by XLA on TensorFlow."""
         return self._generation_jit_compile is not False
+
+    def default_options(self) -> dict[str, Any]:
+        """Returns the options of a call that gives none."""
+        options = self.generation_options
+        if self._draws_by_options:
+            return options
+        return {name: x for name, x in options.items() if not draws({name: x})}
 
     def _reset_generation(self, jit_compile: Any) -> None:
         self._generation_jit_compile = jit_compile
