@@ -28,6 +28,7 @@ from blocks.packing import PackedDocuments
 from blocks.plots import attention_maps, attention_scores, plot_history
 from blocks.preference_tuning import PreferenceTuning
 from blocks.preprocessor import CausalLMPreprocessor
+from blocks.serving import Request, Server, ServerBusy
 from blocks.swap import SwapReport
 from blocks.training.backup import BackupAndResume
 from blocks.training.muon import Muon
@@ -58,7 +59,10 @@ __all__ = [
     "Perplexity",
     "PreferenceTuning",
     "PromptLookup",
+    "Request",
     "Score",
+    "Server",
+    "ServerBusy",
     "Session",
     "Speculation",
     "SwapReport",

@@ -24,6 +24,7 @@ from blocks.generation.prompts import tokenizer_size, vocabulary_size
 from blocks.lora import LoraMixin
 from blocks.preprocessor import CausalLMPreprocessor
 from blocks.quantized_head import logits_of
+from blocks.serving import Server
 from blocks.token_model import TokenModel
 from blocks.training.callbacks import start_training
 from blocks.training.mixin import TrainingMixin
@@ -316,6 +317,25 @@ class CausalLM(
             samples = keras.utils.pack_x_y_sample_weight(*parts)
             data = as_slices(samples).batch(batch_size or 32)
         return data.map(self.preprocess_samples)
+
+    def serve(self, max_rows: int = 8, max_length: int = 1024, **kwargs: Any) -> Server:
+        """Starts a thread that continues requests together, as they come.
+
+        Args:
+            max_rows: int. How many requests run at once.
+            max_length: int. How many tokens a request has at most.
+            **kwargs: see `blocks.Server`.
+
+        Returns:
+            A `blocks.Server`. `server.submit("once upon", max_new_tokens=8)` returns a
+            `blocks.Request` at once, and `server.close()` ends it.
+
+        Raises:
+            TypeError: if an argument has the wrong type.
+            ValueError: if the sampler is one that searches by itself, or the model does
+                not know so many positions.
+        """
+        return Server(self, max_rows, max_length, **kwargs)
 
     def quantize(self, *args: Any, **kwargs: Any) -> None:
         """Quantizes the weights, as `keras.Model.quantize`."""

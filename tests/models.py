@@ -5,6 +5,7 @@ import functools
 import keras
 import keras_hub
 import numpy as np
+from keras import ops
 
 from attention import (
     AlibiBias,
@@ -112,6 +113,25 @@ def make_text_lm(**kwargs):
     """A small model of bytes."""
     backbone = make_backbone(num_layers=1, vocabulary_size=256)
     return make_small_lm(backbone, byte_preprocessor(**kwargs))
+
+
+class LettersLM(CausalLM):
+    """Generates lower-case letters only: each byte is a character."""
+
+    def compute_logits(self, hidden_states):
+        logits = super().compute_logits(hidden_states)
+        tokens = ops.arange(logits.shape[-1])
+        letters = ops.logical_and(tokens >= ord("a"), tokens <= ord("z"))
+        return ops.where(letters, logits, -1e9)
+
+
+def make_letters_lm(sequence_length=40):
+    """A small model of text in which every token is a character."""
+    backbone = make_backbone(num_layers=1, vocabulary_size=256, max_sequence_length=256)
+    preprocessor = byte_preprocessor(sequence_length=sequence_length)
+    lm = LettersLM(backbone, preprocessor, generation_sizes=SMALL_SIZES)
+    lm.compile(sampler="greedy")
+    return lm
 
 
 class EagerLM(CausalLM):

@@ -33,6 +33,16 @@ def filter_logits(
     - [Holtzman et al., 2019](https://arxiv.org/abs/1904.09751)
     - [Nguyen et al., 2024](https://arxiv.org/abs/2407.01082)
     """
+    filters = ops.logical_or(ops.logical_or(top_k > 0, top_p < 1), min_p > 0)
+    # To sort the vocabulary takes time.
+    return ops.cond(
+        ops.any(filters),
+        lambda: _filtered(logits, top_k, top_p, min_p),
+        lambda: logits,
+    )
+
+
+def _filtered(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
     size = logits.shape[-1]
     best_first = ops.flip(ops.sort(logits, axis=-1), axis=-1)
     count = ops.where(top_k > 0, top_k, size)[:, None]

@@ -120,8 +120,7 @@ class Options:
 NO_OPTIONS = Options()
 
 # Options that draw, and what leaves the choice as it is.
-_FILTERS = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
-_DRAWING = {"temperature": 1.0, **_FILTERS}
+_DRAWING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 _ALLOWED: dict[str, tuple[Callable[[np.ndarray], np.ndarray], str, type]] = {
     "temperature": (lambda x: x >= 0, "at least 0", numbers.Real),
     "top_k": (lambda x: x >= 0, "at least 0", numbers.Integral),
@@ -142,9 +141,16 @@ _PENALTIES: dict[str, Callable[[np.ndarray], LogitsProcessor]] = {
 
 
 def read_options(
-    options: Mapping[str, Any], task: Any, sampler: Any, count: int, times: int = 1
+    options: Mapping[str, Any],
+    task: Any,
+    sampler: Any,
+    count: int,
+    times: int = 1,
+    biases: int = 8,
 ) -> Options:
     """Returns the options of a call for `count` prompts, `times` rows for each.
+
+    `biases` is the smallest number of tokens with a `logit_bias` that is compiled for.
 
     Raises:
         TypeError: if an option is not known, or of the wrong type.
@@ -168,12 +174,32 @@ def read_options(
     }
     processors = [make(values[x]) for x, make in _PENALTIES.items() if x in values]
     if "logit_bias" in given:
-        processors.append(_logit_bias(given["logit_bias"], task, count, times))
+        processors.append(_logit_bias(given["logit_bias"], task, count, times, biases))
     processors += _processors(given.get("processors", ()))
     top = check_top(given.get("return_logprobs"), task)
     stop = _stops(given["stop"], task, count, times) if "stop" in given else ()
     drawing = _drawing(values, sampler, count * times, times)
     return Options(drawing, tuple(processors), stop, top)
+
+
+def with_all(options: Mapping[str, Any], task: Any, sampler: Any) -> dict[str, Any]:
+    """Returns options with neutral values of those that are not given.
+
+    So the compiled steps for all of them are the same.
+    """
+    options = {**task.default_options(), **options}
+    neutral: dict[str, Any] = {
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "no_repeat_ngram_size": 0,
+        "logit_bias": {},
+    }
+    if type(sampler) is _samplers.GreedySampler and not draws(options):
+        neutral["temperature"] = 0.0
+    elif not draws(options):
+        neutral["top_p"] = getattr(sampler, "p", 1.0)
+    return {**neutral, **options}
 
 
 def _check_names(options: Mapping[str, Any], known: Collection[str]) -> None:
@@ -251,9 +277,6 @@ def _drawing(
     numbers_of = {
         k: x.astype("int32" if k == "top_k" else "float32") for k, x in found.items()
     }
-    if all((numbers_of[k] == value).all() for k, value in _FILTERS.items()):
-        # Filters sort the vocabulary.
-        numbers_of = {"temperature": numbers_of["temperature"]}
     seeds = values.get("seed")
     if seeds is None:
         generator = getattr(sampler, "seed_generator", None)
@@ -314,7 +337,7 @@ def _processors(value: Any) -> list[LogitsProcessor]:
     return found
 
 
-def _logit_bias(value: Any, task: Any, count: int, times: int) -> LogitBias:
+def _logit_bias(value: Any, task: Any, count: int, times: int, width: int) -> LogitBias:
     each = [x or {} for x in _each("logit_bias", value, count, dict)]
     size = vocabulary_size(task) or task.output.shape[-1]
     for biases in each:
@@ -335,7 +358,6 @@ def _logit_bias(value: Any, task: Any, count: int, times: int) -> LogitBias:
                     f"Received: {bias!r} for token {token}"
                 )
     # One of few sizes, as each is compiled.
-    width = 8
     while width < max(map(len, each)):
         width *= 2
     token_ids = np.zeros((count, width), "int32")

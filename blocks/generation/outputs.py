@@ -27,14 +27,15 @@ class Completion(NamedTuple):
         prompt_length: int. How many tokens the prompt has.
         logprobs: `Logprobs` of `token_ids`: `chosen`, `(length,)`; `best` and `best_ids`,
             `(length, return_logprobs)`, or `()` for 0. They are those of the model's
-            logits, before processors and temperature.
+            logits, before processors and temperature. `None` where they were not asked
+            for, or there is no token.
     """
 
     text: str | None
     token_ids: np.ndarray
     finish_reason: str
     prompt_length: int
-    logprobs: Logprobs
+    logprobs: Logprobs | None
 
 
 def joined(blocks: list[Block], count: int) -> Block:
@@ -55,19 +56,17 @@ def completions(
     whole = joined(blocks, len(prompt_lengths))
     found = []
     for row, (length, new) in enumerate(zip(prompt_lengths, whole.rows())):
-        kept = np.flatnonzero(whole.valid[row])[: len(endings.cut(row, new))]
-        logprobs = whole.logprobs or Logprobs(np.zeros((len(new), 0)), (), ())
-        found.append(
-            Completion(
-                None if texts is None else texts[row],
-                endings.cut(row, new),
-                endings.reason(row, new),
-                length,
-                Logprobs(
-                    *(x if isinstance(x, tuple) else x[row, kept] for x in logprobs)
-                ),
+        kept = endings.cut(row, new)
+        places = np.flatnonzero(whole.valid[row])[: len(kept)]
+        logprobs = None
+        if whole.logprobs:
+            logprobs = tree.map_structure(
+                lambda x: x[row, places],  # noqa: B023
+                whole.logprobs,
             )
-        )
+        text = None if texts is None else texts[row]
+        reason = endings.reason(row, new)
+        found.append(Completion(text, kept, reason, length, logprobs))
     return found
 
 

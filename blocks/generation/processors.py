@@ -113,17 +113,33 @@ class LogitsProcessor:
 
 
 class _NumbersProcessor(LogitsProcessor):
-    """A processor with a number for each row.
+    """A processor with a number for each row, which subclasses `change` logits by.
 
     Args:
-        numbers: array `(rows,)`.
+        numbers: array `(rows,)`. Where all are `neutral`, no work is done.
     """
+
+    neutral = 0.0
 
     def __init__(self, numbers: np.ndarray) -> None:
         self.numbers = numbers
 
     def create_state(self, tokens: TokensSoFar) -> Any:
         return self.numbers
+
+    def call(
+        self, logits: Tensor, tokens: TokensSoFar, state: Any
+    ) -> tuple[Tensor, Any]:
+        changed = ops.cond(
+            ops.any(state != self.neutral),
+            lambda: self.change(logits, tokens, state[:, None]),
+            lambda: logits,
+        )
+        return changed, state
+
+    def change(self, logits: Tensor, tokens: TokensSoFar, number: Tensor) -> Tensor:
+        """Returns the changed logits; `number` is of shape `(rows, 1)`."""
+        raise NotImplementedError
 
     def fixed(self) -> Hashable:
         return type(self)
@@ -139,44 +155,37 @@ class RepetitionPenalty(_NumbersProcessor):
     - [Keskar et al., 2019](https://arxiv.org/abs/1909.05858)
     """
 
-    def call(
-        self, logits: Tensor, tokens: TokensSoFar, state: Any
-    ) -> tuple[Tensor, Any]:
+    neutral = 1.0
+
+    def change(self, logits: Tensor, tokens: TokensSoFar, number: Tensor) -> Tensor:
         seen = tokens.counts(tokens.mask(), logits.shape[-1]) > 0
-        penalty = state[:, None]
-        lower = ops.where(logits < 0, logits * penalty, logits / penalty)
-        return ops.where(seen, lower, logits), state
+        lower = ops.where(logits < 0, logits * number, logits / number)
+        return ops.where(seen, lower, logits)
 
 
 class PresencePenalty(_NumbersProcessor):
     """Subtracts a number from the logits of tokens that were generated already."""
 
-    def call(
-        self, logits: Tensor, tokens: TokensSoFar, state: Any
-    ) -> tuple[Tensor, Any]:
+    def change(self, logits: Tensor, tokens: TokensSoFar, number: Tensor) -> Tensor:
         count = tokens.counts(tokens.new_mask(), logits.shape[-1])
-        return logits - state[:, None] * ops.cast(count > 0, "float32"), state
+        return logits - number * ops.cast(count > 0, "float32")
 
 
 class FrequencyPenalty(_NumbersProcessor):
     """Subtracts a number for each time that a token was generated already."""
 
-    def call(
-        self, logits: Tensor, tokens: TokensSoFar, state: Any
-    ) -> tuple[Tensor, Any]:
-        count = tokens.counts(tokens.new_mask(), logits.shape[-1])
-        return logits - state[:, None] * count, state
+    def change(self, logits: Tensor, tokens: TokensSoFar, number: Tensor) -> Tensor:
+        return logits - number * tokens.counts(tokens.new_mask(), logits.shape[-1])
 
 
 class NoRepeatNgram(_NumbersProcessor):
     """Allows no sequence of so many tokens twice in a row; 0 means any."""
 
-    def call(
-        self, logits: Tensor, tokens: TokensSoFar, state: Any
-    ) -> tuple[Tensor, Any]:
-        ids, lengths = tokens.token_ids, tokens.lengths
+    neutral = 0
+
+    def change(self, logits: Tensor, tokens: TokensSoFar, number: Tensor) -> Tensor:
+        ids, lengths, size = tokens.token_ids, tokens.lengths, number
         width = ids.shape[1]
-        size = state[:, None]
         places = ops.arange(width, dtype="int32")[None]
 
         # How many tokens before each place equal the row's last ones, up to size - 1.
@@ -203,7 +212,7 @@ class NoRepeatNgram(_NumbersProcessor):
         # A row that is shorter than a sequence has none.
         repeats = ops.logical_and(repeats, lengths[:, None] >= size)
         banned = tokens.counts(repeats, logits.shape[-1]) > 0
-        return ops.where(banned, -math.inf, logits), state
+        return ops.where(banned, -math.inf, logits)
 
 
 class LogitBias(LogitsProcessor):

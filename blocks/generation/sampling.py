@@ -76,7 +76,7 @@ class Sampling:
         self.variables = [] if self.draws else sampler.variables
         if self.draws:
             self.settings = options.numbers
-            kind: Any = "options", "top_k" in self.settings
+            kind: Any = "options"
         else:
             names = () if is_torch else NUMBERS.get(type(sampler), ())
             numbers_of = {name: getattr(sampler, name, None) for name in names}
@@ -198,9 +198,8 @@ class Sampling:
         # The largest logit is 0, so that none overflows.
         logits = logits - ops.max(logits, axis=-1, keepdims=True)
         logits = logits / ops.where(is_greedy, 1.0, temperature)[:, None]
-        if "top_k" in settings:
-            filters = (settings[name] for name in ("top_k", "top_p", "min_p"))
-            logits = filter_logits(logits, *filters)
+        filters = [settings[name] for name in ("top_k", "top_p", "min_p")]
+        logits = filter_logits(logits, *filters)
         drawn = draw(logits, uniform(settings["seed"], lengths))
         return ops.where(is_greedy, greedy, drawn), broken
 

@@ -372,9 +372,9 @@ def _choose_all(
             here = here == index[:, None] + place
             token_ids = ops.where(here, tokens[:, place, None], memory.token_ids)
             memory = memory._replace(token_ids=token_ids)
-        *step, memory = sampling.choose(
-            logits[:, place], index + 1 + place, settings, memory
-        )
+        # Places behind the end of a row do not count.
+        lengths = ops.minimum(index + 1 + place, memory.token_ids.shape[1])
+        *step, memory = sampling.choose(logits[:, place], lengths, settings, memory)
         steps.append(step)
         memories.append(memory)
     sampled, logprobs = tree.map_structure(lambda *x: ops.stack(x, axis=1), *steps)

@@ -265,7 +265,7 @@ def test_bad_options_are_errors(lm):
         with raises(kind, *parts):
             lm.generate(prompts(RAGGED), **OPTIONS, **options)
     with raises(ValueError, "`stream` yields text or tokens only", "`generate`"):
-        lm.stream(prompts(RAGGED), return_logprobs=1)
+        lm.stream(prompts(RAGGED), **OPTIONS, return_logprobs=1)
     with raises(ValueError, "Pass the same options to both"):
         lm.sample(lm.prefill(prompts(RAGGED), 20), repetition_penalty=2)
     with raises(TypeError, "no option `stop` here"):
@@ -277,7 +277,7 @@ def test_bad_options_are_errors(lm):
 def test_samplers_with_a_loop_take_no_options():
     lm = make_small_lm(make_backbone(num_layers=1), sampler="beam")
     with raises(ValueError, "BeamSampler", "does not go with `temperature`"):
-        lm.generate(prompts(RAGGED), temperature=1.0)
+        lm.generate(prompts(RAGGED), **OPTIONS, temperature=1.0)
     lm.compile(sampler=keras_sampler("ContrastiveSampler"))
     with raises(ValueError, "ContrastiveSampler", "does not go with `stop`"):
-        lm.generate(prompts(RAGGED), stop="a")
+        lm.generate(prompts(RAGGED), **OPTIONS, stop="a")

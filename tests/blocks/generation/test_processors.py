@@ -143,7 +143,7 @@ def test_numbers_are_uniform_and_of_a_seed_and_a_position():
     seeds = np.stack([np.arange(4000), np.zeros(4000)], 1).astype("int32")
     positions = np.full(4000, 17, "int32")
     found = to_numpy(uniform(*map(ops.convert_to_tensor, (seeds, positions))))
-    assert 0 < found.min() and found.max() < 1
+    assert found.min() > 0 and found.max() < 1
     counts = np.histogram(found, 10, (0, 1))[0]
     # The standard deviation of a count is 19.
     assert abs(counts - 400).max() < 80

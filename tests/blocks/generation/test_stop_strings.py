@@ -7,18 +7,19 @@ from blocks import PromptLookup
 from tests.models import (
     bpe_preprocessor,
     make_backbone,
+    make_letters_lm,
     make_small_lm,
-    make_text_lm,
     prompts,
 )
 
-OPTIONS = {"stop_token_ids": None, "max_new_tokens": 24}
+# Varied text, the same on each call.
+OPTIONS = {"stop_token_ids": None, "max_new_tokens": 24, "temperature": 1.0, "seed": 5}
 TEXTS = ["ab", "hello", "the end"]
 
 
 @pytest.fixture(scope="module")
 def lm():
-    return make_text_lm(sequence_length=40)
+    return make_letters_lm()
 
 
 @pytest.fixture(scope="module")
@@ -121,17 +122,17 @@ def test_sessions_go_on_after_a_stop_string(lm, free):
 
 def test_a_token_may_have_characters_of_both():
     lm = make_small_lm(make_backbone(num_layers=1), bpe_preprocessor(40))
-    new = lm.generate("the", **OPTIONS, strip_prompt=True)
-    ids = lm.generate([[1, 29, 7]], **OPTIONS, strip_prompt=True)["token_ids"][0]
-    assert len(ids) == OPTIONS["max_new_tokens"]
+    prompt = [[1, 29, 7]]
+    out = lm.generate(prompt, **OPTIONS, strip_prompt=True)
+    ids = out["token_ids"][0, : OPTIONS["max_new_tokens"]].tolist()
+    # The last token of several characters: the stop string begins within it.
     tokenizer = lm.preprocessor.tokenizer
-    pieces = [str(tokenizer.id_to_token(int(x))) for x in ids]
-    long = next(i for i, x in enumerate(pieces) if i and len(x) > 1)
-    text = lm.preprocessor.generate_postprocess(
-        {"token_ids": ids[None], "padding_mask": np.ones((1, len(ids)))}
-    )[0]
-    assert len(text) and new
-    stop = text[len("".join(pieces[:long])) + 1 :][:2]
-    if stop and stop not in text[: len("".join(pieces[:long]))]:
-        out = lm.generate([[1, 29, 7]], **OPTIONS, strip_prompt=True, stop=stop)
-        assert out["padding_mask"].sum() <= long
+    pieces = [tokenizer.detokenize([x]) for x in ids]
+    place = max(i for i, x in enumerate(pieces[:-1]) if len(x) > 1)
+    stop = pieces[place][-1] + pieces[place + 1]
+    before = "".join(pieces[:place]) + pieces[place][:-1]
+    assert "".join(pieces).find(stop) == len(before)
+    found = lm.generate(prompt, **OPTIONS, strip_prompt=True, stop=stop)
+    assert found["padding_mask"].sum() == place
+    tokens = list(lm.stream(prompt, **OPTIONS, strip_prompt=True, stop=stop))
+    assert np.concatenate([x[0] for x in tokens]).tolist() == ids[:place]
