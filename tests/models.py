@@ -115,6 +115,7 @@ def make_text_lm(**kwargs):
     return make_small_lm(backbone, byte_preprocessor(**kwargs))
 
 
+@keras.saving.register_keras_serializable(package=PACKAGE)
 class LettersLM(CausalLM):
     """Generates lower-case letters only: each byte is a character."""
 

@@ -193,6 +193,11 @@ class Server:
         return len(self._waiting)
 
     @property
+    def is_open(self) -> bool:
+        """Returns whether requests are taken."""
+        return not self._closed
+
+    @property
     def compiled_steps(self) -> tuple[CompiledStep, ...]:
         """Returns the steps compiled so far: none after the server was made."""
         return tuple(self._engine.functions.steps)

@@ -1,0 +1,238 @@
+"""The HTTP server, asked by OpenAI's own client."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from blocks.serve import make_app
+from blocks.serving.http_types import Limits
+from tests.models import make_letters_lm
+
+openai = pytest.importorskip("openai")
+uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("fastapi")
+
+TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }} {% endfor %}{{ tools }}"
+VARIED = {"temperature": 1.0, "seed": 5}
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def running(app, port):
+    """Serves an application in a thread."""
+    config = uvicorn.Config(app, port=port, log_level="warning")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.fixture(scope="module")
+def served():
+    lm = make_letters_lm(sequence_length=64)
+    lm.preprocessor.chat_template = TEMPLATE
+    limits = Limits(body_bytes=20_000, new_tokens=40, answers=8, seconds=120)
+    app, server = make_app(
+        lm, "letters", "key", limits, max_rows=3, max_length=128, max_logprobs=3
+    )
+    port = free_port()
+    with server, running(app, port):
+        url = f"http://127.0.0.1:{port}"
+        client = openai.OpenAI(base_url=url + "/v1", api_key="key", max_retries=0)
+        yield lm, server, client, url
+
+
+def get(url):
+    import urllib.request
+
+    with urllib.request.urlopen(url) as response:
+        return response.read().decode()
+
+
+def expected(lm, prompt, count, **options):
+    options = {"stop_token_ids": "auto", "strip_prompt": True, **options}
+    return lm.generate(prompt, max_new_tokens=count, **options)
+
+
+def test_completions(served):
+    lm, _, client, _ = served
+    found = client.completions.create(
+        model="letters", prompt=["hello", "ab"], max_tokens=12, logprobs=2, **VARIED
+    )
+    texts = [x.text for x in found.choices]
+    assert texts == expected(lm, ["hello", "ab"], 12, **VARIED)
+    whole = lm.generate("hello", max_new_tokens=12, return_logprobs=2, **VARIED)
+    numbers = found.choices[0].logprobs
+    np.testing.assert_allclose(numbers.token_logprobs, whole.logprobs.chosen, atol=1e-4)
+    assert "".join(numbers.tokens) == texts[0]
+    assert [len(x) for x in numbers.top_logprobs] == [2] * 12
+    assert found.usage.prompt_tokens == 7
+    assert found.usage.completion_tokens == 24
+    assert [x.finish_reason for x in found.choices] == ["length", "length"]
+    tokens = client.completions.create(
+        model="letters", prompt=list(b"ab"), max_tokens=12, n=2, **VARIED
+    )
+    first, second = [x.text for x in tokens.choices]
+    assert first == texts[1] != second
+
+
+def test_completions_stream_and_stop(served):
+    lm, _, client, _ = served
+    free = expected(lm, "hello", 20, **VARIED)
+    stop = free[9:12]
+    chunks = list(
+        client.completions.create(
+            model="letters",
+            prompt="hello",
+            max_tokens=20,
+            stop=stop,
+            stream=True,
+            stream_options={"include_usage": True},
+            **VARIED,
+        )
+    )
+    text = "".join(x.choices[0].text for x in chunks if x.choices)
+    assert text == free[: free.find(stop)]
+    assert chunks[-2].choices[0].finish_reason == "stop"
+    assert chunks[-1].usage.completion_tokens == len(text)
+
+
+def test_chat(served):
+    lm, _, client, _ = served
+    messages = [{"role": "user", "content": "hi"}]
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    prompt = lm.apply_chat_template(messages, tools)
+    assert "function" in prompt
+    wanted = expected(lm, prompt, 10, **VARIED)
+    options = {"model": "letters", "messages": messages, "tools": tools, **VARIED}
+    found = client.chat.completions.create(
+        **options, max_completion_tokens=10, logprobs=True, top_logprobs=3
+    )
+    assert found.choices[0].message.content == wanted
+    content = found.choices[0].logprobs.content
+    assert "".join(x.token for x in content) == wanted
+    assert all(len(x.top_logprobs) == 3 for x in content)
+    chunks = list(
+        client.chat.completions.create(**options, max_tokens=10, stream=True)
+    )
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(x.choices[0].delta.content or "" for x in chunks) == wanted
+    assert chunks[-1].choices[0].finish_reason == "length"
+
+
+def test_models_health_and_metrics(served):
+    _, _, client, url = served
+    client.completions.create(model="letters", prompt="a", max_tokens=3)
+    assert [x.id for x in client.models.list()] == ["letters"]
+    assert "ok" in get(url + "/health")
+    text = get(url + "/metrics")
+    assert 'blocks_requests_total{endpoint="completions"}' in text
+    assert "blocks_new_tokens_total" in text and "blocks_running 0.0" in text
+
+
+def test_bad_requests(served):
+    _, _, client, _ = served
+
+    def refused(status, part, **options):
+        options = {"model": "letters", "prompt": "a", "max_tokens": 2, **options}
+        with pytest.raises(openai.APIStatusError) as error:
+            client.completions.create(**options)
+        assert error.value.status_code == status
+        assert part in str(error.value)
+
+    refused(400, "top_p", top_p=3.0)
+    refused(400, "logprobs", logprobs=9)
+    refused(400, "max_tokens", max_tokens=0)
+    refused(400, "max_length", prompt="a" * 200)
+    refused(400, "echo", extra_body={"echo": True})
+    refused(400, "at most 8", n=9)
+    refused(413, "20000", prompt="a" * 30_000)
+    other = client.with_options(api_key="wrong")
+    with pytest.raises(openai.AuthenticationError):
+        other.completions.create(model="letters", prompt="a")
+
+
+def test_a_client_that_goes_away_frees_its_row(served):
+    _, server, client, _ = served
+    options = {"model": "letters", "prompt": "hello", "max_tokens": 40, "stream": True}
+    streams = [client.completions.create(**options) for _ in range(3)]
+    for stream in streams:
+        next(iter(stream))
+        stream.close()
+    end = time.monotonic() + 30
+    while server.running and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not server.running
+
+
+def test_many_clients_at_once(served):
+    lm, server, client, _ = served
+    prompts = [f"client {i % 7}" for i in range(200)]
+    wanted = dict(zip(prompts[:7], expected(lm, prompts[:7], 6)))
+    compiled = len(server.compiled_steps)
+    found = [None] * len(prompts)
+
+    def ask(i):
+        answer = client.completions.create(
+            model="letters", prompt=prompts[i], max_tokens=6, temperature=0
+        )
+        found[i] = answer.choices[0].text
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [wanted[x] for x in prompts]
+    assert len(server.compiled_steps) == compiled
+
+
+@pytest.mark.slow
+def test_killed_and_started_again(tmp_path):
+    """The command line, on a preset."""
+    make_letters_lm().save_to_preset(str(tmp_path))
+    script = (
+        "import tests.models, runpy, sys;"
+        "sys.argv = ['serve', *sys.argv[1:]];"
+        "runpy.run_module('blocks.serve', run_name='__main__')"
+    )
+    answers = []
+    for _ in range(2):
+        port = free_port()
+        arguments = [str(tmp_path), "--port", str(port), "--max-length", "64"]
+        process = subprocess.Popen([sys.executable, "-c", script, *arguments])
+        try:
+            client = openai.OpenAI(
+                base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0
+            )
+            for _ in range(600):
+                with contextlib.suppress(openai.APIConnectionError):
+                    name = client.models.list().data[0].id
+                    break
+                assert process.poll() is None
+                time.sleep(0.2)
+            answer = client.completions.create(
+                model=name, prompt="hello", max_tokens=9, temperature=0
+            )
+            answers.append(answer.choices[0].text)
+        finally:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+    assert answers[0] == answers[1] and len(answers[0]) == 9
