@@ -31,6 +31,7 @@ from blocks.training.mixin import TrainingMixin
 from blocks.training_data import (
     as_dataset,
     as_slices,
+    batched,
     expected_end,
     from_epoch,
     is_for_keras,
@@ -38,7 +39,6 @@ from blocks.training_data import (
     is_tokens,
     preprocessed,
     read_samples,
-    shuffled,
 )
 
 
@@ -256,10 +256,13 @@ class CausalLM(
             parts = parts if isinstance(parts, tuple) else (parts,)
             parts = read_samples(self, *parts)
             validation_data = keras.utils.pack_x_y_sample_weight(*parts)
-        if in_memory and kwargs.pop("shuffle", True):
+            if is_in_memory(parts[0]):
+                size = batch_size or 32
+                validation_data, _ = batched(validation_data, size, shuffle=False)
+        if in_memory:
             samples = keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
-            size = batch_size or 32
-            x, held_out = shuffled(samples, size, validation_split, seed)
+            how = validation_split, seed, kwargs.pop("shuffle", True)
+            x, held_out = batched(samples, batch_size or 32, *how)
             validation_data = held_out if validation_data is None else validation_data
             y = batch_size = sample_weight = validation_split = None
         if passed is not None:
@@ -288,23 +291,40 @@ class CausalLM(
             return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
         return super().preprocess_samples(x, y, sample_weight)
 
-    def evaluate(self, x: Any = None, y: Any = None, *args: Any, **kwargs: Any) -> Any:
-        x, steps = as_dataset(x), kwargs.get("steps")
+    def evaluate(
+        self,
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        verbose: Any = "auto",
+        sample_weight: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        x, steps, in_memory = as_dataset(x), kwargs.get("steps"), is_in_memory(x)
+        kwargs |= {"verbose": verbose}
         with expected_end((x, steps)):
             if is_for_keras(x):
-                data = preprocessed(self, x)
-                return keras.Model.evaluate(self, data, y, *args, **kwargs)
-            x, y, weights = read_samples(self, x, y)
-            if weights is not None:
-                kwargs["sample_weight"] = weights
-            return super().evaluate(x, y, *args, **kwargs)
+                return keras.Model.evaluate(self, preprocessed(self, x), y, **kwargs)
+            x, y, sample_weight = read_samples(self, x, y, sample_weight)
+            if in_memory:
+                samples = keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
+                x, _ = batched(samples, batch_size or 32, shuffle=False)
+                y = sample_weight = batch_size = None
+            data = (x, y, batch_size)
+            return super().evaluate(*data, sample_weight=sample_weight, **kwargs)
 
-    def predict(self, x: Any = None, *args: Any, **kwargs: Any) -> Any:
-        x, steps = as_dataset(x), kwargs.get("steps")
+    def predict(
+        self, x: Any = None, batch_size: int | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        x, steps, in_memory = as_dataset(x), kwargs.get("steps"), is_in_memory(x)
         with expected_end((x, steps)):
             if is_for_keras(x):
                 return keras.Model.predict(self, preprocessed(self, x), *args, **kwargs)
-            return super().predict(read_samples(self, x)[0], *args, **kwargs)
+            x, *_ = read_samples(self, x)
+            if in_memory:
+                x, _ = batched((x,), batch_size or 32, shuffle=False)
+                batch_size = None
+            return super().predict(x, batch_size, *args, **kwargs)
 
     def _readable_by_keras(self, data: Any, batch_size: int | None) -> Any:
         """Returns validation data of any kind, preprocessed."""
@@ -324,16 +344,12 @@ class CausalLM(
         Args:
             max_rows: int. How many requests run at once.
             max_length: int. How many tokens a request has at most.
-            **kwargs: see `blocks.Server`.
-
-        Returns:
-            A `blocks.Server`. `server.submit("once upon", max_new_tokens=8)` returns a
-            `blocks.Request` at once, and `server.close()` ends it.
+            **kwargs: see `blocks.Server`, which is returned.
 
         Raises:
             TypeError: if an argument has the wrong type.
-            ValueError: if the sampler is one that searches by itself, or the model does
-                not know so many positions.
+            ValueError: if the sampler searches by itself, or the model does not know so
+                many positions.
         """
         return Server(self, max_rows, max_length, **kwargs)
 

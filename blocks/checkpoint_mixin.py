@@ -21,6 +21,7 @@ class CheckpointMixin:
 
     backbone: Any
     preprocessor: Any
+    generation_options: dict[str, Any]
 
     def save_to_preset(
         self, preset_dir: str, max_shard_size: float | None = 10

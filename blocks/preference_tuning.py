@@ -10,7 +10,7 @@ from keras import ops
 from attention.contract import Tensor, check_number, describe
 from blocks.causal_lm import CausalLM
 from blocks.training.callbacks import start_training
-from blocks.training_data import from_epoch, read_columns, shuffled
+from blocks.training_data import batched, from_epoch, read_columns
 
 _TEXTS = ("prompts", "chosen", "rejected")
 _SIDES = ("chosen", "rejected")
@@ -206,7 +206,7 @@ class PreferenceTuning(keras.Model):
             samples = keras.utils.pack_x_y_sample_weight(x, y, weights)
             size = kwargs.pop("batch_size", None) or 32
             split = kwargs.pop("validation_split", None)
-            x, held_out = shuffled(samples, size, split, seed)
+            x, held_out = batched(samples, size, split, seed)
             y = None
             kwargs.setdefault("validation_data", held_out)
         if passed is not None:

@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 
 
-def make_app(lm: Any, name: str, api_key: str | None, limits: Any, **options: Any) -> Any:
+def make_app(
+    lm: Any, name: str, api_key: str | None, limits: Any, **options: Any
+) -> Any:
     """Returns the ASGI application that serves a model, and its `blocks.Server`.
 
     Args:

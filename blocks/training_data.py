@@ -1,4 +1,4 @@
-"""Checks training data, and shuffles what is in memory."""
+"""Checks training data, and makes batches of what is in memory."""
 
 from __future__ import annotations
 
@@ -45,6 +45,8 @@ def as_dataset(x: Any) -> Any:
     A table of Hugging Face's `datasets` is read into memory. Samples in memory, `None`,
     datasets of TensorFlow and Grain, and what `is_for_keras` are returned as they are.
     """
+    if isinstance(x, tf.data.Dataset):
+        return ends_at_once(x)
     if hasattr(x, "column_names") and hasattr(x, "features"):
         columns = {name: list(x[name]) for name in x.column_names}
         return columns["text"] if list(columns) == ["text"] else columns
@@ -72,7 +74,20 @@ def as_dataset(x: Any) -> Any:
     )
     if isinstance(x, Sized):
         data = data.apply(tf.data.experimental.assert_cardinality(len(x)))
-    return data
+    return ends_at_once(data)
+
+
+def ends_at_once(data: tf.data.Dataset) -> tf.data.Dataset:
+    """Returns a dataset that is not tuned while it is read, unless its options say so.
+
+    The thread that tunes it sleeps for 10 ms, then 20, 40 and so on, and whoever has read
+    the dataset to its end waits until it wakes up: up to as long again as an epoch took.
+    """
+    if data.options().autotune.enabled is not None:
+        return data
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return data.with_options(options)
 
 
 def is_for_keras(x: Any) -> bool:
@@ -303,21 +318,24 @@ def from_epoch(data: Any, passed: int, options: dict[str, Any], at_once: int) ->
     return data
 
 
-def shuffled(
+def batched(
     samples: Any,
     batch_size: int,
-    validation_split: float | None,
+    validation_split: float | None = None,
     seed: int | None = None,
+    shuffle: bool = True,
 ) -> tuple[tf.data.Dataset, tf.data.Dataset | None]:
     """Returns datasets of samples, a structure of arrays or of lists in their place.
 
-    The first is of batches, in a new order in each epoch; the second of the last
-    samples, which are held out, or `None`.
+    The first is of batches, in a new order in each epoch if it is to be shuffled; the
+    second of the last samples, which are held out, or `None`.
     """
     data = as_slices(samples)
     kept = int(int(data.cardinality()) * (1 - (validation_split or 0)))
     held_out = data.skip(kept).batch(batch_size) if validation_split else None
-    return data.take(kept).shuffle(kept, seed).batch(batch_size), held_out
+    data = data.take(kept)
+    data = data.shuffle(kept, seed) if shuffle else data
+    return data.batch(batch_size), held_out
 
 
 def as_slices(samples: Any) -> tf.data.Dataset:
@@ -327,4 +345,5 @@ def as_slices(samples: Any) -> tf.data.Dataset:
         is_foreign = ops.is_tensor(x) and not tf.is_tensor(x)
         return ops.convert_to_numpy(x) if is_foreign else x
 
-    return tf.data.Dataset.from_tensor_slices(tree.map_structure(readable, samples))
+    slices = tree.map_structure(readable, samples)
+    return ends_at_once(tf.data.Dataset.from_tensor_slices(slices))

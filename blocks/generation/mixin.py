@@ -145,9 +145,9 @@ class GenerationMixin(ScoringMixin):
             outputs += found
         shape = (() if is_single else (-1,)) + (() if times == 1 else (times,))
         if prompts[0].as_text or chosen[0].top is not None:
-            found = np.empty((len(outputs),), object)
-            found[:] = outputs
-            return found.reshape(shape).tolist() if shape else outputs[0]
+            objects = np.empty((len(outputs),), object)
+            objects[:] = outputs
+            return objects.reshape(shape).tolist() if shape else outputs[0]
         width = max(batch.width for batch in prompts)
         arrays = to_arrays(outputs, pad_token_id(self.preprocessor), width)
         return {key: x.reshape(*shape, width) for key, x in arrays.items()}

@@ -233,7 +233,7 @@ def check_top(top: Any, task: Any) -> int | None:
             f"return_logprobs={describe(top)}"
         )
     size = task.output.shape[-1]
-    if not 0 <= top <= size:
+    if not 0 <= int(top) <= size:
         raise ValueError(
             f"`return_logprobs` must be from 0 to {size}, the size of the vocabulary. "
             f"Received: return_logprobs={top}"
@@ -347,7 +347,7 @@ def _logit_bias(value: Any, task: Any, count: int, times: int, width: int) -> Lo
                 f"Received: logit_bias={describe(value)}"
             )
         for token, bias in biases.items():
-            if not isinstance(token, numbers.Integral) or not 0 <= token < size:
+            if not isinstance(token, numbers.Integral) or not 0 <= int(token) < size:
                 raise ValueError(
                     "The keys of `logit_bias` must be tokens of the model's vocabulary "
                     f"of {size}. Received: {token!r}"

@@ -51,8 +51,12 @@ def completions(
     prompt_lengths: list[int],
     endings: Endings,
     texts: list[str] | None,
+    reason: str | None = None,
 ) -> list[Completion]:
-    """Returns the `Completion` of each row, of the blocks of one generation."""
+    """Returns the `Completion` of each row, of the blocks of one generation.
+
+    `reason` is why they ended, if it was something else than their ending or limit.
+    """
     whole = joined(blocks, len(prompt_lengths))
     found = []
     for row, (length, new) in enumerate(zip(prompt_lengths, whole.rows())):
@@ -65,8 +69,8 @@ def completions(
                 whole.logprobs,
             )
         text = None if texts is None else texts[row]
-        reason = endings.reason(row, new)
-        found.append(Completion(text, kept, reason, length, logprobs))
+        why = reason or endings.reason(row, new)
+        found.append(Completion(text, kept, why, length, logprobs))
     return found
 
 

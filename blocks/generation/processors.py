@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -104,7 +103,7 @@ class LogitsProcessor:
             "returns the changed logits and the state."
         )
 
-    def fixed(self) -> Hashable:
+    def fixed(self) -> Any:
         """Returns what is fixed in a compiled step; two that are equal share it.
 
         It is the object itself, unless a subclass says that the state is all that differs.
@@ -141,7 +140,7 @@ class _NumbersProcessor(LogitsProcessor):
         """Returns the changed logits; `number` is of shape `(rows, 1)`."""
         raise NotImplementedError
 
-    def fixed(self) -> Hashable:
+    def fixed(self) -> Any:
         return type(self)
 
 
@@ -236,5 +235,5 @@ class LogitBias(LogitsProcessor):
         given = TokensSoFar(token_ids, *tokens[1:])
         return logits + given.counts(biases, logits.shape[-1]), state
 
-    def fixed(self) -> Hashable:
+    def fixed(self) -> Any:
         return type(self)

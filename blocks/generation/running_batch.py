@@ -228,7 +228,7 @@ class RunningBatch:
             self.reserve(int((self.processed + np.minimum(left, steps)).max()))
             memory = sampling.grown(memory, self.capacity)
             with self.forgetting_if_it_fails():
-                state = (token, index, device_room, memory, finished)
+                state: Any = (token, index, device_room, memory, finished)
                 self.cache, *state, tokens, valid, logprobs = self.engine.decode(
                     self.cache,
                     self.capacity,

@@ -75,7 +75,7 @@ class Sampling:
         eager = is_torch or task.run_eagerly
         self.variables = [] if self.draws else sampler.variables
         if self.draws:
-            self.settings = options.numbers
+            self.settings: dict[str, Any] = options.numbers
             kind: Any = "options"
         else:
             names = () if is_torch else NUMBERS.get(type(sampler), ())
@@ -128,7 +128,7 @@ class Sampling:
             return memory
         more = capacity + 1 - memory.token_ids.shape[1]
         token_ids = ops.pad(memory.token_ids, ((0, 0), (0, more)))
-        return memory._replace(token_ids=token_ids)
+        return Memory(token_ids, *memory[1:])
 
     def choose(
         self,

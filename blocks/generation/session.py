@@ -127,7 +127,7 @@ class Session:
                 began, or a row would be too long. The session stays as it was.
         """
         turn = inputs, max_length, stop_token_ids, max_new_tokens, speculation
-        found, endings, options = self._begin(*turn, **options)
+        found, endings, how = self._begin(*turn, **options)
         lengths = [len(row) for row in self.tokens]
         blocks = list(found)
         count = len(lengths)
@@ -136,7 +136,7 @@ class Session:
         texts += stream_pieces(blocks, none, self._preprocessor, False, endings)
         join: Any = "".join if self._as_text else np.concatenate
         rows = [join(pieces) for pieces in zip(*texts)]
-        if options.top is not None:
+        if how.top is not None:
             rows = completions(
                 blocks, lengths, endings, rows if self._as_text else None
             )

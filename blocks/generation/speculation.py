@@ -18,7 +18,7 @@ from blocks.generation.engine import Engine, is_any
 from blocks.generation.options import Options
 from blocks.generation.prompts import NO_TOKENS, pad_rows
 from blocks.generation.running_batch import Block, RunningBatch, check_chosen
-from blocks.generation.sampling import Sampling
+from blocks.generation.sampling import Memory, Sampling
 
 
 class Speculation:
@@ -371,7 +371,7 @@ def _choose_all(
             here = ops.arange(memory.token_ids.shape[1], dtype="int32")[None]
             here = here == index[:, None] + place
             token_ids = ops.where(here, tokens[:, place, None], memory.token_ids)
-            memory = memory._replace(token_ids=token_ids)
+            memory = Memory(token_ids, *memory[1:])
         # Places behind the end of a row do not count.
         lengths = ops.minimum(index + 1 + place, memory.token_ids.shape[1])
         *step, memory = sampling.choose(logits[:, place], lengths, settings, memory)

@@ -160,7 +160,7 @@ class GenerationSteps:
         tokens, _, memory = self._engine().sample(
             state.logits, sampling, state.cache_update_index, state.memory
         )
-        return tokens, state._replace(memory=memory)
+        return tokens, GenerationState(*state[:4], memory)
 
     def _loop_options(self, options: Any, rows: int) -> Options:
         for name in ("stop", "return_logprobs"):

@@ -160,7 +160,10 @@ class _Http:
         self.metrics = Metrics(server)
 
     async def answer(
-        self, asked: CompletionAsked | ChatAsked, prompts: list[Any], request: fastapi.Request
+        self,
+        asked: CompletionAsked | ChatAsked,
+        prompts: list[Any],
+        request: fastapi.Request,
     ) -> Response:
         """Submits what was asked, and returns the answer or its stream."""
         options, most = asked.options(self.limits), self.limits.answers
@@ -171,11 +174,13 @@ class _Http:
         try:
             for prompt in prompts:
                 for number in range(asked.n):
-                    own = dict(options)
+                    own = {**options, "as_text": True}
                     if own.get("seed") is not None:
                         # As `num_return_sequences`: numbers of its own for each.
                         own["seed"] += number << 32
-                    found.append(await run_in_threadpool(self.server.submit, prompt, **own))
+                    found.append(
+                        await run_in_threadpool(self.server.submit, prompt, **own)
+                    )
         except ServerBusy as error:
             _cancel(found)
             raise _Refused(429, "rate_limit_error", str(error)) from error
@@ -192,7 +197,7 @@ class _Http:
             "model": self.name,
         }
         if asked.stream:
-            events = self._events(asked, found, head)
+            events = self._stream_events(asked, found, head)
             return StreamingResponse(events, media_type="text/event-stream")
         answers = await self._wait(found, request)
         choices = [self._choice(asked, i, x) for i, x in enumerate(answers)]
@@ -210,14 +215,14 @@ class _Http:
             await asyncio.wait([waiting], timeout=_LOOK)
             if time.monotonic() > end or await request.is_disconnected():
                 _cancel(found)
-        answers = await waiting
+        answers: Any = await waiting
         for answer in answers:
             if isinstance(answer, BaseException):
                 raise _Refused(500, "server_error", str(answer)) from answer
             self.metrics.made(answer)
         return answers
 
-    async def _events(
+    async def _stream_events(
         self,
         asked: CompletionAsked | ChatAsked,
         found: list[Request],
@@ -271,7 +276,9 @@ class _Http:
         self, asked: CompletionAsked | ChatAsked, number: int, answer: Any
     ) -> dict[str, Any]:
         logprobs = asked.logprobs_of(answer, self.to_text)
-        reason = "length" if answer.finish_reason == "cancelled" else answer.finish_reason
+        reason = (
+            "length" if answer.finish_reason == "cancelled" else answer.finish_reason
+        )
         return asked.choice(number, answer.text, reason, logprobs)
 
 

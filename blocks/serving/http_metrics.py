@@ -34,7 +34,11 @@ class Metrics:
             ("running", "Requests that have a row.", lambda: server.running),
             ("waiting", "Requests that wait for a row.", lambda: server.waiting),
             ("made_tokens", "Tokens made, all in all.", lambda: server.tokens_made),
-            ("prefixes_reused", "Prompts whose beginning was there.", lambda: server.prefixes.reused),
+            (
+                "prefixes_reused",
+                "Prompts whose beginning was there.",
+                lambda: server.prefixes.reused,
+            ),
         ):
             prometheus.Gauge(name, text, **own).set_function(read)
 
@@ -50,4 +54,6 @@ class Metrics:
 
     def text(self) -> tuple[bytes, str]:
         """Returns what Prometheus reads, and its content type."""
-        return prometheus.generate_latest(self._registry), prometheus.CONTENT_TYPE_LATEST
+        return prometheus.generate_latest(
+            self._registry
+        ), prometheus.CONTENT_TYPE_LATEST

@@ -113,11 +113,12 @@ class CompletionAsked(Asked):
         if self.logprobs is None or answer.logprobs is None:
             return None
         tokens = [to_text(x) for x in answer.token_ids]
-        best = [{}] * len(tokens)
+        best: list[Any] = [{}] * len(tokens)
         if self.logprobs:
             numbers = zip(*(x[:, : self.logprobs] for x in answer.logprobs[1:]))
             best = [
-                {to_text(token): float(x) for x, token in zip(*pair)} for pair in numbers
+                {to_text(token): float(x) for x, token in zip(*pair)}
+                for pair in numbers
             ]
         ends = np.cumsum([0, *map(len, tokens)]).tolist()
         return {

@@ -101,8 +101,8 @@ class Job:
                 self.request.add(last)
             text = self.pieces.given
         length = len(self.tokens)
-        (answer,) = completions(self.blocks, [length], self.endings, text)
+        (answer,) = completions(self.blocks, [length], self.endings, text, reason)
         if self.pieces is None and self.endings.stop:
             # Tokens that may have become a stop string were held back.
             self.request.add(answer.token_ids)
-        return answer._replace(finish_reason=reason) if reason else answer
+        return answer

@@ -122,6 +122,7 @@ class Server:
         prompt: Any,
         max_new_tokens: int | None = None,
         stop_token_ids: Any = "auto",
+        as_text: bool | None = None,
         **options: Unpack[GenerationOptions],
     ) -> Request:
         """Adds a request, and returns at once.
@@ -130,6 +131,8 @@ class Server:
             prompt: a string, or the tokens of one row.
             max_new_tokens: int or `None`, which means as many as `max_length` has room for.
             stop_token_ids: as for `CausalLM.generate`.
+            as_text: bool or `None`. Whether the answer is text; `None` means if the prompt
+                is.
             **options: see `blocks.GenerationOptions`; not `processors`.
 
         Returns:
@@ -160,7 +163,7 @@ class Server:
         how = self._options(options, 1)
         endings = Endings(endings_at, how.stop, task.preprocessor)
         pieces = None
-        if prompts.as_text:
+        if prompts.as_text if as_text is None else as_text:
             pieces = TextPieces(1, task.preprocessor, how.stop)
         (tokens,) = prompts.rows()
         room = int(prompts.limits[0]) - len(tokens)
@@ -343,7 +346,7 @@ class Server:
         if self._slots.finished.all():
             return
         new = self._slots.decode(self.block_steps)
-        for row in np.flatnonzero(new.valid.any(axis=1)):
+        for row in np.flatnonzero(new.valid.any(axis=1)).tolist():
             self._give(row, tree.map_structure(lambda x: x[row : row + 1], new))  # noqa: B023
 
     def _give(self, row: int, block: Block) -> None:

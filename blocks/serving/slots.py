@@ -102,7 +102,13 @@ class Slots:
         """Gives each row that is not free up to so many tokens."""
         left = np.where(self.finished, 0, self._room)
         steps = max(1, min(steps, int(left.max()), self.engine.sizes.block_steps))
-        state = self._token, self._index, self._room, self._memory, self.finished
+        state: Any = (
+            self._token,
+            self._index,
+            self._room,
+            self._memory,
+            self.finished,
+        )
         self._cache, *state, tokens, valid, logprobs = self.engine.decode(
             self._cache,
             self.max_length,

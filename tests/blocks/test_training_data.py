@@ -5,16 +5,16 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from blocks.training_data import shuffled
+from blocks.training_data import batched
 from tests.helpers import raises
-from tests.models import RAGGED, make_lm, prompts
+from tests.models import RAGGED, make_backbone, make_lm, prompts
 
 pytestmark = pytest.mark.same_everywhere
 
 
 def test_samples_in_memory_are_shuffled_in_each_epoch():
     samples = {"a": np.arange(40), "b": [str(i) for i in range(40)]}
-    data, held_out = shuffled(samples, 8, 0.25)
+    data, held_out = batched(samples, 8, 0.25)
     epochs = [list(data.as_numpy_iterator()) for _ in range(2)]
     orders = [np.concatenate([batch["a"] for batch in epoch]) for epoch in epochs]
     assert [len(batch["a"]) for batch in epochs[0]] == [8, 8, 8, 6]
@@ -24,7 +24,42 @@ def test_samples_in_memory_are_shuffled_in_each_epoch():
         assert [int(text) for text in texts] == order.tolist()
     assert len({tuple(order) for order in (range(30), *orders)}) == 3
     assert [len(batch["a"]) for batch in held_out] == [8, 2]
-    assert shuffled(samples, 8, None)[1] is None
+    assert batched(samples, 8, None)[1] is None
+
+
+def test_data_are_not_tuned_while_they_are_read(monkeypatch):
+    """Else whoever reads them waits at the end until a thread wakes up."""
+    lm = make_lm(make_backbone(num_layers=1))
+    x = prompts(RAGGED)
+    y = x["token_ids"]
+    given, fit = [], keras.Model.fit
+
+    def watched(self, *args, **kwargs):
+        given.append([*args, *kwargs.values()])
+        return fit(self, *args, **kwargs)
+
+    monkeypatch.setattr(keras.Model, "fit", watched)
+    dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(3)
+    tuned = tf.data.Options()
+    tuned.autotune.enabled = True
+
+    class Loader:
+        def __iter__(self):
+            return iter([(x, y)])
+
+        def __len__(self):
+            return 1
+
+    for data, options, expected in (
+        ((x, y), {"shuffle": True}, False),
+        ((x, y), {"shuffle": False}, False),
+        ((dataset,), {}, False),
+        ((Loader(),), {}, False),
+        ((dataset.with_options(tuned),), {}, True),
+    ):
+        lm.fit(*data, **options, validation_data=(x, y), verbose=0)
+        read = [v for v in given[-1] if isinstance(v, tf.data.Dataset)]
+        assert [v.options().autotune.enabled for v in read] == [expected, False]
 
 
 @pytest.mark.slow

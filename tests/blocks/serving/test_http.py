@@ -20,7 +20,9 @@ openai = pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("fastapi")
 
-TEMPLATE = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }} {% endfor %}{{ tools }}"
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role[0] }}:{{ m.content }} {% endfor %}{{ tools }}"
+)
 VARIED = {"temperature": 1.0, "seed": 5}
 
 
@@ -129,9 +131,7 @@ def test_chat(served):
     content = found.choices[0].logprobs.content
     assert "".join(x.token for x in content) == wanted
     assert all(len(x.top_logprobs) == 3 for x in content)
-    chunks = list(
-        client.chat.completions.create(**options, max_tokens=10, stream=True)
-    )
+    chunks = list(client.chat.completions.create(**options, max_tokens=10, stream=True))
     assert chunks[0].choices[0].delta.role == "assistant"
     assert "".join(x.choices[0].delta.content or "" for x in chunks) == wanted
     assert chunks[-1].choices[0].finish_reason == "length"
