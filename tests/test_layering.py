@@ -61,7 +61,8 @@ def private_uses(tree):
 def private_definitions(tree):
     """The private names that a file gives to its classes and their objects."""
     for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and is_private(node.name):
+        kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+        if isinstance(node, kinds) and is_private(node.name):
             yield node.name
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
             # Only on `self`: an assignment to a foreign object defines nothing.
