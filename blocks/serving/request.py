@@ -32,7 +32,7 @@ class Request:
     def __init__(self, cancel: Callable[[Request], None]) -> None:
         self._cancel = cancel
         self._future: concurrent.futures.Future = concurrent.futures.Future()
-        self._lock = threading.Lock()
+        self._telling = threading.Lock()
         self._pieces: list[Any] = []
         self._listeners: list[Callable[[Any], Any]] = []
 
@@ -81,14 +81,14 @@ class Request:
         self.result()
 
     def _listen(self, listener: Callable[[Any], Any]) -> None:
-        with self._lock:
+        with self._telling:
             for piece in self._pieces:
                 listener(piece)
             self._listeners.append(listener)
 
     def add(self, piece: Any) -> None:
         """Tells new text or tokens; called by the server."""
-        with self._lock:
+        with self._telling:
             self._pieces.append(piece)
             for listener in self._listeners:
                 _tell(listener, piece)
