@@ -66,6 +66,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--max-waiting", type=int, default=256, help="requests that wait")
     add("--max-logprobs", type=int, default=5)
     add("--max-new-tokens", type=int)
+    add("--grammars", action="store_true", help='JSON schemas; needs ".[grammar]"')
     add("--max-seconds", type=float, default=600.0)
     add("--max-body", type=int, default=4 * 2**20, help="in bytes")
     return parser.parse_args()
@@ -95,6 +96,7 @@ def main() -> None:
         max_length=options.max_length,
         max_waiting=options.max_waiting,
         max_logprobs=options.max_logprobs,
+        grammars=options.grammars,
     )
     with server:
         uvicorn.run(app, host=options.host, port=options.port)

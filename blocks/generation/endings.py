@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from attention.contract import describe
 from blocks.generation.prompts import NO_TOKENS
 from blocks.generation.texts import TextPieces
 
@@ -23,6 +24,7 @@ class Endings:
         kept: by row, for those that have reached a stop string, how many of its new tokens
             have no character of it.
         seen: by row, for the same, how many new tokens there are with it.
+        completed: the rows whose grammar allows no more.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class Endings:
         self.stop = stop
         self.kept: dict[int, int] = {}
         self.seen: dict[int, int] = {}
+        self.completed: set[int] = set()
         self._preprocessor = preprocessor
         self._new = [NO_TOKENS] * len(stop)
         self._counted = [0] * len(stop)
@@ -61,7 +64,8 @@ class Endings:
     def reason(self, row: int, new: np.ndarray) -> str:
         """Returns `"stop"` if a row ended at a stop, or `"length"` at its limit."""
         at_token = len(new) > 0 and int(new[-1]) in self.stop_token_ids
-        return "stop" if at_token or row in self.kept else "length"
+        stopped = at_token or row in self.kept or row in self.completed
+        return "stop" if stopped else "length"
 
     def count_given(self, row: int) -> int:
         """Returns how many new tokens, since the last call, are no part of a stop string.
@@ -101,3 +105,37 @@ class Endings:
 
 # At a limit only. It keeps nothing.
 NO_ENDINGS = Endings()
+
+
+def read_stop_strings(
+    value: Any, task: Any, count: int, times: int
+) -> tuple[tuple[str, ...], ...]:
+    """Returns the stop strings of each row, of `count` prompts with `times` rows each.
+
+    Raises:
+        TypeError: if one is no string, or empty.
+        ValueError: if there is no preprocessor, or not a list for each prompt.
+    """
+    if task.preprocessor is None:
+        raise ValueError(
+            "`stop` is text, but the model has no `preprocessor` that makes text of "
+            "tokens. Pass `stop_token_ids`, or make the model with a preprocessor."
+        )
+    if isinstance(value, str):
+        value = [value]
+    each = list(value) if isinstance(value, (list, tuple)) else [value]
+    if not any(isinstance(x, (list, tuple)) for x in each):
+        each = [each] * count
+    if len(each) != count:
+        raise ValueError(
+            f"A list of lists as `stop` must have one for each of {count} prompts. "
+            f"Received: stop={describe(value)}"
+        )
+    each = [[x] if isinstance(x, str) else x or () for x in each]
+    for stops in each:
+        if not all(isinstance(x, str) and x for x in stops):
+            raise TypeError(
+                "`stop` must be a string that is not empty, a list of them, or such a "
+                f"list for each prompt. Received: stop={describe(value)}"
+            )
+    return tuple(tuple(x) for x in each for _ in range(times))

@@ -12,6 +12,8 @@ import keras_hub
 import numpy as np
 
 from attention.contract import describe
+from blocks.generation.endings import read_stop_strings
+from blocks.generation.grammar import GrammarMask, read_grammar
 from blocks.generation.processors import (
     FrequencyPenalty,
     LogitBias,
@@ -85,6 +87,10 @@ class GenerationOptions(TypedDict, total=False):
 
     logit_bias: Any
     """dict of tokens and what is added to their logits, or `None`."""
+
+    grammar: Any
+    """What the answer keeps to: a dict (a JSON schema), an `re.Pattern`, or a string (a
+    Lark grammar); `None` for any text. It needs `pip install ".[grammar]"`."""
 
     processors: Any
     """list of `blocks.LogitsProcessor`."""
@@ -176,8 +182,15 @@ def read_options(
     if "logit_bias" in given:
         processors.append(_logit_bias(given["logit_bias"], task, count, times, biases))
     processors += _processors(given.get("processors", ()))
+    if given.get("grammar") is not None:
+        each = _each("grammar", given["grammar"], count, dict)
+        grammars = [read_grammar(x, task) for x in each]
+        of_rows = [x for x in grammars for _ in range(times)]
+        processors.append(GrammarMask(of_rows, task))
     top = check_top(given.get("return_logprobs"), task)
-    stop = _stops(given["stop"], task, count, times) if "stop" in given else ()
+    stop = (
+        read_stop_strings(given["stop"], task, count, times) if "stop" in given else ()
+    )
     drawing = _drawing(values, sampler, count * times, times)
     return Options(drawing, tuple(processors), stop, top)
 
@@ -366,29 +379,3 @@ def _logit_bias(value: Any, task: Any, count: int, times: int, width: int) -> Lo
         token_ids[row, : len(biases)] = list(biases)
         biases_of[row, : len(biases)] = list(biases.values())
     return LogitBias(np.repeat(token_ids, times, 0), np.repeat(biases_of, times, 0))
-
-
-def _stops(value: Any, task: Any, count: int, times: int) -> tuple:
-    if task.preprocessor is None:
-        raise ValueError(
-            "`stop` is text, but the model has no `preprocessor` that makes text of "
-            "tokens. Pass `stop_token_ids`, or make the model with a preprocessor."
-        )
-    if isinstance(value, str):
-        value = [value]
-    each = list(value) if isinstance(value, (list, tuple)) else [value]
-    if not any(isinstance(x, (list, tuple)) for x in each):
-        each = [each] * count
-    if len(each) != count:
-        raise ValueError(
-            f"A list of lists as `stop` must have one for each of {count} prompts. "
-            f"Received: stop={describe(value)}"
-        )
-    each = [[x] if isinstance(x, str) else x or () for x in each]
-    for stops in each:
-        if not all(isinstance(x, str) and x for x in stops):
-            raise TypeError(
-                "`stop` must be a string that is not empty, a list of them, or such a "
-                f"list for each prompt. Received: stop={describe(value)}"
-            )
-    return tuple(tuple(x) for x in each for _ in range(times))

@@ -111,6 +111,22 @@ class LogitsProcessor:
         return self
 
 
+class HostProcessor(LogitsProcessor):
+    """A processor whose state is made on the host, anew for each token.
+
+    Rows are then continued a token at a time; the state is made while the device
+    computes the next logits.
+    """
+
+    def take(self, new: list[np.ndarray]) -> np.ndarray:
+        """Takes the new tokens of each row; returns which rows end with them, `(rows,)`."""
+        raise NotImplementedError
+
+    def next_state(self) -> Any:
+        """Returns the state with which the next token is chosen."""
+        raise NotImplementedError
+
+
 class _NumbersProcessor(LogitsProcessor):
     """A processor with a number for each row, which subclasses `change` logits by.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -217,6 +218,11 @@ class RunningBatch:
         first, finished, memory = self.sample(sampling, room, stop_array, memory)
         finished = finished | endings.reached(first.rows())
         yield first
+        if sampling.hosted:
+            yield from self._decode_with_host(
+                sampling, room, endings, first, finished, memory
+            )
+            return
         token: Tensor = first.tokens[:, 0]
         room = (room - 1).astype("int32")
         index: Index = self._index()
@@ -244,6 +250,56 @@ class RunningBatch:
             self.processed = self.processed + new.valid.sum(axis=1, dtype="int32")
             finished = ops.convert_to_numpy(finished) | endings.reached(new.rows())
             yield new
+
+    def _decode_with_host(
+        self,
+        sampling: Sampling,
+        room: np.ndarray,
+        endings: Endings,
+        block: Block,
+        finished: np.ndarray,
+        memory: Any,
+    ) -> Iterator[Block]:
+        """Goes on as `decode`, a token at a time, with states made on the host.
+
+        They are made while the device computes the logits.
+        """
+        with concurrent.futures.ThreadPoolExecutor(1) as host:
+            while True:
+                completed = sampling.take(block.rows())
+                endings.completed.update(np.flatnonzero(completed).tolist())
+                finished = finished | completed
+                room = room - block.valid[:, 0].astype("int32")
+                if finished.all():
+                    return
+                self.reserve(int(self.processed.max()) + 1)
+                memory = sampling.grown(memory, self.capacity)
+                states = host.submit(sampling.refreshed, memory)
+                active = np.logical_not(finished)
+                # A row that has ended has no room.
+                limits = np.where(active, np.int32(self.capacity), 0).astype("int32")
+                with self.forgetting_if_it_fails():
+                    logits, self.cache = self.engine.step(
+                        self.cache,
+                        self.capacity,
+                        np.maximum(block.tokens[:, 0], 0),
+                        self.processed,
+                        limits,
+                        True,
+                    )
+                    self.processed = self.processed + active.astype("int32")
+                    found, logprobs, memory = self.engine.sample(
+                        logits, sampling, self.processed, states.result()
+                    )
+                    token, logprobs = tree.map_structure(
+                        lambda x: ops.convert_to_numpy(x)[:, None], (found, logprobs)
+                    )
+                    block = Block(token, active[:, None], logprobs)
+                    check_chosen(block, self.processed)
+                at_stop = np.isin(token[:, 0], endings.stop_token_ids)
+                finished = finished | (room <= 1) | at_stop
+                finished = finished | endings.reached(block.rows())
+                yield block
 
     def pad_stops(self, stops: tuple[int, ...]) -> np.ndarray:
         """Returns stop tokens as an array of one of few sizes; -1 is no token."""

@@ -15,7 +15,7 @@ from keras import ops
 from attention.contract import Tensor
 from blocks.generation.drawing import draw, filter_logits, uniform
 from blocks.generation.options import NO_OPTIONS, Options
-from blocks.generation.processors import TokensSoFar
+from blocks.generation.processors import HostProcessor, TokensSoFar
 from blocks.generation.prompts import pad_rows, tokenizer_size
 from blocks.generation.samplers import NUMBERS
 
@@ -121,6 +121,24 @@ class Sampling:
         tokens = TokensSoFar(token_ids, lengths, lengths)
         states = tuple(x.create_state(tokens) for x in self.processors)
         return Memory(token_ids, lengths, states)
+
+    @property
+    def hosted(self) -> dict[int, HostProcessor]:
+        """Returns the processors that have their state from the host, by their place."""
+        pairs = enumerate(self.processors)
+        return {i: x for i, x in pairs if isinstance(x, HostProcessor)}
+
+    def take(self, new: list[np.ndarray]) -> np.ndarray:
+        """Tells these the new tokens of rows; returns which rows end with them."""
+        ended = [x.take(new) for x in self.hosted.values()]
+        return np.logical_or.reduce(ended)
+
+    def refreshed(self, memory: Memory) -> Memory:
+        """Returns the memory with the states that these make."""
+        states = list(memory.states)
+        for i, processor in self.hosted.items():
+            states[i] = processor.next_state()
+        return Memory(memory.token_ids, memory.prompt_lengths, tuple(states))
 
     def grown(self, memory: Any, capacity: int) -> Any:
         """Returns the memory for a larger KV cache."""

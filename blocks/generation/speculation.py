@@ -251,6 +251,10 @@ def speculate(
     guesser = speculation.begin(len(rows))
     sampling = engine.sampling(options)
     stop_array = batch.pad_stops(endings.stop_token_ids)
+    if sampling.hosted:
+        raise ValueError(
+            "`grammar` does not go with `speculation` yet: leave one of them out."
+        )
     memory = sampling.begin(rows, batch.capacity)
     block, finished, memory = batch.sample(sampling, room, stop_array, memory)
     finished = finished | endings.reached(block.rows())

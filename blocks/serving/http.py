@@ -166,7 +166,11 @@ class _Http:
         request: fastapi.Request,
     ) -> Response:
         """Submits what was asked, and returns the answer or its stream."""
-        options, most = asked.options(self.limits), self.limits.answers
+        most = self.limits.answers
+        try:
+            options = asked.options(self.limits)
+        except ValueError as error:
+            raise _Refused(400, "invalid_request_error", str(error)) from error
         if len(prompts) * asked.n > most:
             text = f"A request has at most {most} answers, prompts times `n`."
             raise _Refused(400, "invalid_request_error", text)

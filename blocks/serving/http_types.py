@@ -153,8 +153,27 @@ class ChatAsked(Asked):
     messages: list[dict[str, Any]] = pydantic.Field(min_length=1)
     tools: list[dict[str, Any]] | None = None
     max_completion_tokens: int | None = pydantic.Field(None, ge=1)
+    response_format: dict[str, Any] | None = None
     logprobs: bool | None = False
     top_logprobs: int | None = pydantic.Field(None, ge=0)
+
+    def options(self, limits: Limits) -> dict[str, Any]:
+        wanted = self.response_format or {"type": "text"}
+        if wanted.get("type") == "json_object":
+            grammar: Any = {"type": "object"}
+        elif wanted.get("type") == "json_schema":
+            grammar = (wanted.get("json_schema") or {}).get("schema")
+            if not isinstance(grammar, dict):
+                raise ValueError(
+                    "`response_format.json_schema.schema` must be an object"
+                )
+        elif wanted.get("type") == "text":
+            grammar = None
+        else:
+            raise ValueError(
+                f"`response_format.type` is unknown: {wanted.get('type')!r}"
+            )
+        return {**super().options(limits), "grammar": grammar}
 
     def most_tokens(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens

@@ -10,6 +10,7 @@ from attention.contract import Cache
 from blocks.generation.endings import Endings
 from blocks.generation.options import Options
 from blocks.generation.outputs import Completion, completions
+from blocks.generation.processors import HostProcessor
 from blocks.generation.running_batch import BROKEN_LOGITS, Block
 from blocks.generation.texts import TextPieces
 from blocks.serving.request import Request
@@ -42,6 +43,7 @@ class Job:
         options: the `Options` of one row.
         endings: at what it ends.
         pieces: makes its text, or `None` for tokens.
+        grammar: what it keeps to, or `None`.
         prefill: how far its prefill is.
         blocks: the new tokens so far.
         cancelled: bool. Whether it ends after the step that is going on.
@@ -53,6 +55,7 @@ class Job:
     options: Options
     endings: Endings
     pieces: TextPieces | None
+    grammar: HostProcessor | None = None
     prefill: Prefill = dataclasses.field(default_factory=Prefill)
     blocks: list[Block] = dataclasses.field(default_factory=list)
     cancelled: bool = False
@@ -70,6 +73,8 @@ class Job:
                 f"chosen. {BROKEN_LOGITS}"
             )
         self.blocks.append(block)
+        if self.grammar is not None and self.grammar.take([new])[0]:
+            self.endings.completed.add(0)
         stopped = self.endings.reached([new])[0]
         if self.pieces is not None:
             piece = self.pieces.add([new])[0]
@@ -79,7 +84,8 @@ class Job:
             self.request.add(new)
         made = sum(int(x.valid.sum()) for x in self.blocks)
         at_stop = int(new[-1]) in self.endings.stop_token_ids
-        return bool(stopped) or at_stop or made >= self.room
+        ended = bool(stopped) or at_stop or bool(self.endings.completed)
+        return ended or made >= self.room
 
     def finish(self, reason: str | None = None, error: Exception | None = None) -> None:
         """Gives the request its answer, or the error instead.

@@ -32,6 +32,8 @@ class Request:
     def __init__(self, cancel: Callable[[Request], None]) -> None:
         self._cancel = cancel
         self._future: concurrent.futures.Future = concurrent.futures.Future()
+        # Whoever stops waiting for it, as a task of `asyncio`, does not cancel it.
+        self._future.set_running_or_notify_cancel()
         self._telling = threading.Lock()
         self._pieces: list[Any] = []
         self._listeners: list[Callable[[Any], Any]] = []

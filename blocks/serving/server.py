@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 import threading
 from typing import Any, Unpack
 
@@ -17,9 +16,8 @@ from blocks.generation.engine import Engine
 from blocks.generation.options import (
     GenerationOptions,
     Options,
-    read_options,
-    with_all,
 )
+from blocks.generation.processors import HostProcessor
 from blocks.generation.prompts import resolve_stops
 from blocks.generation.running_batch import Block
 from blocks.generation.samplers import check_sampler
@@ -27,10 +25,8 @@ from blocks.generation.texts import TextPieces
 from blocks.serving.job import Job
 from blocks.serving.prefixes import Prefixes
 from blocks.serving.request import Request, ServerBusy
+from blocks.serving.shared_options import shared_options
 from blocks.serving.slots import Slots
-
-# How many tokens a request may have a `logit_bias` for.
-_BIASES = 64
 
 
 class Server:
@@ -55,6 +51,8 @@ class Server:
         max_prefixes: int. How many shared beginnings of prompts are kept.
         max_logprobs: int or `None`. The largest `return_logprobs` of a request.
         block_steps: int. How many tokens a row gets between two looks at new requests.
+        grammars: bool. Whether requests may have a `grammar`. While one has, rows get a
+            token at a time.
 
     Example:
 
@@ -80,6 +78,7 @@ class Server:
         max_prefixes: int = 2,
         max_logprobs: int | None = None,
         block_steps: int = 8,
+        grammars: bool = False,
     ) -> None:
         self.max_rows = check_positive_int("max_rows", max_rows)
         self.max_length = check_positive_int("max_length", max_length)
@@ -94,7 +93,7 @@ class Server:
                 f"The model has learned {limit} positions. Received: "
                 f"max_length={max_length}"
             )
-        self._max_logprobs = max_logprobs
+        self._max_logprobs, self._grammars = max_logprobs, grammars
         # === What waits, and what runs ===
         self._changed = threading.Condition()
         self._waiting: collections.deque[Job] = collections.deque()
@@ -174,6 +173,9 @@ class Server:
             )
         request = Request(self._cancel)
         job = Job(request, tokens, room, how, endings, pieces)
+        last = how.processors[-1]
+        if options.get("grammar") is not None and isinstance(last, HostProcessor):
+            job.grammar = last
         with self._changed:
             self._check_open()
             if len(self._waiting) >= self.max_waiting:
@@ -239,28 +241,8 @@ class Server:
         return [*running, *self._waiting]
 
     def _options(self, options: Any, rows: int) -> Options:
-        """Returns the options of rows in the one form that all of them have."""
-        if options.get("processors"):
-            raise ValueError(
-                "A request can't bring `processors` of its own: they would be compiled "
-                "into the batch that all requests share."
-            )
-        if len(options.get("logit_bias") or ()) > _BIASES:
-            raise ValueError(
-                f"A request has a `logit_bias` for at most {_BIASES} tokens. Received: "
-                f"{len(options['logit_bias'])}"
-            )
-        task, sampler = self._task, self._sampler
-        how = read_options(
-            with_all(options, task, sampler), task, sampler, rows, biases=_BIASES
-        )
-        asked, most = how.top, self._max_logprobs
-        if asked is not None and (most is None or asked > most):
-            raise ValueError(
-                f"`return_logprobs` must be at most the server's max_logprobs={most}. "
-                f"Received: return_logprobs={asked}"
-            )
-        return dataclasses.replace(how, top=most)
+        how = self._max_logprobs, self._grammars
+        return shared_options(options, self._task, self._sampler, rows, *how)
 
     # === The loop, in the server's own thread ===
 
@@ -345,7 +327,11 @@ class Server:
                 self._leave(row, "cancelled")
         if self._slots.finished.all():
             return
-        new = self._slots.decode(self.block_steps)
+        hosts = [
+            None if job is None or done else job.grammar
+            for job, done in zip(self._rows, self._slots.finished)
+        ]
+        new = self._slots.decode(self.block_steps, hosts)
         for row in np.flatnonzero(new.valid.any(axis=1)).tolist():
             self._give(row, tree.map_structure(lambda x: x[row : row + 1], new))  # noqa: B023
 
@@ -385,5 +371,5 @@ class Server:
             while job.prefill.done < len(tokens):
                 logits = self._process(job)
             self._join(0, job, logits)
-            self._slots.decode(1)
+            self._slots.decode(1, [None] * self.max_rows)
             self._slots.leave(0)

@@ -10,9 +10,11 @@ from keras import ops, tree
 from attention.contract import Cache, Tensor
 from blocks.generation.compilation import StepKey
 from blocks.generation.engine import Engine
+from blocks.generation.grammar import ANY_TOKEN
 from blocks.generation.options import Options
+from blocks.generation.processors import HostProcessor
 from blocks.generation.running_batch import Block
-from blocks.generation.sampling import Sampling
+from blocks.generation.sampling import Memory, Sampling
 
 
 class Slots:
@@ -98,8 +100,15 @@ class Slots:
         """Makes a row free."""
         self.finished = _replaced(self.finished, row, True)
 
-    def decode(self, steps: int) -> Block:
-        """Gives each row that is not free up to so many tokens."""
+    def decode(self, steps: int, hosts: list[HostProcessor | None]) -> Block:
+        """Gives each row that is not free up to so many tokens.
+
+        `hosts` are the grammars of the rows that have one, which have taken all tokens;
+        with one of them, a row gets a single token.
+        """
+        if self._sampling.hosted:
+            self._memory = self._with_states(hosts)
+            steps = steps if not any(hosts) else 1
         left = np.where(self.finished, 0, self._room)
         steps = max(1, min(steps, int(left.max()), self.engine.sizes.block_steps))
         state: Any = (
@@ -123,6 +132,16 @@ class Slots:
         )
         found = Block(tokens, valid, logprobs)
         return tree.map_structure(lambda x: ops.convert_to_numpy(x)[:, :steps], found)
+
+    def _with_states(self, hosts: list[HostProcessor | None]) -> Memory:
+        """Returns the memory with the states of these, for the next token."""
+        *states, mask = self._memory.states
+        found = np.full(mask.shape, ANY_TOKEN, "int32")
+        for row, host in enumerate(hosts):
+            if host is not None:
+                found[row] = host.next_state()[0]
+        token_ids, prompt_lengths, _ = self._memory
+        return Memory(token_ids, prompt_lengths, (*states, found))
 
 
 def _replaced(array: np.ndarray, row: int, value: Any) -> np.ndarray:

@@ -1,6 +1,7 @@
 """The HTTP server, asked by OpenAI's own client."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -52,7 +53,14 @@ def served():
     lm.preprocessor.chat_template = TEMPLATE
     limits = Limits(body_bytes=20_000, new_tokens=40, answers=8, seconds=120)
     app, server = make_app(
-        lm, "letters", "key", limits, max_rows=3, max_length=128, max_logprobs=3
+        lm,
+        "letters",
+        "key",
+        limits,
+        max_rows=3,
+        max_length=128,
+        max_logprobs=3,
+        grammars=True,
     )
     port = free_port()
     with server, running(app, port):
@@ -135,6 +143,27 @@ def test_chat(served):
     assert chunks[0].choices[0].delta.role == "assistant"
     assert "".join(x.choices[0].delta.content or "" for x in chunks) == wanted
     assert chunks[-1].choices[0].finish_reason == "length"
+
+
+def test_json_schema(served):
+    _, server, client, _ = served
+    schema = {"enum": ["yes", "no"]}
+    compiled = len(server.compiled_steps)
+    found = client.chat.completions.create(
+        model="letters",
+        messages=[{"role": "user", "content": "hi"}],
+        response_format={
+            "type": "json_schema",
+            "json_schema": {"name": "answer", "schema": schema},
+        },
+        max_tokens=30,
+        n=3,
+        **VARIED,
+    )
+    for choice in found.choices:
+        assert json.loads(choice.message.content) in ("yes", "no")
+        assert choice.finish_reason == "stop"
+    assert len(server.compiled_steps) == compiled
 
 
 def test_models_health_and_metrics(served):

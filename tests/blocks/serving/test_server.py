@@ -75,7 +75,7 @@ def test_each_answer_is_that_of_generate_alone(mixer):
 @pytest.fixture(scope="module")
 def text_server():
     lm = make_letters_lm()
-    with lm.serve(max_rows=2, max_length=48, max_logprobs=2, max_waiting=2) as server:
+    with lm.serve(max_rows=2, max_length=48, max_logprobs=2, max_waiting=3) as server:
         yield lm, server
 
 
@@ -121,8 +121,8 @@ def test_requests_are_cancelled_and_refused(text_server):
     requests = [server.submit("ab", **options) for _ in range(2)]
     for request in requests:
         next(iter(request))
-    waiting = [server.submit("cd", **options) for _ in range(2)]
-    with raises(ServerBusy, "2 requests are waiting"):
+    waiting = [server.submit("cd", **options) for _ in range(3)]
+    with raises(ServerBusy, "3 requests are waiting"):
         server.submit("ef", **options)
     waiting[0].cancel()
     assert waiting[0].result(60).finish_reason == "cancelled"
@@ -130,7 +130,7 @@ def test_requests_are_cancelled_and_refused(text_server):
     requests[0].cancel()
     answer = requests[0].result(60)
     assert answer.finish_reason in ("cancelled", "length")
-    for request in (requests[1], waiting[1]):
+    for request in (requests[1], *waiting[1:]):
         assert len(request.result(60).token_ids) == 40
     requests[1].cancel()  # It has ended: nothing happens.
 
