@@ -73,8 +73,8 @@ class LogitsProcessor:
     >>> lm.compile(sampler="greedy")
     >>> options = dict(stop_token_ids=None, max_new_tokens=5, strip_prompt=True)
     >>> new = lm.generate([[1, 2, 3]], **options, processors=[OnlyEven()])["token_ids"]
-    >>> (new % 2).tolist()
-    [[0, 0, 0, 0, 0]]
+    >>> bool((new % 2 == 0).all())
+    True
     """
 
     def create_state(self, tokens: TokensSoFar) -> Any:
