@@ -210,6 +210,7 @@ def test_a_decode_step_moves_no_cache_and_no_kernel(kind, rows_differ, batch_siz
             np.zeros(shape, "int32"),
             np.zeros(shape if rows_differ else (), "int32"),
             np.full(shape, 9, "int32"),
+            (),  # no processors
             np.zeros(shape, "bool"),
             np.int32(9),
             np.full((8,), -1, "int32"),
