@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from keras import ops
+from keras import ops, tree
 
 from blocks import TokensSoFar
 from blocks.generation.drawing import draw, filter_logits, threefry, uniform
@@ -36,7 +36,7 @@ def tokens_so_far():
 
 def process(processor, logits):
     tokens = tokens_so_far()
-    state = processor.create_state(tokens)
+    state = tree.map_structure(ops.convert_to_tensor, processor.create_state(tokens))
     return to_numpy(processor.call(ops.convert_to_tensor(logits), tokens, state)[0])
 
 
