@@ -148,7 +148,8 @@ def write_preprocessor(
 ) -> None:
     """Writes the files that `read_preprocessor` reads, for a `JsonTokenizer`.
 
-    `options` are those of generation. Other tokenizers have no form that transformers reads; nothing is written for them.
+    `options` are those of generation. Other tokenizers have no form that transformers
+    reads; nothing is written for them.
     """
     tokenizer = getattr(preprocessor, "tokenizer", None)
     if not isinstance(tokenizer, JsonTokenizer):

@@ -42,8 +42,9 @@ def is_tokens(x: Any) -> bool:
 def as_dataset(x: Any) -> Any:
     """Returns a `tf.data.Dataset` of an iterable of batches, such as a `DataLoader`.
 
-    A table of Hugging Face's `datasets` is read into memory. Samples in memory, `None`,
-    datasets of TensorFlow and Grain, and what `is_for_keras` are returned as they are.
+    A table of Hugging Face's `datasets` is read into memory. Datasets of
+    TensorFlow are not tuned while they are read. Samples in memory, `None`, datasets of
+    Grain, and what `is_for_keras` are returned as they are.
     """
     if isinstance(x, tf.data.Dataset):
         return ends_at_once(x)

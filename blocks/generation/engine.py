@@ -89,8 +89,7 @@ class Engine:
             chunk = few
         # One width for all lengths, as each is compiled.
         width = few if chunk == few else -(-capacity // chunk) * chunk
-        padded = np.zeros((rows, width), "int32")
-        padded[:, :longest] = tokens[:, :longest]
+        padded = _widened(tokens[:, :longest], width)
         step = "prefill" if cache is None else "process"
         return self.functions.run(
             StepKey(step, rows, capacity, chunk),
@@ -110,8 +109,7 @@ class Engine:
         # Logits of all positions of a chunk are in memory: they are short.
         chunk = max(1, self.sizes.chunk_length(rows, capacity) // 4)
         chunk = capacity if self.sites.whole_prompt else chunk
-        padded = np.zeros((rows, -(-capacity // chunk) * chunk), "int32")
-        padded[:, :longest] = tokens[:, :longest]
+        padded = _widened(tokens[:, :longest], -(-capacity // chunk) * chunk)
         return self.functions.run(
             StepKey("score", rows, capacity, chunk, variant=top),
             lambda _: self._make_score(capacity, chunk, top),
@@ -205,33 +203,60 @@ class Engine:
         padding_mask = ops.cast(padding_mask, "int32")
         return backbone(backbone_inputs(backbone, tokens, padding_mask))
 
+    def _over_chunks(
+        self,
+        tokens: Tensor,
+        lengths: Tensor,
+        chunk: int,
+        index: Index,
+        cache: Cache,
+        found: Any,
+        take: Callable[[Tensor, Tensor, Tensor, Any], Any],
+    ) -> tuple[Cache, Any]:
+        """Processes tokens chunk by chunk, in a loop that is compiled once.
+
+        `take(start, left, hidden, found)` returns what is `found` so far: `left`,
+        `(rows, 1)`, is how many tokens of each row were left at the chunk's start, and
+        `hidden` are the chunk's hidden states.
+
+        Returns:
+            The cache, and what was found.
+        """
+        rows, longest = tokens.shape[0], ops.max(lengths)
+
+        def more(start: Tensor, *_: Any) -> Tensor:
+            return start < longest
+
+        def process_chunk(start: Tensor, cache: Cache, found: Any) -> tuple:
+            part = ops.slice(tokens, (0, start), (rows, chunk))  # (rows, chunk)
+            left = (lengths - start)[:, None]
+            mask = ops.arange(chunk, dtype="int32")[None] < left
+            hidden, cache = self.forward(cache, part, index + start, mask)
+            return start + chunk, cache, take(start, left, hidden, found)
+
+        state = (ops.zeros((), dtype="int32"), cache, found)
+        _, cache, found = ops.while_loop(more, process_chunk, state)
+        return cache, found
+
     def _make_process(self, capacity: int, chunk: int) -> Callable:
         output = self.task.backbone.output
+
+        def take_last(start: Tensor, left: Tensor, hidden: Tensor, last: Any) -> Tensor:
+            # Only the last token's hidden state goes to the vocabulary.
+            ends = ops.logical_and(left > 0, left <= chunk)[..., None]
+            place = ops.clip(left - 1, 0, chunk - 1)[..., None]
+            here = ops.take_along_axis(hidden, place, axis=1)  # (rows, 1, dim)
+            return ops.where(ends, here, last)
 
         def process(
             cache: Cache, tokens: Tensor, index: Index, lengths: Tensor
         ) -> tuple[Tensor, Cache]:
             rows = tokens.shape[0]
-            longest = ops.max(lengths)
             cache = cache or self.create_cache(rows, capacity)
-
-            def more(start: Tensor, *_: Any) -> Tensor:
-                return start < longest
-
-            def process_chunk(start: Tensor, cache: Cache, last: Tensor) -> tuple:
-                part = ops.slice(tokens, (0, start), (rows, chunk))  # (rows, chunk)
-                left = (lengths - start)[:, None]
-                mask = ops.arange(chunk, dtype="int32")[None] < left
-                hidden, cache = self.forward(cache, part, index + start, mask)
-                # Only the last token's hidden state goes to the vocabulary.
-                ends = ops.logical_and(left > 0, left <= chunk)[..., None]
-                place = ops.clip(left - 1, 0, chunk - 1)[..., None]
-                here = ops.take_along_axis(hidden, place, axis=1)  # (rows, 1, dim)
-                return start + chunk, cache, ops.where(ends, here, last)
-
             last = ops.zeros((rows, 1, output.shape[-1]), dtype=output.dtype)
-            start = ops.zeros((), dtype="int32")
-            _, cache, last = ops.while_loop(more, process_chunk, (start, cache, last))
+            cache, last = self._over_chunks(
+                tokens, lengths, chunk, index, cache, last, take_last
+            )
             return self.task.compute_logits(last)[:, 0], cache
 
         return process
@@ -240,23 +265,15 @@ class Engine:
         def score(tokens: Tensor, lengths: Tensor) -> Logprobs:
             rows, width = tokens.shape
             following = ops.pad(tokens[:, 1:], ((0, 0), (0, 1)))
-            longest = ops.max(lengths)
 
-            def more(start: Tensor, *_: Any) -> Tensor:
-                return start < longest
-
-            def score_chunk(start: Tensor, cache: Cache, found: Logprobs) -> tuple:
-                part = ops.slice(tokens, (0, start), (rows, chunk))  # (rows, chunk)
-                left = (lengths - start)[:, None]
-                mask = ops.arange(chunk, dtype="int32")[None] < left
-                hidden, cache = self.forward(cache, part, start, mask)
+            def take(start: Tensor, _: Tensor, hidden: Tensor, found: Any) -> Any:
                 goals = ops.slice(following, (0, start), (rows, chunk))
                 new = logprobs_of(self.task.compute_logits(hidden), goals, top)
-                return start + chunk, cache, _put(found, new, start)
+                return _put(found, new, start)
 
-            found = zero_logprobs(rows, width, top)
-            state = (ops.zeros((), dtype="int32"), self.create_cache(rows, capacity))
-            return ops.while_loop(more, score_chunk, (*state, found))[2]
+            cache = self.create_cache(rows, capacity)
+            zeros = zero_logprobs(rows, width, top)
+            return self._over_chunks(tokens, lengths, chunk, 0, cache, zeros, take)[1]
 
         return score
 
@@ -307,6 +324,11 @@ class Engine:
         return decode
 
 
+def _widened(tokens: np.ndarray, width: int) -> np.ndarray:
+    """Returns tokens with zeros behind them, `(rows, width)`."""
+    return np.pad(tokens, ((0, 0), (0, width - tokens.shape[1]))).astype("int32")
+
+
 def _put(buffers: Any, values: Any, place: Tensor) -> Any:
     """Returns buffers, `(rows, length, ...)`, with values in their place."""
 
@@ -318,5 +340,5 @@ def _put(buffers: Any, values: Any, place: Tensor) -> Any:
 
 
 def is_any(token: Tensor, stops: Tensor) -> Tensor:
-    """Returns which tokens are among `stops`, a vector."""
+    """Returns which tokens are among `stops`: a vector, or one for each row."""
     return ops.any(token[..., None] == stops, axis=-1)

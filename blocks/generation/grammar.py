@@ -19,8 +19,6 @@ from blocks.generation.prompts import end_token_ids
 
 # What is made of a tokenizer takes a second.
 _tokenizers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
-
-
 # 32 bits of a mask: all tokens are allowed.
 ANY_TOKEN = -1
 

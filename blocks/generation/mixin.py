@@ -113,7 +113,7 @@ class GenerationMixin(ScoringMixin):
         purpose = purpose if times == 1 else "`num_return_sequences`"
         purpose = purpose if speculation is None else "`speculation`"
         sampler = check_sampler(self, purpose)
-        check_speculation(speculation, self)
+        check_speculation(speculation, self, options)
         if verbose not in ("auto", 0, 1):
             raise ValueError(
                 '`verbose` must be "auto", 0 (no progress bar) or 1. Received: '
@@ -136,12 +136,12 @@ class GenerationMixin(ScoringMixin):
                 continue
             endings = Endings(stops, how.stop, self.preprocessor)
             blocks = list(self._blocks(batch, endings, how, times, speculation))
-            rows = joined(blocks, len(batch.lengths) * times).rows()
-            found = self._finished(batch, rows, strip_prompt, endings)
+            whole = joined(blocks, len(batch.lengths) * times)
+            found = self._finished(batch, whole.rows(), strip_prompt, endings)
             if how.top is not None:
                 lengths = np.repeat(batch.lengths, times).tolist()
                 texts = found if batch.as_text else None
-                found = completions(blocks, lengths, endings, texts)
+                found = completions(whole, lengths, endings, texts)
             outputs += found
         shape = (() if is_single else (-1,)) + (() if times == 1 else (times,))
         if prompts[0].as_text or chosen[0].top is not None:
@@ -218,7 +218,7 @@ class GenerationMixin(ScoringMixin):
         stops = resolve_stops(stop_token_ids, self)
         check_no_logprobs(options)
         sampler = check_sampler(self, "`stream`")
-        check_speculation(speculation, self)
+        check_speculation(speculation, self, options)
         (prompts,), is_single = self._read(
             inputs, max_length, max_new_tokens, one_for="stream"
         )

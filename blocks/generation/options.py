@@ -163,16 +163,8 @@ def read_options(
         ValueError: if a number is not allowed, a list has not one value for each prompt,
             or the sampler does not go with an option.
     """
-    unknown = [
-        name for name in options if name not in GenerationOptions.__annotations__
-    ]
-    if unknown:
-        raise TypeError(
-            f"There is no option `{unknown[0]}`. The options of a call are "
-            f"{', '.join(GenerationOptions.__annotations__)}."
-        )
-    given = {name: x for name, x in options.items() if x is not None}
-    given = {**task.default_options(), **given}
+    _check_names(options, GenerationOptions.__annotations__)
+    given = _given(options, task)
     values = {
         name: np.repeat(_numbers(name, given[name], count), times)
         for name in _ALLOWED
@@ -183,7 +175,7 @@ def read_options(
         processors.append(_logit_bias(given["logit_bias"], task, count, times, biases))
     processors += _processors(given.get("processors", ()))
     if given.get("grammar") is not None:
-        each = _each("grammar", given["grammar"], count, dict)
+        each = _each("grammar", given["grammar"], count)
         grammars = [read_grammar(x, task) for x in each]
         of_rows = [x for x in grammars for _ in range(times)]
         processors.append(GrammarMask(of_rows, task))
@@ -200,7 +192,7 @@ def with_all(options: Mapping[str, Any], task: Any, sampler: Any) -> dict[str, A
 
     So the compiled steps for all of them are the same.
     """
-    options = {**task.default_options(), **options}
+    given = _given(options, task)
     neutral: dict[str, Any] = {
         "repetition_penalty": 1.0,
         "presence_penalty": 0.0,
@@ -208,11 +200,17 @@ def with_all(options: Mapping[str, Any], task: Any, sampler: Any) -> dict[str, A
         "no_repeat_ngram_size": 0,
         "logit_bias": {},
     }
-    if type(sampler) is _samplers.GreedySampler and not draws(options):
+    if type(sampler) is _samplers.GreedySampler and not draws(given):
         neutral["temperature"] = 0.0
-    elif not draws(options):
+    elif not draws(given):
         neutral["top_p"] = getattr(sampler, "p", 1.0)
-    return {**neutral, **options}
+    return {**neutral, **given}
+
+
+def _given(options: Mapping[str, Any], task: Any) -> dict[str, Any]:
+    """Returns the options of a call, with the model's own where it gives none."""
+    given = {name: x for name, x in options.items() if x is not None}
+    return {**task.default_options(), **given}
 
 
 def _check_names(options: Mapping[str, Any], known: Collection[str]) -> None:
@@ -305,7 +303,7 @@ def _drawing(
 def _numbers(name: str, value: Any, count: int) -> np.ndarray:
     """Returns an option as an array with a number for each prompt."""
     is_allowed, allowed, kind = _ALLOWED[name]
-    given = _each(name, value, count, (numbers.Real, np.number))
+    given = _each(name, value, count)
     for x in given:
         if isinstance(x, bool) or not isinstance(x, kind):
             what = "integers" if kind is numbers.Integral else "numbers"
@@ -325,7 +323,7 @@ def _numbers(name: str, value: Any, count: int) -> np.ndarray:
     return array.astype("int32" if kind is numbers.Integral else "float32")
 
 
-def _each(name: str, value: Any, count: int, single: Any) -> list[Any]:
+def _each(name: str, value: Any, count: int) -> list[Any]:
     """Returns a value for each prompt, of one for all or a list of them."""
     if hasattr(value, "tolist"):
         value = value.tolist()
@@ -351,7 +349,7 @@ def _processors(value: Any) -> list[LogitsProcessor]:
 
 
 def _logit_bias(value: Any, task: Any, count: int, times: int, width: int) -> LogitBias:
-    each = [x or {} for x in _each("logit_bias", value, count, dict)]
+    each = [x or {} for x in _each("logit_bias", value, count)]
     size = vocabulary_size(task) or task.output.shape[-1]
     for biases in each:
         if not isinstance(biases, Mapping):

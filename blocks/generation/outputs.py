@@ -47,17 +47,16 @@ def joined(blocks: list[Block], count: int) -> Block:
 
 
 def completions(
-    blocks: list[Block],
+    whole: Block,
     prompt_lengths: list[int],
     endings: Endings,
     texts: list[str] | None,
     reason: str | None = None,
 ) -> list[Completion]:
-    """Returns the `Completion` of each row, of the blocks of one generation.
+    """Returns the `Completion` of each row, of the `joined` blocks of one generation.
 
     `reason` is why they ended, if it was something else than their ending or limit.
     """
-    whole = joined(blocks, len(prompt_lengths))
     found = []
     for row, (length, new) in enumerate(zip(prompt_lengths, whole.rows())):
         kept = endings.cut(row, new)

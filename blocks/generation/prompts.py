@@ -376,6 +376,13 @@ def cut_rows(tokens: np.ndarray, lengths: np.ndarray) -> list[np.ndarray]:
     return [row[:n] for row, n in zip(tokens, lengths)]
 
 
+def common_length(first: np.ndarray, second: np.ndarray) -> int:
+    """Returns how many tokens two rows have in common at their beginnings."""
+    size = min(len(first), len(second))
+    differ = np.flatnonzero(first[:size] != second[:size])
+    return int(differ[0]) if len(differ) else size
+
+
 def vocabulary_size(task: Any) -> int | None:
     """Returns the number of tokens that a model knows, or `None`."""
     return getattr(task.backbone, "vocabulary_size", task.output.shape[-1])

@@ -12,6 +12,7 @@ from keras import ops, tree
 
 from attention import grow_cache
 from attention.contract import Cache, Index, Tensor
+from blocks.generation.compilation import GenerationSizes
 from blocks.generation.endings import Endings
 from blocks.generation.engine import Engine
 from blocks.generation.options import NO_OPTIONS, Options
@@ -181,14 +182,10 @@ class RunningBatch:
         found, logprobs, memory = self.engine.sample(
             self.logits, sampling, self.processed, memory
         )
-        token = ops.convert_to_numpy(found)
-        block = Block(
-            token[:, None],
-            (room > 0)[:, None],
-            tree.map_structure(lambda x: ops.convert_to_numpy(x)[:, None], logprobs),
-        )
+        block = block_of_one(found, room > 0, logprobs)
         check_chosen(block, self.processed)
-        return block, (room <= 1) | np.isin(token, stops), memory
+        at_stop = np.isin(block.tokens[:, 0], stops)
+        return block, (room <= 1) | at_stop, memory
 
     def decode(
         self,
@@ -213,7 +210,7 @@ class RunningBatch:
         if room.max() <= 0:
             return
         sampling = self.engine.sampling(options)
-        stop_array = self.pad_stops(endings.stop_token_ids)
+        stop_array = pad_stops(endings.stop_token_ids, self.sizes)
         memory = sampling.begin(rows, self.capacity)
         first, finished, memory = self.sample(sampling, room, stop_array, memory)
         finished = finished | endings.reached(first.rows())
@@ -244,7 +241,7 @@ class RunningBatch:
                     stop_array,
                 )
                 token, index, device_room, memory, finished = state
-                new = _on_host(Block(tokens, valid, logprobs), steps)
+                new = on_host(Block(tokens, valid, logprobs), steps)
                 check_chosen(new, self.processed + 1)
             room = room - np.int32(steps)
             self.processed = self.processed + new.valid.sum(axis=1, dtype="int32")
@@ -291,22 +288,12 @@ class RunningBatch:
                     found, logprobs, memory = self.engine.sample(
                         logits, sampling, self.processed, states.result()
                     )
-                    token, logprobs = tree.map_structure(
-                        lambda x: ops.convert_to_numpy(x)[:, None], (found, logprobs)
-                    )
-                    block = Block(token, active[:, None], logprobs)
+                    block = block_of_one(found, active, logprobs)
                     check_chosen(block, self.processed)
-                at_stop = np.isin(token[:, 0], endings.stop_token_ids)
+                at_stop = np.isin(block.tokens[:, 0], endings.stop_token_ids)
                 finished = finished | (room <= 1) | at_stop
                 finished = finished | endings.reached(block.rows())
                 yield block
-
-    def pad_stops(self, stops: tuple[int, ...]) -> np.ndarray:
-        """Returns stop tokens as an array of one of few sizes; -1 is no token."""
-        size = self.sizes.few_stops
-        while size < len(stops):
-            size *= 2
-        return np.array([*stops, *[-1] * (size - len(stops))], "int32")
 
     def _index(self) -> Index:
         """Returns the rows' positions, as one index if they are equal: it is faster."""
@@ -314,9 +301,25 @@ class RunningBatch:
         return first if (self.processed == first).all() else self.processed
 
 
-def _on_host(block: Block, steps: int) -> Block:
-    """Returns the first steps of a block, as NumPy arrays."""
+def pad_stops(stops: tuple[int, ...], sizes: GenerationSizes) -> np.ndarray:
+    """Returns stop tokens as an array of one of few sizes; -1 is no token."""
+    size = sizes.few_stops
+    while size < len(stops):
+        size *= 2
+    return np.array([*stops, *[-1] * (size - len(stops))], "int32")
+
+
+def on_host(block: Block, steps: int | None = None) -> Block:
+    """Returns the first steps of a block, or all, as NumPy arrays."""
     return tree.map_structure(lambda x: ops.convert_to_numpy(x)[:, :steps], block)
+
+
+def block_of_one(token: Tensor, valid: np.ndarray, logprobs: Any) -> Block:
+    """Returns a block of a token of each row, which `Engine.sample` has chosen."""
+    found = tree.map_structure(
+        lambda x: ops.convert_to_numpy(x)[:, None], (token, valid, logprobs)
+    )
+    return Block(*found)
 
 
 def check_chosen(block: Block, lengths: np.ndarray) -> None:

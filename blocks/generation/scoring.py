@@ -9,7 +9,7 @@ from keras import ops, tree
 
 from attention.contract import check_positive_int
 from blocks.generation.options import check_top
-from blocks.generation.prompts import cut_rows, read_batches, read_prompts
+from blocks.generation.prompts import cut_rows, pad_rows, read_batches, read_prompts
 from blocks.generation.running_batch import BROKEN_LOGITS
 from blocks.generation.sampling import Logprobs
 from blocks.generation.steps import GenerationSteps
@@ -97,10 +97,7 @@ class ScoringMixin(GenerationSteps):
         return cut_rows(prompts.token_ids, prompts.lengths)
 
     def _score(self, rows: list[np.ndarray], top: int) -> list[Score]:
-        lengths = np.array([len(row) for row in rows], "int32")
-        tokens = np.zeros((len(rows), int(lengths.max())), "int32")
-        for row, line in zip(rows, tokens):
-            line[: len(row)] = row
+        tokens, lengths = pad_rows(rows)
         logprobs = self._engine().score(tokens, lengths, top)
         logprobs = tree.map_structure(ops.convert_to_numpy, logprobs)
         scores = []

@@ -23,10 +23,11 @@ from blocks.generation.options import (
     check_no_logprobs,
     read_options,
 )
-from blocks.generation.outputs import completions, stream_pieces
+from blocks.generation.outputs import completions, joined, stream_pieces
 from blocks.generation.prompts import (
     NO_TOKENS,
     check_tokens,
+    common_length,
     cut_rows,
     pad_rows,
     read_batches,
@@ -137,9 +138,9 @@ class Session:
         join: Any = "".join if self._as_text else np.concatenate
         rows = [join(pieces) for pieces in zip(*texts)]
         if how.top is not None:
-            rows = completions(
-                blocks, lengths, endings, rows if self._as_text else None
-            )
+            whole = joined(blocks, count)
+            given = rows if self._as_text else None
+            rows = completions(whole, lengths, endings, given)
         return rows[0] if self._is_single else rows
 
     def stream(
@@ -188,7 +189,7 @@ class Session:
         """Adds inputs and processes them; returns the blocks of the turn, to be made."""
         task = self._task
         sampler = check_sampler(task, "a session")
-        check_speculation(speculation, task)
+        check_speculation(speculation, task, given)
         options = read_options(given, task, sampler, len(self.tokens))
         endings = Endings(
             resolve_stops(stop_token_ids, task), options.stop, task.preprocessor
@@ -290,7 +291,7 @@ class Session:
 
     def _rewind(self, rows: list[np.ndarray]) -> None:
         """Replaces the tokens; what both begin with stays processed."""
-        common = np.array(list(map(_common_length, self.tokens, rows)), "int32")
+        common = np.array(list(map(common_length, self.tokens, rows)), "int32")
         # The last token is processed again, as its logits are needed.
         last = np.array([len(row) - 1 for row in rows], "int32")
         batch = self._batch
@@ -370,13 +371,6 @@ class Session:
                 "cache is no longer that of the model. Start a new one: "
                 "`lm.start(...)`. Its tokens are in `session.tokens`."
             )
-
-
-def _common_length(first: np.ndarray, second: np.ndarray) -> int:
-    """Returns how many tokens two rows have in common at their beginnings."""
-    size = min(len(first), len(second))
-    differ = np.flatnonzero(first[:size] != second[:size])
-    return int(differ[0]) if len(differ) else size
 
 
 def _model_version(task: Any) -> tuple[Any, list[Any]]:

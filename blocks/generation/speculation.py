@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import keras_hub
@@ -17,7 +17,13 @@ from blocks.generation.endings import NO_ENDINGS, Endings
 from blocks.generation.engine import Engine, is_any
 from blocks.generation.options import Options
 from blocks.generation.prompts import NO_TOKENS, pad_rows
-from blocks.generation.running_batch import Block, RunningBatch, check_chosen
+from blocks.generation.running_batch import (
+    Block,
+    RunningBatch,
+    check_chosen,
+    on_host,
+    pad_stops,
+)
 from blocks.generation.sampling import Memory, Sampling
 
 
@@ -65,10 +71,14 @@ class Speculation:
         )
 
 
-def check_speculation(speculation: Any, task: Any) -> None:
-    """Raises an error if the user's argument can't guess for a model."""
+def check_speculation(speculation: Any, task: Any, options: Mapping[str, Any]) -> None:
+    """Raises an error if the user's argument can't guess for a model and a call."""
     if speculation is None:
         return
+    if options.get("grammar") is not None:
+        raise ValueError(
+            "`grammar` does not go with `speculation` yet: leave one of them out."
+        )
     if not isinstance(speculation, Speculation):
         raise TypeError(
             "`speculation` must be `blocks.PromptLookup()`, "
@@ -250,11 +260,7 @@ def speculate(
     engine, guesses = batch.engine, speculation.num_tokens
     guesser = speculation.begin(len(rows))
     sampling = engine.sampling(options)
-    stop_array = batch.pad_stops(endings.stop_token_ids)
-    if sampling.hosted:
-        raise ValueError(
-            "`grammar` does not go with `speculation` yet: leave one of them out."
-        )
+    stop_array = pad_stops(endings.stop_token_ids, batch.sizes)
     memory = sampling.begin(rows, batch.capacity)
     block, finished, memory = batch.sample(sampling, room, stop_array, memory)
     finished = finished | endings.reached(block.rows())
@@ -292,7 +298,7 @@ def speculate(
                 donate=(0,),
                 sampling=sampling,
             )
-            block = Block(*tree.map_structure(ops.convert_to_numpy, found))
+            block = on_host(Block(*found))
             check_chosen(block, batch.processed + 1)
         new = block.rows()
         counts = np.array(list(map(len, new)), "int32")

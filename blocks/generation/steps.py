@@ -163,7 +163,7 @@ class GenerationSteps:
         return tokens, GenerationState(*state[:4], memory)
 
     def _loop_options(self, options: Any, rows: int) -> Options:
-        for name in ("stop", "return_logprobs"):
+        for name in ("grammar", "stop", "return_logprobs"):
             if options.get(name) is not None:
                 raise ValueError(
                     f"`{name}` is an option of `generate`. In a loop of your own, look at "

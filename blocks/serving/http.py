@@ -39,6 +39,16 @@ class _Refused(Exception):
         return JSONResponse({"error": error}, self.status, headers)
 
 
+def _refusal(error: Exception) -> _Refused:
+    """Returns what clients are told of an error of the server's."""
+    status, kind = 400, "invalid_request_error"
+    if isinstance(error, ServerBusy):
+        status, kind = 429, "rate_limit_error"
+    elif isinstance(error, RuntimeError):
+        status, kind = 503, "server_error"
+    return _Refused(status, kind, str(error))
+
+
 def create_app(
     server: Server,
     name: str,
@@ -100,7 +110,7 @@ def create_app(
         try:
             prompt = to_prompt(asked.messages, tools=asked.tools)
         except (TypeError, ValueError) as error:
-            raise _Refused(400, "invalid_request_error", str(error)) from error
+            raise _refusal(error) from error
         return await http.answer(asked, [prompt], request)
 
     return app
@@ -170,7 +180,7 @@ class _Http:
         try:
             options = asked.options(self.limits)
         except ValueError as error:
-            raise _Refused(400, "invalid_request_error", str(error)) from error
+            raise _refusal(error) from error
         if len(prompts) * asked.n > most:
             text = f"A request has at most {most} answers, prompts times `n`."
             raise _Refused(400, "invalid_request_error", text)
@@ -185,15 +195,9 @@ class _Http:
                     found.append(
                         await run_in_threadpool(self.server.submit, prompt, **own)
                     )
-        except ServerBusy as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             _cancel(found)
-            raise _Refused(429, "rate_limit_error", str(error)) from error
-        except (TypeError, ValueError) as error:
-            _cancel(found)
-            raise _Refused(400, "invalid_request_error", str(error)) from error
-        except RuntimeError as error:
-            _cancel(found)
-            raise _Refused(503, "server_error", str(error)) from error
+            raise _refusal(error) from error
         self.metrics.asked(asked.kind, len(found))
         head = {
             "id": f"{asked.prefix}-{uuid.uuid4().hex}",

@@ -9,7 +9,7 @@ import numpy as np
 from attention.contract import Cache
 from blocks.generation.endings import Endings
 from blocks.generation.options import Options
-from blocks.generation.outputs import Completion, completions
+from blocks.generation.outputs import Completion, completions, joined
 from blocks.generation.processors import HostProcessor
 from blocks.generation.running_batch import BROKEN_LOGITS, Block
 from blocks.generation.texts import TextPieces
@@ -106,8 +106,8 @@ class Job:
             if last:
                 self.request.add(last)
             text = self.pieces.given
-        length = len(self.tokens)
-        (answer,) = completions(self.blocks, [length], self.endings, text, reason)
+        whole, length = joined(self.blocks, 1), len(self.tokens)
+        (answer,) = completions(whole, [length], self.endings, text, reason)
         if self.pieces is None and self.endings.stop:
             # Tokens that may have become a stop string were held back.
             self.request.add(answer.token_ids)

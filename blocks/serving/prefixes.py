@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops, tree
 
 from attention.contract import Cache
+from blocks.generation.prompts import common_length
 
 # Shorter beginnings are not worth a copy of the cache.
 _SHORTEST = 32
@@ -46,7 +47,7 @@ class Prefixes:
 
         The prompt is a recent one from then on.
         """
-        lengths = [_common(tokens[:-1], other) for other in self._recent]
+        lengths = [common_length(tokens[:-1], other) for other in self._recent]
         self._recent.append(tokens)
         longest = max(lengths, default=0)
         return longest if self.size and longest >= _SHORTEST else 0
@@ -61,9 +62,3 @@ class Prefixes:
 def _copy(cache: Cache) -> Cache:
     # The memory of the other is reused.
     return tree.map_structure(ops.copy, cache)
-
-
-def _common(first: np.ndarray, second: np.ndarray) -> int:
-    size = min(len(first), len(second))
-    differ = np.flatnonzero(first[:size] != second[:size])
-    return int(differ[0]) if len(differ) else size

@@ -13,7 +13,12 @@ from blocks.generation.engine import Engine
 from blocks.generation.grammar import ANY_TOKEN
 from blocks.generation.options import Options
 from blocks.generation.processors import HostProcessor
-from blocks.generation.running_batch import Block
+from blocks.generation.running_batch import (
+    Block,
+    block_of_one,
+    on_host,
+    pad_stops,
+)
 from blocks.generation.sampling import Memory, Sampling
 
 
@@ -78,23 +83,19 @@ class Slots:
             ((self._cache, self._memory), (cache, memory), np.int32(row)),
             donate=(0,),
         )
-        token = ops.convert_to_numpy(found)
-        padded = np.full((self.num_stops,), -1, "int32")
-        padded[: len(stops)] = stops
+        block = block_of_one(found, np.ones((1,), "bool"), logprobs)
+        padded = pad_stops(stops, self.engine.sizes)
         # New arrays: a step may still read the old ones.
         self._sampling.settings = {
             name: _replaced(x, row, options.numbers[name][0])
             for name, x in self._sampling.settings.items()
         }
         self._stops = _replaced(self._stops, row, padded)
-        self._token = _replaced(self._token, row, max(int(token[0]), 0))
+        self._token = _replaced(self._token, row, max(int(block.tokens[0, 0]), 0))
         self._index = _replaced(self._index, row, len(tokens))
         self._room = _replaced(self._room, row, room - 1)
         self.finished = _replaced(self.finished, row, False)
-        numbers = tree.map_structure(
-            lambda x: ops.convert_to_numpy(x)[:, None], logprobs
-        )
-        return Block(token[:, None], np.ones((1, 1), "bool"), numbers)
+        return block
 
     def leave(self, row: int) -> None:
         """Makes a row free."""
@@ -130,8 +131,7 @@ class Slots:
         self._token, self._index, self._room, self.finished = (
             np.array(ops.convert_to_numpy(x)) for x in (token, index, room, finished)
         )
-        found = Block(tokens, valid, logprobs)
-        return tree.map_structure(lambda x: ops.convert_to_numpy(x)[:, :steps], found)
+        return on_host(Block(tokens, valid, logprobs), steps)
 
     def _with_states(self, hosts: list[HostProcessor | None]) -> Memory:
         """Returns the memory with the states of these, for the next token."""

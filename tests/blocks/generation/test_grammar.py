@@ -168,6 +168,8 @@ def test_bad_grammars_are_errors(lm):
             lm.generate("a", max_new_tokens=3, grammar=grammar)
     with raises(ValueError, "`grammar` does not go with `speculation`"):
         lm.generate("a", max_new_tokens=3, grammar=YES, speculation=PromptLookup())
+    with raises(ValueError, "`grammar` is an option of `generate`"):
+        lm.prefill("a", 9, grammar=YES)
     tokens = CausalLM(CustomBackbone(50, 1, 2, 16, 32, max_sequence_length=32))
     tokens.compile(sampler="greedy")
     with raises(ValueError, "`preprocessor`"):

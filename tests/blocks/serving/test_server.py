@@ -21,7 +21,7 @@ LONG = list(range(1, 45))
 REQUESTS = [
     ([5, 6, 7], {"max_new_tokens": 9}),
     (LONG, {"max_new_tokens": 5, "repetition_penalty": 1.5}),
-    ([8], {"max_new_tokens": 1}),
+    ([8], {"max_new_tokens": 1, "temperature": None, "presence_penalty": None}),
     ([9, 10], {"max_new_tokens": 14, "temperature": 1.3, "top_p": 0.9, "seed": 4}),
     ([11, 12, 13, 14], {"max_new_tokens": 7, "logit_bias": {3: 2.0}}),
     ([3, 1], {"max_new_tokens": 12, "temperature": 0.8, "seed": 2**33, "top_k": 9}),
