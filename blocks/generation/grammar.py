@@ -68,6 +68,17 @@ class GrammarMask(HostProcessor):
                 matcher.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
         return mask
 
+    def look_ahead(
+        self, guesses: list[np.ndarray], width: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        masks = np.full((width, len(guesses), self.words), ANY_TOKEN, "int32")
+        masks[0] = self.next_state()
+        counts = np.array(list(map(len, guesses)), "int32")
+        for row, (matcher, tokens) in enumerate(zip(self._matchers, guesses)):
+            if matcher is not None and not matcher.is_stopped():
+                counts[row] = _look_ahead(matcher, tokens.tolist(), masks[1:, row])
+        return masks, counts
+
     def call(
         self, logits: Tensor, tokens: TokensSoFar, state: Any
     ) -> tuple[Tensor, Any]:
@@ -81,6 +92,25 @@ class GrammarMask(HostProcessor):
 
     def fixed(self) -> Any:
         return type(self), self.words
+
+
+def _look_ahead(matcher: Any, guesses: list[int], masks: np.ndarray) -> int:
+    """Writes the mask after each guess; returns how many are allowed, and not the last.
+
+    The matcher is then as before.
+    """
+    count = taken = 0
+    for token, mask in zip(guesses, masks):
+        if not matcher.validate_tokens([token]):
+            break
+        matcher.consume_token(token)
+        taken += 1
+        if matcher.is_stopped():
+            break
+        matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        count += 1
+    matcher.rollback(taken)
+    return count
 
 
 def read_grammar(value: Any, task: Any) -> str | None:

@@ -25,8 +25,9 @@ from blocks.generation.samplers import check_sampler, has_own_loop
 from blocks.generation.scoring import ScoringMixin
 from blocks.generation.search import search
 from blocks.generation.session import Session
-from blocks.generation.speculation import Speculation, check_speculation, speculate
+from blocks.generation.speculation import Speculation, check_speculation
 from blocks.generation.texts import detokenize, find_stop, pad_token_id, to_arrays
+from blocks.generation.verification import speculate
 
 
 class GenerationMixin(ScoringMixin):
@@ -113,7 +114,7 @@ class GenerationMixin(ScoringMixin):
         purpose = purpose if times == 1 else "`num_return_sequences`"
         purpose = purpose if speculation is None else "`speculation`"
         sampler = check_sampler(self, purpose)
-        check_speculation(speculation, self, options)
+        check_speculation(speculation, self)
         if verbose not in ("auto", 0, 1):
             raise ValueError(
                 '`verbose` must be "auto", 0 (no progress bar) or 1. Received: '
@@ -218,7 +219,7 @@ class GenerationMixin(ScoringMixin):
         stops = resolve_stops(stop_token_ids, self)
         check_no_logprobs(options)
         sampler = check_sampler(self, "`stream`")
-        check_speculation(speculation, self, options)
+        check_speculation(speculation, self)
         (prompts,), is_single = self._read(
             inputs, max_length, max_new_tokens, one_for="stream"
         )

@@ -173,7 +173,7 @@ def read_options(
     processors = [make(values[x]) for x, make in _PENALTIES.items() if x in values]
     if "logit_bias" in given:
         processors.append(_logit_bias(given["logit_bias"], task, count, times, biases))
-    processors += _processors(given.get("processors", ()))
+    processors += check_processors(given.get("processors", ()))
     if given.get("grammar") is not None:
         each = _each("grammar", given["grammar"], count)
         grammars = [read_grammar(x, task) for x in each]
@@ -337,7 +337,8 @@ def _each(name: str, value: Any, count: int) -> list[Any]:
     return list(value)
 
 
-def _processors(value: Any) -> list[LogitsProcessor]:
+def check_processors(value: Any) -> list[LogitsProcessor]:
+    """Returns the processors of the user's argument, one or several."""
     found = list(value) if isinstance(value, (list, tuple)) else [value]
     wrong = [x for x in found if not isinstance(x, LogitsProcessor)]
     if wrong:

@@ -126,6 +126,47 @@ class HostProcessor(LogitsProcessor):
         """Returns the state with which the next token is chosen."""
         raise NotImplementedError
 
+    def look_ahead(
+        self, guesses: list[np.ndarray], width: int
+    ) -> tuple[Any, np.ndarray]:
+        """Returns the states with which a row's next tokens are chosen if it is guessed.
+
+        Args:
+            guesses: for each row tokens that may come next.
+            width: int. More than any row's guesses.
+
+        Returns:
+            The states, `(width, rows, ...)`: the first is `next_state()`, and another is
+            that after the guesses before it; and how many guesses of each row are
+            possible and do not end it, `(rows,)`: states behind these have no meaning.
+        """
+        raise NotImplementedError
+
+
+class Switched(LogitsProcessor):
+    """A processor of some rows of a batch, which leaves the others as they are.
+
+    Args:
+        processor: the `LogitsProcessor`.
+        on: bool array `(rows,)`. Which rows have it.
+    """
+
+    def __init__(self, processor: LogitsProcessor, on: np.ndarray) -> None:
+        self.processor, self.on = processor, on
+
+    def create_state(self, tokens: TokensSoFar) -> Any:
+        return self.on, self.processor.create_state(tokens)
+
+    def call(
+        self, logits: Tensor, tokens: TokensSoFar, state: Any
+    ) -> tuple[Tensor, Any]:
+        on, inner = state
+        changed, inner = self.processor.call(logits, tokens, inner)
+        return ops.where(on[:, None], changed, logits), (on, inner)
+
+    def fixed(self) -> Any:
+        return type(self), self.processor.fixed()
+
 
 class _NumbersProcessor(LogitsProcessor):
     """A processor with a number for each row, which subclasses `change` logits by.

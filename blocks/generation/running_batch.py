@@ -263,15 +263,13 @@ class RunningBatch:
         """
         with concurrent.futures.ThreadPoolExecutor(1) as host:
             while True:
-                completed = sampling.take(block.rows())
-                endings.completed.update(np.flatnonzero(completed).tolist())
-                finished = finished | completed
+                finished = finished | completed_rows(sampling, block, endings)
                 room = room - block.valid[:, 0].astype("int32")
                 if finished.all():
                     return
                 self.reserve(int(self.processed.max()) + 1)
                 memory = sampling.grown(memory, self.capacity)
-                states = host.submit(sampling.refreshed, memory)
+                states = host.submit(sampling.next_states)
                 active = np.logical_not(finished)
                 # A row that has ended has no room.
                 limits = np.where(active, np.int32(self.capacity), 0).astype("int32")
@@ -285,8 +283,9 @@ class RunningBatch:
                         True,
                     )
                     self.processed = self.processed + active.astype("int32")
+                    memory = sampling.with_hosted(memory, states.result())
                     found, logprobs, memory = self.engine.sample(
-                        logits, sampling, self.processed, states.result()
+                        logits, sampling, self.processed, memory
                     )
                     block = block_of_one(found, active, logprobs)
                     check_chosen(block, self.processed)
@@ -307,6 +306,13 @@ def pad_stops(stops: tuple[int, ...], sizes: GenerationSizes) -> np.ndarray:
     while size < len(stops):
         size *= 2
     return np.array([*stops, *[-1] * (size - len(stops))], "int32")
+
+
+def completed_rows(sampling: Sampling, block: Block, endings: Endings) -> np.ndarray:
+    """Tells grammars the new tokens of rows; returns which rows they end, `(batch,)`."""
+    completed = sampling.take(block.rows())
+    endings.completed.update(np.flatnonzero(completed).tolist())
+    return completed
 
 
 def on_host(block: Block, steps: int | None = None) -> Block:

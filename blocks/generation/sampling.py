@@ -131,14 +131,33 @@ class Sampling:
     def take(self, new: list[np.ndarray]) -> np.ndarray:
         """Tells these the new tokens of rows; returns which rows end with them."""
         ended = [x.take(new) for x in self.hosted.values()]
-        return np.logical_or.reduce(ended)
+        return np.logical_or.reduce([np.zeros((len(new),), "bool"), *ended])
 
-    def refreshed(self, memory: Memory) -> Memory:
-        """Returns the memory with the states that these make."""
-        states = list(memory.states)
+    def next_states(self) -> dict[str, Any]:
+        """Returns the states that these make for the next token, for `with_hosted`."""
+        return {str(i): x.next_state() for i, x in self.hosted.items()}
+
+    def look_ahead(
+        self, guesses: list[np.ndarray], width: int
+    ) -> tuple[dict[str, Any], np.ndarray]:
+        """Returns the states that these make for guesses, and how many guesses count.
+
+        See `HostProcessor.look_ahead`.
+        """
+        states, counts = {}, np.array(list(map(len, guesses)), "int32")
         for i, processor in self.hosted.items():
-            states[i] = processor.next_state()
-        return Memory(memory.token_ids, memory.prompt_lengths, tuple(states))
+            states[str(i)], most = processor.look_ahead(guesses, width)
+            counts = np.minimum(counts, most)
+        return states, counts
+
+    @staticmethod
+    def with_hosted(memory: Any, hosted: dict[str, Any]) -> Any:
+        """Returns the memory with states that were made on the host."""
+        if not hosted:
+            return memory
+        pairs = enumerate(memory.states)
+        states = tuple(hosted.get(str(i), state) for i, state in pairs)
+        return Memory(memory.token_ids, memory.prompt_lengths, states)
 
     def grown(self, memory: Any, capacity: int) -> Any:
         """Returns the memory for a larger KV cache."""

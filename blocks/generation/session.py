@@ -37,7 +37,8 @@ from blocks.generation.prompts import (
 )
 from blocks.generation.running_batch import Block, RunningBatch
 from blocks.generation.samplers import check_sampler
-from blocks.generation.speculation import check_speculation, speculate
+from blocks.generation.speculation import check_speculation
+from blocks.generation.verification import speculate
 
 
 class Session:
@@ -189,7 +190,7 @@ class Session:
         """Adds inputs and processes them; returns the blocks of the turn, to be made."""
         task = self._task
         sampler = check_sampler(task, "a session")
-        check_speculation(speculation, task, given)
+        check_speculation(speculation, task)
         options = read_options(given, task, sampler, len(self.tokens))
         endings = Endings(
             resolve_stops(stop_token_ids, task), options.stop, task.preprocessor

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
 from attention.contract import Cache
 from blocks.generation.endings import Endings
-from blocks.generation.options import Options
 from blocks.generation.outputs import Completion, completions, joined
 from blocks.generation.processors import HostProcessor
-from blocks.generation.running_batch import BROKEN_LOGITS, Block
+from blocks.generation.running_batch import BROKEN_LOGITS, Block, completed_rows
+from blocks.generation.sampling import Sampling
 from blocks.generation.texts import TextPieces
 from blocks.serving.request import Request
 
@@ -40,10 +41,10 @@ class Job:
         request: tells whoever made it.
         tokens: `int32` array: the prompt.
         room: int. How many new tokens it may get.
-        options: the `Options` of one row.
+        sampling: how its tokens are chosen.
+        memory: what its processors know at first.
         endings: at what it ends.
         pieces: makes its text, or `None` for tokens.
-        grammar: what it keeps to, or `None`.
         prefill: how far its prefill is.
         blocks: the new tokens so far.
         cancelled: bool. Whether it ends after the step that is going on.
@@ -52,13 +53,18 @@ class Job:
     request: Request
     tokens: np.ndarray
     room: int
-    options: Options
+    sampling: Sampling
+    memory: Any
     endings: Endings
     pieces: TextPieces | None
-    grammar: HostProcessor | None = None
     prefill: Prefill = dataclasses.field(default_factory=Prefill)
     blocks: list[Block] = dataclasses.field(default_factory=list)
     cancelled: bool = False
+
+    @property
+    def grammar(self) -> HostProcessor | None:
+        """Returns what it keeps to, or `None`."""
+        return next(iter(self.sampling.hosted.values()), None)
 
     def add(self, block: Block) -> bool:
         """Gives the request new tokens; returns whether it ends with them.
@@ -73,8 +79,7 @@ class Job:
                 f"chosen. {BROKEN_LOGITS}"
             )
         self.blocks.append(block)
-        if self.grammar is not None and self.grammar.take([new])[0]:
-            self.endings.completed.add(0)
+        completed_rows(self.sampling, block, self.endings)
         stopped = self.endings.reached([new])[0]
         if self.pieces is not None:
             piece = self.pieces.add([new])[0]

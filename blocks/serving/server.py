@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import threading
+from collections.abc import Sequence
 from typing import Any, Unpack
 
 import numpy as np
@@ -13,11 +14,8 @@ from attention.contract import Tensor, check_positive_int, describe
 from blocks.generation.compilation import CompiledStep
 from blocks.generation.endings import Endings
 from blocks.generation.engine import Engine
-from blocks.generation.options import (
-    GenerationOptions,
-    Options,
-)
-from blocks.generation.processors import HostProcessor
+from blocks.generation.options import GenerationOptions, Options, check_processors
+from blocks.generation.processors import LogitsProcessor
 from blocks.generation.prompts import resolve_stops
 from blocks.generation.running_batch import Block
 from blocks.generation.samplers import check_sampler
@@ -53,6 +51,7 @@ class Server:
         block_steps: int. How many tokens a row gets between two looks at new requests.
         grammars: bool. Whether requests may have a `grammar`. While one has, rows get a
             token at a time.
+        processors: list of the `blocks.LogitsProcessor`s that requests may have.
 
     Example:
 
@@ -79,6 +78,7 @@ class Server:
         max_logprobs: int | None = None,
         block_steps: int = 8,
         grammars: bool = False,
+        processors: Sequence[LogitsProcessor] = (),
     ) -> None:
         self.max_rows = check_positive_int("max_rows", max_rows)
         self.max_length = check_positive_int("max_length", max_length)
@@ -93,7 +93,7 @@ class Server:
                 f"The model has learned {limit} positions. Received: "
                 f"max_length={max_length}"
             )
-        self._max_logprobs, self._grammars = max_logprobs, grammars
+        self._how = (max_logprobs, grammars, check_processors(processors))
         # === What waits, and what runs ===
         self._changed = threading.Condition()
         self._waiting: collections.deque[Job] = collections.deque()
@@ -103,13 +103,8 @@ class Server:
         self._error: BaseException | None = None
         self.prefixes = Prefixes(max_prefixes)
         self.tokens_made = 0
-        self._slots = Slots(
-            self._engine,
-            self._sampler,
-            max_rows,
-            max_length,
-            self._options({}, max_rows),
-        )
+        neutral = self._options({}, max_rows)
+        self._slots = Slots(self._engine, max_rows, max_length, neutral)
         self._warm_up()
         self._thread = threading.Thread(target=self._run, daemon=True, name="lm.serve")
         self._thread.start()
@@ -132,7 +127,8 @@ class Server:
             stop_token_ids: as for `CausalLM.generate`.
             as_text: bool or `None`. Whether the answer is text; `None` means if the prompt
                 is.
-            **options: see `blocks.GenerationOptions`; not `processors`.
+            **options: see `blocks.GenerationOptions`; `processors` are some of the
+                server's.
 
         Returns:
             A `blocks.Request`.
@@ -171,11 +167,7 @@ class Server:
                 f"The prompt has {len(tokens)} tokens, which leaves no room for a new one "
                 f"in the server's max_length={self.max_length}."
             )
-        request = Request(self._cancel)
-        job = Job(request, tokens, room, how, endings, pieces)
-        last = how.processors[-1]
-        if options.get("grammar") is not None and isinstance(last, HostProcessor):
-            job.grammar = last
+        job = self._job(tokens, room, how, endings, pieces)
         with self._changed:
             self._check_open()
             if len(self._waiting) >= self.max_waiting:
@@ -185,7 +177,7 @@ class Server:
                 )
             self._waiting.append(job)
             self._changed.notify()
-        return request
+        return job.request
 
     @property
     def running(self) -> int:
@@ -241,8 +233,21 @@ class Server:
         return [*running, *self._waiting]
 
     def _options(self, options: Any, rows: int) -> Options:
-        how = self._max_logprobs, self._grammars
-        return shared_options(options, self._task, self._sampler, rows, *how)
+        return shared_options(options, self._task, self._sampler, rows, *self._how)
+
+    def _job(
+        self,
+        tokens: np.ndarray,
+        room: int,
+        options: Options,
+        endings: Endings,
+        pieces: TextPieces | None,
+    ) -> Job:
+        sampling = self._engine.sampling(options)
+        # What processors make of a prompt is made here, in the thread of whoever asks.
+        memory = sampling.begin([tokens], self.max_length)
+        request = Request(self._cancel)
+        return Job(request, tokens, room, sampling, memory, endings, pieces)
 
     # === The loop, in the server's own thread ===
 
@@ -279,25 +284,32 @@ class Server:
                     self._prefilling.append(row)
 
     def _prefill(self) -> None:
-        """Processes the next chunk of the prompt that came first."""
-        if not self._prefilling:
-            return
-        row = self._prefilling[0]
-        job: Any = self._rows[row]
+        """Processes chunks of prompts, that of the oldest first.
+
+        There is one for each row that has no token yet: a decode step takes as long
+        without these rows as with them.
+        """
+        for _ in range(len(self._prefilling)):
+            row = self._prefilling[0]
+            job: Any = self._rows[row]
+            logits = None if job.cancelled else self._next_chunk(job)
+            if job.cancelled:
+                self._prefilling.popleft()
+                self._leave(row, "cancelled")
+            elif logits is not None:
+                self._prefilling.popleft()
+                self._give(row, self._slots.join(row, job, logits))
+
+    def _next_chunk(self, job: Job) -> Tensor | None:
+        """Processes the next chunk of a prompt; returns the logits after its end."""
         state = job.prefill
-        if job.cancelled:
-            self._prefilling.popleft()
-            self._leave(row, "cancelled")
-            return
         if state.cache is None:
             state.done, state.cache = self.prefixes.find(job.tokens)
             state.shared = self.prefixes.shared(job.tokens)
         logits = self._process(job)
         if state.done == state.shared:
             self.prefixes.keep(job.tokens[: state.done], state.cache)
-        if state.done == len(job.tokens):
-            self._prefilling.popleft()
-            self._give(row, self._join(row, job, logits))
+        return logits if state.done == len(job.tokens) else None
 
     def _process(self, job: Job) -> Tensor:
         """Processes the next chunk of a prompt, and returns the logits after it."""
@@ -312,26 +324,23 @@ class Server:
         state.done = end
         return logits
 
-    def _join(self, row: int, job: Job, logits: Tensor) -> Block:
-        cache, job.prefill.cache = job.prefill.cache, None
-        stops = job.endings.stop_token_ids
-        return self._slots.join(
-            row, job.tokens, logits, cache, job.room, job.options, stops
-        )
-
     def _decode(self) -> None:
         """Gives each row its next tokens, if there are any."""
-        finished = self._slots.finished
         for row, job in enumerate(self._rows):
-            if job is not None and job.cancelled and not finished[row]:
+            if job is not None and job.cancelled and not self._slots.finished[row]:
                 self._leave(row, "cancelled")
-        if self._slots.finished.all():
+        finished = self._slots.finished
+        if finished.all():
             return
-        hosts = [
-            None if job is None or done else job.grammar
-            for job, done in zip(self._rows, self._slots.finished)
-        ]
-        new = self._slots.decode(self.block_steps, hosts)
+        grammars = {
+            row: job.grammar
+            for row, job in enumerate(self._rows)
+            if job is not None and job.grammar is not None and not finished[row]
+        }
+        new, failed = self._slots.decode(self._steps(), grammars)
+        for row, error in failed.items():
+            new.valid[row] = False
+            self._leave(row, error=error)
         for row in np.flatnonzero(new.valid.any(axis=1)).tolist():
             self._give(row, tree.map_structure(lambda x: x[row : row + 1], new))  # noqa: B023
 
@@ -356,6 +365,10 @@ class Server:
             self._rows[row] = None
         job.finish(reason, error)
 
+    def _steps(self) -> int:
+        """Returns how many steps to decode: fewer while a row waits for its prompt."""
+        return 1 if self._prefilling else self.block_steps
+
     @property
     def _chunk(self) -> int:
         return self._engine.sizes.chunk_length(1, self.max_length)
@@ -365,11 +378,11 @@ class Server:
         few = self._engine.sizes.few_tokens
         for more in (few + 1, 1):
             tokens = np.zeros((min(self._chunk + more, self.max_length - 1),), "int32")
-            job = Job(
-                Request(self._cancel), tokens, 2, self._options({}, 1), Endings(), None
-            )
+            job = self._job(tokens, 3, self._options({}, 1), Endings(), None)
             while job.prefill.done < len(tokens):
                 logits = self._process(job)
-            self._join(0, job, logits)
-            self._slots.decode(1, [None] * self.max_rows)
+            self._slots.join(0, job, logits)
+            self._slots.decode(1, {})
+            if job.grammar is not None:
+                self._slots.decode(1, {0: job.grammar})
             self._slots.leave(0)

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from blocks.generation.options import Options, read_options, with_all
+import numpy as np
+
+from blocks.generation.options import (
+    Options,
+    check_processors,
+    read_options,
+    with_all,
+)
+from blocks.generation.processors import LogitsProcessor, Switched
 
 # How many tokens a request may have a `logit_bias` for.
 _BIASES = 64
@@ -19,6 +27,7 @@ def shared_options(
     rows: int,
     max_logprobs: int | None,
     grammars: bool,
+    processors: Sequence[LogitsProcessor] = (),
 ) -> Options:
     """Returns the options of rows, with neutral values of all that is not given.
 
@@ -29,16 +38,23 @@ def shared_options(
         rows: int. How many rows have these.
         max_logprobs: int or `None`. The most `return_logprobs`.
         grammars: bool. Whether there may be a `grammar`.
+        processors: those that a request may have.
 
     Raises:
         TypeError: if an option is not known, or of the wrong type.
         ValueError: if it is not allowed.
     """
-    if options.get("processors"):
+    chosen = check_processors(options.get("processors") or ())
+    if not all(any(x is y for y in processors) for x in chosen):
         raise ValueError(
-            "A request can't bring `processors` of its own: they would be compiled into "
-            "the batch that all requests share."
+            "The `processors` of a request must be among those that the server was made "
+            "with, as they are compiled into the batch that all requests share: "
+            "`lm.serve(processors=[...])`."
         )
+    switched = [
+        Switched(x, np.full((rows,), any(x is y for y in chosen))) for x in processors
+    ]
+    options = {**options, "processors": switched}
     if len(options.get("logit_bias") or ()) > _BIASES:
         raise ValueError(
             f"A request has a `logit_bias` for at most {_BIASES} tokens. Received: "

@@ -13,8 +13,10 @@ from blocks import (
     CausalLM,
     CausalLMPreprocessor,
     CustomBackbone,
+    DraftModel,
     JsonTokenizer,
     PromptLookup,
+    Speculation,
 )
 from tests.helpers import raises
 from tests.models import make_backbone, make_lm
@@ -157,6 +159,44 @@ def test_each_row_has_a_grammar_of_its_own(kind):
     assert session.generate(**turn, grammar=YES) == found[2]
 
 
+class Guesses(Speculation):
+    """The continuation `rows` of prompts with an error in every fifth token."""
+
+    def __init__(self, rows):
+        super().__init__(4)
+        self.rows = rows
+
+    def propose(self, memory, rows):
+        found = []
+        for row, right in zip(rows, self.rows):
+            guess = right[len(row) : len(row) + self.num_tokens].copy()
+            guess[(np.arange(len(row), len(row) + len(guess)) % 5) == 0] = 1
+            found.append(guess[: self.num_tokens if len(row) else 0])
+        return found
+
+
+def test_grammars_with_speculation(lm):
+    prompts = ["once", "upon", "a", "time"]
+    schema = {"type": "object", "properties": {"key": {"type": "boolean"}}}
+    schema |= {"required": ["key"], "additionalProperties": False}
+    options = {"max_new_tokens": 24, "seed": 3, "temperature": 1.0}
+    options["grammar"] = [re.compile("[a-c]{3,9}x"), None, YES, schema]
+    plain = lm.generate(prompts, **options, return_logprobs=0)
+    tokens = lm.preprocessor.tokenizer
+    rows = [
+        np.append(np.asarray(tokens(text)), answer.token_ids).astype("int32")
+        for text, answer in zip(prompts, plain)
+    ]
+    # Right and wrong guesses, and some that the grammar does not allow.
+    for speculation in (Guesses(rows), PromptLookup(), DraftModel(lm, 3)):
+        found = lm.generate(
+            prompts, **options, return_logprobs=0, speculation=speculation
+        )
+        for one, other in zip(plain, found):
+            assert one.text == other.text
+            assert one.finish_reason == other.finish_reason
+
+
 def test_bad_grammars_are_errors(lm):
     for kind, parts, grammar in (
         (ValueError, ["`grammar` is not valid"], 'start: "a'),
@@ -166,8 +206,6 @@ def test_bad_grammars_are_errors(lm):
     ):
         with raises(kind, *parts):
             lm.generate("a", max_new_tokens=3, grammar=grammar)
-    with raises(ValueError, "`grammar` does not go with `speculation`"):
-        lm.generate("a", max_new_tokens=3, grammar=YES, speculation=PromptLookup())
     with raises(ValueError, "`grammar` is an option of `generate`"):
         lm.prefill("a", 9, grammar=YES)
     tokens = CausalLM(CustomBackbone(50, 1, 2, 16, 32, max_sequence_length=32))

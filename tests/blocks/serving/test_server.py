@@ -1,12 +1,15 @@
 """Requests that join and leave a running batch: each answer is that of `generate` alone."""
 
 import asyncio
+import re
 import threading
 
 import numpy as np
 import pytest
+from keras import ops
 
-from blocks import ServerBusy
+from blocks import LogitsProcessor, ServerBusy
+from blocks.generation.grammar import GrammarMask
 from tests.helpers import raises, to_numpy
 from tests.models import (
     generated,
@@ -70,6 +73,68 @@ def test_each_answer_is_that_of_generate_alone(mixer):
         assert server.prefixes.reused > 0
         assert len(server.compiled_steps) == compiled
         assert (server.running, server.waiting) == (0, 0)
+
+
+class Even(LogitsProcessor):
+    """Allows even tokens alone, after odd prompts the others."""
+
+    def create_state(self, tokens):
+        if (tokens.token_ids == 13).any():
+            raise ValueError("13 is no good.")
+        last = tokens.token_ids[np.arange(len(tokens.lengths)), tokens.lengths - 1]
+        return last % 2
+
+    def call(self, logits, tokens, state):
+        allowed = ops.arange(logits.shape[-1])[None] % 2 == state[:, None]
+        return ops.where(allowed, logits, -float("inf")), state
+
+
+def test_requests_may_have_a_processor_of_the_servers():
+    lm = make_small_lm(make_backbone(num_layers=1))
+    even = Even()
+    prompts, options = [[5, 6], [7, 3], [8], [5, 6]], {"max_new_tokens": 9}
+    own = [{"processors": [even]}, {"processors": even}, {}, {}]
+    expected = [alone(lm, x, {**options, **y}) for x, y in zip(prompts, own)]
+    assert expected[0] != expected[3] and len(set(expected[1])) > 1
+    with lm.serve(max_rows=2, max_length=48, processors=[even]) as server:
+        pairs = zip(prompts, own)
+        requests = [submit(server, x, {**options, **y}) for x, y in pairs]
+        assert [x.result(60).token_ids.tolist() for x in requests] == expected
+        with raises(ValueError, "13 is no good"):
+            submit(server, [2, 13], own[0])
+    with raises(TypeError, "a list of `blocks.LogitsProcessor`"):
+        lm.serve(max_rows=2, max_length=48, processors=[3])
+
+
+def test_a_grammar_that_fails_ends_its_request_alone(monkeypatch):
+    pytest.importorskip("llguidance")
+    lm = make_letters_lm()
+    options = {"max_new_tokens": 12, "stop_token_ids": None}
+    grammars = [re.compile("[a-f]{11}h"), None, re.compile("[g-m]{5,9}"), None]
+    expected = [
+        lm.generate("ab", **options, strip_prompt=True, grammar=x) for x in grammars
+    ]
+    made = []
+    next_state = GrammarMask.next_state
+
+    def failing(self):
+        made.append(self)
+        if sum(x is self for x in made) == 4 and self is broken:
+            raise RuntimeError("The grammar is too large.")
+        return next_state(self)
+
+    broken = None
+    monkeypatch.setattr(GrammarMask, "next_state", failing)
+    with lm.serve(max_rows=3, max_length=48, grammars=True) as server:
+        compiled = len(server.compiled_steps)
+        made.clear()
+        first = server.submit("ab", **options, grammar=re.compile("[x-z]+"))
+        broken = made[0]
+        requests = [server.submit("ab", **options, grammar=x) for x in grammars]
+        with raises(RuntimeError, "The grammar is too large"):
+            first.result(60)
+        assert [x.result(60).text for x in requests] == expected
+        assert len(server.compiled_steps) == compiled
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +206,8 @@ def test_bad_requests_are_errors_at_once(text_server):
         (ValueError, ["which is more than `max_length`"], "a" * 49, {}),
         (ValueError, ["leaves no room"], "a" * 48, {}),
         (ValueError, ["one row of tokens"], ["a", "b"], {}),
-        (ValueError, ["`processors` of its own"], "a", {"processors": [1]}),
+        (ValueError, ["among those that the server"], "a", {"processors": [Even()]}),
+        (TypeError, ["a list of `blocks.LogitsProcessor`"], "a", {"processors": [1]}),
         (ValueError, ["max_logprobs=2"], "a", {"return_logprobs": 3}),
         (ValueError, ["at most 8 stop tokens"], "a", {"stop_token_ids": range(9)}),
         (ValueError, ["at most 64"], "a", {"logit_bias": dict.fromkeys(range(65), 1)}),
