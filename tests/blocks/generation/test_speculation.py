@@ -55,7 +55,7 @@ def test_stop_tokens_within_a_guess():
     options = {"stop_token_ids": [whole[0][6], whole[1][11]], "max_new_tokens": 12}
     expected = generated(lm, **options)
     assert len({len(row) for row in expected}) > 1
-    for speculation in (Scripted(whole, 4), PromptLookup(4), DraftModel(lm, 4)):
+    for speculation in (Scripted(whole, 4), PromptLookup(4)):
         assert generated(lm, **options, speculation=speculation) == expected
 
 

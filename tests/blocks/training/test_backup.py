@@ -123,6 +123,10 @@ DATA = {
 }
 
 
+# Tracing on TensorFlow takes far longer than a few steps.
+EAGER = keras.config.backend() == "tensorflow"
+
+
 def make(seed, optimizer="adam", data=None, **kwargs):
     keras.utils.clear_session()
     keras.utils.set_random_seed(seed)
@@ -198,8 +202,7 @@ def slow(*case):
     ],
 )
 def test_data(data, at, save_freq, tmp_path):
-    # Tracing on TensorFlow takes far longer than a few steps.
-    eager = keras.config.backend() == "tensorflow" and data != "in memory"
+    eager = EAGER and data != "in memory"
     check_resuming(tmp_path, data, at, save_freq, run_eagerly=eager)
 
 
@@ -248,12 +251,12 @@ def test_a_step_without_compiling(tmp_path):
 
 
 def resume(folder, lm=None, data="in memory", **options):
-    fit(lm or make(0), folder, data, **options)
+    fit(lm or make(0, run_eagerly=EAGER), folder, data, **options)
 
 
 def stop(folder, at=(1, 1), **options):
     with pytest.raises(Stop):
-        fit(make(0), folder, "in memory", at, **options)
+        fit(make(0, run_eagerly=EAGER), folder, "in memory", at, **options)
 
 
 @pytest.mark.same_everywhere
@@ -261,14 +264,16 @@ def test_a_backup_of_another_training_is_refused(tmp_path):
     stop(tmp_path)
     with raises(ValueError, "of another model, optimizer or metrics", "momentum"):
         resume(tmp_path, make(0, keras.optimizers.SGD(0.1, momentum=0.9)))
+    sizes = {"vocabulary_size": 70, "hidden_dim": 16}
+    other = make(0, backbone=sizes, run_eagerly=EAGER)
     with raises(ValueError, "of another model", "(70, 16)"):
-        resume(tmp_path, make(0, backbone={"vocabulary_size": 70, "hidden_dim": 16}))
+        resume(tmp_path, other)
 
 
 @pytest.mark.same_everywhere
 def test_data_that_are_fewer_than_before(tmp_path):
     stop(tmp_path, (1, 4), save_freq=4)
-    lm, (x, y) = make(0), tokens()
+    lm, (x, y) = make(0, run_eagerly=EAGER), tokens()
     backup = BackupAndResume(tmp_path)
     data = keras.tree.map_structure(lambda array: array[:4], x), y[:4]
     with raises(ValueError, "`x` has fewer batches", "3 of epoch 2"):

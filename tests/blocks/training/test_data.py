@@ -7,12 +7,21 @@ import pytest
 import tensorflow as tf
 
 from blocks import CausalLMPreprocessor
+from tests import models
 from tests.helpers import raises, to_numpy
-from tests.models import make_lm, make_text_lm
+from tests.models import make_lm
 
 pytestmark = pytest.mark.same_everywhere
 
 TEXTS = ["ab", "cde", "f", "ghij"]
+
+
+def make_text_lm():
+    lm = models.make_text_lm()
+    # Tracing on TensorFlow takes far longer than a few steps.
+    eager = keras.config.backend() == "tensorflow"
+    lm.compile(keras.optimizers.Adam(1e-2), sampler="greedy", run_eagerly=eager)
+    return lm
 
 
 class Batches(keras.utils.PyDataset):

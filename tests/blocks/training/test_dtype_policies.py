@@ -111,7 +111,7 @@ def check_policies(make_lm, unmoved=(), updates=1):
             assert x.dtype == low or (small and x.dtype == "float32"), (policy, x.path)
 
 
-EVERYWHERE = ["options", "gated_delta_net"]
+EVERYWHERE = ["options"]
 
 
 @pytest.mark.parametrize("name", [x if x in EVERYWHERE else slow(x) for x in LAYERS])

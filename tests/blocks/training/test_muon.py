@@ -8,7 +8,7 @@ import pytest
 
 from attention import LatentAttention, RotaryAttention, ShortConvolution, declare_role
 from blocks import CausalLM, CustomBackbone, MixtureOfExperts, Muon
-from tests.helpers import raises, to_numpy
+from tests.helpers import raises, slow, to_numpy
 from tests.models import make_backbone, make_variant
 
 RATE, DECAY = 0.01, 0.1
@@ -147,7 +147,7 @@ def test_axes_lie_as_the_equation_says(equation, order, matrix):
     np.testing.assert_allclose(to_numpy(dense.kernel), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("mode", [None, "int4"])
+@pytest.mark.parametrize("mode", [None, slow("int4")])
 def test_low_rank_updates_of_plain_and_quantized_weights(mode):
     lm = CausalLM(make_backbone(num_layers=1))
     early = Muon(lm)
