@@ -61,7 +61,8 @@ class GenerationSizes:
     """The largest number of tokens of all rows together that are processed at once."""
 
     few_tokens: int = 4
-    """A turn of a session with at most so many tokens is not padded to a chunk."""
+    """A turn of a session with at most so many tokens is not padded to a chunk; a longer
+    one is padded to the smallest chunk, or to that of a prefill."""
 
     min_tokens_saved: int = 256
     """How many tokens of padding must be saved for rows to be prefilled in two groups,
@@ -97,6 +98,14 @@ class GenerationSizes:
         ):
             chunk *= 2
         return min(chunk, capacity)
+
+    def further_chunk(self, chunk: int, length: int) -> int:
+        """Returns how many of `length` further tokens are processed at once.
+
+        It is `min_chunk` where padded to that they are half as many as padded to `chunk`.
+        """
+        short, long = (-(-length // x) * x for x in (self.min_chunk, chunk))
+        return self.min_chunk if 2 * short <= long else chunk
 
 
 class StepKey(NamedTuple):

@@ -87,6 +87,8 @@ class Engine:
         chunk = capacity if whole else self.sizes.chunk_length(rows, capacity)
         if cache is not None and longest <= few:
             chunk = few
+        elif cache is not None and not whole:
+            chunk = self.sizes.further_chunk(chunk, longest)
         # One width for all lengths, as each is compiled.
         width = few if chunk == few else -(-capacity // chunk) * chunk
         padded = _widened(tokens[:, :longest], width)

@@ -23,7 +23,7 @@ class Completion(NamedTuple):
         token_ids: `int32` array: the new tokens. The last is the stop token, if the row
             ended at one. Tokens of a stop string are not among them.
         finish_reason: str. `"stop"`: at a stop token or string. `"length"`: at the length
-            that was asked for.
+            that was asked for. `None` of a piece.
         prompt_length: int. How many tokens the prompt has.
         logprobs: `Logprobs` of `token_ids`: `chosen`, `(length,)`; `best` and `best_ids`,
             `(length, return_logprobs)`, or `()` for 0. They are those of the model's
@@ -33,7 +33,7 @@ class Completion(NamedTuple):
 
     text: str | None
     token_ids: np.ndarray
-    finish_reason: str
+    finish_reason: str | None
     prompt_length: int
     logprobs: Logprobs | None
 

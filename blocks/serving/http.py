@@ -249,33 +249,38 @@ class _Http:
 
         head = {**head, "object": asked.chunk_name}
         tasks = [asyncio.create_task(read(*x)) for x in enumerate(found)]
+        # They end with what they have then.
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(self.limits.seconds, _cancel, found)
         try:
-            async with asyncio.timeout(self.limits.seconds):
-                answers: list[Any] = []
-                for number in range(len(found)):
-                    if choice := asked.first_chunk(number):
-                        yield _event({**head, "choices": [choice]})
-                while len(answers) < len(found):
-                    number, piece, answer = await pieces.get()
-                    if isinstance(answer, Exception):
-                        yield _event({"error": {"message": str(answer)}})
-                        return
-                    if answer is not None:
-                        answers.append(answer)
-                        self.metrics.made(answer)
-                        logprobs = asked.logprobs_of(answer, self.to_text)
-                        reason = answer.finish_reason
-                        choice = asked.chunk(number, "", reason, logprobs)
-                    else:
-                        choice = asked.chunk(number, piece, None, None)
+            answers: list[Any] = []
+            # How much text of each was sent.
+            places = [0] * len(found)
+            for number in range(len(found)):
+                if choice := asked.first_chunk(number):
                     yield _event({**head, "choices": [choice]})
-                if (asked.stream_options or {}).get("include_usage"):
-                    usage = _usage(answers, asked.n)
-                    yield _event({**head, "choices": [], "usage": usage})
-                yield "data: [DONE]\n\n"
-        except TimeoutError:
-            yield _event({"error": {"message": "It took too long."}})
+            while len(answers) < len(found):
+                number, piece, answer = await pieces.get()
+                if isinstance(answer, Exception):
+                    yield _event({"error": {"message": str(answer)}})
+                    return
+                if answer is not None:
+                    answers.append(answer)
+                    self.metrics.made(answer)
+                    choice = asked.chunk(number, "", _reason(answer), None)
+                elif isinstance(piece, Completion):
+                    logprobs = asked.logprobs_of(piece, self.to_text, places[number])
+                    places[number] += len(piece.text or "")
+                    choice = asked.chunk(number, piece.text or "", None, logprobs)
+                else:
+                    choice = asked.chunk(number, piece, None, None)
+                yield _event({**head, "choices": [choice]})
+            if (asked.stream_options or {}).get("include_usage"):
+                usage = _usage(answers, asked.n)
+                yield _event({**head, "choices": [], "usage": usage})
+            yield "data: [DONE]\n\n"
         finally:
+            timer.cancel()
             _cancel(found)
             for task in tasks:
                 task.cancel()
@@ -284,15 +289,17 @@ class _Http:
         self, asked: CompletionAsked | ChatAsked, number: int, answer: Any
     ) -> dict[str, Any]:
         logprobs = asked.logprobs_of(answer, self.to_text)
-        reason = (
-            "length" if answer.finish_reason == "cancelled" else answer.finish_reason
-        )
-        return asked.choice(number, answer.text, reason, logprobs)
+        return asked.choice(number, answer.text, _reason(answer), logprobs)
 
 
 def _cancel(found: list[Request]) -> None:
     for one in found:
         one.cancel()
+
+
+def _reason(answer: Completion) -> str | None:
+    """Returns why an answer ended, in OpenAI's words."""
+    return "length" if answer.finish_reason == "cancelled" else answer.finish_reason
 
 
 def _event(content: dict[str, Any]) -> str:

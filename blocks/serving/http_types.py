@@ -108,8 +108,10 @@ class CompletionAsked(Asked):
     def most_logprobs(self) -> int | None:
         return self.logprobs
 
-    def logprobs_of(self, answer: Any, to_text: Callable[[int], str]) -> Any:
-        """Returns the log-probabilities of an answer's tokens."""
+    def logprobs_of(
+        self, answer: Any, to_text: Callable[[int], str], start: int = 0
+    ) -> Any:
+        """Returns the log-probabilities of tokens whose text begins at `start`."""
         if self.logprobs is None or answer.logprobs is None:
             return None
         tokens = [to_text(x) for x in answer.token_ids]
@@ -120,7 +122,7 @@ class CompletionAsked(Asked):
                 {to_text(token): float(x) for x, token in zip(*pair)}
                 for pair in numbers
             ]
-        ends = np.cumsum([0, *map(len, tokens)]).tolist()
+        ends = np.cumsum([start, *map(len, tokens)]).tolist()
         return {
             "tokens": tokens,
             "token_logprobs": answer.logprobs.chosen.tolist(),
@@ -128,7 +130,7 @@ class CompletionAsked(Asked):
             "text_offset": ends[:-1],
         }
 
-    def choice(self, number: int, text: str, reason: str, logprobs: Any) -> dict:
+    def choice(self, number: int, text: str, reason: Any, logprobs: Any) -> dict:
         """Returns a whole answer."""
         return self.chunk(number, text, reason, logprobs)
 
@@ -181,7 +183,9 @@ class ChatAsked(Asked):
     def most_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    def logprobs_of(self, answer: Any, to_text: Callable[[int], str]) -> Any:
+    def logprobs_of(
+        self, answer: Any, to_text: Callable[[int], str], start: int = 0
+    ) -> Any:
         """Returns the log-probabilities of an answer's tokens."""
         if not self.logprobs or answer.logprobs is None:
             return None
@@ -201,7 +205,7 @@ class ChatAsked(Asked):
             content.append({**entry(token, logprob), "top_logprobs": top})
         return {"content": content}
 
-    def choice(self, number: int, text: str, reason: str, logprobs: Any) -> dict:
+    def choice(self, number: int, text: str, reason: Any, logprobs: Any) -> dict:
         """Returns a whole answer."""
         message = {"role": "assistant", "content": text}
         answer = {"index": number, "message": message, "finish_reason": reason}

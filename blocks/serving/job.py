@@ -6,13 +6,14 @@ import dataclasses
 from typing import Any
 
 import numpy as np
+from keras import tree
 
 from attention.contract import Cache
 from blocks.generation.endings import Endings
 from blocks.generation.outputs import Completion, completions, joined
 from blocks.generation.processors import HostProcessor
 from blocks.generation.running_batch import BROKEN_LOGITS, Block, completed_rows
-from blocks.generation.sampling import Sampling
+from blocks.generation.sampling import Logprobs, Sampling
 from blocks.generation.texts import TextPieces
 from blocks.serving.request import Request
 
@@ -45,8 +46,10 @@ class Job:
         memory: what its processors know at first.
         endings: at what it ends.
         pieces: makes its text, or `None` for tokens.
+        top: how many likeliest tokens it wants to know, or `None` for no numbers.
         prefill: how far its prefill is.
         blocks: the new tokens so far.
+        told: int. How many of these were told.
         cancelled: bool. Whether it ends after the step that is going on.
     """
 
@@ -57,8 +60,10 @@ class Job:
     memory: Any
     endings: Endings
     pieces: TextPieces | None
+    top: int | None = None
     prefill: Prefill = dataclasses.field(default_factory=Prefill)
     blocks: list[Block] = dataclasses.field(default_factory=list)
+    told: int = 0
     cancelled: bool = False
 
     @property
@@ -78,19 +83,28 @@ class Job:
                 "The model's logits became NaN or infinite, so no next token could be "
                 f"chosen. {BROKEN_LOGITS}"
             )
-        self.blocks.append(block)
+        self.blocks.append(self._with_numbers(block))
         completed_rows(self.sampling, block, self.endings)
         stopped = self.endings.reached([new])[0]
-        if self.pieces is not None:
-            piece = self.pieces.add([new])[0]
-            if piece:
-                self.request.add(piece)
-        elif not self.endings.stop:
-            self.request.add(new)
+        text = None if self.pieces is None else self.pieces.add([new])[0]
+        if self.top is not None or text is None:
+            # Tokens that may become a stop string are held back.
+            count = self.endings.count_given(0) if self.endings.stop else len(new)
+            self._tell(text, self.told + count)
+        elif text:
+            self.request.add(text)
         made = sum(int(x.valid.sum()) for x in self.blocks)
         at_stop = int(new[-1]) in self.endings.stop_token_ids
         ended = bool(stopped) or at_stop or bool(self.endings.completed)
         return ended or made >= self.room
+
+    def _with_numbers(self, block: Block) -> Block:
+        """Returns a block with the log-probabilities that were asked for."""
+        if self.top is None:
+            return Block(block.tokens, block.valid)
+        chosen, *best = block.logprobs
+        best = [x[..., : self.top] if self.top else () for x in best]
+        return Block(block.tokens, block.valid, Logprobs(chosen, *best))
 
     def finish(self, reason: str | None = None, error: Exception | None = None) -> None:
         """Gives the request its answer, or the error instead.
@@ -105,15 +119,31 @@ class Job:
         self.request.finish(answer, error)
 
     def _answer(self, reason: str | None) -> Completion:
-        text = None
+        text = last = None
         if self.pieces is not None:
             last = self.pieces.add([self.tokens[:0]], finished=True)[0]
-            if last:
-                self.request.add(last)
-            text = self.pieces.given
-        whole, length = joined(self.blocks, 1), len(self.tokens)
-        (answer,) = completions(whole, [length], self.endings, text, reason)
-        if self.pieces is None and self.endings.stop:
-            # Tokens that may have become a stop string were held back.
-            self.request.add(answer.token_ids)
+            text = self.pieces.given[0]
+        answer = self._completion(text, reason)
+        self._tell(last, len(answer.token_ids))
         return answer
+
+    def _completion(self, text: str | None, reason: str | None = None) -> Completion:
+        """Returns what there is so far."""
+        whole, length = joined(self.blocks, 1), len(self.tokens)
+        texts = None if text is None else [text]
+        (found,) = completions(whole, [length], self.endings, texts, reason)
+        return found
+
+    def _tell(self, text: str | None, count: int) -> None:
+        """Tells the first `count` new tokens, as far as they were not told, or text.
+
+        Where log-probabilities are asked for, it tells both.
+        """
+        found, new = self._completion(text), slice(self.told, count)
+        tokens, self.told = found.token_ids[new], count
+        if self.top is not None and (text or len(tokens)):
+            logprobs = tree.map_structure(lambda x: x[new], found.logprobs)
+            length = found.prompt_length
+            self.request.add(Completion(text, tokens, None, length, logprobs))
+        elif self.top is None and (text or (text is None and len(tokens))):
+            self.request.add(tokens if text is None else text)

@@ -24,7 +24,8 @@ class Request:
     """A request in progress, made by `blocks.Server.submit`.
 
     `request.result()` waits for the whole answer; iterating over the request yields the
-    pieces of its text, or arrays of new tokens, as they are made. In `asyncio`, `await
+    pieces of its text, or arrays of new tokens, as they are made; with `return_logprobs`
+    it yields `Completion`s of these, without a `finish_reason`. In `asyncio`, `await
     request` and `async for piece in request` do the same. All may be used at once, from
     any thread.
     """

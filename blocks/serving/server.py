@@ -168,6 +168,7 @@ class Server:
                 f"in the server's max_length={self.max_length}."
             )
         job = self._job(tokens, room, how, endings, pieces)
+        job.top = options.get("return_logprobs")
         with self._changed:
             self._check_open()
             if len(self._waiting) >= self.max_waiting:
@@ -375,13 +376,10 @@ class Server:
 
     def _warm_up(self) -> None:
         """Compiles all steps, with tokens that nobody asked for."""
-        few = self._engine.sizes.few_tokens
-        for more in (few + 1, 1):
-            tokens = np.zeros((min(self._chunk + more, self.max_length - 1),), "int32")
+        for length in (1, self._engine.sizes.few_tokens + 1, self._chunk):
+            tokens = np.zeros((min(length, self.max_length - 1),), "int32")
             job = self._job(tokens, 3, self._options({}, 1), Endings(), None)
-            while job.prefill.done < len(tokens):
-                logits = self._process(job)
-            self._slots.join(0, job, logits)
+            self._slots.join(0, job, self._process(job))
             self._slots.decode(1, {})
             if job.grammar is not None:
                 self._slots.decode(1, {0: job.grammar})

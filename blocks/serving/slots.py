@@ -59,6 +59,8 @@ class Slots:
             The logits after the last of them, `(1, vocabulary_size)`, and the cache.
         """
         part, length = tokens[None, start:end], np.array([end - start], "int32")
+        # The same steps process the first tokens and further ones.
+        cache = cache or self.engine.create_cache(1, self.max_length)
         return self.engine.process(
             cache, self.max_length, part, np.int32(start), length
         )

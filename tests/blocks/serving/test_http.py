@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 
 from blocks.serve import make_app
+from blocks.serving.http import create_app
 from blocks.serving.http_types import Limits
 from tests.models import make_letters_lm
 
 openai = pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
-pytest.importorskip("fastapi")
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role[0] }}:{{ m.content }} {% endfor %}{{ tools }}"
@@ -113,6 +113,7 @@ def test_completions_stream_and_stop(served):
             prompt="hello",
             max_tokens=20,
             stop=stop,
+            logprobs=2,
             stream=True,
             stream_options={"include_usage": True},
             **VARIED,
@@ -120,6 +121,12 @@ def test_completions_stream_and_stop(served):
     )
     text = "".join(x.choices[0].text for x in chunks if x.choices)
     assert text == free[: free.find(stop)]
+    numbers = [x.choices[0].logprobs for x in chunks if x.choices]
+    tokens = [token for x in numbers if x for token in x.tokens]
+    assert tokens == list(text)
+    places = [place for x in numbers if x for place in x.text_offset]
+    assert places == list(range(len(text)))
+    assert all(len(y) == 2 for x in numbers if x for y in x.top_logprobs)
     assert chunks[-2].choices[0].finish_reason == "stop"
     assert chunks[-1].usage.completion_tokens == len(text)
 
@@ -198,6 +205,19 @@ def test_bad_requests(served):
         other.completions.create(model="letters", prompt="a")
 
 
+def test_time_that_is_up_ends_an_answer(served):
+    lm, server, _, _ = served
+    app = create_app(server, "letters", None, None, limits=Limits(seconds=0.0))
+    port, options = free_port(), {"model": "letters", "prompt": "hello"}
+    with running(app, port):
+        url = f"http://127.0.0.1:{port}/v1"
+        client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+        found = client.completions.create(**options, max_tokens=99)
+        *_, last = client.completions.create(**options, max_tokens=99, stream=True)
+    assert [x.choices[0].finish_reason for x in (found, last)] == ["length"] * 2
+    assert len(found.choices[0].text) < 99
+
+
 def test_a_client_that_goes_away_frees_its_row(served):
     _, server, client, _ = served
     options = {"model": "letters", "prompt": "hello", "max_tokens": 40, "stream": True}
@@ -216,6 +236,12 @@ def test_many_clients_at_once(served):
     prompts = [f"client {i % 7}" for i in range(200)]
     wanted = dict(zip(prompts[:7], expected(lm, prompts[:7], 6)))
     compiled = len(server.compiled_steps)
+    assert ask_at_once(client, prompts) == [wanted[x] for x in prompts]
+    assert len(server.compiled_steps) == compiled
+
+
+def ask_at_once(client, prompts):
+    """Returns the answers to prompts, each from a thread of its own."""
     found = [None] * len(prompts)
 
     def ask(i):
@@ -229,13 +255,19 @@ def test_many_clients_at_once(served):
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [wanted[x] for x in prompts]
-    assert len(server.compiled_steps) == compiled
+    return found
+
+
+def resident_memory(process):
+    """Returns the memory of a process in MiB."""
+    with open(f"/proc/{process.pid}/status") as status:
+        (line,) = [x for x in status if x.startswith("VmRSS")]
+    return int(line.split()[1]) / 1024
 
 
 @pytest.mark.slow
 def test_killed_and_started_again(tmp_path):
-    """The command line, on a preset."""
+    """The command line, on a preset; its memory is that of the first 200 clients."""
     make_letters_lm().save_to_preset(str(tmp_path))
     script = (
         "import tests.models, runpy, sys;"
@@ -261,6 +293,13 @@ def test_killed_and_started_again(tmp_path):
                 model=name, prompt="hello", max_tokens=9, temperature=0
             )
             answers.append(answer.choices[0].text)
+            used = []
+            for _ in range(4):
+                prompts = [f"client {i}" for i in range(200)]
+                assert all(len(x) == 6 for x in ask_at_once(client, prompts))
+                used.append(resident_memory(process))
+            print("MiB after 200, 400, 600 and 800 clients:", used)
+            assert used[-1] < used[0] + 16
         finally:
             os.kill(process.pid, signal.SIGKILL)
             process.wait()

@@ -154,11 +154,18 @@ def test_text_streams_and_ends_before_a_stop_string(text_server):
     request = server.submit("hello", **options, stop=stop, return_logprobs=2)
     pieces = list(request)
     answer = request.result()
-    assert "".join(pieces) == answer.text == expected
+    assert "".join(x.text for x in pieces) == answer.text == expected
+    told = np.concatenate([x.token_ids for x in pieces])
+    assert len(pieces) > 1 and told.tolist() == answer.token_ids.tolist()
+    numbers = np.concatenate([x.logprobs.best for x in pieces])
+    np.testing.assert_array_equal(numbers, answer.logprobs.best)
     assert (answer.finish_reason, answer.prompt_length) == ("stop", 5)
     whole = lm.generate("hello", **options, stop=stop, return_logprobs=2)
     np.testing.assert_allclose(answer.logprobs.best, whole.logprobs.best, atol=1e-4)
+    one = server.submit("hello", **options, stop=stop, return_logprobs=1).result()
+    assert one.logprobs.best.shape == (len(one.token_ids), 1)
     tokens = server.submit(list(b"hello"), **options, stop=stop)
+    assert tokens.result().logprobs is None
     assert bytes(np.concatenate(list(tokens)).tolist()).decode() == expected
 
 
