@@ -217,18 +217,24 @@ class _Http:
         self, found: list[Request], request: fastapi.Request
     ) -> list[Completion]:
         """Waits for all answers, no longer than the limit or than the client does."""
-        end = time.monotonic() + self.limits.seconds
+        timer = self._end_in_time(found)
         waiting = asyncio.gather(*found, return_exceptions=True)
         while not waiting.done():
             await asyncio.wait([waiting], timeout=_LOOK)
-            if time.monotonic() > end or await request.is_disconnected():
+            if await request.is_disconnected():
                 _cancel(found)
+        timer.cancel()
         answers: Any = await waiting
         for answer in answers:
             if isinstance(answer, BaseException):
                 raise _Refused(500, "server_error", str(answer)) from answer
             self.metrics.made(answer)
         return answers
+
+    def _end_in_time(self, found: list[Request]) -> asyncio.TimerHandle:
+        """Starts the clock at whose end requests end with what they have."""
+        loop = asyncio.get_running_loop()
+        return loop.call_later(self.limits.seconds, _cancel, found)
 
     async def _stream_events(
         self,
@@ -249,9 +255,7 @@ class _Http:
 
         head = {**head, "object": asked.chunk_name}
         tasks = [asyncio.create_task(read(*x)) for x in enumerate(found)]
-        # They end with what they have then.
-        loop = asyncio.get_running_loop()
-        timer = loop.call_later(self.limits.seconds, _cancel, found)
+        timer = self._end_in_time(found)
         try:
             answers: list[Any] = []
             # How much text of each was sent.

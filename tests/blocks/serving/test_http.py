@@ -206,7 +206,7 @@ def test_bad_requests(served):
 
 
 def test_time_that_is_up_ends_an_answer(served):
-    lm, server, _, _ = served
+    _, server, _, _ = served
     app = create_app(server, "letters", None, None, limits=Limits(seconds=0.0))
     port, options = free_port(), {"model": "letters", "prompt": "hello"}
     with running(app, port):
