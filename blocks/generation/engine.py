@@ -169,20 +169,10 @@ class Engine:
         donate: bool,
     ) -> tuple[Tensor, Cache]:
         """Processes one token of each row; returns the logits and the cache."""
-
-        def step(
-            cache: Cache, token: Tensor, index: Index, max_length: Tensor
-        ) -> tuple:
-            fits = (index < max_length)[:, None]
-            hidden, cache = self.forward(cache, token[:, None], index, fits, donate)
-            logits = self.task.compute_logits(hidden)[:, 0]
-            # A compiled step can raise no error; NaN is better than wrong logits.
-            return ops.where(fits, logits, float("nan")), cache
-
         return self.functions.run(
             StepKey("decode_step", token.shape[0], capacity, variant=donate),
-            lambda _: step,
-            (cache, token, index, max_length),
+            lambda _: self._make_step(donate),
+            (cache, token, index, max_length, np.int32(1)),
             donate=(0,) if donate else (),
         )
 
@@ -239,6 +229,37 @@ class Engine:
         state = (ops.zeros((), dtype="int32"), cache, found)
         _, cache, found = ops.while_loop(more, process_chunk, state)
         return cache, found
+
+    def _make_step(self, donate: bool) -> Callable:
+        kernels = LoopKernels(self.functions.layers)
+        output = self.task.output
+
+        def step(
+            cache: Cache, token: Tensor, index: Index, max_length: Tensor, steps: Tensor
+        ) -> tuple:
+            fits = (index < max_length)[:, None]
+            matrices = kernels.before_loop()
+
+            def body(step: Tensor, cache: Cache, _: Any) -> tuple:
+                with kernels.within_loop(matrices):
+                    hidden, cache = self.forward(
+                        cache, token[:, None], index, fits, donate
+                    )
+                    logits = self.task.compute_logits(hidden)[:, 0]
+                return step + 1, cache, logits
+
+            if matrices:
+                # A loop of one step, in which kernels are read faster.
+                empty = ops.zeros((token.shape[0], output.shape[-1]), output.dtype)
+                start = (ops.zeros((), dtype="int32"), cache, empty)
+                found = ops.while_loop(lambda step, *_: step < steps, body, start)
+            else:
+                found = body(0, cache, None)
+            _, cache, logits = found
+            # A compiled step can raise no error; NaN is better than wrong logits.
+            return ops.where(fits, logits, float("nan")), cache
+
+        return step
 
     def _make_process(self, capacity: int, chunk: int) -> Callable:
         output = self.task.backbone.output
