@@ -362,6 +362,9 @@ class Server:
 
     def _warm_up(self) -> None:
         """Compiles all steps, with tokens that nobody asked for."""
+        if self._task.preprocessor is not None:
+            # It makes layers the first time, which several threads must not.
+            self._task.preprocessor.generate_preprocess(["a"])
         few = self._engine.sizes.few_tokens
         for more in (few + 1, 1):
             tokens = np.zeros((min(self._chunk + more, self.max_length - 1),), "int32")
