@@ -26,7 +26,7 @@ try:
     import datasets
     import lm_eval
     from lm_eval import utils
-    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.model import LM
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.tasks import TaskManager
@@ -42,7 +42,7 @@ from blocks import CausalLM, CausalLMPreprocessor
 from blocks.models.llama import LlamaBackbone
 
 
-class BlocksLM(TemplateLM):
+class BlocksLM(LM):
     """A `blocks.CausalLM` as lm-eval asks its models.
 
     Args:
@@ -64,67 +64,67 @@ class BlocksLM(TemplateLM):
         names = "|".join(re.escape(x.content) for x in added if x.special)
         self.special = re.compile(names or r"(?!)")
 
-    @property
-    def eot_token_id(self):
-        """Returns the end token."""
-        return self.lm.preprocessor.end_token_id
-
-    @property
-    def prefix_token_id(self):
-        """Returns the token that comes before a text that has no context."""
-        start = self.lm.preprocessor.start_token_id
-        return self.eot_token_id if start is None else start
-
-    def tok_encode(self, string, add_special_tokens=None, **_):
+    def encode(self, text, add_start=True):
         """Returns the tokens of a text, after the start token where texts have one."""
         preprocessor = self.lm.preprocessor
-        tokens = keras.ops.convert_to_numpy(preprocessor.tokenizer(string)).tolist()
+        tokens = keras.ops.convert_to_numpy(preprocessor.tokenizer(text)).tolist()
         start = preprocessor.start_token_id
-        wanted = preprocessor.add_start_token and add_special_tokens is not False
-        if wanted and start is not None and tokens[:1] != [start]:
-            return [start, *tokens]
-        return tokens
+        wanted = add_start and preprocessor.add_start_token and start is not None
+        return [start, *tokens] if wanted and tokens[:1] != [start] else tokens
 
-    def _loglikelihood_tokens(self, requests, **_):
-        """Returns the log-probability of each continuation, and if greedy decoding
+    @property
+    def first(self):
+        """Returns the token that is before a text without a context."""
+        start = self.lm.preprocessor.start_token_id
+        return self.lm.preprocessor.end_token_id if start is None else start
+
+    def encode_pair(self, context, continuation):
+        """Returns the tokens of a context, and those that follow it in the whole text."""
+        if not context:
+            tokens = self.encode(continuation, add_start=False)
+            has_first = tokens[:1] == [self.first]
+            return [self.first], tokens[1:] if has_first else tokens
+        # Spaces belong to the word after them.
+        before, whole = map(self.encode, (context.rstrip(), context + continuation))
+        return before or [self.first], whole[len(before) :]
+
+    def loglikelihood(self, requests):
+        """Returns the log-probability of each continuation, and whether greedy decoding
         makes it."""
-        for _, _, new in requests:
+        found = self.score([self.encode_pair(*x.args) for x in requests])
+        for request, answer in zip(requests, found):
+            self.cache_hook.add_partial("loglikelihood", request.args, answer)
+        return found
+
+    def score(self, pairs):
+        """Returns what `loglikelihood` does, of pairs of tokens."""
+        for _, new in pairs:
             if not 0 < len(new) <= self.max_length:
                 raise ValueError(
                     "A continuation must have at least one token, and at most "
                     f"`max_length={self.max_length}`. Received one of {len(new)}."
                 )
         # The last token is predicted, not seen.
-        rows = [(before + new)[-self.max_length - 1 :] for _, before, new in requests]
+        rows = [(before + new)[-self.max_length - 1 :] for before, new in pairs]
         scores = self.lm.score(rows, return_logprobs=1, batch_size=self.batch_size)
         found = []
-        for (texts, _, new), score in zip(requests, scores):
-            count, logprobs = len(new), score.logprobs
-            is_greedy = np.array_equal(logprobs.best_ids[-count:, 0], new)
-            found.append((float(logprobs.chosen[-count:].sum()), is_greedy))
-            if texts is not None:
-                self.cache_hook.add_partial("loglikelihood", texts, found[-1])
+        for (_, new), score in zip(pairs, scores):
+            logprob = score.logprobs.chosen[-len(new) :].sum()
+            likeliest = score.logprobs.best_ids[-len(new) :, 0]
+            found.append((float(logprob), np.array_equal(likeliest, new)))
         return found
 
-    def loglikelihood_rolling(self, requests, disable_tqdm=False):
+    def loglikelihood_rolling(self, requests):
         """Returns the log-probability of whole texts, in windows where they are long."""
         # As lm-eval's own models, with the start token where the tokenizer has one.
-        windows = [
-            utils.get_rolling_token_windows(
-                self.tok_encode(request.args[0]),
-                self.prefix_token_id,
-                self.max_length,
-                1,
-            )
-            for request in requests
-        ]
+        texts = [self.encode(x.args[0]) for x in requests]
+        how = self.first, self.max_length, 1
+        windows = [utils.get_rolling_token_windows(x, *how) for x in texts]
         windows = [[*map(utils.make_disjoint_window, x)] for x in windows]
-        scores = iter(
-            self._loglikelihood_tokens([(None, *x) for y in windows for x in y])
-        )
+        scores = iter(self.score([x for y in windows for x in y]))
         return [sum(next(scores)[0] for _ in x) for x in windows]
 
-    def generate_until(self, requests, disable_tqdm=False):
+    def generate_until(self, requests):
         """Returns answers, which end before the first of their stop strings."""
         groups = {}
         for place, request in enumerate(requests):
@@ -132,13 +132,13 @@ class BlocksLM(TemplateLM):
             groups.setdefault(key, []).append(place)
         found = [""] * len(requests)
         for key, places in groups.items():
-            options = self._options(json.loads(key))
+            options = self.read_options(json.loads(key))
             room = self.max_length - options["max_new_tokens"]
             # Prompts of about one length are processed together.
             places.sort(key=lambda i: len(requests[i].args[0]))
             for start in range(0, len(places), self.batch_size):
                 part = places[start : start + self.batch_size]
-                prompts = [self._last_tokens(requests[i].args[0], room) for i in part]
+                prompts = [self.last_tokens(requests[i].args[0], room) for i in part]
                 texts = self.lm.generate(prompts, strip_prompt=True, **options)
                 for i, text in zip(part, texts):
                     text = found[i] = self.special.sub("", text)
@@ -147,7 +147,7 @@ class BlocksLM(TemplateLM):
                     )
         return found
 
-    def _options(self, asked):
+    def read_options(self, asked):
         """Returns options of `lm.generate`; it tells which of the others it lacks."""
         options = dict(normalize_gen_kwargs(asked, self.max_new_tokens))
         temperature = options.pop("temperature", 1.0)
@@ -156,15 +156,15 @@ class BlocksLM(TemplateLM):
         options["max_new_tokens"] = options.pop("max_gen_toks")
         return options
 
-    def _last_tokens(self, text, count):
+    def last_tokens(self, text, count):
         """Returns the end of a text, of at most so many tokens."""
         if count < 1:
             raise ValueError(
                 "A task asks for as many new tokens as the model sees in all "
                 f"(`max_length={self.max_length}`)."
             )
-        tokens, kept = self.tok_encode(text, add_special_tokens=False), count
-        while len(self.tok_encode(text)) > count:
+        tokens, kept = self.encode(text, add_start=False), count
+        while len(self.encode(text)) > count:
             row = np.array(tokens[-kept:], "int32")
             x = {"token_ids": row, "padding_mask": np.ones_like(row)}
             text, kept = self.lm.preprocessor.generate_postprocess(x), kept - 1
