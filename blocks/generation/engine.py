@@ -104,14 +104,16 @@ class Engine:
         """Returns the log-probabilities of each token after the ones before it.
 
         `tokens` are of shape `(batch, width)`, of which `lengths`, `(batch,)`, count. Those
-        of token `i + 1` are at place `i`; what is behind a row has no meaning.
+        of token `i + 1` are at place `i`; what is behind a row has no meaning. A row's last
+        token is not processed.
         """
+        lengths = np.maximum(lengths - 1, 1)
         rows, longest = tokens.shape[0], int(lengths.max())
         capacity = self.sizes.round_up_capacity(longest)
         # Logits of all positions of a chunk are in memory: they are short.
         chunk = max(1, self.sizes.chunk_length(rows, capacity) // 4)
         chunk = capacity if self.sites.whole_prompt else chunk
-        padded = _widened(tokens[:, :longest], -(-capacity // chunk) * chunk)
+        padded = _widened(tokens[:, : longest + 1], -(-capacity // chunk) * chunk + 1)
         return self.functions.run(
             StepKey("score", rows, capacity, chunk, variant=top),
             lambda _: self._make_score(capacity, chunk, top),
@@ -286,8 +288,8 @@ class Engine:
 
     def _make_score(self, capacity: int, chunk: int, top: int) -> Callable:
         def score(tokens: Tensor, lengths: Tensor) -> Logprobs:
+            tokens, following = tokens[:, :-1], tokens[:, 1:]
             rows, width = tokens.shape
-            following = ops.pad(tokens[:, 1:], ((0, 0), (0, 1)))
 
             def take(start: Tensor, _: Tensor, hidden: Tensor, found: Any) -> Any:
                 goals = ops.slice(following, (0, start), (rows, chunk))

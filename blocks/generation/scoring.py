@@ -53,8 +53,8 @@ class ScoringMixin(GenerationSteps):
 
         Raises:
             TypeError: if an argument has the wrong type.
-            ValueError: if a text is empty or has more tokens than the model knows
-                positions; or if logits are NaN or infinite.
+            ValueError: if a text is empty or has more tokens than one more than the model
+                knows positions; or if logits are NaN or infinite.
 
         Example:
 
@@ -89,10 +89,12 @@ class ScoringMixin(GenerationSteps):
     def _rows(self, batch: Any) -> list[np.ndarray]:
         prompts = read_prompts(batch, self, None, 1, None)
         limit, longest = self._engine().max_positions, int(prompts.lengths.max())
-        if limit is not None and longest > limit:
+        # A row's last token needs no position.
+        if limit is not None and longest > limit + 1:
             raise ValueError(
-                f"The model has learned {limit} positions, and row "
-                f"{int(prompts.lengths.argmax())} has {longest} tokens. Score it in parts."
+                f"The model has learned {limit} positions, so it scores up to {limit + 1} "
+                f"tokens, and row {int(prompts.lengths.argmax())} has {longest} tokens. "
+                "Score it in parts."
             )
         return cut_rows(prompts.token_ids, prompts.lengths)
 

@@ -376,6 +376,9 @@ class Server:
 
     def _warm_up(self) -> None:
         """Compiles all steps, with tokens that nobody asked for."""
+        if self._task.preprocessor is not None:
+            # It makes layers the first time, which several threads must not.
+            self._task.preprocessor.generate_preprocess(["a"])
         for length in (1, self._engine.sizes.few_tokens + 1, self._chunk):
             tokens = np.zeros((min(length, self.max_length - 1),), "int32")
             job = self._job(tokens, 3, self._options({}, 1), Endings(), None)

@@ -3,6 +3,8 @@
 import asyncio
 import re
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from keras import ops
 
 from blocks import LogitsProcessor, ServerBusy
 from blocks.generation.grammar import GrammarMask
+from blocks.start_packer import StartPacker
 from tests.helpers import raises, to_numpy
 from tests.models import (
     generated,
@@ -167,6 +170,23 @@ def test_text_streams_and_ends_before_a_stop_string(text_server):
     tokens = server.submit(list(b"hello"), **options, stop=stop)
     assert tokens.result().logprobs is None
     assert bytes(np.concatenate(list(tokens)).tolist()).decode() == expected
+
+
+def test_the_first_texts_come_from_several_threads(monkeypatch):
+    class Slow(StartPacker):
+        def __init__(self, **kwargs):
+            time.sleep(0.1)
+            super().__init__(**kwargs)
+
+    monkeypatch.setattr("blocks.preprocessor.StartPacker", Slow)
+    lm = make_letters_lm()
+    assert not lm.preprocessor.built
+    texts = ["first", "second", "third", "fourth"]
+    with lm.serve(max_rows=2, max_length=32) as server:
+        with ThreadPoolExecutor(len(texts)) as pool:
+            requests = [*pool.map(lambda x: server.submit(x, 4), texts)]
+        found = [x.result(300).text for x in requests]
+    assert found == [lm.generate(x, max_new_tokens=4, strip_prompt=True) for x in texts]
 
 
 def test_asyncio_clients(text_server):
