@@ -27,6 +27,7 @@ from attention.positions.position_embedding import PositionEmbedding
 from attention.positions.position_scheme import PositionScheme
 from attention.positions.relative_position_bias import RelativePositionBias
 from attention.positions.rotary_position import RotaryPosition
+from attention.positions.sinusoidal_positions import SinusoidalPositions
 from attention.recurrent.gated_delta_net import GatedDeltaNet
 from attention.recurrent.linear_recurrence import LinearRecurrence
 from attention.recurrent.mamba2 import Mamba2
@@ -79,6 +80,7 @@ __all__ = [
     "SegmentScope",
     "SharedKeyValueAttention",
     "ShortConvolution",
+    "SinusoidalPositions",
     "T5Attention",
     "TokenShift",
     "Visibility",

@@ -9,7 +9,12 @@ from typing import Any
 import keras
 import keras_hub
 
-from attention import CachedLayer, GroupedQueryAttention, PositionEmbedding
+from attention import (
+    CachedLayer,
+    CrossAttention,
+    GroupedQueryAttention,
+    PositionEmbedding,
+)
 from attention.contract import (
     DType,
     Shape,
@@ -33,9 +38,8 @@ from blocks.token_model import TokenModel
 class CustomBackbone(LowRankUpdates, TokenModel, keras_hub.models.Backbone):
     """A decoder-only backbone with a hook for each of its parts.
 
-    By default it is GPT-2's architecture. It is an ordinary functional KerasHub
-    backbone: `token_ids` and `padding_mask` in, hidden states out. Presets,
-    LoRA, quantization and `fit` work as for any other.
+    By default it is GPT-2's architecture. It is an ordinary functional KerasHub backbone,
+    with presets, LoRA, quantization and `fit`.
 
     There are four ways to change it, from the least to the most:
 
@@ -48,10 +52,10 @@ class CustomBackbone(LowRankUpdates, TokenModel, keras_hub.models.Backbone):
     - override `create_decoder(layer_index)`: blocks of any kind;
     - override `transform(x, padding_mask)`: another way through the blocks.
 
-    Hooks run inside `super().__init__(...)`: a subclass with attributes of its
-    own sets them before that call. Register a subclass with
-    `keras.saving.register_keras_serializable` to save and load it, and add its
-    own arguments to `get_config`.
+    Hooks run inside `super().__init__(...)`: a subclass with attributes of its own sets
+    them before that call. Register a subclass with
+    `keras.saving.register_keras_serializable` to save and load it, and add its own
+    arguments to `get_config`.
 
     Attributes:
         decoder_class: subclass of `blocks.CustomDecoder`. The class of the blocks.
@@ -161,56 +165,66 @@ class CustomBackbone(LowRankUpdates, TokenModel, keras_hub.models.Backbone):
         self.learned_positions = bool(learned_positions)
         self.tie_word_embeddings = bool(tie_word_embeddings)
         if remat not in (None, "block"):
-            raise ValueError(
-                f"`remat` must be 'block' or None. Received: remat={describe(remat)}"
-            )
+            what = f"Received: remat={describe(remat)}"
+            raise ValueError(f"`remat` must be 'block' or None. {what}")
         self.remat = remat
 
         with dtype_policy_scope(keras.dtype_policies.get(dtype)):
-            # === Layers ===
-            with hide_full_remat():
-                self.token_embedding = run_hook(self, "create_embedding")
-                name_layer(self.token_embedding, "token_embedding")
-                self.position_embedding = run_hook(self, "create_position_embedding")
-                self.embeddings_dropout = keras.layers.Dropout(
-                    self.dropout, name="embeddings_dropout"
-                )
-            self.transformer_layers: list[CachedLayer] = []
-            for i in range(self.num_layers):
-                with keras.RematScope("full") if remat else contextlib.nullcontext():
-                    decoder = run_hook(self, "create_decoder", i)
-                # One block may be used at several depths.
-                if not any(decoder is other for other in self.transformer_layers):
-                    name_layer(decoder, f"transformer_layer_{i}")
-                    if getattr(decoder, "layer_index", 0) is None:
-                        decoder.layer_index = i
-                self.transformer_layers.append(decoder)
-            self.layer_norm = run_hook(self, "create_final_norm")
-            name_layer(self.layer_norm, "layer_norm")
-
-            # === Functional model ===
-            inputs = {
-                name: keras.Input((None,), dtype="int32", name=name)
-                for name in ("token_ids", "padding_mask")
-            }
-            padding_mask = inputs["padding_mask"]
-            x = self.token_embedding(inputs["token_ids"])
-            if self.position_embedding is not None:
-                name_layer(self.position_embedding, "position_embedding")
-                self.embeddings_add = keras.layers.Add(name="embeddings_add")
-                positions = self.position_embedding(x, padding_mask=padding_mask)
-                x = self.embeddings_add((x, positions))
-            x = self.embeddings_dropout(x)
-            x = self.transform(x, padding_mask)
-            outputs = self.layer_norm(x)
+            self._create_layers()
+            inputs, outputs = self._connect()
         super().__init__(inputs=inputs, outputs=outputs, dtype=dtype, **kwargs)
 
-    def create_embedding(self) -> keras.layers.Layer:
-        """Hook: makes the token embedding.
+    def _create_layers(self) -> None:
+        """Makes all layers, by the hooks."""
+        with hide_full_remat():
+            self.token_embedding = run_hook(self, "create_embedding")
+            name_layer(self.token_embedding, "token_embedding")
+            self.position_embedding = run_hook(self, "create_position_embedding")
+            self.embeddings_dropout = keras.layers.Dropout(
+                self.dropout, name="embeddings_dropout"
+            )
+        self.transformer_layers: list[CachedLayer] = []
+        self._create_blocks("create_decoder", "transformer_layer", self.num_layers)
+        self.layer_norm = run_hook(self, "create_final_norm")
+        name_layer(self.layer_norm, "layer_norm")
 
-        Returns:
-            A layer that embeds token ids and, called with `reverse=True`, turns
-            hidden states into logits, as `keras.layers.ReversibleEmbedding`.
+    def _create_blocks(self, hook: str, name: str, count: int) -> None:
+        """Makes so many blocks by a hook, as the attribute `{name}s`."""
+        blocks = getattr(self, f"{name}s")
+        for i in range(count):
+            with keras.RematScope("full") if self.remat else contextlib.nullcontext():
+                block = run_hook(self, hook, i)
+            # One block may be used at several depths.
+            if not any(block is other for other in blocks):
+                name_layer(block, f"{name}_{i}")
+                if getattr(block, "layer_index", 0) is None:
+                    block.layer_index = i
+            blocks.append(block)
+
+    def _connect(self) -> tuple[Any, Any]:
+        """Returns the symbolic inputs, and the outputs that the layers make of them."""
+        inputs = {
+            name: keras.Input((None,), dtype="int32", name=name)
+            for name in ("token_ids", "padding_mask")
+        }
+        x = self.embed(inputs["token_ids"], inputs["padding_mask"])
+        return inputs, self.layer_norm(self.transform(x, inputs["padding_mask"]))
+
+    def embed(self, token_ids: Tensor, padding_mask: Tensor) -> Tensor:
+        """Returns the embeddings of tokens, with their positions."""
+        x = self.token_embedding(token_ids)
+        if self.position_embedding is not None:
+            name_layer(self.position_embedding, "position_embedding")
+            self.embeddings_add = keras.layers.Add(name="embeddings_add")
+            positions = self.position_embedding(x, padding_mask=padding_mask)
+            x = self.embeddings_add((x, positions))
+        return self.embeddings_dropout(x)
+
+    def create_embedding(self) -> keras.layers.Layer:
+        """Hook: makes the layer that embeds token ids.
+
+        Called with `reverse=True` it turns hidden states into logits, as
+        `keras.layers.ReversibleEmbedding`.
         """
         return keras.layers.ReversibleEmbedding(
             self.vocabulary_size,
@@ -222,9 +236,8 @@ class CustomBackbone(LowRankUpdates, TokenModel, keras_hub.models.Backbone):
     def create_position_embedding(self) -> CachedLayer | None:
         """Hook: makes the layer whose outputs are added to the embeddings.
 
-        Returns:
-            An `attention.CachedLayer`, which follows the positions while
-            decoding, or `None` where positions live in the attention.
+        It is an `attention.CachedLayer`, which follows the positions while decoding, or
+        `None` where positions live in the attention.
         """
         if not self.learned_positions:
             return None
@@ -268,14 +281,11 @@ class CustomBackbone(LowRankUpdates, TokenModel, keras_hub.models.Backbone):
     def create_attention_layer(
         self, inputs_shape: Shape, layer_index: int
     ) -> CachedLayer:
-        """Hook: makes the self-attention layer of a block.
+        """Hook: makes the self-attention layer, a `CachedLayer`, of a block.
 
         Args:
             inputs_shape: tuple. The shape of the block's inputs.
             layer_index: int. The block's depth, from 0.
-
-        Returns:
-            An `attention.CachedLayer`.
         """
         return GroupedQueryAttention(
             num_heads=self.num_heads,
@@ -284,11 +294,22 @@ class CustomBackbone(LowRankUpdates, TokenModel, keras_hub.models.Backbone):
             kernel_initializer=keras.initializers.RandomNormal(stddev=0.02),
         )
 
-    def create_ffn(self, inputs_shape: Shape, layer_index: int) -> keras.layers.Layer:
-        """Hook: makes the feed-forward layer of a block, which keeps the width.
+    def create_cross_attention_layer(
+        self, inputs_shape: Shape, layer_index: int
+    ) -> CachedLayer:
+        """Hook: makes the layer of a block that attends to an encoder's outputs.
 
         Its arguments are those of `create_attention_layer`.
         """
+        return CrossAttention(
+            self.num_heads,
+            self.num_key_value_heads,
+            dropout=self.dropout,
+            kernel_initializer=keras.initializers.RandomNormal(stddev=0.02),
+        )
+
+    def create_ffn(self, inputs_shape: Shape, layer_index: int) -> keras.layers.Layer:
+        """Hook: makes the feed-forward layer of a block; as `create_attention_layer`."""
         return FeedForward(
             self.intermediate_dim,
             activation=gelu_approximate,
@@ -307,10 +328,7 @@ class CustomBackbone(LowRankUpdates, TokenModel, keras_hub.models.Backbone):
 
         By default it is another norm of the last block if `decoder_class` overrides
         `create_norm`, otherwise one that the backbone's `create_norm` makes for
-        `layer_index=num_layers`.
-
-        Returns:
-            A layer that keeps the shape.
+        `layer_index=num_layers`. It keeps the shape.
         """
         shape = (None, None, self.hidden_dim)
         last, cls = self.transformer_layers[-1], self.decoder_class

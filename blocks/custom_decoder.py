@@ -129,6 +129,8 @@ class CustomDecoder(TransformerBlock, CompositeCachedLayer):
             An `attention.CachedLayer` that takes `(x, encoder_sequence)` and
             `value_padding_mask`, as `attention.CrossAttention`.
         """
+        if self._run_backbone_hook is not None:
+            return self._run_backbone_hook("create_cross_attention_layer", inputs_shape)
         return CrossAttention(
             self.num_heads,
             self.num_key_value_heads,
@@ -154,8 +156,9 @@ class CustomDecoder(TransformerBlock, CompositeCachedLayer):
             )
         return super().__call__(*args, **kwargs)
 
-    def build(self, inputs_shape: Shape) -> None:
+    def build(self, inputs_shape: Shape, encoder_shape: Shape | None = None) -> None:
         super().build(inputs_shape)
+        self._encoder_shape = self._encoder_shape or encoder_shape
         self.cross_attention = None
         if self._encoder_shape is None:
             return

@@ -31,6 +31,7 @@ _CACHED = (
     "create_attention_layer",
     "create_cross_attention_layer",
     "create_decoder",
+    "create_encoder_position_embedding",
     "create_position_embedding",
 )
 
@@ -48,7 +49,7 @@ def run_hook(owner: Any, name: str, *args: Any) -> Any:
             f"layer or backbone is being made: set `self.{error.name}` in `__init__` "
             "before `super().__init__(...)` (in a backbone), or before the block is built."
         ) from error
-    if layer is None and name == "create_position_embedding":
+    if layer is None and name.endswith("position_embedding"):
         return None
     if not isinstance(layer, keras.layers.Layer):
         what = "a class" if isinstance(layer, type) else "an instance of"

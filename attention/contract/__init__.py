@@ -11,7 +11,7 @@ from attention.contract.arguments import (
     check_positive_int,
     describe,
 )
-from attention.contract.cached_layer import CachedLayer, Untracked
+from attention.contract.cached_layer import CachedLayer
 from attention.contract.cached_model import (
     call_sites,
     call_with_cache,
@@ -21,6 +21,7 @@ from attention.contract.cached_model import (
     grow_cache,
     max_positions,
 )
+from attention.contract.calls import Untracked
 from attention.contract.composite_cached_layer import CompositeCachedLayer
 from attention.contract.context import change_context
 from attention.contract.inner_layers import all_layers, clone_initializer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,12 @@ import keras
 from keras import ops, tree
 
 from attention.contract.arguments import describe, dtype_name
-from attention.contract.calls import in_context, parameters
+from attention.contract.calls import (
+    Untracked,
+    in_context,
+    parameters,
+    taking_source_length,
+)
 from attention.contract.checks import (
     check_cache,
     check_padding_mask,
@@ -28,8 +32,7 @@ from attention.contract.types import Cache, Index, Tensor
 class CachedLayer(keras.layers.Layer):
     """A layer whose outputs depend on the part of the sequence it saw before.
 
-    Subclasses write one `call`, which trains without a cache and decodes with
-    one:
+    Subclasses write one `call`, which trains without a cache and decodes with one:
 
     - `create_cache(batch_size, max_length)` returns a pytree of zeros of fixed
       shapes, batch axis first. A layer that has no state but needs the position has
@@ -54,8 +57,7 @@ class CachedLayer(keras.layers.Layer):
       a cache.
     - The whole sequence without a cache, one prefill, chunks of any sizes and
       one token at a time give the same outputs.
-    - A smaller index than before takes the last positions back, if the layer
-      says that it can: `can_rewind(cache, from_index, to_index)`.
+    - A smaller index than before takes the last positions back, if `can_rewind` says so.
 
     Only the layer that made a cache reads and writes its contents. A cache is
     created outside of the forward pass and never kept on the layer. A call
@@ -74,6 +76,8 @@ class CachedLayer(keras.layers.Layer):
             prefill is then not split into chunks.
 
     Args:
+        sequence: `"target"`, or `"source"` for a layer of an encoder: in a `CacheScope`
+            it is called without a cache, on the whole source.
         **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
 
     Example:
@@ -126,21 +130,33 @@ class CachedLayer(keras.layers.Layer):
             cls.call = in_context(cls.call)  # type: ignore
         if "build" in vars(cls):
             cls.build = build_as_one(cls.build)  # type: ignore
+        if "create_cache" in vars(cls):
+            cls.create_cache = taking_source_length(cls.create_cache)  # type: ignore
 
-    def __init__(self, *, autocast: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self, *, autocast: bool = False, sequence: str = "target", **kwargs: Any
+    ) -> None:
+        if sequence not in ("target", "source"):
+            raise ValueError(
+                "`sequence` must be 'target', or 'source' for a layer of an encoder. "
+                f"Received: sequence={describe(sequence)}"
+            )
         if autocast:
             raise ValueError(
                 "`autocast` of a cached layer must be False: Keras would cast the "
                 "cache, too, at every call. Floating point inputs are cast without it."
             )
         super().__init__(autocast=False, **kwargs)
+        self.sequence = sequence
         self.supports_masking = True
 
+    @taking_source_length
     def create_cache(self, batch_size: int, max_length: int) -> Cache:
         """Creates an empty cache.
 
         Returns a pytree of zero tensors whose first axis is the batch, with room for
-        `max_length` positions of each row.
+        `max_length` positions. A layer that attends to a source has a third argument,
+        `source_length`; the others may be given one, too.
         """
         raise NotImplementedError(
             f"{type(self).__name__} must implement `create_cache(batch_size, "
@@ -150,9 +166,8 @@ class CachedLayer(keras.layers.Layer):
     def grow_cache(self, cache: Cache, max_length: int) -> Cache:
         """Copies a cache into a larger one.
 
-        The default copies each tensor to the origin of its larger counterpart.
-        A layer whose slots would move overrides it. Raises a `ValueError` if `cache`
-        is larger than one for `max_length` positions of each row.
+        The default copies each tensor to the origin of its larger counterpart. A layer
+        whose slots would move overrides it. Raises a `ValueError` if `cache` is larger.
         """
         leaves = tree.flatten(cache)
         if not leaves:
@@ -212,6 +227,10 @@ class CachedLayer(keras.layers.Layer):
         scope = context().scope
         if cache is not None or scope is None:
             return self._call_with(args, kwargs, cache, cache_update_index)
+        if self.sequence == "source":
+            # What the scope knows is of another sequence.
+            with change_context(scope=None, padding_mask=None, segment_ids=None):
+                return self._call_with(args, kwargs, None, None)
 
         def call(slot: Cache | None, index: Index | None) -> Any:
             return self._call_with(args, kwargs, slot, index)
@@ -312,6 +331,12 @@ class CachedLayer(keras.layers.Layer):
             self, super().rematerialized_call, layer_call, args, kwargs
         )
 
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        if self.sequence != "target":
+            config["sequence"] = self.sequence
+        return config
+
     def compute_output_spec(self, *args: Any, **kwargs: Any) -> Any:
         # Traced, as without `compute_output_shape`: a shape describes no cache.
         return keras.Operation.compute_output_spec(self, *args, **kwargs)
@@ -319,7 +344,7 @@ class CachedLayer(keras.layers.Layer):
     def compute_output_shape(self, input_shape: tuple) -> Any:
         """Returns the shape of the outputs without a cache, for an `input_shape`.
 
-        Wrappers such as `keras.layers.SpectralNormalization` need it.
+        `keras.layers.SpectralNormalization` needs it.
         """
         x = keras.KerasTensor(input_shape, dtype=self.compute_dtype)
         with change_context(scope=None, made_up_sizes=True):
@@ -373,11 +398,3 @@ class CachedLayer(keras.layers.Layer):
             examples = Untracked(self.compute_dtype, specs)
             self._cache_example_memo = examples
         return examples.value
-
-
-@dataclasses.dataclass
-class Untracked:
-    """Holds a value on a layer, hidden from Keras's tracking of sublayers."""
-
-    key: Any
-    value: Any

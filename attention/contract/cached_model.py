@@ -154,7 +154,11 @@ def symbolic_inputs(model: keras.Model) -> Any:
 
 
 def create_cache(
-    model: keras.Model, batch_size: int, max_length: int, inputs: Any = None
+    model: keras.Model,
+    batch_size: int,
+    max_length: int,
+    inputs: Any = None,
+    source_length: int | None = None,
 ) -> tuple:
     """Creates an empty cache for any Keras model made of cached layers.
 
@@ -165,6 +169,8 @@ def create_cache(
         max_length: int. How many positions each row can hold.
         inputs: an example of the model's inputs, needed for a subclassed
             model. Its values play no role.
+        source_length: int or `None`, which means `max_length`. How many positions the
+            source has at most that cross-attention reads.
 
     Returns:
         A tuple with a cache for each call of a cached layer, in call order.
@@ -197,7 +203,8 @@ def create_cache(
             f"`model` '{model.name}' can represent {limit} positions (its "
             f"learned position embedding). Received: max_length={max_length}"
         )
-    return tuple(layer.create_cache(batch_size, max_length) for layer in sites)
+    sizes = (batch_size, max_length, source_length)
+    return tuple(layer.create_cache(*sizes) for layer in sites)
 
 
 def max_positions(sites: tuple[CachedLayer, ...]) -> int | None:

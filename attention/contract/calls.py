@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 
 from attention.contract.context import change_context, context
 from attention.contract.scopes import OR_NO_CACHE
+from attention.contract.types import Cache
 
 _BY_PLACE_OR_NAME = inspect.Parameter.POSITIONAL_OR_KEYWORD
 
@@ -88,3 +90,28 @@ def _attached_masks(names: list[str]) -> dict[str, str]:
             if tensor == owner or tensor == f"{owner}_sequence":
                 found[f"{tensor}_mask"] = name
     return found
+
+
+def taking_source_length(create_cache: Callable) -> Callable:
+    """Returns a `create_cache` that may be given a `source_length` it has no use for."""
+    if "source_length" in parameters(create_cache):
+        return create_cache
+
+    @functools.wraps(create_cache)
+    def method(
+        self: Any,
+        batch_size: int,
+        max_length: int,
+        source_length: int | None = None,
+    ) -> Cache:
+        return create_cache(self, batch_size, max_length)
+
+    return method
+
+
+@dataclasses.dataclass
+class Untracked:
+    """Holds a value on a layer, hidden from Keras's tracking of sublayers."""
+
+    key: Any
+    value: Any

@@ -10,7 +10,7 @@ from typing import Any
 from keras import ops
 
 from attention.contract.arguments import describe
-from attention.contract.cached_layer import CachedLayer, Untracked
+from attention.contract.cached_layer import CachedLayer
 from attention.contract.cached_model import (
     CallSites,
     can_rewind,
@@ -18,7 +18,7 @@ from attention.contract.cached_model import (
     grow_cache,
     max_positions,
 )
-from attention.contract.calls import parameters, positional_parameters
+from attention.contract.calls import Untracked, parameters, positional_parameters
 from attention.contract.context import change_context, context
 from attention.contract.scopes import CacheScope, RecordingScope
 from attention.contract.types import Cache, Index, Mask, Tensor
@@ -166,12 +166,10 @@ class CompositeCachedLayer(CachedLayer):
         `source_length` is how many positions another sequence may have, for layers
         that attend to one (`CrossAttention`).
         """
-        caches = []
-        for layer in self.inner_layers():
-            takes_source = "source_length" in parameters(type(layer).create_cache)
-            options = {"source_length": source_length} if takes_source else {}
-            caches.append(layer.create_cache(batch_size, max_length, **options))
-        return tuple(caches)
+        return tuple(
+            layer.create_cache(batch_size, max_length, source_length)
+            for layer in self.inner_layers()
+        )
 
     def grow_cache(self, cache: Cache, max_length: int) -> tuple:
         return grow_cache(self.inner_layers(), cache, max_length)

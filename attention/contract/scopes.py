@@ -119,6 +119,7 @@ class CacheScope(Scope):
         self._slots = tuple(cache)
         self._index = cache_update_index
         self._updated: list[Any] = []
+        self._first: tuple[Any, int] | None = None
         self._entered = False
         self._complete = False
 
@@ -132,11 +133,28 @@ class CacheScope(Scope):
         return super().__enter__()
 
     def run(self, layer: Any, call: Any, inputs: Any) -> Any:
+        self._check_length(layer, inputs)
         position = len(self._updated)
         slot = self._take_slot(layer, position)
         self._updated.append(slot)
         outputs, self._updated[position] = call(slot, self._index)
         return outputs
+
+    def _check_length(self, layer: Any, inputs: Any) -> None:
+        """Raises an error if a layer is called on other positions than those before."""
+        tensors = (x for x in tree.flatten(inputs) if len(getattr(x, "shape", ())) > 1)
+        length = next((static_size(x, 1) for x in tensors), None)
+        if length is None:
+            return
+        first, before = self._first or (layer, length)
+        if before != length:
+            raise ValueError(
+                f"Layer '{layer.name}' ({type(layer).__name__}) is called on {length} "
+                f"positions, and layer '{first.name}' on {before}. A cache holds one "
+                "sequence. Layers of an encoder, which sees another, are made with "
+                '`sequence="source"`: they are called without a cache.'
+            )
+        self._first = (first, before)
 
     def _take_slot(self, layer: Any, position: int) -> Any:
         if position >= len(self._slots):
@@ -184,6 +202,8 @@ class NewCacheScope(CacheScope):
         batch_size: int. The number of rows.
         max_length: int. How many positions each row can hold.
         padding_mask: as for `CacheScope`.
+        source_length: int or `None`, which means `max_length`. How many positions the
+            source has at most that cross-attention reads.
 
     Attributes:
         layers: after the scope is left, the cached layers, as `grow_cache` takes them.
@@ -200,13 +220,16 @@ class NewCacheScope(CacheScope):
     """
 
     def __init__(
-        self, batch_size: int, max_length: int, padding_mask: Mask | None = None
+        self,
+        batch_size: int,
+        max_length: int,
+        padding_mask: Mask | None = None,
+        source_length: int | None = None,
     ) -> None:
         mask = _check_mask(padding_mask, (), batch_size)
         # A cache that is made here is not used elsewhere.
         super().__init__((), 0, mask, donate=True)
-        self._batch_size = batch_size
-        self._max_length = max_length
+        self._sizes = (batch_size, max_length, source_length)
         self.layers: list[Any] = []
 
     def _take_slot(self, layer: Any, position: int) -> Any:
@@ -218,7 +241,7 @@ class NewCacheScope(CacheScope):
                 "it is called in a `NewCacheScope`."
             )
         self.layers.append(layer)
-        return layer.create_cache(self._batch_size, self._max_length)
+        return layer.create_cache(*self._sizes)
 
     def _check_complete(self) -> None:
         """Checks nothing: every slot was made by the call that used it."""

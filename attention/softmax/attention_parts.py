@@ -57,6 +57,7 @@ class AttentionParts(CachedLayer):
         cache_policy: CachePolicy | None = None,
         output_bias: bool | None = None,
         norm_epsilon: float = 1e-6,
+        key_bias: bool | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -86,6 +87,7 @@ class AttentionParts(CachedLayer):
             )
         self.logit_soft_cap = cap
         self.output_bias = output_bias
+        self.key_bias = key_bias
         self.norm_epsilon = norm_epsilon
         self.attention_sinks = bool(attention_sinks)
         self.output_gate = bool(output_gate)
@@ -136,10 +138,13 @@ class AttentionParts(CachedLayer):
         Returns a layer that returns tensors of shape `(batch, length, heads, dim)` for
         inputs of shape `(batch, length, width)`.
         """
+        use_bias = self.use_bias
+        if name == "key" and self.key_bias is not None:
+            use_bias = self.key_bias
         dense = HeadsDense(
             "blw,whd->blhd",
             output_shape=(None, *heads),
-            bias_axes="hd" if self.use_bias else None,
+            bias_axes="hd" if use_bias else None,
             name=name,
             **self._initializers(),
         )

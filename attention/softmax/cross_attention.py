@@ -11,7 +11,7 @@ from attention.caches.cache_policy import to_cache_layout
 from attention.contract.arguments import check_positive_int, describe
 from attention.contract.checks import check_padding_mask, check_sequence_shape
 from attention.contract.padding import zero_padding
-from attention.contract.sizes import static_size
+from attention.contract.sizes import is_concrete, static_size
 from attention.contract.types import Cache, Index, Mask, Shape, Tensor
 from attention.positions.arithmetic import token_positions
 from attention.softmax.call_arguments import check_attention_mask
@@ -46,7 +46,8 @@ class CrossAttention(GroupedQueryAttention):
         attention_mask: `None` or boolean tensor `(batch, length, source_length)`.
         padding_mask: boolean tensor `(batch, length)`: the real tokens of `query`.
         cache: a cache made by `create_cache`.
-        cache_update_index: makes no difference.
+        cache_update_index: how many positions the cache holds. It says only whether
+            `value` is the first source of the cache, or must be the same again.
         return_attention_scores: bool. Whether to return the weights, too.
         training: bool. Whether to apply dropout.
 
@@ -55,7 +56,9 @@ class CrossAttention(GroupedQueryAttention):
         scores)`; with a cache, `(what is said above, cache)`.
 
     Raises:
-        ValueError: if there is neither `value` nor a cache, or the source does not fit.
+        ValueError: if there is no source, neither as `value` nor in the cache; or it does
+            not fit, or is another than before. (A compiled step, which can raise no
+            error, returns NaN where the cache holds no source.)
 
     Example:
 
@@ -138,6 +141,13 @@ class CrossAttention(GroupedQueryAttention):
                 f"Layer '{self.name}' needs `value`, the sequence to attend to, or a "
                 "`cache` to which an earlier call has written it. Received neither."
             )
+        if value is None and value_padding_mask is not None:
+            raise ValueError(
+                f"Layer '{self.name}' was called with `value_padding_mask` (a block's "
+                "`encoder_padding_mask`) but without a source. The cache holds the mask "
+                "of the source that it holds: leave it out. Received: "
+                f"value_padding_mask={describe(value_padding_mask)}"
+            )
         check_attention_mask(attention_mask, query, value if cache is None else None)
         query = zero_padding(query, padding_mask)
         q = self.project_query(query)  # (batch, length, num_heads, key_dim)
@@ -150,7 +160,8 @@ class CrossAttention(GroupedQueryAttention):
             new = self.project_key_value(source, source)
             length = ops.shape(value)[1]
         if cache is not None:
-            cache = dict(cache) if new is None else self._write(cache, new, mask)
+            given = new is not None
+            cache = self._with_source(cache, new, mask, cache_update_index)
             mask = cache.pop("padding_mask")
             new, past = None, self.cache_policy.read(cache, q.dtype)
             cache, length = {**cache, "padding_mask": mask}, mask.shape[1]
@@ -164,8 +175,44 @@ class CrossAttention(GroupedQueryAttention):
         )
         options = (visibility, return_attention_scores, training)
         outputs = self._attend_and_project(q, new, past, *options, inputs=query)
+        if cache is not None and not given:
+            found = ops.where(ops.any(mask), outputs[0], float("nan"))
+            outputs = (found, *outputs[1:])
         outputs = outputs if return_attention_scores else outputs[0]
         return outputs if cache is None else (outputs, cache)
+
+    def _with_source(
+        self, cache: Cache, new: Any, mask: Mask, index: Index
+    ) -> dict[str, Tensor]:
+        """Returns the cache with its source, which is written if it is given."""
+        if new is not None:
+            written = self._write(cache, new, mask)
+            self._check_same(cache, written, index)
+            return written
+        if is_concrete(cache["padding_mask"]) and not ops.any(cache["padding_mask"]):
+            raise ValueError(
+                f"Layer '{self.name}' was called without `value` (a block's "
+                "`encoder_sequence`), and its cache holds no source. Pass the source "
+                "with the first tokens."
+            )
+        return dict(cache)
+
+    def _check_same(self, cache: Cache, written: Cache, index: Index) -> None:
+        """Raises an error if a source in mid-sequence is another than before."""
+        before, now = cache["padding_mask"], written["padding_mask"]
+        late = isinstance(index, int) and index > 0
+        if not late or not (is_concrete(before) and is_concrete(now)):
+            return
+        same = bool(ops.all(before == now))
+        if same and "key" in cache:
+            pair = (ops.cast(x["key"], "float32") for x in (cache, written))
+            same = bool(ops.all(ops.isclose(*pair, rtol=0.01, atol=0.01)))
+        if not same:
+            raise ValueError(
+                f"Layer '{self.name}' was given another source at cache_update_index="
+                f"{index} than the one that its cache holds. A source comes with the "
+                "first tokens; for another, begin with a new cache."
+            )
 
     def _check_source(self, query: Tensor, value: Tensor, mask: Mask) -> None:
         rows = static_size(query, 0), static_size(value, 0)

@@ -60,6 +60,8 @@ class GroupedQueryAttention(DotProductAttention):
         output_bias: bool or `None`. Whether the output projection has a bias; `None`:
             `use_bias`.
         norm_epsilon: float. The epsilon of `query_key_norm`.
+        key_bias: bool or `None`. Whether the key projection has a bias; `None`:
+            `use_bias`. (A bias of all keys changes no output.)
         **kwargs: arguments of `keras.layers.Layer`, such as `name` and `dtype`.
 
     Call arguments:

@@ -6,6 +6,7 @@ from typing import Any
 
 import keras
 
+from attention.positions.position_scheme import PositionScheme
 from attention.positions.relative_position_bias import RelativePositionBias
 from attention.softmax.grouped_query_attention import GroupedQueryAttention
 
@@ -23,7 +24,10 @@ class T5Attention(GroupedQueryAttention):
         causal: bool. Whether a token attends to no later one; if not, half of
             the buckets are for later tokens.
         use_bias: bool. Whether the projections have biases. T5's have none.
-        **kwargs: as for `GroupedQueryAttention`, without `position`.
+        scale: float. The factor of the logits; T5 has none.
+        position: `None`, or the `RelativePositionBias` of another layer, with which it is
+            shared, as all layers of a side do in T5.
+        **kwargs: as for `GroupedQueryAttention`.
 
     Example:
 
@@ -37,7 +41,7 @@ class T5Attention(GroupedQueryAttention):
     - [Raffel et al., 2019](https://arxiv.org/abs/1910.10683)
     """
 
-    position: RelativePositionBias
+    position: Any
 
     def __init__(
         self,
@@ -48,14 +52,17 @@ class T5Attention(GroupedQueryAttention):
         causal: bool = True,
         use_bias: bool = False,
         scale: float | None = 1.0,
+        position: PositionScheme | None = None,
         **kwargs: Any,
     ):
-        position = RelativePositionBias(
-            num_buckets,
-            max_distance,
-            bidirectional=not causal,
-            name="relative_position_bias",
-        )
+        shares_position = position is not None
+        if position is None:
+            position = RelativePositionBias(
+                num_buckets,
+                max_distance,
+                bidirectional=not causal,
+                name="relative_position_bias",
+            )
         super().__init__(
             num_heads,
             num_heads,
@@ -66,10 +73,13 @@ class T5Attention(GroupedQueryAttention):
             scale=scale,
             **kwargs,
         )
+        self._shares_position = shares_position
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
-        del config["num_key_value_heads"], config["position"]
-        config["num_buckets"] = self.position.num_buckets
-        config["max_distance"] = self.position.max_distance
+        del config["num_key_value_heads"]
+        if not self._shares_position:
+            del config["position"]
+            config["num_buckets"] = self.position.num_buckets
+            config["max_distance"] = self.position.max_distance
         return config

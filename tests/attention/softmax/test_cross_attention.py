@@ -93,6 +93,39 @@ def test_training_and_saving(tmp_path):
     assert_close(restored([x, source]), layer(x, source))
 
 
+def test_a_source_that_is_missing_or_another():
+    layer, x, source = make()
+    cache = layer.create_cache(3, 9, source_length=SOURCE)
+    with raises(ValueError, "holds no source", layer.name):
+        layer(x, cache=cache, cache_update_index=0)
+    if keras.config.backend() != "torch":
+        step = compiled(lambda x, y: layer(x, cache=y, cache_update_index=0)[0])
+        assert np.isnan(to_numpy(step(ops.convert_to_tensor(x), cache))).all()
+    with raises(ValueError, "`value_padding_mask`", "without a source"):
+        layer(x, value_padding_mask=MASK, cache=cache, cache_update_index=0)
+    _, cache = layer(x[:, :4], source, cache=cache, cache_update_index=0)
+    # The same may be given again.
+    again, _ = layer(x[:, 4:], source, cache=cache, cache_update_index=4)
+    assert_close(again, layer(x[:, 4:], source))
+    for other in ({"value": source * 2}, {"value": source, "value_padding_mask": MASK}):
+        with raises(ValueError, "another source", "cache_update_index=4"):
+            layer(x[:, 4:], cache=cache, cache_update_index=4, **other)
+
+
+def test_keys_without_a_bias_in_eight_bits():
+    layer, x, source = make(key_bias=False, cache_dtype="int8")
+    assert layer.key_dense.bias is None and layer.value_dense.bias is not None
+    expected = attention_formula(layer, x, source, MASK[:, None])
+    cache = layer.create_cache(3, 9, source_length=SOURCE)
+    given = {"value_padding_mask": MASK, "cache": cache, "cache_update_index": 0}
+    head, cache = layer(x[:, :4], source, **given)
+    tail, _ = layer(x[:, 4:], cache=cache, cache_update_index=4)
+    found = np.concatenate([to_numpy(head), to_numpy(tail)], axis=1)
+    assert_close(found, expected, atol=0.05)
+    copy = CrossAttention.from_config(layer.get_config())
+    assert copy.key_bias is False and copy.cache_dtype == "int8"
+
+
 def test_errors():
     layer, x, source = make()
     with raises(ValueError, "needs `value`"):

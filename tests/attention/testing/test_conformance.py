@@ -28,6 +28,7 @@ from attention import (
     RWKVChannelMix,
     RWKVTimeMix,
     ShortConvolution,
+    SinusoidalPositions,
     T5Attention,
 )
 from attention.testing import check_cached_layer, check_cached_model
@@ -90,6 +91,7 @@ LAYERS = {
     "rwkv_time_mix": lambda: RWKVTimeMix(2),
     "rwkv_channel_mix": lambda: RWKVChannelMix(24),
     "short_convolution": lambda: ShortConvolution(3, use_bias=True),
+    "sinusoidal_positions": lambda: SinusoidalPositions(100.0),
     "position_embedding": lambda: PositionEmbedding(12, "random_normal"),
     "shared_key_value": ProducerAndReader,
     "composite": EmbedAndAttendTwice,

@@ -1,0 +1,181 @@
+"""Encoder-decoder backbones: one forward pass, whose source is read once."""
+
+import keras
+import numpy as np
+import pytest
+
+from attention import RotaryAttention, T5Attention, call_with_cache, create_cache
+from blocks import CustomDecoder, CustomEncoder, CustomSeq2SeqBackbone
+from tests.helpers import assert_close, raises, randomize, to_numpy
+
+PACKAGE = "tests"
+SIZES = {
+    "vocabulary_size": 40,
+    "num_layers": 2,
+    "num_heads": 4,
+    "hidden_dim": 16,
+    "intermediate_dim": 24,
+    "max_sequence_length": 12,
+    "max_source_length": 7,
+}
+LENGTHS, TARGETS = np.array([7, 3, 5]), np.array([9, 9, 4])
+
+
+@keras.saving.register_keras_serializable(package=PACKAGE)
+class SharedBias(CustomSeq2SeqBackbone):
+    """T5's: one table of biases for all layers of a side."""
+
+    def __init__(self, *args, **kwargs):
+        self.positions = {}
+        super().__init__(*args, learned_positions=False, **kwargs)
+
+    def create_attention_layer(self, inputs_shape, layer_index, causal=True):
+        shared = self.positions.get(causal)
+        made = T5Attention(
+            4, num_buckets=8, max_distance=10, causal=causal, position=shared
+        )
+        self.positions[causal] = made.position
+        return made
+
+    def create_norm(self, inputs_shape, layer_index):
+        return keras.layers.RMSNormalization()
+
+    def get_config(self):
+        config = super().get_config()
+        del config["learned_positions"]
+        return config
+
+
+@keras.saving.register_keras_serializable(package=PACKAGE)
+class Windowed(CustomSeq2SeqBackbone):
+    """Rotary on both sides, and windows in the encoder."""
+
+    def create_attention_layer(self, inputs_shape, layer_index, causal=True):
+        window = None if causal else 3
+        return RotaryAttention(4, 2, causal=causal, window=window)
+
+    def create_position_embedding(self):
+        return None
+
+    create_encoder_position_embedding = create_position_embedding
+
+
+KINDS = {"stock": CustomSeq2SeqBackbone, "t5": SharedBias, "windowed": Windowed}
+
+
+def make(kind="stock", **kwargs):
+    return randomize(KINDS[kind](**{**SIZES, **kwargs}))
+
+
+def arrays():
+    rng = np.random.default_rng(0)
+    parts = {}
+    for side, lengths in (("encoder", LENGTHS), ("decoder", TARGETS)):
+        width = lengths.max()
+        tokens = rng.integers(1, 40, (3, width)).astype("int32")
+        mask = (np.arange(width) < lengths[:, None]).astype("int32")
+        parts |= {f"{side}_token_ids": tokens, f"{side}_padding_mask": mask}
+    return parts
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_alone_and_steps_equal_the_whole(kind):
+    backbone, x = make(kind), arrays()
+    whole = backbone(x)
+    expected = to_numpy(whole["decoder_sequence_output"])
+    for row, (n, m) in enumerate(zip(LENGTHS, TARGETS)):
+        part = {
+            name: v[row : row + 1, : n if "encoder" in name else m]
+            for name, v in x.items()
+        }
+        alone = backbone(part)
+        assert_close(
+            whole["encoder_sequence_output"][row, :n],
+            alone["encoder_sequence_output"][0],
+        )
+        assert_close(expected[row, :m], alone["decoder_sequence_output"][0])
+    source = {name: v for name, v in x.items() if "encoder" in name}
+    encoded = backbone.encoder(source)
+    nothing = dict.fromkeys(encoded)
+    cache = create_cache(backbone.decoder, 3, 12, source_length=7)
+
+    def call(start, stop, cache, source):
+        target = {
+            name: x[f"decoder_{name}"][:, start:stop]
+            for name in ("token_ids", "padding_mask")
+        }
+        mask = target["padding_mask"]
+        inputs = {**target, **source}
+        return call_with_cache(backbone.decoder, inputs, cache, start, mask)
+
+    # A token that is padding: it only writes the source.
+    empty = {"token_ids": np.zeros((3, 1)), "padding_mask": np.zeros((3, 1))}
+    _, cache = call_with_cache(
+        backbone.decoder, {**empty, **encoded}, cache, 0, empty["padding_mask"]
+    )
+    for start, stop in ((0, 4), (4, 5), (5, 9)):
+        found, cache = call(start, stop, cache, nothing)
+        real = x["decoder_padding_mask"][:, start:stop, None]
+        assert_close(found * real, expected[:, start:stop] * real)
+
+
+def test_hooks_of_both_sides():
+    class Encoder(CustomEncoder):
+        norm_names = ("attention_norm", "extra_norm", "ffn_norm")
+
+    class Decoder(CustomDecoder):
+        def create_norm(self, inputs_shape):
+            return keras.layers.RMSNormalization()
+
+    class Both(CustomSeq2SeqBackbone):
+        encoder_class, decoder_class = Encoder, Decoder
+
+        def create_cross_attention_layer(self, inputs_shape, layer_index):
+            self.crossed = layer_index
+            return super().create_cross_attention_layer(inputs_shape, layer_index)
+
+    backbone = Both(**{**SIZES, "num_encoder_layers": 1})
+    assert len(backbone.encoder_layers) == 1 and backbone.crossed == 1
+    paths = {weight.path for weight in backbone.weights}
+    assert "encoder_layer_0/extra_norm/gamma" in paths
+    assert "transformer_layer_1/cross_attention/query/kernel" in paths
+    assert "transformer_layer_1/cross_attention_norm/scale" in paths
+    assert "encoder_position_embedding/embeddings" in paths
+    assert len(paths) == len(backbone.weights)
+    Both.encoder_class = CustomDecoder
+    with raises(TypeError, "`Both.encoder_class`"):
+        Both(**SIZES)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_presets(kind, tmp_path):
+    backbone, x = make(kind), arrays()
+    backbone.save_to_preset(str(tmp_path / "preset"))
+    restored = KINDS[kind].from_preset(str(tmp_path / "preset"))
+    assert restored.max_source_length == 7
+    found, expected = (y(x)["decoder_sequence_output"] for y in (restored, backbone))
+    assert_close(found, expected)
+
+
+def test_features_as_sources():
+    class Speech(CustomSeq2SeqBackbone):
+        def source_inputs(self):
+            return {"features": keras.Input((None, 5), name="features")}
+
+        def embed_source(self, inputs):
+            x = keras.layers.Conv1D(16, 3, strides=2, padding="same", name="stem")(
+                inputs["features"]
+            )
+            return x, keras.ops.ones_like(x[..., 0], dtype="bool")
+
+        def create_encoder_position_embedding(self):
+            return None
+
+    backbone, x = randomize(Speech(**SIZES)), arrays()
+    features = np.random.default_rng(0).normal(size=(3, 8, 5)).astype("float32")
+    x = {"features": features, **{k: v for k, v in x.items() if "decoder" in k}}
+    outputs = backbone(x)
+    assert outputs["encoder_sequence_output"].shape == (3, 4, 16)
+    changed = backbone({**x, "features": features * 2})
+    moved = outputs["decoder_sequence_output"] - changed["decoder_sequence_output"]
+    assert np.abs(to_numpy(moved)).max() > 1e-3
