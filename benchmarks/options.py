@@ -5,8 +5,7 @@
 
 Each option continues the same prompts by the same number of tokens, in turns; what a call
 compiles is compiled before. Reported are the milliseconds of a step of all rows, and in
-brackets the median of the rounds' ratios to the step without options. The answers that a
-grammar ends are repeated as often as it takes: each step of such a row counts.
+brackets the median of the rounds' ratios to the step without options.
 """
 
 from __future__ import annotations

@@ -16,6 +16,9 @@ from blocks.generation.sampling import Sampling
 
 _LOGGER = logging.getLogger("blocks.generation")
 
+# For how many samplers and kinds of options steps are kept.
+_KEPT = 8
+
 # A seed is read and then advanced: two threads between these steps would draw the same
 # numbers. Models may share a sampler.
 _DRAWING = threading.RLock()
@@ -148,7 +151,8 @@ class CompiledFunctions:
     Fixed in a compiled step are the variables that it reads (not their values), the
     layers' dtype policies, `run_eagerly` and `jit_compile`; for a step that samples, also
     the sampler's `get_config()`, but for numbers such as `temperature`, which are
-    arguments, and which logits processors there are. They are compared at each call (the sampler's when a generation begins).
+    arguments, and which logits processors there are. They are compared at each call (the
+    sampler's when a generation begins), and steps of the last eight of these are kept.
     Other attributes of layers are not looked at: after changing one, make a new
     `CausalLM`.
 
@@ -160,14 +164,13 @@ class CompiledFunctions:
     def __init__(self, task: Any) -> None:
         self._task = task
         self._plain: dict[StepKey, Callable] = {}
-        self._sampling: dict[StepKey, Callable] = {}
+        # With what steps that sample were made, the last used first.
+        self._sampling: list[tuple[Sampling, dict[StepKey, Callable]]] = []
         # Why a step that was compiled before was dropped.
         self._dropped: dict[StepKey, str] = {}
         self._weights: list[keras.Variable] = []
         self._policies: list[str] = []
         self._how: tuple | None = None
-        # What the steps of `_sampling` were made with.
-        self._made_with: Sampling | None = None
         self.steps: list[CompiledStep] = []
         self.layers: list[keras.layers.Layer] = []
 
@@ -188,12 +191,12 @@ class CompiledFunctions:
         """
         step = self.get(key, make, donate, sampling)
         args = tree.map_structure(ops.convert_to_tensor, args)
-        variables = _variables(sampling)
-        if not variables:
+        if sampling is None or not sampling.variables:
             return step(*args)
+        variables = sampling.variables
         with _DRAWING:
             # The step holds an equal sampler, whose seeds may be others.
-            held = _variables(self._made_with)
+            held = self._sampling_steps(sampling)[0].variables
             _assign(held, variables)
             outputs = step(*args)
             _assign(variables, held)
@@ -210,16 +213,26 @@ class CompiledFunctions:
         self._drop_what_is_stale()
         steps = self._plain
         if sampling is not None:
-            steps, made = self._sampling, self._made_with
-            if made is None or made.contract != sampling.contract:
-                self._drop(steps, "another sampler")
-                self._made_with = sampling
-            sampling = self._made_with
+            sampling, steps = self._sampling_steps(sampling)
         if key not in steps:
             steps[key] = self._compile(
                 key, make(sampling), donate, _variables(sampling)
             )
         return steps[key]
+
+    def _sampling_steps(
+        self, sampling: Sampling
+    ) -> tuple[Sampling, dict[StepKey, Callable]]:
+        """Returns an equal sampling and the steps made with it, which are first then."""
+        kept = self._sampling
+        same = (x for x in kept if x[0].contract == sampling.contract)
+        found = next(same, None)
+        if found is None:
+            found = (sampling, {})
+            for _, steps in kept:
+                self._dropped.update(dict.fromkeys(steps, "another sampler"))
+        self._sampling = [found, *(x for x in kept if x is not found)][:_KEPT]
+        return found
 
     def _compile(
         self, key: StepKey, function: Callable, donate: tuple[int, ...], variables: list
@@ -263,14 +276,11 @@ class CompiledFunctions:
             reason = "run_eagerly or jit_compile changed"
         else:
             return
-        self._drop(self._plain, reason)
-        self._drop(self._sampling, reason)
+        for steps in (self._plain, *(steps for _, steps in self._sampling)):
+            self._dropped.update(dict.fromkeys(steps, reason))
+        self._plain, self._sampling = {}, []
         self._weights, self._how, self.layers = weights, how, all_layers(task)
         self._policies = [x.dtype_policy.name for x in self.layers]
-
-    def _drop(self, steps: dict[StepKey, Callable], reason: str) -> None:
-        self._dropped.update(dict.fromkeys(steps, reason))
-        steps.clear()
 
 
 def _variables(sampling: Sampling | None) -> list[keras.Variable]:

@@ -11,6 +11,10 @@ from attention.contract import Tensor
 # Of Threefry-2x32, which has 20 rounds.
 _ROTATIONS = (13, 15, 26, 6, 17, 29, 16, 24)
 _PARITY = 0x1BD11BDA
+# Logits that are further below the largest one have no chance in float32.
+_LOWEST = -110.0
+# Of that range: then it is smaller than the distance of most floats.
+_HALVINGS = 36
 
 
 def filter_logits(
@@ -34,7 +38,6 @@ def filter_logits(
     - [Nguyen et al., 2024](https://arxiv.org/abs/2407.01082)
     """
     filters = ops.logical_or(ops.logical_or(top_k > 0, top_p < 1), min_p > 0)
-    # To sort the vocabulary takes time.
     return ops.cond(
         ops.any(filters),
         lambda: _filtered(logits, top_k, top_p, min_p),
@@ -44,17 +47,37 @@ def filter_logits(
 
 def _filtered(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
     size = logits.shape[-1]
-    best_first = ops.flip(ops.sort(logits, axis=-1), axis=-1)
-    count = ops.where(top_k > 0, top_k, size)[:, None]
-    kept = ops.arange(size, dtype="int32")[None] < count
-    chances = ops.softmax(ops.where(kept, best_first, -math.inf), axis=-1)
-    before = ops.cumsum(chances, axis=-1) - chances
-    kept = ops.logical_and(kept, before < top_p[:, None])
-    kept = ops.logical_and(kept, chances >= min_p[:, None] * chances[:, :1])
-    # What is kept is at the beginning. The likeliest token always is.
-    last = ops.maximum(ops.sum(ops.cast(kept, "int32"), axis=-1, keepdims=True) - 1, 0)
-    least = ops.take_along_axis(best_first, last, axis=-1)
-    return ops.where(logits >= least, logits, -math.inf)
+    shifted = logits - ops.max(logits, axis=-1, keepdims=True)
+    shifted = ops.maximum(shifted, _LOWEST)
+    weights = ops.exp(shifted)
+    count = ops.cast(ops.where(top_k > 0, top_k, size), "float32")
+    kept = _less_above(shifted, ops.ones_like(shifted), count)
+    weights = ops.where(kept, weights, 0.0)
+    likeliest = _less_above(shifted, weights, top_p * ops.sum(weights, axis=-1))
+    likeliest = ops.logical_or(likeliest, top_p[:, None] >= 1)
+    kept = ops.logical_and(kept, likeliest)
+    kept = ops.logical_and(kept, weights >= min_p[:, None])
+    return ops.where(kept, logits, -math.inf)
+
+
+def _less_above(values: Tensor, weights: Tensor, limit: Tensor) -> Tensor:
+    """Returns where the weights of all larger values together are less than a limit.
+
+    `values`, at most 0, and `weights` are of shape `(rows, size)`, and `limit` of shape
+    `(rows,)`. The least such value is found by halving: to sort a vocabulary takes 10 to 20
+    times as long.
+    """
+    low = ops.full_like(values[:, 0], 1.01 * _LOWEST)
+
+    def halve(_: Tensor, bounds: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        low, high = bounds
+        middle = (low + high) / 2
+        above = ops.where(values > middle[:, None], weights, 0.0)
+        less = ops.sum(above, axis=-1) < limit
+        return ops.where(less, low, middle), ops.where(less, middle, high)
+
+    low, _ = ops.fori_loop(0, _HALVINGS, halve, (low, ops.zeros_like(low)))
+    return values > low[:, None]
 
 
 def draw(logits: Tensor, numbers: Tensor) -> Tensor:

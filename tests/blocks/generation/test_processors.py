@@ -121,6 +121,32 @@ def test_filters_are_those_of_transformers(logits, top_k, top_p, min_p):
     np.testing.assert_array_equal(to_numpy(found), expected)
 
 
+@pytest.mark.parametrize("spread", [0.1, 1.0, 5.0])
+def test_filters_of_a_larger_vocabulary(spread):
+    """Whether they keep few tokens or many."""
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    logits = (spread * rng.normal(size=(7, 900))).astype("float32")
+    top_k = [40, 500, 0, 0, 0, 0, 300]
+    top_p = [0.9, 1.0, 0.95, 1.0, 0.2, 1.0, 0.5]
+    min_p = [0.0, 0.0, 0.0, 0.3, 0.0, 0.0, 0.01]
+    for rows in (slice(None), slice(0, 1), slice(4, 6)):
+        numbers = [np.array(top_k, "int32")]
+        numbers += [np.array(x, "float32") for x in (top_p, min_p)]
+        given = (logits, *numbers)
+        found = filter_logits(*(ops.convert_to_tensor(x[rows]) for x in given))
+        for row, got in zip(range(7)[rows], to_numpy(found)):
+            kinds = [transformers.TopPLogitsWarper(top_p[row])]
+            kinds += [transformers.MinPLogitsWarper(min_p[row])]
+            if top_k[row]:
+                kinds.insert(0, transformers.TopKLogitsWarper(top_k[row]))
+            wanted = transformers.LogitsProcessorList(kinds)(
+                torch.tensor([[0]]), torch.tensor(logits[row : row + 1])
+            )
+            assert (np.isfinite(got) != np.isfinite(wanted[0].numpy())).sum() <= 1, row
+
+
 def test_threefry_gives_the_published_values():
     # The known answers of Random123, for 20 rounds.
     cases = [

@@ -156,6 +156,10 @@ def test_what_was_compiled_and_why(lm, caplog):
     assert generate(lm) == drawn
     found = compiled(lambda: setattr(lm.sampler, "k", 40))
     assert found == because("another sampler", *steps[1:])
+    sampler = lm.sampler
+    # Those before are kept.
+    assert compiled(of("greedy")) == []
+    assert compiled(lambda: lm.compile(sampler=sampler)) == []
     # The seed moves on, also in a step that is compiled for this sampler.
     drawn = [generate(lm, max_new_tokens=30) for _ in range(2)]
     assert drawn[0] != drawn[1]
