@@ -156,9 +156,8 @@ class CustomDecoder(TransformerBlock, CompositeCachedLayer):
             )
         return super().__call__(*args, **kwargs)
 
-    def build(self, inputs_shape: Shape, encoder_shape: Shape | None = None) -> None:
+    def build(self, inputs_shape: Shape) -> None:
         super().build(inputs_shape)
-        self._encoder_shape = self._encoder_shape or encoder_shape
         self.cross_attention = None
         if self._encoder_shape is None:
             return

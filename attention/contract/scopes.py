@@ -119,7 +119,8 @@ class CacheScope(Scope):
         self._slots = tuple(cache)
         self._index = cache_update_index
         self._updated: list[Any] = []
-        self._first: tuple[Any, int] | None = None
+        # The layers that were called, and on how many positions, where it is known.
+        self._lengths: list[tuple[Any, int | None]] = []
         self._entered = False
         self._complete = False
 
@@ -133,28 +134,13 @@ class CacheScope(Scope):
         return super().__enter__()
 
     def run(self, layer: Any, call: Any, inputs: Any) -> Any:
-        self._check_length(layer, inputs)
+        tensors = (x for x in tree.flatten(inputs) if len(getattr(x, "shape", ())) > 1)
+        self._lengths.append((layer, next((static_size(x, 1) for x in tensors), None)))
         position = len(self._updated)
         slot = self._take_slot(layer, position)
         self._updated.append(slot)
         outputs, self._updated[position] = call(slot, self._index)
         return outputs
-
-    def _check_length(self, layer: Any, inputs: Any) -> None:
-        """Raises an error if a layer is called on other positions than those before."""
-        tensors = (x for x in tree.flatten(inputs) if len(getattr(x, "shape", ())) > 1)
-        length = next((static_size(x, 1) for x in tensors), None)
-        if length is None:
-            return
-        first, before = self._first or (layer, length)
-        if before != length:
-            raise ValueError(
-                f"Layer '{layer.name}' ({type(layer).__name__}) is called on {length} "
-                f"positions, and layer '{first.name}' on {before}. A cache holds one "
-                "sequence. Layers of an encoder, which sees another, are made with "
-                '`sequence="source"`: they are called without a cache.'
-            )
-        self._first = (first, before)
 
     def _take_slot(self, layer: Any, position: int) -> Any:
         if position >= len(self._slots):
@@ -181,6 +167,16 @@ class CacheScope(Scope):
                 "It was made for another model, or the model does not call the "
                 "same layers each time. " + _LOOP
             )
+        known = [x for x in self._lengths if x[1] is not None]
+        for layer, length in known:
+            first, before = known[0]
+            if length != before:
+                raise ValueError(
+                    f"Layer '{layer.name}' ({type(layer).__name__}) was called on "
+                    f"{length} positions, and layer '{first.name}' on {before}. A cache "
+                    "holds one sequence. Layers of an encoder, which sees another, are "
+                    'made with `sequence="source"`: they are called without a cache.'
+                )
 
     @property
     def cache(self) -> tuple:

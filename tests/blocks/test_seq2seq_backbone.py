@@ -8,6 +8,8 @@ from attention import RotaryAttention, T5Attention, call_with_cache, create_cach
 from blocks import CustomDecoder, CustomEncoder, CustomSeq2SeqBackbone
 from tests.helpers import assert_close, raises, randomize, to_numpy
 
+pytestmark = pytest.mark.same_everywhere
+
 PACKAGE = "tests"
 SIZES = {
     "vocabulary_size": 40,
@@ -79,44 +81,41 @@ def arrays():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_alone_and_steps_equal_the_whole(kind):
+def test_each_row_is_what_it_is_alone(kind):
     backbone, x = make(kind), arrays()
+    names = ("encoder_sequence_output", "decoder_sequence_output")
     whole = backbone(x)
-    expected = to_numpy(whole["decoder_sequence_output"])
-    for row, (n, m) in enumerate(zip(LENGTHS, TARGETS)):
+    for row, lengths in enumerate(zip(LENGTHS, TARGETS)):
         part = {
-            name: v[row : row + 1, : n if "encoder" in name else m]
-            for name, v in x.items()
+            name: value[row : row + 1, : lengths["decoder" in name]]
+            for name, value in x.items()
         }
         alone = backbone(part)
-        assert_close(
-            whole["encoder_sequence_output"][row, :n],
-            alone["encoder_sequence_output"][0],
-        )
-        assert_close(expected[row, :m], alone["decoder_sequence_output"][0])
-    source = {name: v for name, v in x.items() if "encoder" in name}
-    encoded = backbone.encoder(source)
-    nothing = dict.fromkeys(encoded)
-    cache = create_cache(backbone.decoder, 3, 12, source_length=7)
+        for name, length in zip(names, lengths):
+            assert_close(whole[name][row, :length], alone[name][0])
 
-    def call(start, stop, cache, source):
-        target = {
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_with_a_source_that_is_given_once(kind):
+    backbone = make(kind)
+    x = {name: keras.ops.convert_to_tensor(v) for name, v in arrays().items()}
+    expected = to_numpy(backbone(x)["decoder_sequence_output"])
+    encoded = backbone.encoder({name: v for name, v in x.items() if "encoder" in name})
+    cache = create_cache(backbone.decoder, 3, 12, source_length=7)
+    # A token that is padding: it only writes the source.
+    zeros = keras.ops.zeros((3, 1), "int32")
+    inputs = {"token_ids": zeros, "padding_mask": zeros, **encoded}
+    _, cache = call_with_cache(backbone.decoder, inputs, cache, 0, zeros)
+    for start, stop in ((0, 4), (4, 5), (5, 9)):
+        inputs = {
             name: x[f"decoder_{name}"][:, start:stop]
             for name in ("token_ids", "padding_mask")
         }
-        mask = target["padding_mask"]
-        inputs = {**target, **source}
-        return call_with_cache(backbone.decoder, inputs, cache, start, mask)
-
-    # A token that is padding: it only writes the source.
-    empty = {"token_ids": np.zeros((3, 1)), "padding_mask": np.zeros((3, 1))}
-    _, cache = call_with_cache(
-        backbone.decoder, {**empty, **encoded}, cache, 0, empty["padding_mask"]
-    )
-    for start, stop in ((0, 4), (4, 5), (5, 9)):
-        found, cache = call(start, stop, cache, nothing)
-        real = x["decoder_padding_mask"][:, start:stop, None]
-        assert_close(found * real, expected[:, start:stop] * real)
+        mask = inputs["padding_mask"]
+        inputs |= dict.fromkeys(encoded)
+        found, cache = call_with_cache(backbone.decoder, inputs, cache, start, mask)
+        real = to_numpy(mask)[..., None]
+        assert_close(to_numpy(found) * real, expected[:, start:stop] * real)
 
 
 def test_hooks_of_both_sides():
