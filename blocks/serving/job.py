@@ -47,6 +47,7 @@ class Job:
         endings: at what it ends.
         pieces: makes its text, or `None` for tokens.
         top: how many likeliest tokens it wants to know, or `None` for no numbers.
+        grammar: what it keeps to, or `None` for any text.
         prefill: how far its prefill is.
         blocks: the new tokens so far.
         told: int. How many of these were told.
@@ -61,15 +62,11 @@ class Job:
     endings: Endings
     pieces: TextPieces | None
     top: int | None = None
+    grammar: HostProcessor | None = None
     prefill: Prefill = dataclasses.field(default_factory=Prefill)
     blocks: list[Block] = dataclasses.field(default_factory=list)
     told: int = 0
     cancelled: bool = False
-
-    @property
-    def grammar(self) -> HostProcessor | None:
-        """Returns what it keeps to, or `None`."""
-        return next(iter(self.sampling.hosted.values()), None)
 
     def add(self, block: Block) -> bool:
         """Gives the request new tokens; returns whether it ends with them.

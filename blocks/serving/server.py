@@ -169,6 +169,8 @@ class Server:
             )
         job = self._job(tokens, room, how, endings, pieces)
         job.top = options.get("return_logprobs")
+        if options.get("grammar") is not None:
+            (job.grammar,) = job.sampling.hosted.values()
         with self._changed:
             self._check_open()
             if len(self._waiting) >= self.max_waiting:
@@ -384,6 +386,6 @@ class Server:
             job = self._job(tokens, 3, self._options({}, 1), Endings(), None)
             self._slots.join(0, job, self._process(job))
             self._slots.decode(1, {})
-            if job.grammar is not None:
-                self._slots.decode(1, {0: job.grammar})
+            for grammar in job.sampling.hosted.values():
+                self._slots.decode(1, {0: grammar})
             self._slots.leave(0)
