@@ -287,12 +287,15 @@ class Server:
                     self._prefilling.append(row)
 
     def _prefill(self) -> None:
-        """Processes chunks of prompts, that of the oldest first.
+        """Processes chunks of prompts, the oldest first.
 
-        There is one for each row that has no token yet: a decode step takes as long
-        without these rows as with them.
+        While fewer rows decode than wait for their prompts there are several: a decode
+        step takes as long without these rows as with them.
         """
-        for _ in range(len(self._prefilling)):
+        decoding = int(np.logical_not(self._slots.finished).sum())
+        for _ in range(max(1, len(self._prefilling) - decoding)):
+            if not self._prefilling:
+                return
             row = self._prefilling[0]
             job: Any = self._rows[row]
             logits = None if job.cancelled else self._next_chunk(job)
