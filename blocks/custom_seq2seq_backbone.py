@@ -76,8 +76,7 @@ class CustomSeq2SeqBackbone(CustomBackbone):
 
     Example:
 
-    >>> import numpy as np
-    >>> from attention import call_with_cache, create_cache
+    >>> from keras import ops
     >>> from blocks import CustomSeq2SeqBackbone
     >>> backbone = CustomSeq2SeqBackbone(
     ...     vocabulary_size=50,
@@ -87,7 +86,7 @@ class CustomSeq2SeqBackbone(CustomBackbone):
     ...     intermediate_dim=32,
     ...     max_sequence_length=32,
     ... )
-    >>> source, target = np.ones((1, 7), "int32"), np.ones((1, 3), "int32")
+    >>> source, target = ops.ones((1, 7), "int32"), ops.ones((1, 3), "int32")
     >>> encoded = backbone.encoder(
     ...     {"encoder_token_ids": source, "encoder_padding_mask": source}
     ... )

@@ -12,6 +12,7 @@ from attention.contract.arguments import describe, dtype_name
 from attention.contract.calls import (
     Untracked,
     in_context,
+    keeping_sequence,
     parameters,
     taking_source_length,
 )
@@ -130,6 +131,8 @@ class CachedLayer(keras.layers.Layer):
             cls.call = in_context(cls.call)  # type: ignore
         if "build" in vars(cls):
             cls.build = build_as_one(cls.build)  # type: ignore
+        if "get_config" in vars(cls):
+            cls.get_config = keeping_sequence(cls.get_config)  # type: ignore
         if "create_cache" in vars(cls):
             cls.create_cache = taking_source_length(cls.create_cache)  # type: ignore
 
@@ -330,12 +333,6 @@ class CachedLayer(keras.layers.Layer):
         return rematerialize_tensors(
             self, super().rematerialized_call, layer_call, args, kwargs
         )
-
-    def get_config(self) -> dict[str, Any]:
-        config = super().get_config()
-        if self.sequence != "target":
-            config["sequence"] = self.sequence
-        return config
 
     def compute_output_spec(self, *args: Any, **kwargs: Any) -> Any:
         # Traced, as without `compute_output_shape`: a shape describes no cache.

@@ -92,6 +92,20 @@ def _attached_masks(names: list[str]) -> dict[str, str]:
     return found
 
 
+def keeping_sequence(get_config: Callable) -> Callable:
+    """Returns a `get_config` that also says to which sequence a layer belongs.
+
+    (Where a class has none, Keras saves all arguments by itself.)
+    """
+
+    @functools.wraps(get_config)
+    def method(self: Any) -> dict[str, Any]:
+        config = get_config(self)
+        return config if self.sequence == "target" else {**config, "sequence": "source"}
+
+    return method
+
+
 def taking_source_length(create_cache: Callable) -> Callable:
     """Returns a `create_cache` that may be given a `source_length` it has no use for."""
     if "source_length" in parameters(create_cache):

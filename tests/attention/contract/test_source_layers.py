@@ -111,6 +111,22 @@ def test_every_layer_takes_a_source_length():
     assert Nothing().create_cache(2, 3, source_length=9).shape == (2, 3)
 
 
+def test_every_layer_saves_to_which_sequence_it_belongs():
+    class Own(CachedLayer):
+        def __init__(self, size, **kwargs):
+            super().__init__(**kwargs)
+            self.size = size
+
+    for made in (
+        Own(3, sequence="source"),
+        PositionEmbedding(3, sequence="source"),
+        CustomDecoder(24, 4, sequence="source"),
+    ):
+        again = type(made).from_config(made.get_config())
+        assert again.sequence == "source"
+    assert Own.from_config(Own(3).get_config()).sequence == "target"
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_sinusoidal_positions_are_the_papers(interleaved):
     layer = SinusoidalPositions(100.0, interleaved)
