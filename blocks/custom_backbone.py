@@ -260,23 +260,28 @@ class CustomBackbone(LowRankUpdates, TokenModel, keras_hub.models.Backbone):
             of `self.transformer_layers`, where the blocks made so far are, is
             used again at this depth: with the same weights and another cache.
         """
-        cls = self.decoder_class
-        if not (isinstance(cls, type) and issubclass(cls, CustomDecoder)):
+        # A function, not the backbone: Keras would take it for a sublayer.
+        run = functools.partial(_run_hook, self, layer_index)
+        return self._make_block("decoder", CustomDecoder, run)
+
+    def _make_block(self, side: str, base: type, run_hook: Any) -> Any:
+        """Makes a block of the class `{side}_class`, which has the backbone's hooks."""
+        cls: Any = getattr(self, f"{side}_class")
+        if not (isinstance(cls, type) and issubclass(cls, base)):
             raise TypeError(
-                f"`{type(self).__name__}.decoder_class` must be a subclass of "
-                "`blocks.CustomDecoder`; override `create_decoder(layer_index)` to "
-                f"use other blocks. Received: decoder_class={describe(cls)}"
+                f"`{type(self).__name__}.{side}_class` must be a subclass of "
+                f"`blocks.{base.__name__}`; override `create_{side}(layer_index)` to use "
+                f"other blocks. Received: {side}_class={describe(cls)}"
             )
-        decoder = cls(
+        block = cls(
             intermediate_dim=self.intermediate_dim,
             num_heads=self.num_heads,
             num_key_value_heads=self.num_key_value_heads or self.num_heads,
             dropout=self.dropout,
             layer_norm_epsilon=self.layer_norm_epsilon,
         )
-        # A function, not the backbone: Keras would take it for a sublayer.
-        decoder._run_backbone_hook = functools.partial(_run_hook, self, layer_index)
-        return decoder
+        block._run_backbone_hook = run_hook
+        return block
 
     def create_attention_layer(
         self, inputs_shape: Shape, layer_index: int
@@ -317,10 +322,7 @@ class CustomBackbone(LowRankUpdates, TokenModel, keras_hub.models.Backbone):
         )
 
     def create_norm(self, inputs_shape: Shape, layer_index: int) -> keras.layers.Layer:
-        """Hook: makes a normalization layer of a block, which keeps the shape.
-
-        Its arguments are those of `create_attention_layer`.
-        """
+        """Hook: makes a norm of a block; as `create_attention_layer`."""
         return keras.layers.LayerNormalization(epsilon=self.layer_norm_epsilon)
 
     def create_final_norm(self) -> keras.layers.Layer:

@@ -9,7 +9,7 @@ import keras
 from keras import ops
 
 from attention import CachedLayer, GroupedQueryAttention, PositionEmbedding
-from attention.contract import Shape, Tensor, check_optional_positive_int, describe
+from attention.contract import Shape, Tensor, check_optional_positive_int
 from blocks.custom_backbone import CustomBackbone
 from blocks.custom_encoder import CustomEncoder
 from blocks.hooks import name_layer, run_hook
@@ -240,22 +240,8 @@ class CustomSeq2SeqBackbone(CustomBackbone):
 
         `layer_index` is its depth, from 0.
         """
-        cls = self.encoder_class
-        if not (isinstance(cls, type) and issubclass(cls, CustomEncoder)):
-            raise TypeError(
-                f"`{type(self).__name__}.encoder_class` must be a subclass of "
-                "`blocks.CustomEncoder`; override `create_encoder(layer_index)` to use "
-                f"other blocks. Received: encoder_class={describe(cls)}"
-            )
-        encoder = cls(
-            intermediate_dim=self.intermediate_dim,
-            num_heads=self.num_heads,
-            num_key_value_heads=self.num_key_value_heads or self.num_heads,
-            dropout=self.dropout,
-            layer_norm_epsilon=self.layer_norm_epsilon,
-        )
-        encoder._run_backbone_hook = functools.partial(_run_hook, self, layer_index)
-        return encoder
+        run = functools.partial(_run_hook, self, layer_index)
+        return self._make_block("encoder", CustomEncoder, run)
 
     def create_attention_layer(
         self, inputs_shape: Shape, layer_index: int, causal: bool = True

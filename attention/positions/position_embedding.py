@@ -15,8 +15,40 @@ from attention.contract.types import Index, Initializer, Mask, Shape, Tensor
 from attention.positions.arithmetic import token_positions
 
 
+class PositionVectors(CachedLayer):
+    """The base of layers whose outputs are a vector for each position."""
+
+    def vectors(self, positions: Tensor) -> Tensor:
+        """Returns the vectors of positions, `(..., width)`, in the compute dtype."""
+        raise NotImplementedError
+
+    def create_cache(self, batch_size: int, max_length: int) -> tuple:
+        return ()
+
+    def call(
+        self,
+        x: Tensor,
+        padding_mask: Mask | None = None,
+        cache: tuple | None = None,
+        cache_update_index: Index | None = None,
+        segment_ids: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, tuple]:
+        if cache is not None and cache_update_index is None:
+            raise ValueError(
+                f"Layer '{self.name}' was called with `cache` but without "
+                "`cache_update_index`, the position of its first token."
+            )
+        length = ops.shape(x)[1]
+        positions = token_positions(cache_update_index, length, segment_ids)
+        # (length, width), or (batch, length, width) where rows have their own positions
+        outputs = self.vectors(positions)
+        shape = (ops.shape(x)[0], *ops.shape(outputs)[-2:])
+        outputs = ops.broadcast_to(outputs, shape)
+        return outputs if cache is None else (outputs, ())
+
+
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
-class PositionEmbedding(CachedLayer):
+class PositionEmbedding(PositionVectors):
     """A trainable vector for each position, as in GPT-2.
 
     It is a cached layer to learn the positions of the tokens it is called with. It
@@ -78,32 +110,11 @@ class PositionEmbedding(CachedLayer):
             initializer=self.initializer,
         )
 
-    def create_cache(self, batch_size: int, max_length: int) -> tuple:
-        return ()
-
-    def call(
-        self,
-        x: Tensor,
-        padding_mask: Mask | None = None,
-        cache: tuple | None = None,
-        cache_update_index: Index | None = None,
-        segment_ids: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, tuple]:
-        if cache is not None and cache_update_index is None:
-            raise ValueError(
-                f"Layer '{self.name}' was called with `cache` but without "
-                "`cache_update_index`, the position of its first token."
-            )
-        length = ops.shape(x)[1]
-        positions = token_positions(cache_update_index, length, segment_ids)
+    def vectors(self, positions: Tensor) -> Tensor:
         positions = ops.minimum(positions, self.sequence_length - 1)
         embeddings = ops.convert_to_tensor(self.position_embeddings)
         embeddings = ops.cast(embeddings, self.compute_dtype)
-        # (length, width), or (batch, length, width) where rows have their own positions
-        outputs = ops.take(embeddings, positions, axis=0)
-        shape = (ops.shape(x)[0], *ops.shape(outputs)[-2:])
-        outputs = ops.broadcast_to(outputs, shape)
-        return outputs if cache is None else (outputs, ())
+        return ops.take(embeddings, positions, axis=0)
 
     def get_config(self) -> dict[str, Any]:
         return {**arguments_of(PositionEmbedding, self), **super().get_config()}

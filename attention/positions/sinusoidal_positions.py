@@ -9,14 +9,13 @@ import numpy as np
 from keras import ops
 
 from attention.contract.arguments import arguments_of, check_number
-from attention.contract.cached_layer import CachedLayer
 from attention.contract.checks import check_sequence_shape
-from attention.contract.types import Index, Mask, Shape, Tensor
-from attention.positions.arithmetic import token_positions
+from attention.contract.types import Shape, Tensor
+from attention.positions.position_embedding import PositionVectors
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
-class SinusoidalPositions(CachedLayer):
+class SinusoidalPositions(PositionVectors):
     """Sines and cosines of each position, which have no weights and no last position.
 
     Feature `i` of the first half of the width is `sin(position / max_wavelength **
@@ -73,35 +72,15 @@ class SinusoidalPositions(CachedLayer):
         exponents = np.arange(width // 2) * 2 / width
         self._frequencies = (self.max_wavelength**-exponents).astype("float32")
 
-    def create_cache(self, batch_size: int, max_length: int) -> tuple:
-        return ()
-
-    def call(
-        self,
-        x: Tensor,
-        padding_mask: Mask | None = None,
-        cache: tuple | None = None,
-        cache_update_index: Index | None = None,
-        segment_ids: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, tuple]:
-        if cache is not None and cache_update_index is None:
-            raise ValueError(
-                f"Layer '{self.name}' was called with `cache` but without "
-                "`cache_update_index`, the position of its first token."
-            )
-        positions = token_positions(cache_update_index, ops.shape(x)[1], segment_ids)
+    def vectors(self, positions: Tensor) -> Tensor:
         angles = ops.cast(positions, "float32")[..., None] * self._frequencies
         parts = (ops.sin(angles), ops.cos(angles))
-        # (length, width), or (batch, length, width) where rows have their own positions
         if self.interleaved:
-            outputs = ops.stack(parts, axis=-1)
-            outputs = ops.reshape(outputs, (*ops.shape(angles)[:-1], -1))
+            found = ops.stack(parts, axis=-1)
+            found = ops.reshape(found, (*ops.shape(angles)[:-1], -1))
         else:
-            outputs = ops.concatenate(parts, axis=-1)
-        outputs = ops.cast(outputs, self.compute_dtype)
-        shape = (ops.shape(x)[0], *ops.shape(outputs)[-2:])
-        outputs = ops.broadcast_to(outputs, shape)
-        return outputs if cache is None else (outputs, ())
+            found = ops.concatenate(parts, axis=-1)
+        return ops.cast(found, self.compute_dtype)
 
     def get_config(self) -> dict[str, Any]:
         return {**arguments_of(SinusoidalPositions, self), **super().get_config()}
