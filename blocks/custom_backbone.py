@@ -260,11 +260,11 @@ class CustomBackbone(LowRankUpdates, TokenModel, keras_hub.models.Backbone):
             of `self.transformer_layers`, where the blocks made so far are, is
             used again at this depth: with the same weights and another cache.
         """
-        # A function, not the backbone: Keras would take it for a sublayer.
+        # A function, as Keras would take the backbone for a sublayer.
         run = functools.partial(_run_hook, self, layer_index)
         return self._make_block("decoder", CustomDecoder, run)
 
-    def _make_block(self, side: str, base: type, run_hook: Any) -> Any:
+    def _make_block(self, side: str, base: type[Any], run_hook: Any) -> Any:
         """Makes a block of the class `{side}_class`, which has the backbone's hooks."""
         cls: Any = getattr(self, f"{side}_class")
         if not (isinstance(cls, type) and issubclass(cls, base)):
