@@ -73,13 +73,15 @@ class T5Attention(GroupedQueryAttention):
             scale=scale,
             **kwargs,
         )
+        self.num_buckets, self.max_distance = num_buckets, max_distance
         self._shares_position = shares_position
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         del config["num_key_value_heads"]
-        if not self._shares_position:
-            del config["position"]
-            config["num_buckets"] = self.position.num_buckets
-            config["max_distance"] = self.position.max_distance
+        config["num_buckets"] = self.num_buckets
+        config["max_distance"] = self.max_distance
+        # Others may have been given the one that this layer made.
+        if not self._shares_position and self.position.num_layers < 2:
+            config["position"] = None
         return config

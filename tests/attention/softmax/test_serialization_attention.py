@@ -84,3 +84,16 @@ def test_a_saved_model_with_a_shared_scheme_shares_it_again(tmp_path):
     assert first.position is second.position
     assert_close(again(sample()), model(sample()), atol=0)
     assert len(again.weights) == len(model.weights)
+
+
+def test_t5s_layers_share_a_table_again(tmp_path):
+    inputs = keras.Input((None, WIDTH))
+    first = T5Attention(2)
+    second = T5Attention(2, position=first.position)
+    model = keras.Model(inputs, second(first(inputs)))
+    model.save(tmp_path / "model.keras")
+    restored = keras.models.load_model(tmp_path / "model.keras")
+    first, second = restored.layers[1:]
+    assert first.position is second.position
+    assert_close(restored(sample()), model(sample()))
+    assert T5Attention.from_config(T5Attention(2).get_config()).position is not None
