@@ -26,6 +26,7 @@ from attention.contract import (
     hide_full_remat,
 )
 from blocks.custom_decoder import CustomDecoder
+from blocks.generation.backbone_inputs import token_inputs
 from blocks.hooks import dtype_policy_scope, name_layer, run_hook
 from blocks.layers.feed_forward import FeedForward, gelu_approximate
 from blocks.lora import LowRankUpdates
@@ -203,21 +204,18 @@ class CustomBackbone(LowRankUpdates, TokenModel, keras_hub.models.Backbone):
 
     def _connect(self) -> tuple[Any, Any]:
         """Returns the symbolic inputs, and the outputs that the layers make of them."""
-        inputs = {
-            name: keras.Input((None,), dtype="int32", name=name)
-            for name in ("token_ids", "padding_mask")
-        }
+        inputs = token_inputs()
         x = self.embed(inputs["token_ids"], inputs["padding_mask"])
         return inputs, self.layer_norm(self.transform(x, inputs["padding_mask"]))
 
-    def embed(self, token_ids: Tensor, padding_mask: Tensor) -> Tensor:
-        """Returns the embeddings of tokens, with their positions."""
-        x = self.token_embedding(token_ids)
-        if self.position_embedding is not None:
-            name_layer(self.position_embedding, "position_embedding")
-            self.embeddings_add = keras.layers.Add(name="embeddings_add")
-            positions = self.position_embedding(x, padding_mask=padding_mask)
-            x = self.embeddings_add((x, positions))
+    def embed(self, token_ids: Tensor, padding_mask: Tensor, side: str = "") -> Tensor:
+        """Returns the embeddings of tokens, with the positions of a side."""
+        x, name = self.token_embedding(token_ids), f"{side}position_embedding"
+        layer = getattr(self, name)
+        if layer is not None:
+            name_layer(layer, name)
+            positions = layer(x, padding_mask=padding_mask)
+            x = keras.layers.Add(name=f"{side}embeddings_add")((x, positions))
         return self.embeddings_dropout(x)
 
     def create_embedding(self) -> keras.layers.Layer:

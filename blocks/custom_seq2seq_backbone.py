@@ -12,6 +12,7 @@ from attention import CachedLayer, GroupedQueryAttention, PositionEmbedding
 from attention.contract import Shape, Tensor, check_optional_positive_int
 from blocks.custom_backbone import CustomBackbone
 from blocks.custom_encoder import CustomEncoder
+from blocks.generation.backbone_inputs import token_inputs
 from blocks.hooks import name_layer, run_hook
 
 # What the encoder returns, and the decoder takes.
@@ -142,10 +143,7 @@ class CustomSeq2SeqBackbone(CustomBackbone):
             source, dict(zip(ENCODED, (encoded, mask))), name="encoder"
         )
         # === The decoder ===
-        inputs = {
-            name: keras.Input((None,), dtype="int32", name=name)
-            for name in ("token_ids", "padding_mask")
-        }
+        inputs = token_inputs()
         # From the second call with a cache on they are in the cache.
         for name, x in zip(ENCODED, (encoded, mask)):
             like = {"dtype": x.dtype, "name": name, "optional": True}
@@ -154,12 +152,7 @@ class CustomSeq2SeqBackbone(CustomBackbone):
         x = self.transform(x, inputs["padding_mask"], *(inputs[y] for y in ENCODED))
         self.decoder = keras.Model(inputs, self.layer_norm(x), name="decoder")
         # === Both ===
-        target = {
-            f"decoder_{name}": keras.Input(
-                (None,), dtype="int32", name=f"decoder_{name}"
-            )
-            for name in ("token_ids", "padding_mask")
-        }
+        target = token_inputs("decoder_")
         given = {name.removeprefix("decoder_"): x for name, x in target.items()}
         states = self.encoder(source)
         outputs = {
@@ -174,8 +167,7 @@ class CustomSeq2SeqBackbone(CustomBackbone):
         By default they are `encoder_token_ids` and `encoder_padding_mask`. An input whose
         name ends with `padding_mask` marks what is real, padded on the right.
         """
-        names = ("encoder_token_ids", "encoder_padding_mask")
-        return {x: keras.Input((None,), dtype="int32", name=x) for x in names}
+        return token_inputs("encoder_")
 
     def embed_source(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Hook: makes vectors of a source.
@@ -188,15 +180,8 @@ class CustomSeq2SeqBackbone(CustomBackbone):
             real, `(batch, source_length)`.
         """
         mask = inputs["encoder_padding_mask"]
-        x = self.token_embedding(inputs["encoder_token_ids"])
-        if self.encoder_position_embedding is not None:
-            name_layer(self.encoder_position_embedding, "encoder_position_embedding")
-            self.encoder_embeddings_add = keras.layers.Add(
-                name="encoder_embeddings_add"
-            )
-            positions = self.encoder_position_embedding(x, padding_mask=mask)
-            x = self.encoder_embeddings_add((x, positions))
-        return self.embeddings_dropout(x), ops.cast(mask, "bool")
+        x = self.embed(inputs["encoder_token_ids"], mask, "encoder_")
+        return x, ops.cast(mask, "bool")
 
     def transform_source(self, x: Tensor, padding_mask: Tensor) -> Tensor:
         """Runs the blocks of the encoder, which are in `self.encoder_layers`.

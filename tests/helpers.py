@@ -30,6 +30,9 @@ from attention.testing import backends
 from attention.testing.backends import compile_call as compiled
 from attention.testing.backends import to_numpy
 
+# Whether a model is best not compiled: tracing takes far longer than a few steps.
+EAGER = keras.config.backend() == "tensorflow"
+
 
 def slow(value):
     """A parameter of a test that takes long, and is the same on every backend."""

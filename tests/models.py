@@ -28,7 +28,7 @@ from blocks import (
     GenerationSizes,
     Speculation,
 )
-from tests.helpers import to_numpy
+from tests.helpers import EAGER, to_numpy
 from tests.planted_faults import Leak
 
 VOCABULARY_SIZE = 60
@@ -139,8 +139,7 @@ class EagerLM(CausalLM):
     """Not compiled on TensorFlow: tracing takes longer than a few steps untraced."""
 
     def compile(self, *args, **kwargs):
-        eager = keras.config.backend() == "tensorflow"
-        super().compile(*args, run_eagerly=eager, **kwargs)
+        super().compile(*args, run_eagerly=EAGER, **kwargs)
 
 
 def randomize(layer, seed=1):

@@ -134,8 +134,7 @@ class CacheScope(Scope):
         return super().__enter__()
 
     def run(self, layer: Any, call: Any, inputs: Any) -> Any:
-        tensors = (x for x in tree.flatten(inputs) if len(getattr(x, "shape", ())) > 1)
-        self._lengths.append((layer, next((static_size(x, 1) for x in tensors), None)))
+        self._lengths.append((layer, _first_size(inputs, 1)))
         position = len(self._updated)
         slot = self._take_slot(layer, position)
         self._updated.append(slot)
@@ -249,10 +248,10 @@ OR_NO_CACHE = (
 )
 
 
-def _first_size(structure: Any) -> int | None:
-    """Returns the size of the first axis of the first tensor, where it is known."""
-    leaves = (x for x in tree.flatten(structure) if getattr(x, "shape", ()))
-    return next((static_size(x, 0) for x in leaves), None)
+def _first_size(structure: Any, axis: int = 0) -> int | None:
+    """Returns the size of an axis of the first tensor that has it, where it is known."""
+    leaves = (x for x in tree.flatten(structure) if len(getattr(x, "shape", ())) > axis)
+    return next((static_size(x, axis) for x in leaves), None)
 
 
 def _check_mask(padding_mask: Mask, cache: Cache, batch_size: Any = None) -> Any:

@@ -30,7 +30,13 @@ def task_inputs(backbone: Any) -> dict[str, Any]:
     asked = _asked_inputs(backbone)
     if isinstance(asked, dict) and set(asked) == set(NAMES):
         return asked
-    return {name: keras.Input((None,), dtype="int32", name=name) for name in NAMES}
+    return token_inputs()
+
+
+def token_inputs(prefix: str = "") -> dict[str, Any]:
+    """Returns symbolic `token_ids` and `padding_mask`, with a prefix to their names."""
+    names = [prefix + name for name in NAMES]
+    return {name: keras.Input((None,), dtype="int32", name=name) for name in names}
 
 
 def check_backbone(backbone: Any) -> None:

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from attention import Retention, RotaryAttention
 from blocks import CausalLM, CausalLMPreprocessor, CustomBackbone, PackedDocuments
-from tests.helpers import assert_close, raises, to_numpy
+from tests.helpers import EAGER, assert_close, raises, to_numpy
 
 TEXTS = ["ab", "cdefgh", "i", "jklmnopqrstuv", "wx"]
 
@@ -17,10 +17,6 @@ class Mixed(CustomBackbone):
         if layer_index:
             return Retention(2)
         return RotaryAttention(2, window=3)
-
-
-# Tracing on TensorFlow takes far longer than a few steps.
-EAGER = keras.config.backend() == "tensorflow"
 
 
 def make_lm(length=8):

@@ -6,7 +6,7 @@ import pytest
 from keras import ops
 
 from blocks import CausalLM, LogitsProcessor, PromptLookup
-from tests.helpers import raises, to_numpy
+from tests.helpers import EAGER, raises, to_numpy
 from tests.models import (
     RAGGED,
     generated,
@@ -54,9 +54,7 @@ def alone(lm, **options):
 def test_a_row_depends_on_its_own_options_alone(mixer):
     lm = make_small_lm(make_variant(mixer, num_layers=1))
     if mixer == "mha":
-        # Tracing on TensorFlow takes far longer than a few steps.
-        eager = keras.config.backend() == "tensorflow"
-        lm.compile(sampler="greedy", run_eagerly=eager)
+        lm.compile(sampler="greedy", run_eagerly=EAGER)
     expected = alone(lm, **EACH)
     assert generated(lm, **OPTIONS, **EACH) == expected
     # The greedy row is another without its penalty; the others draw.

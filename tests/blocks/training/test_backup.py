@@ -14,7 +14,7 @@ import pytest
 import tensorflow as tf
 
 from blocks import BackupAndResume, CausalLM, Muon, PackedDocuments, Perplexity
-from tests.helpers import raises, run_script, to_numpy
+from tests.helpers import EAGER, raises, run_script, to_numpy
 from tests.models import byte_preprocessor, make_backbone
 
 ROWS, EPOCHS = 10, 3
@@ -121,10 +121,6 @@ DATA = {
     "packed": packed,
     "texts": texts,
 }
-
-
-# Tracing on TensorFlow takes far longer than a few steps.
-EAGER = keras.config.backend() == "tensorflow"
 
 
 def make(seed, optimizer="adam", data=None, **kwargs):

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from blocks import CausalLMPreprocessor
 from tests import models
-from tests.helpers import raises, to_numpy
+from tests.helpers import EAGER, raises, to_numpy
 from tests.models import make_lm
 
 pytestmark = pytest.mark.same_everywhere
@@ -18,9 +18,7 @@ TEXTS = ["ab", "cde", "f", "ghij"]
 
 def make_text_lm():
     lm = models.make_text_lm()
-    # Tracing on TensorFlow takes far longer than a few steps.
-    eager = keras.config.backend() == "tensorflow"
-    lm.compile(keras.optimizers.Adam(1e-2), sampler="greedy", run_eagerly=eager)
+    lm.compile(keras.optimizers.Adam(1e-2), sampler="greedy", run_eagerly=EAGER)
     return lm
 
 
