@@ -37,25 +37,35 @@ def optimized(request):
         optimize(False)
 
 
-@pytest.fixture(autouse=True)
-def little_xla(request, monkeypatch):
+_compile, _xla_generation = CausalLM.compile, CausalLM.xla_generation
+
+
+def _compile_for_training(lm, *args, **kwargs):
+    _compile(lm, *args, **kwargs)
+    if keras.config.backend() == "tensorflow" and "jit_compile" not in kwargs:
+        lm.jit_compile = False
+
+
+@pytest.fixture(scope="session", autouse=True)
+def little_xla():
     """Leaves XLA on TensorFlow to the tests that ask for it, by a mark.
 
-    It takes seconds to compile a model that runs for milliseconds.
+    It takes seconds to compile a model that runs for milliseconds. For the session, as
+    what is made for a module is made before the fixtures of its tests.
     """
-    if "xla" not in request.keywords:
-        compile_as_asked = CausalLM.compile
+    asked_for = property(lambda lm: lm.__dict__.get("_generation_jit_compile") is True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CausalLM, "compile", _compile_for_training)
+        patch.setattr(CausalLM, "xla_generation", asked_for)
+        yield
 
-        def compile_for_training(lm, *args, **kwargs):
-            compile_as_asked(lm, *args, **kwargs)
-            if keras.config.backend() == "tensorflow" and "jit_compile" not in kwargs:
-                lm.jit_compile = False
 
-        monkeypatch.setattr(CausalLM, "compile", compile_for_training)
-        asked_for = property(
-            lambda lm: lm.__dict__.get("_generation_jit_compile") is True
-        )
-        monkeypatch.setattr(CausalLM, "xla_generation", asked_for)
+@pytest.fixture(autouse=True)
+def xla(request, monkeypatch):
+    """XLA as everywhere else, for the tests that ask for it by a mark."""
+    if "xla" in request.keywords:
+        monkeypatch.setattr(CausalLM, "compile", _compile)
+        monkeypatch.setattr(CausalLM, "xla_generation", _xla_generation)
 
 
 @pytest.fixture(scope="module")
