@@ -11,7 +11,7 @@ from keras import ops
 
 from attention.contract import describe
 from blocks.generation.backbone_inputs import NAMES
-from blocks.generation.prompts import is_text, read_tokens, to_plain
+from blocks.generation.prompts import check_tokens, is_text, read_tokens, to_plain
 from blocks.generation.sources import Sources, read_sources
 from blocks.language_model import LanguageModel
 from blocks.seq2seq_preprocessor import Seq2SeqLMPreprocessor
@@ -128,7 +128,7 @@ class Seq2SeqLM(LanguageModel, keras_hub.models.Seq2SeqLM):
             )
         texts = inputs.get("encoder_text")
         if texts is None:
-            sources, is_single = read_sources(inputs, self.encoder.input)
+            sources, is_single = self._read_sources(inputs)
         else:
             texts = to_plain(texts)
             is_single = is_text(texts)
@@ -184,7 +184,15 @@ class Seq2SeqLM(LanguageModel, keras_hub.models.Seq2SeqLM):
                 "preprocessor with a larger one."
             )
         arrays = {name: x[:, : max(lengths.max(), 1)] for name, x in arrays.items()}
-        return read_sources(arrays, self.encoder.input)[0]
+        return self._read_sources(arrays)[0]
+
+    def _read_sources(self, inputs: dict[str, Any]) -> tuple[Sources, bool]:
+        limit = self._engine().max_source_positions
+        sources, is_single = read_sources(inputs, self.encoder.input, limit)
+        for name in (name for name in sources if name.endswith("token_ids")):
+            size = getattr(self.backbone, "source_vocabulary_size", None)
+            check_tokens(sources[name], size, f" (in `{name}`)")
+        return sources, is_single
 
     def preprocess_prompts(self, texts: list[str], length: int) -> dict[str, Any]:
         encoded = self.preprocessor.generate_preprocess(

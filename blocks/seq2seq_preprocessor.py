@@ -52,7 +52,7 @@ class Seq2SeqLMPreprocessor(SpecialTokens, keras_hub.models.Seq2SeqLMPreprocesso
 
     >>> import keras_hub
     >>> from blocks import Seq2SeqLMPreprocessor
-    >>> tokenizer = keras_hub.tokenizers.ByteTokenizer()
+    >>> tokenizer = keras_hub.tokenizers.ByteTokenizer(lowercase=False)
     >>> preprocessor = Seq2SeqLMPreprocessor(tokenizer, 8, 4, end_token=1)
     >>> pairs = {"encoder_text": ["abc"], "decoder_text": ["AB"]}
     >>> x, y, sample_weight = preprocessor(pairs)

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from keras import ops, tree
 
-from attention import CacheScope, call_sites
-from attention.contract import Cache, Index, Tensor, max_positions
+from attention import CachedLayer, CacheScope, call_sites
+from attention.contract import Cache, Index, Tensor, all_layers, max_positions
 from blocks.generation.backbone_inputs import backbone_inputs
 from blocks.generation.backends.loop_kernels import LoopKernels
 from blocks.generation.compilation import CompiledFunctions, StepKey
@@ -41,6 +41,7 @@ class Engine:
         decoder: the model that is called on tokens: the backbone, or its decoder.
         sites: its cached layers, in call order.
         max_positions: int or `None`. How many positions it knows.
+        max_source_positions: int or `None`. How many positions the encoder knows.
     """
 
     def __init__(self, task: Any, sampler: Any = None) -> None:
@@ -58,6 +59,11 @@ class Engine:
                 "`blocks.CustomBackbone`."
             )
         self.max_positions = max_positions(self.sites)
+        self.max_source_positions = None
+        if self.encoder is not None:
+            layers = all_layers(self.encoder)
+            known = [x for x in layers if isinstance(x, CachedLayer)]
+            self.max_source_positions = max_positions(tuple(known))
 
     def sampling(self, options: Options = NO_OPTIONS) -> Sampling:
         """Returns how a generation that begins now chooses tokens."""

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from attention import CachedLayer, CacheScope
-from attention.contract import Cache, Tensor, all_layers, describe, max_positions
+from attention import CacheScope
+from attention.contract import Cache, Tensor, describe
 from blocks.generation.compilation import StepKey
 from blocks.generation.prompts import read_tokens
 
@@ -18,7 +18,9 @@ from blocks.generation.prompts import read_tokens
 Sources = dict[str, np.ndarray]
 
 
-def read_sources(given: dict[str, Any], inputs: dict[str, Any]) -> tuple[Sources, bool]:
+def read_sources(
+    given: dict[str, Any], inputs: dict[str, Any], limit: int | None = None
+) -> tuple[Sources, bool]:
     """Reads the sources of a batch.
 
     Tokens may be lists of rows of different lengths, without a mask; one row may have no
@@ -27,13 +29,14 @@ def read_sources(given: dict[str, Any], inputs: dict[str, Any]) -> tuple[Sources
     Args:
         given: what the user passed, by name.
         inputs: the encoder's symbolic inputs, by name.
+        limit: int or `None`. How many tokens the encoder knows positions of.
 
     Returns:
         The sources, and whether there was one without a batch axis.
 
     Raises:
-        ValueError: if one is missing, has another shape or is all padding; or if they
-            have different numbers of rows.
+        ValueError: if one is missing, has another shape, is too long or all padding; or
+            if they have different numbers of rows.
     """
     found: Sources = {}
     single = False
@@ -50,6 +53,12 @@ def read_sources(given: dict[str, Any], inputs: dict[str, Any]) -> tuple[Sources
             found[name], lengths, single = read_tokens(
                 given[name], given.get(mask), name
             )
+            if limit is not None and lengths.max() > limit:
+                raise ValueError(
+                    f"Source {int(lengths.argmax())} has {int(lengths.max())} tokens, and "
+                    f"the encoder knows {limit} positions. Received: "
+                    f"{name}={describe(given[name])}"
+                )
             if mask in inputs:
                 width = found[name].shape[1]
                 found[mask] = np.arange(width) < lengths[:, None]
@@ -105,14 +114,11 @@ def encode(engine: Any, sources: Sources | None, capacity: int) -> Cache | None:
     """
     if not sources:
         return None
-    encoder = engine.encoder
     longest = max(x.shape[1] for x in sources.values())
     length = engine.sizes.round_up_source(longest)
-    layers = [x for x in all_layers(encoder) if isinstance(x, CachedLayer)]
-    limit = max_positions(tuple(layers))
-    if limit is not None and longest <= limit:
-        length = min(length, limit)
-    sources = _padded(sources, encoder.input, length)
+    if engine.max_source_positions is not None:
+        length = max(longest, min(length, engine.max_source_positions))
+    sources = _padded(sources, engine.encoder.input, length)
     (rows, length), *_ = (x.shape[:2] for x in sources.values())
 
     def make(_: Any) -> Callable:
