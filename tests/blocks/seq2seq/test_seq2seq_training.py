@@ -7,7 +7,12 @@ import pytest
 import tensorflow as tf
 from keras import ops
 
-from blocks import Seq2SeqLM, Seq2SeqLMPreprocessor
+from blocks import (
+    Seq2SeqLM,
+    Seq2SeqLMPreprocessor,
+    attention_maps,
+    attention_scores,
+)
 from tests.blocks.seq2seq.pairs import (
     Speech,
     features,
@@ -174,3 +179,21 @@ def test_preprocessors_of_keras_hub():
     for text, row in zip(texts, tokens):
         known = [x for x in row if 2 < x < len(vocabulary)]
         assert tokenizer.detokenize(known) == text or max(row) >= len(vocabulary)
+
+
+@pytest.mark.same_everywhere
+def test_scores_and_pictures():
+    pytest.importorskip("matplotlib")
+    lm = make_text_lm()
+    pair = {"encoder_text": "abcd", "decoder_text": "AB"}
+    scores = attention_scores(lm, pair)
+    shapes = {name: x.shape for name, x in scores.items()}
+    assert shapes["encoder_layer_0/self_attention"] == (1, 4, 5, 5)
+    assert shapes["transformer_layer_1/self_attention"] == (1, 4, 3, 3)
+    assert shapes["transformer_layer_1/cross_attention"] == (1, 4, 3, 5)
+    assert_close(
+        scores["transformer_layer_1/cross_attention"].sum(-1), np.ones((1, 4, 3))
+    )
+    figure = attention_maps(lm, pair, layers=[-1], heads=[0])
+    axis = figure.axes[0]
+    assert len(axis.get_xticklabels()) == 5 and len(axis.get_yticklabels()) == 3
