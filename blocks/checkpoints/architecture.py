@@ -55,7 +55,13 @@ class Architecture:
             for its number.
         layer_weights: as `weights`, for each block; paths begin within the block. `{e}`
             in a name stands for each number along the weight's first axis (`Stacked`).
+        encoder_layer_prefix: as `layer_prefix`, for the blocks of an encoder, and so is
+            `encoder_layer_weights`.
         base_prefix: str. What a checkpoint of the backbone alone leaves out of names.
+        copies: dict from names of tensors to tuples of others under which files may hold
+            the same numbers, besides or instead.
+        optional: tuple of str. Names of tensors that files may lack; the weight is then
+            what its initializer makes.
         ignored: tuple of str. Ends of names of tensors that are no weights.
 
     Example:
@@ -85,7 +91,11 @@ class Architecture:
     weights: ClassVar[dict[str, Any]] = {}
     layer_prefix: ClassVar[str] = ""
     layer_weights: ClassVar[dict[str, Any]] = {}
+    encoder_layer_prefix: ClassVar[str] = ""
+    encoder_layer_weights: ClassVar[dict[str, Any]] = {}
     base_prefix: ClassVar[str] = ""
+    copies: ClassVar[dict[str, tuple[str, ...]]] = {}
+    optional: ClassVar[tuple[str, ...]] = ()
     ignored: ClassVar[tuple[str, ...]] = (".rotary_emb.inv_freq",)
 
     def read_config(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -138,6 +148,10 @@ class Architecture:
         """
         return self.layer_weights
 
+    def encoder_layer_table(self, backbone: Any) -> dict[str, Any]:
+        """Returns the `encoder_layer_weights` of a backbone, as `layer_table`."""
+        return self.encoder_layer_weights
+
     def entries(self, backbone: Any) -> Iterator[Entry]:
         """Yields an `Entry` for each line of the table that this backbone has."""
         shapes = {weight.path: tuple(weight.shape) for weight in backbone.weights}
@@ -145,6 +159,10 @@ class Architecture:
         for i in range(backbone.num_layers):
             prefix = self.layer_prefix.format(i=i)
             tables.append((prefix, f"transformer_layer_{i}/", of_block))
+        of_block = self.encoder_layer_table(backbone)
+        for i in range(len(getattr(backbone, "encoder_layers", ()))):
+            prefix = self.encoder_layer_prefix.format(i=i)
+            tables.append((prefix, f"encoder_layer_{i}/", of_block))
         for prefix, block, table in tables:
             for name, value in table.items():
                 conversion = to_conversion(value)
@@ -159,7 +177,9 @@ class Architecture:
         """Returns whether a tensor of this name is no weight."""
         head = self.weights.get(name) == "token_embedding/reverse_embeddings"
         tied = backbone.tie_word_embeddings and head
-        return tied or name.endswith(self.ignored)
+        copies = {copy for names in self.copies.values() for copy in names}
+        is_copy = bool(copies & {name, self.base_prefix + name})
+        return tied or is_copy or name.endswith(self.ignored)
 
 
 def with_plain_rotary(config: dict[str, Any]) -> dict[str, Any]:

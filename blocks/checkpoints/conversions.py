@@ -260,6 +260,38 @@ def attention_paths(weight: str, *names: str) -> list[str]:
     return [f"self_attention/{name}/{weight}" for name in names]
 
 
+def layer_lines(names: dict[str, str]) -> dict[str, str]:
+    """Returns the lines of a table for the weight and the bias of layers.
+
+    Args:
+        names: dict from layers in files to paths. One that ends with `norm` is a layer
+            norm; others are dense layers.
+    """
+    found = {}
+    for name, path in names.items():
+        norm = path.endswith("norm")
+        found[f"{name}.weight"] = f"{path}/{'gamma' if norm else 'kernel'}"
+        found[f"{name}.bias"] = f"{path}/{'beta' if norm else 'bias'}"
+    return found
+
+
+def attention_lines(
+    name: str,
+    path: str,
+    parts: Sequence[str] = ("q_proj", "k_proj", "v_proj", "out_proj"),
+) -> dict[str, str]:
+    """Returns the lines of a table for the projections of an attention layer.
+
+    Args:
+        name: str. What names in files begin with.
+        path: str. The path of the layer within a block.
+        parts: sequence of str. What files call the projections of queries, keys, values
+            and outputs.
+    """
+    ours = ("query", "key", "value", "attention_output")
+    return layer_lines({f"{name}.{x}": f"{path}/{y}" for x, y in zip(parts, ours)})
+
+
 def to_conversion(value: str | Conversion) -> Conversion:
     """Returns the conversion of a table's entry.
 
