@@ -1,0 +1,223 @@
+"""Published encoder-decoder architectures beside transformers, with random weights.
+
+A new architecture is a line in `CASES` of `seq2seq_cases.py`, and so is each unusual
+configuration.
+"""
+
+import json
+import warnings
+
+import keras
+import numpy as np
+import pytest
+
+from attention import call_with_cache, create_cache
+from attention.contract import axes_of_weights
+from attention.testing.backends import compile_call
+from blocks.checkpoints import hugging_face
+from blocks.checkpoints.architecture import find_architecture
+from blocks.generation.backbone_inputs import token_embedding
+from blocks.quantized_head import logits_of
+from tests.blocks.models.checks import VOCABULARY_SIZE, randomize
+from tests.blocks.models.seq2seq_cases import CASES
+from tests.helpers import raises, to_numpy
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+LENGTHS = {"encoder": np.array([9, 6, 3]), "decoder": np.array([8, 4, 11])}
+# How many tokens of each target come before the steps.
+PREFILLED = np.array([4, 2, 3])
+
+
+def inputs():
+    rng = np.random.default_rng(0)
+    found = {}
+    for side, lengths in LENGTHS.items():
+        mask = np.arange(lengths.max()) < lengths[:, None]
+        tokens = rng.integers(0, VOCABULARY_SIZE, mask.shape)
+        found[f"{side}_token_ids"] = np.where(mask, tokens, 0).astype("int32")
+        found[f"{side}_padding_mask"] = mask.astype("int32")
+    return found
+
+
+def make_reference(name, arguments):
+    config = getattr(transformers, name)(**arguments)
+    config._attn_implementation = "eager"
+    reference = transformers.AutoModelForSeq2SeqLM.from_config(config).eval()
+    if hasattr(reference, "final_logits_bias"):
+        bias = reference.final_logits_bias
+        bias.copy_(torch.arange(bias.numel()).view(bias.shape) / 99)
+    if arguments.get("tie_word_embeddings") is False:
+        # transformers 5 ties T5's where a file doesn't say otherwise.
+        head = torch.empty_like(reference.lm_head.weight)
+        reference.lm_head.weight = torch.nn.Parameter(head)
+    randomize(reference)
+    return reference
+
+
+@pytest.fixture(params=CASES, scope="module")
+def models(request, tmp_path_factory):
+    """A transformers model, and our backbone that is loaded from its folder."""
+    name, arguments = request.param
+    reference, folder = make_reference(name, arguments), tmp_path_factory.mktemp(name)
+    reference.save_pretrained(folder)
+    return reference, hugging_face.load_backbone(str(folder))
+
+
+def expected_rows(reference):
+    """Yields the encoder's outputs and logits of each row, computed without padding."""
+    x = inputs()
+    for row, lengths in enumerate(zip(*LENGTHS.values())):
+        source, target = (
+            torch.tensor(x[f"{side}_token_ids"][row, :length].astype("int64"))[None]
+            for side, length in zip(LENGTHS, lengths)
+        )
+        with torch.no_grad():
+            found = reference(input_ids=source, decoder_input_ids=target)
+        yield found.encoder_last_hidden_state[0].numpy(), found.logits[0].numpy()
+
+
+def compiled(function):
+    # Eagerly, JAX would compile each operation on its own.
+    return compile_call(function) if keras.config.backend() == "jax" else function
+
+
+def largest_differences(reference, backbone):
+    """Returns those of the encoder's outputs and of logits, with and without a cache."""
+
+    def whole(x):
+        found = backbone(x)
+        hidden = found["decoder_sequence_output"]
+        logits = logits_of(token_embedding(backbone), hidden)
+        return found["encoder_sequence_output"], logits
+
+    def step(given, source, cache, index):
+        # Models take arrays or tensors, and no mixture.
+        given = {name: keras.ops.convert_to_tensor(y) for name, y in given.items()}
+        x = {**given, **source}
+        hidden, cache = call_with_cache(backbone.decoder, x, cache, index)
+        return logits_of(token_embedding(backbone), hidden), cache
+
+    whole, step, encode = map(compiled, (whole, step, backbone.encoder))
+    x = inputs()
+    encoded, logits = map(to_numpy, whole(x))
+    source = encode({name: y for name, y in x.items() if "encoder" in name})
+    lengths = LENGTHS["encoder"].max(), LENGTHS["decoder"].max()
+    cache = create_cache(backbone.decoder, 3, int(lengths[1]), None, int(lengths[0]))
+    # A padded prefill, then the rest of each row, a token at a time.
+    mask = np.arange(PREFILLED.max()) < PREFILLED[:, None]
+    tokens = x["decoder_token_ids"]
+    first = {"token_ids": tokens[:, : PREFILLED.max()], "padding_mask": mask * 1}
+    found, cache = step(first, source, cache, np.int32(0))
+    rows = [[*row[:count]] for row, count in zip(to_numpy(found), PREFILLED)]
+    for i in range(2):
+        index = (PREFILLED + i).astype("int32")
+        token = np.take_along_axis(tokens, index[:, None], axis=1)
+        given = {"token_ids": token, "padding_mask": np.ones_like(token)}
+        found, cache = step(given, dict.fromkeys(source), cache, index)
+        for row, new in zip(rows, to_numpy(found)):
+            row.append(new[0])
+    largest = np.zeros(2)
+    for i, expected in enumerate(expected_rows(reference)):
+        assert all(y.std() > 0.1 for y in expected)
+        steps = np.abs(np.array(rows[i]) - expected[1][: len(rows[i])]).max()
+        for j, (y, z) in enumerate(zip((encoded[i], logits[i]), expected)):
+            largest[j] = max(largest[j], np.abs(y[: len(z)] - z).max())
+        largest[1] = max(largest[1], steps)
+    return largest
+
+
+def test_outputs_through_padding_and_a_cache(models):
+    assert (largest_differences(*models) < 1e-4).all()
+
+
+def test_weights_declare_their_axes(models):
+    axes_of_weights(models[1])
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="numbers are the same")
+def test_the_road_back(models, tmp_path):
+    reference, backbone = models
+    hugging_face.export_backbone(backbone, str(tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exported, info = transformers.AutoModelForSeq2SeqLM.from_pretrained(
+            tmp_path, output_loading_info=True, attn_implementation="eager"
+        )
+    # Sines and cosines are computed there.
+    ends = ("encoder.embed_positions.weight", "decoder.embed_positions.weight")
+    missing = {x for x in info.pop("missing_keys") if not x.endswith(ends)}
+    assert not missing and not any(info.values()), (missing, info)
+    for found, expected in zip(*map(expected_rows, (exported, reference))):
+        for y, z in zip(found, expected):
+            assert np.abs(y - z).max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("case", "renamed"),
+    [
+        ("T5", {"shared": "decoder.embed_tokens"}),
+        ("T5-1.1", {"lm_head.weight": None}),
+        (
+            "Bart",
+            {"model.shared": "model.encoder.embed_tokens", "final_logits_bias": None},
+        ),
+        ("Bart", {"model.": "", "final_logits_bias": None}),
+    ],
+)
+def test_files_that_call_tensors_otherwise(case, renamed, tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    reference = make_reference(*next(x.values[0] for x in CASES if x.id == case))
+    if "lm_head.weight" in renamed:
+        # Not in the file, as it is the embedding.
+        reference.lm_head.weight = reference.shared.weight
+    if "final_logits_bias" in renamed:
+        reference.final_logits_bias.zero_()
+    reference.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = safetensors.load_file(path)
+    for before, after in renamed.items():
+        tensors = {
+            name.replace(before, after or ""): x
+            for name, x in tensors.items()
+            if after is not None or before not in name
+        }
+    safetensors.save_file(tensors, path, metadata={"format": "pt"})
+    backbone = hugging_face.load_backbone(str(tmp_path))
+    assert (largest_differences(reference, backbone) < 1e-4).all()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "said"),
+    [
+        ("t5", {}),
+        ("t5", {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+        ("mt5", {"num_layers": 8, "num_decoder_layers": 3}),
+        ("bart", {}),
+        ("mbart", {"encoder_layers": 3}),
+        ("marian", {}),
+        ("pegasus", {}),
+    ],
+)
+def test_what_configurations_leave_out(model_type, said):
+    architecture = find_architecture(model_type)
+    filled = transformers.AutoConfig.for_model(model_type, **said).to_dict()
+    assert architecture.read_config(said) == architecture.read_config(filled)
+
+
+# What a configuration of each model type may not say.
+REFUSED = {
+    "t5": {"is_encoder_decoder": False},
+    "bart": {"encoder_attention_heads": 4, "decoder_attention_heads": 8},
+    "pegasus": {"tie_word_embeddings": False},
+    "marian": {"share_encoder_decoder_embeddings": False},
+}
+
+
+@pytest.mark.parametrize("model_type", REFUSED)
+def test_what_is_not_computed_is_refused(model_type, tmp_path):
+    config = {"model_type": model_type, **REFUSED[model_type]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with raises(ValueError, "computed here", *REFUSED[model_type]):
+        hugging_face.load_backbone(str(tmp_path), with_weights=False)
