@@ -8,6 +8,7 @@ from blocks.checkpoints.architecture import (
 from blocks.checkpoints.conversions import (
     Changed,
     Conversion,
+    Convolution,
     Dense,
     DenseByGroup,
     Depthwise,
@@ -25,6 +26,7 @@ __all__ = [
     "Architecture",
     "Changed",
     "Conversion",
+    "Convolution",
     "Dense",
     "DenseByGroup",
     "Depthwise",

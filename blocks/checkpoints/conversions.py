@@ -165,6 +165,23 @@ class Depthwise(Conversion):
         return [weights[0].T[:, None]]
 
 
+class Convolution(Conversion):
+    """The kernel of a convolution, `(outputs, inputs, size)` in torch.
+
+    Args:
+        path: str. The path of the weight, `(size, inputs, outputs)`.
+    """
+
+    def tensor_shapes(self, shapes: Sequence[Shape], count: int) -> list[Shape]:
+        return [shapes[0][::-1]]
+
+    def load(self, tensors: Arrays, shapes: Sequence[Shape]) -> list[np.ndarray]:
+        return [next(tensors).T]
+
+    def save(self, weights: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
+        return [weights[0].T]
+
+
 class Stacked(Conversion):
     """A tensor for each expert, or head, in one weight `(experts, ...)`.
 

@@ -24,6 +24,15 @@ BART = {
     "max_position_embeddings": 16,
     **dict.fromkeys(("pad_token_id", "decoder_start_token_id"), 0),
 }
+# 9 positions.
+WHISPER = {
+    **BART,
+    "num_mel_bins": 5,
+    "max_source_positions": 9,
+    "max_target_positions": 16,
+    **dict.fromkeys(("bos_token_id", "eos_token_id"), 0),
+    "begin_suppress_tokens": None,
+}
 
 CASES = [
     case("T5", T5, num_decoder_layers=3, layer_norm_epsilon=1e-3),
@@ -36,4 +45,6 @@ CASES = [
     case("Marian", BART, scale_embedding=True, activation_function="swish"),
     like_others("Marian-unscaled", BART, activation_function="gelu_new"),
     like_others("Pegasus", BART, scale_embedding=True, activation_function="relu"),
+    case("Whisper", WHISPER),
+    like_others("Whisper-untied", WHISPER, tie_word_embeddings=False),
 ]

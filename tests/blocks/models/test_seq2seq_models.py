@@ -30,7 +30,8 @@ LENGTHS = {"encoder": np.array([9, 6, 3]), "decoder": np.array([8, 4, 11])}
 PREFILLED = np.array([4, 2, 3])
 
 
-def inputs():
+def inputs(backbone):
+    """Returns those of a backbone, by its names: tokens, or features of equal lengths."""
     rng = np.random.default_rng(0)
     found = {}
     for side, lengths in LENGTHS.items():
@@ -38,18 +39,23 @@ def inputs():
         tokens = rng.integers(0, VOCABULARY_SIZE, mask.shape)
         found[f"{side}_token_ids"] = np.where(mask, tokens, 0).astype("int32")
         found[f"{side}_padding_mask"] = mask.astype("int32")
-    return found
+    for name, x in backbone.input.items():
+        if name not in found:
+            frames = 2 * LENGTHS["encoder"].max()
+            found[name] = rng.normal(size=(3, frames, *x.shape[2:])).astype("float32")
+    return {name: found[name] for name in backbone.input}
 
 
 def make_reference(name, arguments):
     config = getattr(transformers, name)(**arguments)
     config._attn_implementation = "eager"
-    reference = transformers.AutoModelForSeq2SeqLM.from_config(config).eval()
+    made_by = find_architecture(config.model_type).causal_lm_class
+    reference = getattr(transformers, made_by)(config).eval()
     if hasattr(reference, "final_logits_bias"):
         bias = reference.final_logits_bias
         bias.copy_(torch.arange(bias.numel()).view(bias.shape) / 99)
-    if arguments.get("tie_word_embeddings") is False:
-        # transformers 5 ties T5's where a file doesn't say otherwise.
+    if config.model_type == "t5" and arguments.get("tie_word_embeddings") is False:
+        # transformers 5 ties them where no file says otherwise.
         head = torch.empty_like(reference.lm_head.weight)
         reference.lm_head.weight = torch.nn.Parameter(head)
     randomize(reference)
@@ -65,16 +71,23 @@ def models(request, tmp_path_factory):
     return reference, hugging_face.load_backbone(str(folder))
 
 
-def expected_rows(reference):
+def expected_rows(reference, backbone):
     """Yields the encoder's outputs and logits of each row, computed without padding."""
-    x = inputs()
+    x = inputs(backbone)
     for row, lengths in enumerate(zip(*LENGTHS.values())):
-        source, target = (
-            torch.tensor(x[f"{side}_token_ids"][row, :length].astype("int64"))[None]
+        tokens = {
+            side: torch.tensor(x[name][row : row + 1, :length].astype("int64"))
             for side, length in zip(LENGTHS, lengths)
-        )
+            if (name := f"{side}_token_ids") in x
+        }
+        given = {"decoder_input_ids": tokens.pop("decoder")}
+        if "encoder" in tokens:
+            given["input_ids"] = tokens.pop("encoder")
+        else:
+            features = torch.tensor(x["encoder_features"][row : row + 1])
+            given["input_features"] = features.swapaxes(1, 2)
         with torch.no_grad():
-            found = reference(input_ids=source, decoder_input_ids=target)
+            found = reference(**given)
         yield found.encoder_last_hidden_state[0].numpy(), found.logits[0].numpy()
 
 
@@ -100,11 +113,11 @@ def largest_differences(reference, backbone):
         return logits_of(token_embedding(backbone), hidden), cache
 
     whole, step, encode = map(compiled, (whole, step, backbone.encoder))
-    x = inputs()
+    x = inputs(backbone)
     encoded, logits = map(to_numpy, whole(x))
-    source = encode({name: y for name, y in x.items() if "encoder" in name})
-    lengths = LENGTHS["encoder"].max(), LENGTHS["decoder"].max()
-    cache = create_cache(backbone.decoder, 3, int(lengths[1]), None, int(lengths[0]))
+    source = encode({name: y for name, y in x.items() if name.startswith("encoder")})
+    lengths = encoded.shape[1], LENGTHS["decoder"].max()
+    cache = create_cache(backbone.decoder, 3, int(lengths[1]), None, lengths[0])
     # A padded prefill, then the rest of each row, a token at a time.
     mask = np.arange(PREFILLED.max()) < PREFILLED[:, None]
     tokens = x["decoder_token_ids"]
@@ -119,7 +132,7 @@ def largest_differences(reference, backbone):
         for row, new in zip(rows, to_numpy(found)):
             row.append(new[0])
     largest = np.zeros(2)
-    for i, expected in enumerate(expected_rows(reference)):
+    for i, expected in enumerate(expected_rows(reference, backbone)):
         assert all(y.std() > 0.1 for y in expected)
         steps = np.abs(np.array(rows[i]) - expected[1][: len(rows[i])]).max()
         for j, (y, z) in enumerate(zip((encoded[i], logits[i]), expected)):
@@ -142,14 +155,15 @@ def test_the_road_back(models, tmp_path):
     hugging_face.export_backbone(backbone, str(tmp_path))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        exported, info = transformers.AutoModelForSeq2SeqLM.from_pretrained(
+        exported, info = type(reference).from_pretrained(
             tmp_path, output_loading_info=True, attn_implementation="eager"
         )
     # Sines and cosines are computed there.
     ends = ("encoder.embed_positions.weight", "decoder.embed_positions.weight")
     missing = {x for x in info.pop("missing_keys") if not x.endswith(ends)}
     assert not missing and not any(info.values()), (missing, info)
-    for found, expected in zip(*map(expected_rows, (exported, reference))):
+    rows = (expected_rows(x, backbone) for x in (exported, reference))
+    for found, expected in zip(*rows):
         for y, z in zip(found, expected):
             assert np.abs(y - z).max() < 1e-5
 
@@ -198,6 +212,7 @@ def test_files_that_call_tensors_otherwise(case, renamed, tmp_path):
         ("mbart", {"encoder_layers": 3}),
         ("marian", {}),
         ("pegasus", {}),
+        ("whisper", {}),
     ],
 )
 def test_what_configurations_leave_out(model_type, said):
