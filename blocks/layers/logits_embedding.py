@@ -65,6 +65,13 @@ class LogitsEmbedding(keras.layers.ReversibleEmbedding):
         logits = super().call(inputs * self.logit_scale, reverse=True)
         return ops.add(logits, self.bias) if self.logit_bias else logits
 
+    @property
+    def variable_serialization_spec(self) -> dict[Any, list[str]]:
+        # What Keras saves of an embedding.
+        own = ["bias"] if self.logit_bias else []
+        spec = super().variable_serialization_spec
+        return {mode: [*names, *own] for mode, names in spec.items()}
+
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         return {

@@ -236,3 +236,10 @@ def test_what_is_not_computed_is_refused(model_type, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with raises(ValueError, "computed here", *REFUSED[model_type]):
         hugging_face.load_backbone(str(tmp_path), with_weights=False)
+
+
+def test_presets(models, tmp_path):
+    reference, backbone = models
+    backbone.save_to_preset(str(tmp_path))
+    restored = type(backbone).from_preset(str(tmp_path))
+    assert (largest_differences(reference, restored) < 1e-4).all()
