@@ -47,6 +47,8 @@ class Architecture:
             spells them.
         aliases: dict from keys that some files have to those that `config` has for the
             same. Both are written.
+        same: dict from keys of a configuration to others, of which the backbone has one
+            value for both. Both are written.
         constants: dict from keys of a configuration to the only value that the
             backbone computes, or a tuple of values that mean the same; also what a
             missing key means.
@@ -87,6 +89,7 @@ class Architecture:
     backbone_class: ClassVar[type]
     config: ClassVar[dict[str, Any]] = {}
     aliases: ClassVar[dict[str, str]] = {}
+    same: ClassVar[dict[str, str]] = {}
     constants: ClassVar[dict[str, Any]] = {}
     weights: ClassVar[dict[str, Any]] = {}
     layer_prefix: ClassVar[str] = ""
@@ -105,7 +108,7 @@ class Architecture:
             ValueError: if a key is missing, or has a value that the backbone does not
                 compute.
         """
-        arguments = {}
+        arguments, read = {}, {}
         values = ((key, config.get(x)) for x, key in self.aliases.items())
         named = {key: value for key, value in values if value is not None}
         spelled = with_plain_rotary({**config, **named})
@@ -117,7 +120,14 @@ class Architecture:
                     f"The configuration of model type '{self.model_type}' has no "
                     f"'{key}'. It has {sorted(config)}"
                 )
-            arguments[name] = value
+            arguments[name] = read[key] = value
+        for key, other in self.same.items():
+            if config.get(key) not in (None, read[other]):
+                raise ValueError(
+                    f"The configuration has {key}={config[key]!r} and {other}="
+                    f"{read[other]!r}, and '{self.model_type}' is computed here where "
+                    "both are the same."
+                )
         for key, only in self.constants.items():
             known = only if isinstance(only, tuple) else (only,)
             value = config.get(key, known[0])
@@ -139,23 +149,29 @@ class Architecture:
             config[key[0] if isinstance(key, tuple) else key] = getattr(backbone, name)
         if "rope_theta" in config:
             config["rope_parameters"] = _rope_parameters(config)
-        return {**config, **{x: config[key] for x, key in self.aliases.items()}}
+        others = {**self.aliases, **self.same}
+        return {**config, **{x: config[key] for x, key in others.items()}}
+
+    def table(self, backbone: Any) -> dict[str, Any]:
+        """Returns the `weights` of a backbone.
+
+        Overridden where names or layouts of tensors depend on its arguments, and so are
+        `layer_table` and `encoder_layer_table`.
+        """
+        return self.weights
 
     def layer_table(self, backbone: Any) -> dict[str, Any]:
-        """Returns the `layer_weights` of a backbone.
-
-        Overridden where names or layouts of tensors depend on its arguments.
-        """
+        """Returns the `layer_weights` of a backbone."""
         return self.layer_weights
 
     def encoder_layer_table(self, backbone: Any) -> dict[str, Any]:
-        """Returns the `encoder_layer_weights` of a backbone, as `layer_table`."""
+        """Returns the `encoder_layer_weights` of a backbone."""
         return self.encoder_layer_weights
 
     def entries(self, backbone: Any) -> Iterator[Entry]:
         """Yields an `Entry` for each line of the table that this backbone has."""
         shapes = {weight.path: tuple(weight.shape) for weight in backbone.weights}
-        tables, of_block = [("", "", self.weights)], self.layer_table(backbone)
+        tables, of_block = [("", "", self.table(backbone))], self.layer_table(backbone)
         for i in range(backbone.num_layers):
             prefix = self.layer_prefix.format(i=i)
             tables.append((prefix, f"transformer_layer_{i}/", of_block))

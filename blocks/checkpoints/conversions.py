@@ -242,23 +242,26 @@ def rows_by_group(inner: Any, groups: int, sizes: Sequence[int]) -> Conversion:
     return Changed(inner, lambda x: x[order], lambda x: x[np.argsort(order)])
 
 
-def rows_in_pairs(inner: Any, plain: int, rotary: int) -> Conversion:
+def rows_in_pairs(inner: Any, plain: int, rotary: int, rest: int = 0) -> Conversion:
     """Returns a conversion of rows that are rotated in pairs of neighbours in files.
 
     Here pairs are as far apart as half of what is rotated (`attention.RotaryPosition`).
 
     Args:
-        inner: a conversion of a matrix in which they lie as here.
+        inner: a conversion of a matrix, or bias, in which they lie as here.
         plain: int. How many rows of each head, the first ones, are not rotated.
         rotary: int. How many are.
+        rest: int. How many after these are not.
     """
 
     def swapped(x: np.ndarray, pairs: tuple[int, int]) -> np.ndarray:
         """Swaps two axes, of these sizes, of the rotated rows of each head."""
-        heads = x.reshape((-1, plain + rotary, *x.shape[1:]))
-        rotated = heads[:, plain:].reshape((len(heads), *pairs, *x.shape[1:]))
-        rotated = rotated.swapaxes(1, 2).reshape(heads[:, plain:].shape)
-        return np.concatenate([heads[:, :plain], rotated], axis=1).reshape(x.shape)
+        heads = x.reshape((-1, plain + rotary + rest, *x.shape[1:]))
+        first, rotated, last = np.split(heads, [plain, plain + rotary], axis=1)
+        shape = rotated.shape
+        rotated = rotated.reshape((len(heads), *pairs, *x.shape[1:]))
+        rotated = rotated.swapaxes(1, 2).reshape(shape)
+        return np.concatenate([first, rotated, last], axis=1).reshape(x.shape)
 
     half = rotary // 2
     return Changed(

@@ -115,7 +115,7 @@ class Bart(Architecture):
         "activation": ("activation_function", "gelu"),
         "scale_embedding": ("scale_embedding", False),
     }
-    aliases = {
+    same = {
         "encoder_attention_heads": "decoder_attention_heads",
         "encoder_ffn_dim": "decoder_ffn_dim",
     }
@@ -167,16 +167,6 @@ class Bart(Architecture):
         **attention_lines("encoder_attn", "cross_attention"),
         **layer_lines({"encoder_attn_layer_norm": "cross_attention_norm"}),
     }
-
-    def read_config(self, config: dict[str, Any]) -> dict[str, Any]:
-        for name, other in self.aliases.items():
-            if config.get(name, config.get(other)) != config.get(other):
-                raise ValueError(
-                    f"The configuration has {name}={config[name]} and {other}="
-                    f"{config.get(other)}, and '{self.model_type}' is computed here "
-                    "where both are the same."
-                )
-        return super().read_config(config)
 
     def write_config(self, backbone: Any) -> dict[str, Any]:
         config = super().write_config(backbone)

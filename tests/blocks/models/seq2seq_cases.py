@@ -1,6 +1,12 @@
 """Models of a source and a target."""
 
-from tests.blocks.models.cases import VOCABULARY_SIZE, case, like_others
+from tests.blocks.models.cases import (
+    DEFAULT,
+    LINEAR,
+    VOCABULARY_SIZE,
+    case,
+    like_others,
+)
 
 T5 = {
     "vocab_size": VOCABULARY_SIZE,
@@ -33,6 +39,17 @@ WHISPER = {
     **dict.fromkeys(("bos_token_id", "eos_token_id"), 0),
     "begin_suppress_tokens": None,
 }
+MOONSHINE = {
+    "vocab_size": VOCABULARY_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "encoder_num_hidden_layers": 1,
+    "decoder_num_hidden_layers": 2,
+    **dict.fromkeys(("encoder_num_attention_heads", "decoder_num_attention_heads"), 4),
+    "max_position_embeddings": 32,
+    # 6 of 8 dimensions are rotated.
+    "rope_parameters": {**DEFAULT, "partial_rotary_factor": 0.8},
+}
 
 CASES = [
     case("T5", T5, num_decoder_layers=3, layer_norm_epsilon=1e-3),
@@ -44,7 +61,23 @@ CASES = [
     like_others("MBart", BART, scale_embedding=True),
     case("Marian", BART, scale_embedding=True, activation_function="swish"),
     like_others("Marian-unscaled", BART, activation_function="gelu_new"),
+    like_others(
+        "Marian-two_vocabularies",
+        BART,
+        vocab_size=VOCABULARY_SIZE + 3,
+        decoder_vocab_size=VOCABULARY_SIZE,
+        share_encoder_decoder_embeddings=False,
+    ),
     like_others("Pegasus", BART, scale_embedding=True, activation_function="relu"),
     case("Whisper", WHISPER),
     like_others("Whisper-untied", WHISPER, tie_word_embeddings=False),
+    case("Moonshine", MOONSHINE),
+    like_others(
+        "Moonshine-biases",
+        MOONSHINE,
+        attention_bias=True,
+        pad_head_dim_to_multiple_of=16,
+        rope_parameters={**LINEAR, "partial_rotary_factor": 0.5},
+        tie_word_embeddings=False,
+    ),
 ]

@@ -26,23 +26,32 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 LENGTHS = {"encoder": np.array([9, 6, 3]), "decoder": np.array([8, 4, 11])}
+SAMPLES = np.array([3000, 2200, 1300])
 # How many tokens of each target come before the steps.
 PREFILLED = np.array([4, 2, 3])
+# What transformers calls inputs.
+NAMES = {
+    "encoder_token_ids": "input_ids",
+    "encoder_features": "input_features",
+    "encoder_audio": "input_values",
+    "decoder_token_ids": "decoder_input_ids",
+}
 
 
 def inputs(backbone):
-    """Returns those of a backbone, by its names: tokens, or features of equal lengths."""
+    """Returns those that a backbone has: sources of tokens, features or audio."""
     rng = np.random.default_rng(0)
-    found = {}
-    for side, lengths in LENGTHS.items():
-        mask = np.arange(lengths.max()) < lengths[:, None]
+    lengths, found = dict(LENGTHS), {}
+    if "encoder_audio" in backbone.input:
+        lengths["encoder"] = SAMPLES
+    for side, length in lengths.items():
+        mask = np.arange(length.max()) < length[:, None]
         tokens = rng.integers(0, VOCABULARY_SIZE, mask.shape)
         found[f"{side}_token_ids"] = np.where(mask, tokens, 0).astype("int32")
         found[f"{side}_padding_mask"] = mask.astype("int32")
-    for name, x in backbone.input.items():
-        if name not in found:
-            frames = 2 * LENGTHS["encoder"].max()
-            found[name] = rng.normal(size=(3, frames, *x.shape[2:])).astype("float32")
+    found["encoder_audio"] = rng.normal(size=(3, SAMPLES.max())).astype("float32")
+    frames = 2 * LENGTHS["encoder"].max()
+    found["encoder_features"] = rng.normal(size=(3, frames, 5)).astype("float32")
     return {name: found[name] for name in backbone.input}
 
 
@@ -74,18 +83,14 @@ def models(request, tmp_path_factory):
 def expected_rows(reference, backbone):
     """Yields the encoder's outputs and logits of each row, computed without padding."""
     x = inputs(backbone)
-    for row, lengths in enumerate(zip(*LENGTHS.values())):
-        tokens = {
-            side: torch.tensor(x[name][row : row + 1, :length].astype("int64"))
-            for side, length in zip(LENGTHS, lengths)
-            if (name := f"{side}_token_ids") in x
-        }
-        given = {"decoder_input_ids": tokens.pop("decoder")}
-        if "encoder" in tokens:
-            given["input_ids"] = tokens.pop("encoder")
-        else:
-            features = torch.tensor(x["encoder_features"][row : row + 1])
-            given["input_features"] = features.swapaxes(1, 2)
+    for row in range(3):
+        given = {}
+        for name in NAMES.keys() & x.keys():
+            mask = x.get(name.split("_")[0] + "_padding_mask")
+            length = None if mask is None else mask[row].sum()
+            given[NAMES[name]] = torch.tensor(x[name][row : row + 1, :length])
+        if "input_features" in given:
+            given["input_features"] = given["input_features"].swapaxes(1, 2)
         with torch.no_grad():
             found = reference(**given)
         yield found.encoder_last_hidden_state[0].numpy(), found.logits[0].numpy()
@@ -211,8 +216,11 @@ def test_files_that_call_tensors_otherwise(case, renamed, tmp_path):
         ("bart", {}),
         ("mbart", {"encoder_layers": 3}),
         ("marian", {}),
+        ("marian", {"share_encoder_decoder_embeddings": False}),
         ("pegasus", {}),
         ("whisper", {}),
+        ("moonshine", {}),
+        ("moonshine", {"partial_rotary_factor": 0.62, "rope_theta": 500.0}),
     ],
 )
 def test_what_configurations_leave_out(model_type, said):
@@ -225,8 +233,9 @@ def test_what_configurations_leave_out(model_type, said):
 REFUSED = {
     "t5": {"is_encoder_decoder": False},
     "bart": {"encoder_attention_heads": 4, "decoder_attention_heads": 8},
+    "moonshine": {"encoder_hidden_act": "relu"},
     "pegasus": {"tie_word_embeddings": False},
-    "marian": {"share_encoder_decoder_embeddings": False},
+    "marian": {"tie_word_embeddings": False},
 }
 
 
