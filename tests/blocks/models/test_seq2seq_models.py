@@ -11,12 +11,15 @@ import keras
 import numpy as np
 import pytest
 
-from attention import call_with_cache, create_cache
+from attention import MultiHeadAttention, call_with_cache, create_cache
 from attention.contract import axes_of_weights
 from attention.testing.backends import compile_call
 from blocks.checkpoints import hugging_face
 from blocks.checkpoints.architecture import find_architecture
+from blocks.checkpoints.peft_adapters import export_lora
 from blocks.generation.backbone_inputs import token_embedding
+from blocks.models.bart import BartBackbone
+from blocks.models.t5 import T5Backbone
 from blocks.quantized_head import logits_of
 from tests.blocks.models.checks import VOCABULARY_SIZE, randomize
 from tests.blocks.models.seq2seq_cases import CASES
@@ -227,6 +230,49 @@ def test_what_configurations_leave_out(model_type, said):
     architecture = find_architecture(model_type)
     filled = transformers.AutoConfig.for_model(model_type, **said).to_dict()
     assert architecture.read_config(said) == architecture.read_config(filled)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="numbers are the same")
+def test_updates_are_read_by_peft(tmp_path):
+    peft = pytest.importorskip("peft")
+    reference = make_reference(*CASES[0].values[0])
+    reference.save_pretrained(tmp_path / "base")
+    backbone = hugging_face.load_backbone(str(tmp_path / "base"))
+    backbone.enable_lora(2)
+    for weight in backbone.trainable_weights:
+        if weight.name.startswith("lora_"):
+            weight.assign(keras.random.normal(weight.shape, seed=1) / 4)
+    export_lora(backbone, str(tmp_path / "updates"))
+    updated = peft.PeftModel.from_pretrained(reference, str(tmp_path / "updates"))
+    assert type(updated) is peft.PeftModelForSeq2SeqLM
+    assert (largest_differences(updated, backbone) < 1e-4).all()
+
+
+def test_what_computes_otherwise_is_not_written(tmp_path):
+    class Unscaled(T5Backbone):
+        def embed_source(self, inputs):
+            x, mask = super().embed_source(inputs)
+            return x * 2, mask
+
+    class OwnBiases(T5Backbone):
+        def create_attention_layer(self, inputs_shape, layer_index, causal=True):
+            return super().create_attention_layer(inputs_shape, 0, causal)
+
+    class Windowed(BartBackbone):
+        def create_attention_layer(self, inputs_shape, layer_index, causal=True):
+            window = None if causal else 3
+            return MultiHeadAttention(self.num_heads, causal=causal, window=window)
+
+    sizes = dict.fromkeys(("vocabulary_size", "hidden_dim", "intermediate_dim"), 8)
+    for cls, found in (
+        (Unscaled, "embed_source="),
+        (OwnBiases, "encoder_layer_1/self_attention/relative_position_bias: only here"),
+        (Windowed, "window=3, published None"),
+    ):
+        backbone = cls(num_layers=2, num_heads=2, max_sequence_length=8, **sizes)
+        with raises(ValueError, "nothing was written", found):
+            hugging_face.export_backbone(backbone, str(tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
 
 
 # What a configuration of each model type may not say.
