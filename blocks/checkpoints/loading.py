@@ -104,6 +104,9 @@ def load_weights(
         shapes = checkpoint.shapes()
         entries = list(architecture.entries(backbone))
         names = _present_names(architecture, entries, shapes)
+        entries = [
+            x for x in entries if not _is_left_out(architecture, x, names, shapes)
+        ]
         _check_tensors(architecture, backbone, entries, names, shapes)
         return _Values(entries, names, checkpoint, backbone)
 
@@ -216,11 +219,23 @@ def _present_names(
 
     A checkpoint of the backbone alone leaves out `base_prefix`.
     """
-    base = architecture.base_prefix
-    wanted = [name for entry in entries for name in entry.names]
-    return {
-        name: name if name in shapes else name.removeprefix(base) for name in wanted
-    }
+    found = {}
+    for name in (name for entry in entries for name in entry.names):
+        known = [name, *architecture.copies.get(name, ())]
+        known += [x.removeprefix(architecture.base_prefix) for x in known]
+        found[name] = next((x for x in known if x in shapes), name)
+    return found
+
+
+def _is_left_out(
+    architecture: Architecture,
+    entry: Entry,
+    names: dict[str, str],
+    shapes: dict[str, Shape],
+) -> bool:
+    """Returns whether a checkpoint lacks what it may lack."""
+    missing = {name for name in entry.names if names[name] not in shapes}
+    return bool(missing) and missing <= {*architecture.optional}
 
 
 def _check_tensors(
