@@ -5,6 +5,7 @@ from blocks.causal_lm import CausalLM
 from blocks.custom_backbone import CustomBackbone
 from blocks.custom_decoder import CustomDecoder
 from blocks.custom_encoder import CustomEncoder
+from blocks.custom_encoder_backbone import CustomEncoderBackbone
 from blocks.custom_seq2seq_backbone import CustomSeq2SeqBackbone
 from blocks.distribution import make_layout_map
 from blocks.generation import (
@@ -44,6 +45,7 @@ __all__ = [
     "CustomBackbone",
     "CustomDecoder",
     "CustomEncoder",
+    "CustomEncoderBackbone",
     "CustomSeq2SeqBackbone",
     "DraftModel",
     "DynamicTanh",
