@@ -230,7 +230,7 @@ class CustomEncoderBackbone(TokenTypes, CustomBackbone):
         """Hook: makes what comes after the last block: where norms come after the layers
         anyway, as in BERT, nothing."""
         if not self.normalize_first:
-            return keras.layers.Identity()
+            return keras.layers.Identity(name="layer_norm")
         shape = (None, None, self.hidden_dim)
         return run_hook(self, "create_norm", shape, self.num_layers)
 
