@@ -26,12 +26,15 @@ from blocks.json_tokenizer import JsonTokenizer
 from blocks.layers.feed_forward import FeedForward, GatedFeedForward, gelu_approximate
 from blocks.layers.mixture_of_experts import MixtureOfExperts
 from blocks.layers.norms import DynamicTanh
+from blocks.masked_lm import MaskedLM
 from blocks.packing import PackedDocuments
 from blocks.plots import attention_maps, attention_scores, plot_history
 from blocks.preference_tuning import PreferenceTuning
 from blocks.preprocessor import CausalLMPreprocessor
 from blocks.serving import Request, Server, ServerBusy
 from blocks.swap import SwapReport
+from blocks.text_classifier import TextClassifier, TokenClassifier
+from blocks.text_embedder import TextEmbedder
 from blocks.training.backup import BackupAndResume
 from blocks.training.muon import Muon
 from blocks.training.perplexity import Perplexity
@@ -57,6 +60,7 @@ __all__ = [
     "JsonTokenizer",
     "LogitsProcessor",
     "Logprobs",
+    "MaskedLM",
     "MixtureOfExperts",
     "Muon",
     "PackedDocuments",
@@ -70,6 +74,9 @@ __all__ = [
     "Session",
     "Speculation",
     "SwapReport",
+    "TextClassifier",
+    "TextEmbedder",
+    "TokenClassifier",
     "TokenCrossentropy",
     "TokensSoFar",
     "attention_maps",

@@ -69,9 +69,7 @@ class Albert(Bert):
     """The table of ALBERT."""
 
     model_type = "albert"
-    classes = {
-        task: name.replace("Bert", "Albert") for task, name in Bert.classes.items()
-    }
+    classes = {x: y.replace("Bert", "Albert") for x, y in Bert.classes.items()}
     backbone_class = AlbertBackbone
     config = {
         **Bert.config,

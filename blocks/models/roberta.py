@@ -33,9 +33,7 @@ class Roberta(Bert):
     """The table of RoBERTa."""
 
     model_type = "roberta"
-    classes = {
-        task: f"Ro{name[0].lower()}{name[1:]}" for task, name in Bert.classes.items()
-    }
+    classes = {x: y.replace("Bert", "Roberta") for x, y in Bert.classes.items()}
     backbone_class = RobertaBackbone
     config = {**Bert.config, "vocabulary_size": ("vocab_size", 50265)}
     constants = {**Bert.constants, "pad_token_id": 1}
