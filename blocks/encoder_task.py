@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 import keras_hub
@@ -32,11 +32,15 @@ class EncoderTask(TokenTypes, TokenModel, PresetMixin):
 
     Attributes:
         task: str. What architectures call the task.
-        preprocessor_class: the class of the preprocessor of published models.
+        preprocessor_classes: dict from the number of tokens between two texts to the
+            class of the preprocessor of published models.
     """
 
     task: str = ""
-    preprocessor_class: Any = keras_hub.models.TextClassifierPreprocessor
+    preprocessor_classes: ClassVar[dict[int, Any]] = {
+        1: keras_hub.models.TextClassifierPreprocessor,
+        2: keras_hub.models.RobertaTextClassifierPreprocessor,
+    }
     backbone_cls = None
     preprocessor_cls = None
 
@@ -173,7 +177,9 @@ class EncoderTask(TokenTypes, TokenModel, PresetMixin):
             said = json.loads(sentences.read_text(encoding="utf-8"))
             length = min(length, said.get("max_seq_length") or length)
         tokenizer = read_encoder_tokenizer(folder, backbone.vocabulary_size)
-        return cls.preprocessor_class(tokenizer, sequence_length=length)
+        classes = cls.preprocessor_classes
+        make = classes.get(tokenizer.num_separators, classes[1])
+        return make(tokenizer, sequence_length=length)
 
     def export_to_transformers(self, path: str, dtype: str | None = None) -> None:
         """Writes a folder that transformers loads, without a line of this library.

@@ -194,6 +194,12 @@ class JsonTokenizer(keras_hub.tokenizers.Tokenizer):
         added = self.backend.get_added_tokens_decoder()
         return sorted(token_id for token_id, token in added.items() if token.special)
 
+    @property
+    def num_separators(self) -> int:
+        """Returns how many tokens stand between two texts of a pair."""
+        sides = _probe(self.backend).encode("a", "a").sequence_ids
+        return sides.index(1) - sides.index(0) - 1
+
     def get_vocabulary(self) -> list[str]:
         """Returns all tokens, added ones included, in the order of their ids."""
         vocabulary = self.backend.get_vocab()
@@ -237,9 +243,15 @@ def _added_tokens(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
     if backend.post_processor is None:
         return [], []
     # Of a word that any tokenizer knows, what else there is has been added.
-    model = tokenizers.models.WordLevel({"a": 0}, unk_token="a")
-    probe = tokenizers.Tokenizer(model)
-    probe.post_processor = backend.post_processor
-    encoded = probe.encode("a")
+    encoded = _probe(backend).encode("a")
     position = encoded.special_tokens_mask.index(0)
     return encoded.ids[:position], encoded.ids[position + 1 :]
+
+
+def _probe(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """Returns a tokenizer whose one token is "a", and that adds the tokens of another."""
+    model = tokenizers.models.WordLevel({"a": 0}, unk_token="a")
+    probe = tokenizers.Tokenizer(model)
+    if backend.post_processor is not None:
+        probe.post_processor = backend.post_processor
+    return probe

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 import keras_hub
@@ -76,7 +76,10 @@ class MaskedLM(EncoderTask, keras_hub.models.MaskedLM):
     """
 
     task = "masked_lm"
-    preprocessor_class = keras_hub.models.MaskedLMPreprocessor
+    preprocessor_classes: ClassVar[dict[int, Any]] = {
+        1: keras_hub.models.MaskedLMPreprocessor,
+        2: keras_hub.models.RobertaMaskedLMPreprocessor,
+    }
 
     def __init__(self, backbone: Any, preprocessor: Any = None, **kwargs: Any) -> None:
         # === Layers ===

@@ -1,11 +1,13 @@
 """Tasks on encoder backbones: texts in, training, presets and folders of others."""
 
 import json
+import warnings
 
 import keras
 import keras_hub
 import numpy as np
 import pytest
+import tokenizers
 
 from blocks import (
     CustomBackbone,
@@ -17,8 +19,9 @@ from blocks import (
     TokenClassifier,
 )
 from blocks.models.bert import Bert
+from blocks.models.roberta import RobertaBackbone
 from tests.helpers import assert_close, raises, randomize, to_numpy
-from tests.made_tokenizers import word_piece
+from tests.made_tokenizers import byte_level, word_piece
 
 TEXTS = ["The if statement", "a class is a class", "import it", "if it is not the"] * 2
 PAIR = (["The if statement", "import it"], ["a class", "if it is not"])
@@ -46,7 +49,7 @@ def make(kind, text=True, **kwargs):
     cls, options = KINDS[kind]
     preprocessor = None
     if text:
-        preprocessor = cls.preprocessor_class(make_tokenizer(), sequence_length=16)
+        preprocessor = cls.preprocessor_classes[1](make_tokenizer(), sequence_length=16)
     return cls(
         CustomEncoderBackbone(**{**SIZES, **kwargs}),
         preprocessor=preprocessor,
@@ -71,6 +74,10 @@ def test_a_tokenizer_that_knows_padding_and_masks():
     tokenizer = make_tokenizer()
     assert (tokenizer.pad_token_id, tokenizer.mask_token_id) == (0, 4)
     assert tokenizer.special_token_ids == [0, 1, 2, 3, 4]
+    assert (tokenizer.num_separators, JsonTokenizer(byte_level()).num_separators) == (
+        1,
+        0,
+    )
     config = tokenizer.get_config()
     assert (config["pad_token"], config["mask_token"]) == ("[PAD]", "[MASK]")
     assert "pad_token" not in JsonTokenizer(word_piece()).get_config()
@@ -156,7 +163,7 @@ def test_token_classifier_learns_labels_only():
 
 def test_embedder_learns_and_poolings_are_what_they_say():
     backbone = randomize(CustomEncoderBackbone(**SIZES))
-    preprocessor = TextEmbedder.preprocessor_class(make_tokenizer(), sequence_length=16)
+    preprocessor = make("text_embedder").preprocessor
     x = tokens_of(TEXTS)
     hidden = to_numpy(backbone(x))
     mask = x["padding_mask"][..., None]
@@ -217,7 +224,35 @@ def test_folders_of_others_with_their_tokenizers(tmp_path):
     assert TextEmbedder.from_preset(str(tmp_path)).preprocessor is None
 
 
-def test_dtypes_and_quantization(tmp_path):
+@pytest.mark.parametrize("cls", [TextClassifier, MaskedLM])
+def test_two_tokens_between_the_texts_of_a_pair(cls, tmp_path):
+    """As in RoBERTa."""
+    made = tokenizers.Tokenizer.from_str(byte_level())
+    ends = [(x, made.token_to_id(x)) for x in ("<s>", "<|end|>")]
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        "<s> $A <|end|>", "<s> $A <|end|> <|end|> $B <|end|>", ends
+    )
+    backbone = RobertaBackbone(**{**SIZES, "vocabulary_size": 600}, num_token_types=1)
+    TextEmbedder(backbone).export_to_transformers(str(tmp_path))
+    made.save(str(tmp_path / "tokenizer.json"))
+    tokens = {"pad_token": {"content": "<pad>"}, "mask_token": "<|end|>"}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(tokens))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        task = cls.from_preset(str(tmp_path))
+    task.preprocessor.mask_selection_rate = 0.0
+    data = task.preprocess_samples(PAIR)
+    x = keras.utils.unpack_x_y_sample_weight(data)[0]
+    assert set(x) == set(task.input)
+    for i, pair in enumerate(zip(*PAIR)):
+        expected = made.encode(*pair).ids
+        row = to_numpy(x["token_ids"])[i]
+        assert row[: len(expected)].tolist() == expected
+        assert (row[len(expected) :] == made.token_to_id("<pad>")).all()
+        assert to_numpy(x["padding_mask"])[i].sum() == len(expected)
+
+
+def test_dtypes():
     task = make("masked_lm", dtype="mixed_bfloat16")
     x = {**tokens_of(TEXTS), "mask_positions": np.ones((8, 2), "int32")}
     assert keras.backend.standardize_dtype(task(x).dtype) == "bfloat16"
