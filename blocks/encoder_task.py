@@ -11,7 +11,7 @@ import keras
 import keras_hub
 from keras import ops
 
-from attention.contract import Tensor, describe
+from attention.contract import Tensor, all_layers, declare_axes, describe
 from blocks.checkpoint_mixin import PresetMixin
 from blocks.checkpoints import hugging_face
 from blocks.checkpoints.architecture import architecture_of
@@ -20,7 +20,7 @@ from blocks.hooks import dtype_policy_scope, name_layer
 from blocks.hugging_face_files import read_encoder_tokenizer, write_encoder_tokenizer
 from blocks.presets import load_task, local_folder
 from blocks.token_model import TokenModel
-from blocks.training_data import batched, is_in_memory, is_tokens
+from blocks.training_data import as_dataset, batched, is_in_memory, is_tokens
 
 # Of samples, of published models that take longer ones.
 _SEQUENCE_LENGTH = 512
@@ -66,6 +66,9 @@ class EncoderTask(TokenTypes, TokenModel, PresetMixin):
                 f"Keras layer or None. It returned {describe(layer)}"
             )
         name_layer(layer, f"{self.task}_transform")
+        for part in all_layers(layer):
+            if isinstance(part, keras.layers.Dense):
+                declare_axes(part, {"kernel": (None, None)})
         return layer
 
     def fit(
@@ -83,7 +86,9 @@ class EncoderTask(TokenTypes, TokenModel, PresetMixin):
 
         Args:
             x: strings, or a tuple of two lists of strings, pairs, if the task has a
-                preprocessor; or a dict of what the task takes; or batches of these.
+                preprocessor; or a dict of what the task takes; or batches of these, alone or in
+                tuples with targets and weights: a `tf.data.Dataset` or a torch
+                `DataLoader`.
             y: what is learned, where the preprocessor doesn't make it.
             batch_size: int or `None`, which means 32.
             sample_weight: the weight of each target, or `None`.
@@ -95,6 +100,7 @@ class EncoderTask(TokenTypes, TokenModel, PresetMixin):
         Returns:
             A `keras.callbacks.History`.
         """
+        x, validation_data = as_dataset(x), as_dataset(validation_data)
         if is_in_memory(x):
             samples = keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
             shuffle = kwargs.pop("shuffle", True)
@@ -200,12 +206,10 @@ class EncoderTask(TokenTypes, TokenModel, PresetMixin):
                 f"`{type(self.backbone).__name__}.{hook}` makes a head of its own, and "
                 "transformers has none that computes it. Nothing was written."
             )
-        tokenizer = getattr(self.preprocessor, "tokenizer", None)
+        tokenizer: Any = getattr(self.preprocessor, "tokenizer", None)
         config = self.published_config()
-        for kind in ("pad", "mask"):
-            token_id = getattr(tokenizer, f"{kind}_token_id", None)
-            if kind == "pad" and token_id is not None:
-                config["pad_token_id"] = token_id
+        if getattr(tokenizer, "pad_token_id", None) is not None:
+            config["pad_token_id"] = tokenizer.pad_token_id
         hugging_face.export_backbone(self, path, dtype, **config)
         write_encoder_tokenizer(path, tokenizer)
 

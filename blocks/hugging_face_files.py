@@ -75,6 +75,37 @@ def read_pooling(folder: str | os.PathLike) -> dict[str, Any]:
     return found
 
 
+def write_pooling(
+    folder: str | os.PathLike,
+    pooling: str,
+    normalize: bool,
+    width: int,
+    sequence_length: int | None,
+) -> None:
+    """Writes the files that `read_pooling` reads, for sentence-transformers."""
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
+    modules: Any = [
+        {
+            "idx": i,
+            "name": str(i),
+            "path": path,
+            "type": f"sentence_transformers.models.{kind}",
+        }
+        for i, (path, kind) in enumerate(kinds.items())
+    ]
+    write_json(os.fspath(folder), "modules.json", modules[: 2 + normalize])
+    os.makedirs(os.path.join(folder, "1_Pooling"), exist_ok=True)
+    modes = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens")
+    said = {
+        f"pooling_mode_{mode}": mode.split("_token")[0] == pooling for mode in modes
+    }
+    config = {"word_embedding_dimension": width, **said}
+    write_json(os.fspath(folder), os.path.join("1_Pooling", "config.json"), config)
+    if sequence_length is not None:
+        sentences = {"max_seq_length": sequence_length, "do_lower_case": False}
+        write_json(os.fspath(folder), "sentence_bert_config.json", sentences)
+
+
 # Options of generation that have the same name and meaning in transformers.
 _OPTIONS = ("temperature", "top_k", "top_p", "min_p")
 _PENALTIES = ("repetition_penalty", "no_repeat_ngram_size")

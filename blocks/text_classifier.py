@@ -8,7 +8,13 @@ import keras
 import keras_hub
 from keras import ops
 
-from attention.contract import Activation, Tensor, check_fraction, check_positive_int
+from attention.contract import (
+    Activation,
+    Tensor,
+    check_fraction,
+    check_positive_int,
+    declare_axes,
+)
 from blocks.encoder_task import EncoderTask, check_pooling, pooled
 
 # The label of tokens that have none, as in transformers.
@@ -42,6 +48,7 @@ class Classifier(EncoderTask):
             name="classifier",
             **options,
         )
+        declare_axes(self.output_dense, {"kernel": (None, None)})
 
     def classify(self, x: Tensor) -> Tensor:
         """Returns the outputs of the head."""

@@ -11,7 +11,7 @@ from keras import ops
 
 from attention.contract import check_positive_int, describe
 from blocks.encoder_task import EncoderTask, check_pooling, pooled
-from blocks.hugging_face_files import read_pooling
+from blocks.hugging_face_files import read_pooling, write_pooling
 
 # Lengths are multiples of it, so that there are few to compile for.
 _LENGTHS = 16
@@ -114,10 +114,20 @@ class TextEmbedder(EncoderTask, keras_hub.models.TextEmbedder):
             x = self.preprocess_samples([texts[i] for i in rows])
             x = {name: np.asarray(ops.convert_to_numpy(v)) for name, v in x.items()}
             longest = int(x["padding_mask"].sum(axis=1).max())
-            length = -(-longest // _LENGTHS) * _LENGTHS
+            length = -(-max(longest, 1) // _LENGTHS) * _LENGTHS
             x = {name: value[:, :length] for name, value in x.items()}
             vectors[rows] = self.predict_on_batch(x)
         return vectors
+
+    def export_to_transformers(self, path: str, dtype: str | None = None) -> None:
+        """Writes a folder that transformers and sentence-transformers load.
+
+        Arguments and errors are those of the other tasks.
+        """
+        super().export_to_transformers(path, dtype)
+        length = getattr(self.preprocessor, "sequence_length", None)
+        width = self.backbone.hidden_dim
+        write_pooling(path, self.pooling, self.normalize, width, length)
 
     @classmethod
     def read_options(cls, folder: str) -> dict[str, Any]:

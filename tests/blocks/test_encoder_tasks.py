@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tokenizers
 
+from attention.contract import axes_of_weights
 from blocks import (
     CustomBackbone,
     CustomEncoderBackbone,
@@ -206,11 +207,6 @@ def test_presets(kind, tmp_path):
 def test_folders_of_others_with_their_tokenizers(tmp_path):
     task = randomize(make("text_embedder"))
     task.export_to_transformers(str(tmp_path))
-    (tmp_path / "1_Pooling").mkdir()
-    pooling = {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}
-    (tmp_path / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
-    modules = [{"type": "sentence_transformers.models.Transformer"}]
-    (tmp_path / "modules.json").write_text(json.dumps(modules))
     (tmp_path / "sentence_bert_config.json").write_text('{"max_seq_length": 9}')
     restored = TextEmbedder.from_preset(str(tmp_path))
     assert (restored.pooling, restored.normalize) == ("cls", False)
@@ -250,6 +246,20 @@ def test_two_tokens_between_the_texts_of_a_pair(cls, tmp_path):
         assert row[: len(expected)].tolist() == expected
         assert (row[len(expected) :] == made.token_to_id("<pad>")).all()
         assert to_numpy(x["padding_mask"])[i].sum() == len(expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_declare_their_axes(kind):
+    axes_of_weights(make(kind))
+
+
+def test_batches_of_others():
+    torch = pytest.importorskip("torch")
+    x, labels = tokens_of(TEXTS), np.arange(8) % 3
+    rows = [({k: v[i] for k, v in x.items()}, labels[i]) for i in range(8)]
+    task = make("text_classifier")
+    loader = torch.utils.data.DataLoader(rows, batch_size=3)
+    assert np.isfinite(task.fit(loader, verbose=0).history["loss"][0])
 
 
 def test_dtypes():

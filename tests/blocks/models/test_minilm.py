@@ -1,5 +1,7 @@
 """A published model of sentence embeddings, with its real weights."""
 
+import json
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -67,6 +69,14 @@ def test_sentence_embeddings(folder, tmp_path):
     embedder.save_to_preset(str(tmp_path))
     restored = TextEmbedder.from_preset(str(tmp_path))
     assert np.abs(restored.embed(TEXTS) - expected).max() < 1e-4
+    embedder.export_to_transformers(str(tmp_path / "written"))
+    assert np.abs(expected_vectors(tmp_path / "written") - expected).max() < 1e-5
+    for name in ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json"):
+        written, published = (
+            json.loads(pathlib.Path(x, name).read_text(encoding="utf-8"))
+            for x in (tmp_path / "written", folder)
+        )
+        assert written == published
 
 
 @pytest.mark.slow
