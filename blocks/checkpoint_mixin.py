@@ -16,12 +16,11 @@ from blocks.presets import check_registered, load_task
 from blocks.swap import SwapReport, swap_backbone
 
 
-class CheckpointMixin:
-    """The methods of `CausalLM` that save, load and change a model as a whole."""
+class PresetMixin:
+    """Saving a task to a preset."""
 
     backbone: Any
     preprocessor: Any
-    generation_options: dict[str, Any]
 
     def save_to_preset(
         self, preset_dir: str, max_shard_size: float | None = 10
@@ -55,6 +54,12 @@ class CheckpointMixin:
         weights = self.backbone.weights
         with written_aside(preset_dir, weights, max_shard_size) as folder:
             super().save_to_preset(folder, max_shard_size=max_shard_size)  # type: ignore[misc]
+
+
+class CheckpointMixin(PresetMixin):
+    """The methods of `CausalLM` that save, load and change a model as a whole."""
+
+    generation_options: dict[str, Any]
 
     def export_to_transformers(self, path: str, dtype: str | None = None) -> None:
         """Writes a folder that transformers loads, without a line of this library.

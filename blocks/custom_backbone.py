@@ -60,6 +60,7 @@ class CustomBackbone(LowRankUpdates, TokenModel, keras_hub.models.Backbone):
 
     Attributes:
         decoder_class: subclass of `blocks.CustomDecoder`. The class of the blocks.
+        block_hook: str. The hook that makes the blocks of `transformer_layers`.
 
     Weights are found by their paths, on which checkpoints rely: those of
     `token_embedding` (`embeddings`, and `reverse_embeddings` if logits have weights of
@@ -83,9 +84,9 @@ class CustomBackbone(LowRankUpdates, TokenModel, keras_hub.models.Backbone):
             ALiBi) passes `False`; its length then has no limit.
         tie_word_embeddings: bool. Whether the embedding is used for the output
             logits, too.
-        remat: `None` or `"block"`: in training only what goes into each block is kept,
-            and a block is computed again for its gradients. It takes about a third more
-            time, and memory for the activations of one block instead of all.
+        remat: `None` or `"block"`: training keeps what goes into each block, and computes
+            a block again for its gradients: a third more time, and memory for the
+            activations of one block instead of all.
         dtype: the dtype or dtype policy of all layers.
         **kwargs: arguments of `keras_hub.models.Backbone`: `name`, `trainable`.
 
@@ -131,6 +132,7 @@ class CustomBackbone(LowRankUpdates, TokenModel, keras_hub.models.Backbone):
     """
 
     decoder_class: type[CustomDecoder] = CustomDecoder
+    block_hook = "create_decoder"
 
     def __init__(
         self,
@@ -166,8 +168,7 @@ class CustomBackbone(LowRankUpdates, TokenModel, keras_hub.models.Backbone):
         self.learned_positions = bool(learned_positions)
         self.tie_word_embeddings = bool(tie_word_embeddings)
         if remat not in (None, "block"):
-            what = f"Received: remat={describe(remat)}"
-            raise ValueError(f"`remat` must be 'block' or None. {what}")
+            raise ValueError(f"`remat` must be 'block' or None. Received: {remat!r}")
         self.remat = remat
 
         with dtype_policy_scope(keras.dtype_policies.get(dtype)):
@@ -184,7 +185,7 @@ class CustomBackbone(LowRankUpdates, TokenModel, keras_hub.models.Backbone):
             dropout = keras.layers.Dropout(self.dropout, name="embeddings_dropout")
             self.embeddings_dropout = dropout
         self.transformer_layers: list[CachedLayer] = []
-        self._create_blocks("create_decoder", "transformer_layer", self.num_layers)
+        self._create_blocks(self.block_hook, "transformer_layer", self.num_layers)
         self.layer_norm = run_hook(self, "create_final_norm")
         name_layer(self.layer_norm, "layer_norm")
 
@@ -224,8 +225,7 @@ class CustomBackbone(LowRankUpdates, TokenModel, keras_hub.models.Backbone):
     def create_embedding(self) -> keras.layers.Layer:
         """Hook: makes the layer that embeds token ids.
 
-        Called with `reverse=True` it turns hidden states into logits, as
-        `keras.layers.ReversibleEmbedding`.
+        Called with `reverse=True` it turns hidden states into logits.
         """
         return keras.layers.ReversibleEmbedding(
             self.vocabulary_size,
@@ -237,8 +237,7 @@ class CustomBackbone(LowRankUpdates, TokenModel, keras_hub.models.Backbone):
     def create_position_embedding(self) -> CachedLayer | None:
         """Hook: makes the layer whose outputs are added to the embeddings.
 
-        It is an `attention.CachedLayer`, which follows the positions while decoding, or
-        `None` where positions live in the attention.
+        It is an `attention.CachedLayer`, or `None` where positions live in the attention.
         """
         if not self.learned_positions:
             return None
@@ -330,8 +329,7 @@ class CustomBackbone(LowRankUpdates, TokenModel, keras_hub.models.Backbone):
         """Hook: makes the normalization after the last block.
 
         By default it is another norm of the last block if `decoder_class` overrides
-        `create_norm`, otherwise one that the backbone's `create_norm` makes for
-        `layer_index=num_layers`. It keeps the shape.
+        `create_norm`, or else the backbone's for `layer_index=num_layers`.
         """
         shape = (None, None, self.hidden_dim)
         last, cls = self.transformer_layers[-1], self.decoder_class
@@ -364,8 +362,7 @@ class CustomBackbone(LowRankUpdates, TokenModel, keras_hub.models.Backbone):
         Its arguments are those of `CausalLM.save_to_preset`.
 
         Raises:
-            ValueError: if the class is not registered with Keras, so that the
-                preset could not be loaded again. Nothing is written then.
+            ValueError: if the class is not registered with Keras; nothing is written.
         """
         check_registered(self)
         with written_aside(preset_dir, self.weights, max_shard_size) as folder:

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 
 from attention.contract import (
+    Shape,
     Tensor,
     build_as_one,
     change_context,
@@ -70,6 +71,16 @@ class CustomEncoder(TransformerBlock):
         self.supports_masking = True
 
     build = build_as_one(TransformerBlock.build)
+
+    def _add_part(self, name: str, hook: str, inputs_shape: Shape) -> Any:
+        layer = super()._add_part(name, hook, inputs_shape)
+        if getattr(layer, "causal", False):
+            raise ValueError(
+                f"`{hook}` of an encoder must return a layer made with `causal=False`, as "
+                "its tokens see those that come later, too. It returned "
+                f"{type(layer).__name__} with causal=True."
+            )
+        return layer
 
     def rematerialized_call(
         self, layer_call: Callable, *args: Any, **kwargs: Any

@@ -16,17 +16,8 @@ def read_preprocessor(
     folder: str | os.PathLike, vocabulary_size: int | None
 ) -> dict[str, Any]:
     """Returns arguments of a `CausalLMPreprocessor`, as its `from_hugging_face`."""
-    path = os.path.join(folder, FILE_NAME)
-    if not os.path.isfile(path):
-        raise ValueError(
-            f"The folder '{os.fspath(folder)}' has no {FILE_NAME}. Models that have only "
-            "an older format (a `tokenizer.model`, or `vocab.json` and `merges.txt`) get "
-            "one by `transformers.AutoTokenizer.from_pretrained(folder)"
-            ".save_pretrained(folder)`."
-        )
-    tokenizer = _read_tokenizer(path, vocabulary_size)
-    # Of files with the same content the later ones count.
-    config = _read_json(folder, "special_tokens_map.json", "tokenizer_config.json")
+    tokenizer = _read_tokenizer(folder, vocabulary_size)
+    config = _read_tokens(folder)
     generation = _read_json(folder, "config.json", "generation_config.json")
 
     size = tokenizer.vocabulary_size()
@@ -62,6 +53,65 @@ def read_preprocessor(
     }
 
 
+def read_encoder_tokenizer(
+    folder: str | os.PathLike, vocabulary_size: int | None
+) -> JsonTokenizer:
+    """Returns an encoder's tokenizer, which knows its tokens of padding and masks."""
+    found = _read_tokens(folder)
+    tokens = {}
+    for name in ("pad_token", "mask_token"):
+        token = found.get(name)
+        tokens[name] = token.get("content") if isinstance(token, dict) else token
+    return _read_tokenizer(folder, vocabulary_size, **tokens)
+
+
+def read_pooling(folder: str | os.PathLike) -> dict[str, Any]:
+    """Returns what sentence-transformers wrote of arguments of a `TextEmbedder`."""
+    found: dict[str, Any] = {}
+    pooling = _read_json(folder, os.path.join("1_Pooling", "config.json"))
+    for how in ("cls_token", "mean_tokens"):
+        if pooling.get(f"pooling_mode_{how}"):
+            found["pooling"] = how.split("_")[0]
+    modules = pathlib.Path(folder, "modules.json")
+    if modules.is_file():
+        text = modules.read_text(encoding="utf-8")
+        found["normalize"] = any(
+            x["type"].endswith("Normalize") for x in json.loads(text)
+        )
+    return found
+
+
+def write_pooling(
+    folder: str | os.PathLike,
+    pooling: str,
+    normalize: bool,
+    width: int,
+    sequence_length: int | None,
+) -> None:
+    """Writes the files that `read_pooling` reads, for sentence-transformers."""
+    kinds = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
+    modules: Any = [
+        {
+            "idx": i,
+            "name": str(i),
+            "path": path,
+            "type": f"sentence_transformers.models.{kind}",
+        }
+        for i, (path, kind) in enumerate(kinds.items())
+    ]
+    write_json(os.fspath(folder), "modules.json", modules[: 2 + normalize])
+    os.makedirs(os.path.join(folder, "1_Pooling"), exist_ok=True)
+    modes = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens")
+    said = {
+        f"pooling_mode_{mode}": mode.split("_token")[0] == pooling for mode in modes
+    }
+    config = {"word_embedding_dimension": width, **said}
+    write_json(os.fspath(folder), os.path.join("1_Pooling", "config.json"), config)
+    if sequence_length is not None:
+        sentences = {"max_seq_length": sequence_length, "do_lower_case": False}
+        write_json(os.fspath(folder), "sentence_bert_config.json", sentences)
+
+
 # Options of generation that have the same name and meaning in transformers.
 _OPTIONS = ("temperature", "top_k", "top_p", "min_p")
 _PENALTIES = ("repetition_penalty", "no_repeat_ngram_size")
@@ -92,16 +142,31 @@ def _generation_config(options: dict[str, Any]) -> dict[str, Any]:
     return known
 
 
-def _read_tokenizer(path: str, vocabulary_size: int | None) -> JsonTokenizer:
-    tokenizer = JsonTokenizer(path)
+def _read_tokens(folder: str | os.PathLike) -> dict[str, Any]:
+    # Of files with the same content the later ones count.
+    return _read_json(folder, "special_tokens_map.json", "tokenizer_config.json")
+
+
+def _read_tokenizer(
+    folder: str | os.PathLike, vocabulary_size: int | None, **tokens: Any
+) -> JsonTokenizer:
+    path = os.path.join(folder, FILE_NAME)
+    if not os.path.isfile(path):
+        raise ValueError(
+            f"The folder '{os.fspath(folder)}' has no {FILE_NAME}. Models that have only "
+            "an older format (a `tokenizer.model`, or `vocab.json` and `merges.txt`) get "
+            "one by `transformers.AutoTokenizer.from_pretrained(folder)"
+            ".save_pretrained(folder)`."
+        )
+    tokenizer = JsonTokenizer(path, **tokens)
     if vocabulary_size is None or tokenizer.vocabulary_size() <= vocabulary_size:
         return tokenizer
     # Tokens of other models of a family, as of images, that this model lacks.
     with open(path, encoding="utf-8") as file:
         content = json.load(file)
-    tokens = content.get("added_tokens") or []
-    content["added_tokens"] = [x for x in tokens if x["id"] < vocabulary_size]
-    return JsonTokenizer(json.dumps(content))
+    added = content.get("added_tokens") or []
+    content["added_tokens"] = [x for x in added if x["id"] < vocabulary_size]
+    return JsonTokenizer(json.dumps(content), **tokens)
 
 
 def _read_json(folder: str | os.PathLike, *names: str) -> dict[str, Any]:
@@ -189,3 +254,27 @@ def write_preprocessor(
     generation |= _generation_config(options)
     write_json(os.fspath(folder), "tokenizer_config.json", config)
     write_json(os.fspath(folder), "generation_config.json", generation)
+
+
+def write_encoder_tokenizer(folder: str | os.PathLike, tokenizer: Any) -> None:
+    """Writes the files that `read_encoder_tokenizer` reads, for a `JsonTokenizer`."""
+    if not isinstance(tokenizer, JsonTokenizer):
+        return
+    tokenizer.save_assets(os.fspath(folder))
+    ids = {"cls": tokenizer.start_token_id, "sep": tokenizer.end_token_id}
+    names = {
+        f"{kind}_token": tokenizer.id_to_token(token_id)
+        for kind, token_id in ids.items()
+        if token_id is not None
+    }
+    said = {
+        **names,
+        "pad_token": tokenizer.pad_token,
+        "mask_token": tokenizer.mask_token,
+    }
+    config = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config |= {name: token for name, token in said.items() if token is not None}
+    unknown = getattr(tokenizer.backend.model, "unk_token", None)
+    if unknown is not None:
+        config["unk_token"] = unknown
+    write_json(os.fspath(folder), "tokenizer_config.json", config)

@@ -35,6 +35,9 @@ class JsonTokenizer(keras_hub.tokenizers.Tokenizer):
         tokenizer_json: str, path or `None`. The path of a `tokenizer.json`, or its text.
             `None` makes a tokenizer whose vocabulary is loaded later, as from a preset.
         dtype: str. The integer type of the ids.
+        pad_token, mask_token: str or `None`. The tokens of padding and of what a masked
+            language model guesses, which a `tokenizer.json` doesn't tell. KerasHub's
+            preprocessors for encoders read their ids here.
         **kwargs: arguments of `keras_hub.tokenizers.Tokenizer`.
 
     Call arguments:
@@ -68,10 +71,15 @@ class JsonTokenizer(keras_hub.tokenizers.Tokenizer):
         self,
         tokenizer_json: str | os.PathLike | None = None,
         dtype: Any = "int32",
+        pad_token: str | None = None,
+        mask_token: str | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(dtype=dtype, **kwargs)
+        self.pad_token, self.mask_token = pad_token, mask_token
         self.file_assets = [FILE_NAME]
+        self.pad_token_id: int | None = None
+        self.mask_token_id: int | None = None
         self.start_token_id: int | None = None
         self.end_token_id: int | None = None
         self._backend: tokenizers.Tokenizer | None = None
@@ -111,6 +119,9 @@ class JsonTokenizer(keras_hub.tokenizers.Tokenizer):
         self._size = 1 + max(backend.get_vocab().values(), default=-1)
         self.start_token_id = before[0] if before else None
         self.end_token_id = after[-1] if after else None
+        for name in ("pad_token", "mask_token"):
+            token = getattr(self, name)
+            setattr(self, f"{name}_id", token and self.token_to_id(token))
 
     @property
     def backend(self) -> tokenizers.Tokenizer:
@@ -177,6 +188,18 @@ class JsonTokenizer(keras_hub.tokenizers.Tokenizer):
         """Returns the size of the space of ids: one more than the largest."""
         return self._size if self.backend else 0
 
+    @property
+    def special_token_ids(self) -> list[int]:
+        """Returns the ids of the tokens that no text is made of."""
+        added = self.backend.get_added_tokens_decoder()
+        return sorted(token_id for token_id, token in added.items() if token.special)
+
+    @property
+    def num_separators(self) -> int:
+        """Returns how many tokens stand between two texts of a pair."""
+        sides = _probe(self.backend).encode("a", "a").sequence_ids
+        return sides.index(1) - sides.index(0) - 1
+
     def get_vocabulary(self) -> list[str]:
         """Returns all tokens, added ones included, in the order of their ids."""
         vocabulary = self.backend.get_vocab()
@@ -204,6 +227,11 @@ class JsonTokenizer(keras_hub.tokenizers.Tokenizer):
     def load_assets(self, dir_path: str) -> None:
         self._set_vocabulary(os.path.join(dir_path, FILE_NAME))
 
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        tokens = {"pad_token": self.pad_token, "mask_token": self.mask_token}
+        return {**config, **{k: v for k, v in tokens.items() if v is not None}}
+
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> JsonTokenizer:
         # The vocabulary is an asset: a saved config may not read some other file.
@@ -215,9 +243,15 @@ def _added_tokens(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
     if backend.post_processor is None:
         return [], []
     # Of a word that any tokenizer knows, what else there is has been added.
-    model = tokenizers.models.WordLevel({"a": 0}, unk_token="a")
-    probe = tokenizers.Tokenizer(model)
-    probe.post_processor = backend.post_processor
-    encoded = probe.encode("a")
+    encoded = _probe(backend).encode("a")
     position = encoded.special_tokens_mask.index(0)
     return encoded.ids[:position], encoded.ids[position + 1 :]
+
+
+def _probe(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """Returns a tokenizer whose one token is "a", and that adds the tokens of another."""
+    model = tokenizers.models.WordLevel({"a": 0}, unk_token="a")
+    probe = tokenizers.Tokenizer(model)
+    if backend.post_processor is not None:
+        probe.post_processor = backend.post_processor
+    return probe

@@ -70,7 +70,7 @@ def load_task(cls: type, preset: str, load_weights: bool, **kwargs: Any) -> Any:
         return _load_published(cls, GgufFile(preset), load_weights, **kwargs)
     if isinstance(preset, str) and preset in sizes.named_sizes():
         return _make_named(cls, preset, load_weights, **kwargs)
-    folder = _local_folder(preset)
+    folder = local_folder(preset)
     if hugging_face.is_published(folder):
         return _load_published(cls, folder, load_weights, **kwargs)
     finish_save(folder)
@@ -138,7 +138,7 @@ def _read_preprocessor(cls: Any, source: str | GgufFile, backbone: Any) -> Any:
     )
 
 
-def _local_folder(preset: str) -> str:
+def local_folder(preset: str) -> str:
     """Returns the folder of a preset; a handle is downloaded."""
     if not isinstance(preset, (str, os.PathLike)):
         raise TypeError(

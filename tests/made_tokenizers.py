@@ -72,3 +72,23 @@ def _trained(made, special, alphabet, start):
         token = (start, made.token_to_id(start))
         made.post_processor = TemplateProcessing(f"{start} $A", special_tokens=[token])
     return made.to_str()
+
+
+@functools.cache
+def word_piece():
+    """Returns the text of a `tokenizer.json` as BERT's are."""
+    made = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    made.normalizer = normalizers.BertNormalizer()
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.decoder = decoders.WordPiece()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=300, special_tokens=special, limit_alphabet=60, show_progress=False
+    )
+    made.train_from_iterator(TEXTS, trainer)
+    made.post_processor = TemplateProcessing(
+        "[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(x, made.token_to_id(x)) for x in ("[CLS]", "[SEP]")],
+    )
+    return made.to_str()

@@ -21,11 +21,13 @@ class Entry(NamedTuple):
         names: list of str. The tensors' names.
         paths: list of str. The weights' paths.
         conversion: from one to the other.
+        is_head: bool. Whether they are the head's of a task, which a checkpoint may lack.
     """
 
     names: list[str]
     paths: list[str]
     conversion: Conversion
+    is_head: bool = False
 
 
 class Architecture:
@@ -65,6 +67,12 @@ class Architecture:
         optional: tuple of str. Names of tensors that files may lack; the weight is then
             what its initializer makes.
         ignored: tuple of str. Ends of names of tensors that are no weights.
+        classes: dict from tasks, such as `"masked_lm"`, and `"backbone"` to the names of
+            transformers' classes, of models that are no causal language models.
+        head_weights: dict from tasks to tables as `weights`, of their heads. What a
+            checkpoint lacks of them is drawn.
+        head_prefixes: tuple of str. Beginnings of names of tensors of heads, which are
+            no weights of a model without the head.
 
     Example:
 
@@ -100,6 +108,9 @@ class Architecture:
     copies: ClassVar[dict[str, tuple[str, ...]]] = {}
     optional: ClassVar[tuple[str, ...]] = ()
     ignored: ClassVar[tuple[str, ...]] = (".rotary_emb.inv_freq",)
+    classes: ClassVar[dict[str, str]] = {}
+    head_weights: ClassVar[dict[str, dict[str, Any]]] = {}
+    head_prefixes: ClassVar[tuple[str, ...]] = ()
 
     def read_config(self, config: dict[str, Any]) -> dict[str, Any]:
         """Returns arguments of the backbone for a published configuration.
@@ -168,17 +179,33 @@ class Architecture:
         """Returns the `encoder_layer_weights` of a backbone."""
         return self.encoder_layer_weights
 
-    def entries(self, backbone: Any) -> Iterator[Entry]:
-        """Yields an `Entry` for each line of the table that this backbone has."""
-        shapes = {weight.path: tuple(weight.shape) for weight in backbone.weights}
+    def block_prefix(self, backbone: Any, layer_index: int) -> str:
+        """Returns what the names of a block's tensors begin with."""
+        return self.layer_prefix.format(i=layer_index)
+
+    def spellings(self, name: str) -> list[str]:
+        """Returns the names that a tensor of the table may have in files."""
+        known = [name, *self.copies.get(name, ())]
+        # A checkpoint of the backbone alone leaves out `base_prefix`.
+        return [*known, *(x.removeprefix(self.base_prefix) for x in known)]
+
+    def entries(self, model: Any) -> Iterator[Entry]:
+        """Yields an `Entry` for each line of the table that a model has.
+
+        `model` is a backbone, or a task, whose head has lines of its own.
+        """
+        backbone = getattr(model, "backbone", model)
+        shapes = {weight.path: tuple(weight.shape) for weight in model.weights}
+        head = self.head_weights.get(getattr(model, "task", ""), {})
         tables, of_block = [("", "", self.table(backbone))], self.layer_table(backbone)
         for i in range(backbone.num_layers):
-            prefix = self.layer_prefix.format(i=i)
+            prefix = self.block_prefix(backbone, i)
             tables.append((prefix, f"transformer_layer_{i}/", of_block))
         of_block = self.encoder_layer_table(backbone)
         for i in range(len(getattr(backbone, "encoder_layers", ()))):
             prefix = self.encoder_layer_prefix.format(i=i)
             tables.append((prefix, f"encoder_layer_{i}/", of_block))
+        tables.append(("", "", head))
         for prefix, block, table in tables:
             for name, value in table.items():
                 conversion = to_conversion(value)
@@ -187,10 +214,12 @@ class Architecture:
                     continue
                 count = shapes[ours[0]][0] if "{e}" in name else 1
                 names = [prefix + name.format(e=e) for e in range(count)]
-                yield Entry(names, ours, conversion)
+                yield Entry(names, ours, conversion, is_head=table is head)
 
     def is_ignored(self, name: str, backbone: Any) -> bool:
         """Returns whether a tensor of this name is no weight."""
+        if name.startswith(self.head_prefixes):
+            return True
         head = self.weights.get(name) == "token_embedding/reverse_embeddings"
         tied = backbone.tie_word_embeddings and head
         copies = {copy for names in self.copies.values() for copy in names}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -51,14 +51,19 @@ def _as_number(item: dict[str, Any]) -> Any:
 
 
 def load_backbone(
-    source: str | GgufFile, with_weights: bool = True, dtype: DType = None
+    source: str | GgufFile,
+    with_weights: bool = True,
+    dtype: DType = None,
+    make_task: Callable[[Any, dict[str, Any]], Any] | None = None,
 ) -> Any:
-    """Returns the backbone of a published checkpoint.
+    """Returns the backbone of a published checkpoint, or a task.
 
     Args:
         source: str or `GgufFile`. A folder as transformers writes them, or a file.
         with_weights: bool. Whether to read its weights, or draw some.
         dtype: the dtype or policy of all layers; `None` means Keras's own.
+        make_task: `None`, or called with the backbone and the configuration: makes the
+            task whose head is to be read, too.
 
     Raises:
         ValueError: if its architecture is unknown, its configuration asks for what is
@@ -80,7 +85,8 @@ def load_backbone(
     arguments = architecture.read_config(config)
 
     def make() -> Any:
-        return architecture.backbone_class(**arguments, dtype=dtype)
+        backbone = architecture.backbone_class(**arguments, dtype=dtype)
+        return backbone if make_task is None else make_task(backbone, config)
 
     if not with_weights:
         return make()
@@ -90,13 +96,17 @@ def load_backbone(
     return load_weights(make, architecture, source)
 
 
-def export_backbone(backbone: Any, folder: str, dtype: str | None = None) -> None:
-    """Writes a backbone's configuration and weights for transformers.
+def export_backbone(
+    model: Any, folder: str, dtype: str | None = None, **config: Any
+) -> None:
+    """Writes a backbone's, or a task's, configuration and weights for transformers.
 
     Args:
-        backbone: a `blocks.CustomBackbone` of a published architecture.
+        model: a `blocks.CustomBackbone` of a published architecture, or a task on one
+            whose head is to be written, too.
         folder: str. It is made if need be.
         dtype: str or `None`. The dtype of the tensors; `None` means that of the weights.
+        **config: what is written into the configuration besides.
 
     Raises:
         ValueError: if no published architecture computes what the backbone does. It
@@ -107,18 +117,22 @@ def export_backbone(backbone: Any, folder: str, dtype: str | None = None) -> Non
             "`dtype` must be 'float32', 'float16', 'bfloat16' or None. Received: "
             f"dtype={describe(dtype)}"
         )
+    backbone = getattr(model, "backbone", model)
     architecture = architecture_of(backbone)
-    if not architecture.causal_lm_class:
+    task = getattr(model, "task", "backbone")
+    written_class = architecture.classes.get(task, architecture.causal_lm_class)
+    if not written_class:
         raise ValueError(
             f"transformers has no model that computes what a {type(backbone).__name__} "
             f"does: '{architecture.model_type}' is read here and not written. Nothing "
             "was written. `save_to_preset` saves the model."
         )
-    config = architecture.write_config(backbone)
+    config = {**architecture.write_config(backbone), **config}
+    config["architectures"] = [written_class]
     _check_same_computation(architecture, backbone, config)
     os.makedirs(folder, exist_ok=True)
     written = dtype or backbone.token_embedding.variable_dtype
-    _write_tensors(pathlib.Path(folder), _tensors(architecture, backbone, dtype))
+    _write_tensors(pathlib.Path(folder), _tensors(architecture, model, dtype))
     write_json(folder, "config.json", {**config, "dtype": written})
 
 
@@ -129,11 +143,11 @@ def write_json(folder: str, name: str, content: dict[str, Any]) -> None:
 
 
 def _tensors(
-    architecture: Architecture, backbone: Any, dtype: str | None
+    architecture: Architecture, model: Any, dtype: str | None
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields names and tensors, a few in memory at a time."""
-    values = current_weights(backbone)
-    for entry in architecture.entries(backbone):
+    values = current_weights(model)
+    for entry in architecture.entries(model):
         arrays = [ops.convert_to_numpy(values[path]) for path in entry.paths]
         tensors = entry.conversion.save(arrays, len(entry.names))
         for name, tensor in zip(entry.names, tensors):

@@ -6,6 +6,7 @@ import contextlib
 import math
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -88,10 +89,11 @@ def weights_from(make_values: Callable[[], Value]) -> Iterator[None]:
 def load_weights(
     make: Callable[[], Any], architecture: Architecture, checkpoint: Checkpoint
 ) -> Any:
-    """Returns the backbone that `make` makes, with a checkpoint's weights.
+    """Returns the backbone or task that `make` makes, with a checkpoint's weights.
 
     A tensor at a time is read, and becomes a weight in its dtype and, where a
-    distribution is set, in its layout.
+    distribution is set, in its layout. Weights of a task's head that the checkpoint
+    lacks, or has of another shape, are drawn, with a warning.
 
     Raises:
         ValueError: if tensors are missing, surplus or have another shape. It names them
@@ -100,15 +102,24 @@ def load_weights(
     found: list[Any] = []
 
     def make_values() -> Value:
-        backbone = found[0]
+        model = found[0]
         shapes = checkpoint.shapes()
-        entries = list(architecture.entries(backbone))
+        entries = list(architecture.entries(model))
         names = _present_names(architecture, entries, shapes)
         entries = [
             x for x in entries if not _is_left_out(architecture, x, names, shapes)
         ]
-        _check_tensors(architecture, backbone, entries, names, shapes)
-        return _Values(entries, names, checkpoint, backbone)
+        drawn = _drawn_entries(model, entries, names, shapes)
+        entries = [entry for entry in entries if entry not in drawn]
+        new = {path for entry in drawn for path in entry.paths}
+        _check_tensors(architecture, model, entries, names, shapes, new)
+        if new:
+            warnings.warn(
+                "The checkpoint has no fitting weights of the task's head: "
+                f"{sorted(new)} are drawn, to be trained.",
+                stacklevel=2,
+            )
+        return _Values(entries, names, checkpoint, model)
 
     with weights_from(make_values):
         found.append(make())
@@ -123,11 +134,11 @@ class _Values:
         entries: list[Entry],
         names: dict[str, str],
         checkpoint: Checkpoint,
-        backbone: Any,
+        model: Any,
     ) -> None:
         self.entry_of = {path: entry for entry in entries for path in entry.paths}
         self.names, self.checkpoint = names, checkpoint
-        self.shapes = {weight.path: tuple(weight.shape) for weight in backbone.weights}
+        self.shapes = {weight.path: tuple(weight.shape) for weight in model.weights}
         self.kept: dict[str, Any] = {}
         self.progress = _Progress(sum(np.prod(x) for x in self.shapes.values()))
 
@@ -215,16 +226,12 @@ class _Progress:
 def _present_names(
     architecture: Architecture, entries: list[Entry], shapes: dict[str, Shape]
 ) -> dict[str, str]:
-    """Returns the name in the checkpoint of each name in the table.
-
-    A checkpoint of the backbone alone leaves out `base_prefix`.
-    """
-    found = {}
+    """Returns the name in the checkpoint of each name in the table."""
+    present = {}
     for name in (name for entry in entries for name in entry.names):
-        known = [name, *architecture.copies.get(name, ())]
-        known += [x.removeprefix(architecture.base_prefix) for x in known]
-        found[name] = next((x for x in known if x in shapes), name)
-    return found
+        spelled = architecture.spellings(name)
+        present[name] = next((x for x in spelled if x in shapes), spelled[-1])
+    return present
 
 
 def _is_left_out(
@@ -238,14 +245,34 @@ def _is_left_out(
     return bool(missing) and missing <= {*architecture.optional}
 
 
+def _drawn_entries(
+    model: Any, entries: list[Entry], names: dict[str, str], shapes: dict[str, Shape]
+) -> list[Entry]:
+    """Returns the entries of a task's head that do not fit the checkpoint."""
+    ours = {weight.path: tuple(weight.shape) for weight in model.weights}
+
+    def fits(entry: Entry) -> bool:
+        wanted = entry.conversion.tensor_shapes(
+            [ours[path] for path in entry.paths], len(entry.names)
+        )
+        found = [shapes.get(names[name]) for name in entry.names]
+        return all(
+            x is not None and tuple(x) == tuple(y) for x, y in zip(found, wanted)
+        )
+
+    return [entry for entry in entries if entry.is_head and not fits(entry)]
+
+
 def _check_tensors(
     architecture: Architecture,
-    backbone: Any,
+    model: Any,
     entries: list[Entry],
     names: dict[str, str],
     shapes: dict[str, Shape],
+    drawn: set[str],
 ) -> None:
-    ours = {weight.path: tuple(weight.shape) for weight in backbone.weights}
+    backbone = getattr(model, "backbone", model)
+    ours = {weight.path: tuple(weight.shape) for weight in model.weights}
     problems = []
     for entry in entries:
         lacking = [path for path in entry.paths if path not in ours]
@@ -265,7 +292,7 @@ def _check_tensors(
                     f"{tuple(shape)}"
                 )
     known = {path for entry in entries for path in entry.paths}
-    trained = {weight.path for weight in backbone.trainable_weights}
+    trained = {weight.path for weight in model.trainable_weights} - drawn
     problems += [f"in no table: weight {path}" for path in sorted(trained - known)]
     surplus = sorted(set(shapes) - set(names.values()))
     problems += [

@@ -45,6 +45,15 @@ SAID = {
         "q_lora_rank": None,
         "rope_scaling": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707},
     },
+    "bert": {"position_embedding_type": "absolute", "type_vocab_size": 1},
+    "roberta": {"max_position_embeddings": 514, "layer_norm_eps": 1e-5},
+    "albert": {"embedding_size": 16, "num_hidden_groups": 3},
+    "modernbert": {
+        "global_attn_every_n_layers": 5,
+        "global_rope_theta": 500.0,
+        "local_rope_theta": 50.0,
+        "local_attention": 6,
+    },
 }
 
 
