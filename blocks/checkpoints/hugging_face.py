@@ -108,7 +108,7 @@ def export_backbone(backbone: Any, folder: str, dtype: str | None = None) -> Non
             f"dtype={describe(dtype)}"
         )
     architecture = architecture_of(backbone)
-    if not architecture.causal_lm_class:
+    if not architecture.transformers_class:
         raise ValueError(
             f"transformers has no model that computes what a {type(backbone).__name__} "
             f"does: '{architecture.model_type}' is read here and not written. Nothing "
