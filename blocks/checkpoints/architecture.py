@@ -39,8 +39,8 @@ class Architecture:
 
     Attributes:
         model_type: str. The `model_type` of configurations.
-        causal_lm_class: str. The name of transformers' class; empty where it has none,
-            and then such models are read and not exported.
+        transformers_class: str. The name of transformers' class; empty where it has
+            none, and then such models are read and not exported.
         backbone_class: the `blocks.CustomBackbone` that computes it.
         config: dict from arguments of the backbone to keys of a configuration, or to
             pairs of a key and the value that it has where it is missing. Of rotary
@@ -93,7 +93,7 @@ class Architecture:
     """
 
     model_type: ClassVar[str]
-    causal_lm_class: ClassVar[str] = ""
+    transformers_class: ClassVar[str] = ""
     backbone_class: ClassVar[type]
     config: ClassVar[dict[str, Any]] = {}
     aliases: ClassVar[dict[str, str]] = {}
@@ -152,8 +152,8 @@ class Architecture:
     def write_config(self, backbone: Any) -> dict[str, Any]:
         """Returns the published configuration of a backbone, of `backbone_class`."""
         config: dict[str, Any] = {"model_type": self.model_type}
-        if self.causal_lm_class:
-            config["architectures"] = [self.causal_lm_class]
+        if self.transformers_class:
+            config["architectures"] = [self.transformers_class]
         for key, only in self.constants.items():
             config[key] = only[0] if isinstance(only, tuple) else only
         for name, key in self.config.items():

@@ -248,7 +248,7 @@ def rows_in_pairs(inner: Any, plain: int, rotary: int, rest: int = 0) -> Convers
     Here pairs are as far apart as half of what is rotated (`attention.RotaryPosition`).
 
     Args:
-        inner: a conversion of a matrix, or bias, in which they lie as here.
+        inner: a conversion of a matrix in which they lie as here.
         plain: int. How many rows of each head, the first ones, are not rotated.
         rotary: int. How many are.
         rest: int. How many after these are not.

@@ -120,7 +120,7 @@ def export_backbone(
     backbone = getattr(model, "backbone", model)
     architecture = architecture_of(backbone)
     task = getattr(model, "task", "backbone")
-    written_class = architecture.classes.get(task, architecture.causal_lm_class)
+    written_class = architecture.classes.get(task, architecture.transformers_class)
     if not written_class:
         raise ValueError(
             f"transformers has no model that computes what a {type(backbone).__name__} "

@@ -60,7 +60,12 @@ class BartBackbone(CustomSeq2SeqBackbone):
         )
 
     def add_positions(self, x: Tensor, padding_mask: Tensor, side: str = "") -> Tensor:
-        x = x * self.hidden_dim**0.5 if self.scale_embedding else x
+        if self.scale_embedding:
+            # A layer: Keras takes a tensor times a number for a sparse one.
+            scale = keras.layers.Rescaling(
+                self.hidden_dim**0.5, name=f"{side}embeddings_scale"
+            )
+            x = scale(x)
         x = super().add_positions(x, padding_mask, side)
         if not self.normalize_embedding:
             return x
@@ -102,7 +107,7 @@ class Bart(Architecture):
     """The table of BART."""
 
     model_type = "bart"
-    causal_lm_class = "BartForConditionalGeneration"
+    transformers_class = "BartForConditionalGeneration"
     backbone_class = BartBackbone
     config = {
         "vocabulary_size": ("vocab_size", 50265),
@@ -149,6 +154,8 @@ class Bart(Architecture):
         )
     }
     optional = ("final_logits_bias",)
+    # Of an older library, which wrote them besides.
+    ignored = (".version",)
     encoder_layer_prefix = "model.encoder.layers.{i}."
     encoder_layer_weights = {
         **attention_lines("self_attn", "self_attention"),

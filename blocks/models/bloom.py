@@ -49,7 +49,7 @@ class Bloom(Architecture):
     """The table of BLOOM."""
 
     model_type = "bloom"
-    causal_lm_class = "BloomForCausalLM"
+    transformers_class = "BloomForCausalLM"
     backbone_class = BloomBackbone
     config = {
         "vocabulary_size": ("vocab_size", 250880),

@@ -128,7 +128,7 @@ class DeepseekV2(Llama):
     """The table of DeepSeek-V2."""
 
     model_type = "deepseek_v2"
-    causal_lm_class = "DeepseekV2ForCausalLM"
+    transformers_class = "DeepseekV2ForCausalLM"
     backbone_class = DeepseekV2Backbone
     config = {
         **{k: v for k, v in Llama.config.items() if not k.endswith("_bias")},

@@ -89,7 +89,7 @@ class Falcon(Architecture):
     """The table of Falcon."""
 
     model_type = "falcon"
-    causal_lm_class = "FalconForCausalLM"
+    transformers_class = "FalconForCausalLM"
     backbone_class = FalconBackbone
     config = {
         "vocabulary_size": "vocab_size",

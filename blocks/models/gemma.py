@@ -45,7 +45,7 @@ class Gemma(Llama):
     """The table of Gemma."""
 
     model_type = "gemma"
-    causal_lm_class = "GemmaForCausalLM"
+    transformers_class = "GemmaForCausalLM"
     backbone_class = GemmaBackbone
     config = {
         **{k: v for k, v in Llama.config.items() if k != "ffn_bias"},

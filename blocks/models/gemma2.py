@@ -78,7 +78,7 @@ class Gemma2(Gemma):
     """The table of Gemma 2."""
 
     model_type = "gemma2"
-    causal_lm_class = "Gemma2ForCausalLM"
+    transformers_class = "Gemma2ForCausalLM"
     backbone_class = Gemma2Backbone
     config = {
         **Gemma.config,

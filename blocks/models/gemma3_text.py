@@ -67,7 +67,7 @@ class Gemma3Text(Gemma2):
     """The table of Gemma 3's language model."""
 
     model_type = "gemma3_text"
-    causal_lm_class = "Gemma3ForCausalLM"
+    transformers_class = "Gemma3ForCausalLM"
     backbone_class = Gemma3TextBackbone
     # Published files leave out all defaults.
     config = {

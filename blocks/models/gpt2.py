@@ -15,7 +15,7 @@ class GPT2(Architecture):
     """
 
     model_type = "gpt2"
-    causal_lm_class = "GPT2LMHeadModel"
+    transformers_class = "GPT2LMHeadModel"
     backbone_class = CustomBackbone
     config = {
         "vocabulary_size": "vocab_size",

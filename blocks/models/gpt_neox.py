@@ -86,7 +86,7 @@ class GPTNeoX(Architecture):
     """The table of GPT-NeoX."""
 
     model_type = "gpt_neox"
-    causal_lm_class = "GPTNeoXForCausalLM"
+    transformers_class = "GPTNeoXForCausalLM"
     backbone_class = GPTNeoXBackbone
     config = {
         "vocabulary_size": "vocab_size",

@@ -97,7 +97,7 @@ class GptOss(Mixtral):
     """The table of GPT-OSS."""
 
     model_type = "gpt_oss"
-    causal_lm_class = "GptOssForCausalLM"
+    transformers_class = "GptOssForCausalLM"
     backbone_class = GptOssBackbone
     config = {
         **Mixtral.config,

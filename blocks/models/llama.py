@@ -87,7 +87,7 @@ class Llama(Architecture):
     """The table of Llama."""
 
     model_type = "llama"
-    causal_lm_class = "LlamaForCausalLM"
+    transformers_class = "LlamaForCausalLM"
     backbone_class = LlamaBackbone
     config = {
         "vocabulary_size": "vocab_size",

@@ -93,7 +93,7 @@ class Mamba2Table(Architecture):
     """The table of Mamba-2."""
 
     model_type = "mamba2"
-    causal_lm_class = "Mamba2ForCausalLM"
+    transformers_class = "Mamba2ForCausalLM"
     backbone_class = Mamba2Backbone
     config = {
         "vocabulary_size": ("vocab_size", 32768),

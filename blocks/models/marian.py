@@ -62,7 +62,7 @@ class Marian(Bart):
     """The table of Marian."""
 
     model_type = "marian"
-    causal_lm_class = "MarianMTModel"
+    transformers_class = "MarianMTModel"
     backbone_class = MarianBackbone
     config = {**Bart.config, "vocabulary_size": ("vocab_size", 58101)}
     ignored = ("embed_positions.weight",)

@@ -28,5 +28,5 @@ class MBart(Bart):
     """The table of mBART."""
 
     model_type = "mbart"
-    causal_lm_class = "MBartForConditionalGeneration"
+    transformers_class = "MBartForConditionalGeneration"
     backbone_class = MBartBackbone

@@ -73,7 +73,7 @@ class Mistral(Llama):
     """The table of Mistral."""
 
     model_type = "mistral"
-    causal_lm_class = "MistralForCausalLM"
+    transformers_class = "MistralForCausalLM"
     backbone_class = MistralBackbone
     config = {
         **{k: v for k, v in Llama.config.items() if not k.endswith("_bias")},

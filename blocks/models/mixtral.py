@@ -53,7 +53,7 @@ class Mixtral(Mistral):
     """The table of Mixtral."""
 
     model_type = "mixtral"
-    causal_lm_class = "MixtralForCausalLM"
+    transformers_class = "MixtralForCausalLM"
     backbone_class = MixtralBackbone
     config = {
         **Mistral.config,

@@ -38,7 +38,6 @@ class MoonshineBackbone(CustomSeq2SeqBackbone):
 
     Args:
         *args: those of `blocks.CustomSeq2SeqBackbone`, also by keyword.
-        attention_bias: bool. Whether projections to queries, keys and values have biases.
         rope_theta: number. The base of rotary positions.
         rope_scaling: dict or `None`. See `attention.RotaryPosition`.
         rotary_factor: float. The rotated part of each head.
@@ -53,14 +52,13 @@ class MoonshineBackbone(CustomSeq2SeqBackbone):
     def __init__(
         self,
         *args: Any,
-        attention_bias: bool = False,
         rope_theta: float = 10_000.0,
         rope_scaling: dict | None = None,
         rotary_factor: float = 0.9,
         **kwargs: Any,
     ) -> None:
-        self.attention_bias, self.rotary_factor = attention_bias, rotary_factor
         self.rope_theta, self.rope_scaling = rope_theta, rope_scaling
+        self.rotary_factor = rotary_factor
         kwargs["learned_positions"] = False
         super().__init__(*args, **kwargs)
 
@@ -87,20 +85,14 @@ class MoonshineBackbone(CustomSeq2SeqBackbone):
             scaling=self.rope_scaling,
             rotary_dim=self.rotary_dims()[0],
             causal=causal,
-            use_bias=self.attention_bias,
-            output_bias=False,
+            use_bias=False,
             dropout=self.dropout,
         )
 
     def create_cross_attention_layer(
         self, inputs_shape: Shape, layer_index: int
     ) -> CachedLayer:
-        return CrossAttention(
-            self.num_heads,
-            use_bias=self.attention_bias,
-            output_bias=False,
-            dropout=self.dropout,
-        )
+        return CrossAttention(self.num_heads, use_bias=False, dropout=self.dropout)
 
     def create_ffn(self, inputs_shape: Shape, layer_index: int) -> keras.layers.Layer:
         return GatedFeedForward(self.intermediate_dim, use_bias=True)
@@ -119,7 +111,7 @@ _PARTS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 def _in_pairs(table: dict[str, Any], backbone: MoonshineBackbone) -> dict[str, Any]:
     """Returns a block's table, whose heads are rotated in pairs of neighbours."""
-    names = [f"self_attn.{x}.{y}" for x in _PARTS[:2] for y in ("weight", "bias")]
+    names = [f"self_attn.{x}.weight" for x in ("q_proj", "k_proj")]
     sizes = (0, *backbone.rotary_dims())
     return {**table, **{name: rows_in_pairs(table[name], *sizes) for name in names}}
 
@@ -129,7 +121,7 @@ class Moonshine(Architecture):
     """The table of Moonshine."""
 
     model_type = "moonshine"
-    causal_lm_class = "MoonshineForConditionalGeneration"
+    transformers_class = "MoonshineForConditionalGeneration"
     backbone_class = MoonshineBackbone
     config = {
         "vocabulary_size": ("vocab_size", 32768),
@@ -139,7 +131,6 @@ class Moonshine(Architecture):
         "hidden_dim": ("hidden_size", 288),
         "intermediate_dim": ("intermediate_size", 1152),
         "max_sequence_length": ("max_position_embeddings", 512),
-        "attention_bias": ("attention_bias", False),
         "rope_theta": ("rope_theta", 10_000.0),
         "rope_scaling": ("rope_scaling", None),
         "rotary_factor": ("partial_rotary_factor", 0.9),
@@ -155,6 +146,7 @@ class Moonshine(Architecture):
     )
     constants = {
         "is_encoder_decoder": True,
+        "attention_bias": False,
         "encoder_hidden_act": "gelu",
         "decoder_hidden_act": ("silu", "swish"),
     }

@@ -18,7 +18,7 @@ class MT5(T5):
     """
 
     model_type = "mt5"
-    causal_lm_class = "MT5ForConditionalGeneration"
+    transformers_class = "MT5ForConditionalGeneration"
     config = {
         **T5.config,
         "vocabulary_size": ("vocab_size", 250112),

@@ -65,7 +65,7 @@ class Olmo2(Llama):
     """The table of OLMo 2."""
 
     model_type = "olmo2"
-    causal_lm_class = "Olmo2ForCausalLM"
+    transformers_class = "Olmo2ForCausalLM"
     backbone_class = Olmo2Backbone
     config = {
         **{k: v for k, v in Llama.config.items() if k != "ffn_bias"},

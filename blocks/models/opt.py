@@ -112,7 +112,7 @@ class OPT(Architecture):
     """The table of OPT."""
 
     model_type = "opt"
-    causal_lm_class = "OPTForCausalLM"
+    transformers_class = "OPTForCausalLM"
     backbone_class = OPTBackbone
     config = {
         "vocabulary_size": ("vocab_size", 50272),

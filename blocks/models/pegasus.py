@@ -5,7 +5,8 @@ from __future__ import annotations
 import keras
 
 from blocks.checkpoints.architecture import register_architecture
-from blocks.models.marian import Bart, MarianBackbone
+from blocks.models.bart import Bart
+from blocks.models.marian import MarianBackbone
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
@@ -28,6 +29,6 @@ class Pegasus(Bart):
     """The table of Pegasus."""
 
     model_type = "pegasus"
-    causal_lm_class = "PegasusForConditionalGeneration"
+    transformers_class = "PegasusForConditionalGeneration"
     backbone_class = PegasusBackbone
     ignored = ("embed_positions.weight",)

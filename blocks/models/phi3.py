@@ -30,7 +30,7 @@ class Phi3(Mistral):
     """The table of Phi-3."""
 
     model_type = "phi3"
-    causal_lm_class = "Phi3ForCausalLM"
+    transformers_class = "Phi3ForCausalLM"
     backbone_class = Phi3Backbone
     config = {
         **Mistral.config,

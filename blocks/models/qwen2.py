@@ -40,7 +40,7 @@ class Qwen2(Mistral):
     """The table of Qwen 2."""
 
     model_type = "qwen2"
-    causal_lm_class = "Qwen2ForCausalLM"
+    transformers_class = "Qwen2ForCausalLM"
     backbone_class = Qwen2Backbone
     config = {
         **Mistral.config,

@@ -34,7 +34,7 @@ class Qwen3(Qwen2):
     """The table of Qwen 3."""
 
     model_type = "qwen3"
-    causal_lm_class = "Qwen3ForCausalLM"
+    transformers_class = "Qwen3ForCausalLM"
     backbone_class = Qwen3Backbone
     config = {
         **Qwen2.config,

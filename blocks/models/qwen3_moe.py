@@ -87,7 +87,7 @@ class Qwen3Moe(Mistral):
     """The table of Qwen 3 with experts."""
 
     model_type = "qwen3_moe"
-    causal_lm_class = "Qwen3MoeForCausalLM"
+    transformers_class = "Qwen3MoeForCausalLM"
     backbone_class = Qwen3MoeBackbone
     config = {
         **Mistral.config,

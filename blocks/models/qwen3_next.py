@@ -105,7 +105,7 @@ class Qwen3Next(Qwen3Moe):
     """The table of Qwen3-Next."""
 
     model_type = "qwen3_next"
-    causal_lm_class = "Qwen3NextForCausalLM"
+    transformers_class = "Qwen3NextForCausalLM"
     backbone_class = Qwen3NextBackbone
     config = {
         **{k: v for k, v in Qwen3Moe.config.items() if k != "window"},

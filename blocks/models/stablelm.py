@@ -90,7 +90,7 @@ class StableLM(Llama):
     """The table of StableLM."""
 
     model_type = "stablelm"
-    causal_lm_class = "StableLmForCausalLM"
+    transformers_class = "StableLmForCausalLM"
     backbone_class = StableLMBackbone
     config = {
         **{k: v for k, v in Llama.config.items() if k not in ("ffn_bias", "key_dim")},

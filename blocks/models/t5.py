@@ -9,7 +9,7 @@ import keras
 from attention import CachedLayer, CrossAttention, T5Attention
 from attention.contract import Shape, arguments_of
 from blocks.checkpoints.architecture import Architecture, register_architecture
-from blocks.checkpoints.conversions import attention_lines
+from blocks.checkpoints.conversions import attention_lines, layer_lines
 from blocks.custom_seq2seq_backbone import CustomSeq2SeqBackbone
 from blocks.layers.feed_forward import (
     FeedForward,
@@ -100,15 +100,11 @@ class T5Backbone(CustomSeq2SeqBackbone):
 
 
 def _ffn_lines(name: str, backbone: T5Backbone) -> dict[str, str]:
-    """Returns the lines of a table for a feed-forward layer, and its norm."""
-    gated = backbone.activation.startswith("gated-")
-    parts = (
-        {"wi_0": "gate", "wi_1": "intermediate"} if gated else {"wi": "intermediate"}
-    )
-    parts = {f"DenseReluDense.{x}": f"ffn/{y}" for x, y in parts.items()}
-    parts["DenseReluDense.wo"] = "ffn/output"
-    lines = {f"{name}.{x}.weight": f"{y}/kernel" for x, y in parts.items()}
-    return {**lines, f"{name}.layer_norm.weight": "ffn_norm/scale"}
+    """Returns the lines of a table for a feed-forward layer."""
+    parts = {"wi": "intermediate", "wo": "output"}
+    if backbone.activation.startswith("gated-"):
+        parts = {"wi_0": "gate", "wi_1": "intermediate", "wo": "output"}
+    return layer_lines({f"{name}.{x}": f"ffn/{y}" for x, y in parts.items()})
 
 
 @register_architecture
@@ -116,7 +112,7 @@ class T5(Architecture):
     """The table of T5."""
 
     model_type = "t5"
-    causal_lm_class = "T5ForConditionalGeneration"
+    transformers_class = "T5ForConditionalGeneration"
     backbone_class = T5Backbone
     config = {
         "vocabulary_size": ("vocab_size", 32128),
@@ -132,6 +128,8 @@ class T5(Architecture):
         "activation": ("feed_forward_proj", "relu"),
         "tie_word_embeddings": ("tie_word_embeddings", True),
     }
+    # In files of transformers 5, whose `tie_word_embeddings` is always true.
+    aliases = {"scale_decoder_outputs": "tie_word_embeddings"}
     constants = {"is_encoder_decoder": True}
     weights = {
         "shared.weight": "token_embedding/embeddings",
@@ -151,29 +149,29 @@ class T5(Architecture):
             "self_attention/relative_position_bias/embeddings"
         ),
         "layer.0.layer_norm.weight": "attention_norm/scale",
+        "layer.1.layer_norm.weight": "ffn_norm/scale",
     }
     layer_prefix = "decoder.block.{i}."
     layer_weights = {
         **encoder_layer_weights,
         **attention_lines("layer.1.EncDecAttention", "cross_attention", "qkvo"),
         "layer.1.layer_norm.weight": "cross_attention_norm/scale",
+        "layer.2.layer_norm.weight": "ffn_norm/scale",
     }
     # Some files have one, which nothing reads.
     ignored = (".EncDecAttention.relative_attention_bias.weight",)
 
     def encoder_layer_table(self, backbone: Any) -> dict[str, Any]:
-        return {**self.encoder_layer_weights, **_ffn_lines("layer.1", backbone)}
+        lines = _ffn_lines("layer.1.DenseReluDense", backbone)
+        return {**self.encoder_layer_weights, **lines}
 
     def layer_table(self, backbone: Any) -> dict[str, Any]:
-        return {**self.layer_weights, **_ffn_lines("layer.2", backbone)}
+        return {**self.layer_weights, **_ffn_lines("layer.2.DenseReluDense", backbone)}
 
     def read_config(self, config: dict[str, Any]) -> dict[str, Any]:
         found = super().read_config(config)
-        found["num_layers"] = found["num_layers"] or found["num_encoder_layers"]
-        # transformers 5 says so whether logits have weights of their own.
-        scaled = config.get("scale_decoder_outputs", True)
-        found["tie_word_embeddings"] = found["tie_word_embeddings"] and scaled
-        return found
+        count = found["num_layers"] or found["num_encoder_layers"]
+        return {**found, "num_layers": count}
 
     def write_config(self, backbone: Any) -> dict[str, Any]:
         config = super().write_config(backbone)

@@ -86,7 +86,7 @@ class Whisper(Bart):
     """The table of Whisper."""
 
     model_type = "whisper"
-    causal_lm_class = "WhisperForConditionalGeneration"
+    transformers_class = "WhisperForConditionalGeneration"
     backbone_class = WhisperBackbone
     config = {
         "vocabulary_size": ("vocab_size", 51865),

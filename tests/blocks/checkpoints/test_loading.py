@@ -216,7 +216,7 @@ def test_an_architecture_of_ones_own(tmp_path):
     @register_architecture
     class Own(Architecture):
         model_type = "own"
-        causal_lm_class = "OwnForCausalLM"
+        transformers_class = "OwnForCausalLM"
         backbone_class = OwnBackbone
         config = {"vocabulary_size": "v", "num_layers": "n", "num_heads": "h"} | {
             name: name

@@ -73,9 +73,8 @@ CASES = [
     like_others("Whisper-untied", WHISPER, tie_word_embeddings=False),
     case("Moonshine", MOONSHINE),
     like_others(
-        "Moonshine-biases",
+        "Moonshine-unusual",
         MOONSHINE,
-        attention_bias=True,
         pad_head_dim_to_multiple_of=16,
         rope_parameters={**LINEAR, "partial_rotary_factor": 0.5},
         tie_word_embeddings=False,

@@ -61,7 +61,7 @@ def inputs(backbone):
 def make_reference(name, arguments):
     config = getattr(transformers, name)(**arguments)
     config._attn_implementation = "eager"
-    made_by = find_architecture(config.model_type).causal_lm_class
+    made_by = find_architecture(config.model_type).transformers_class
     reference = getattr(transformers, made_by)(config).eval()
     if hasattr(reference, "final_logits_bias"):
         bias = reference.final_logits_bias
@@ -214,6 +214,7 @@ def test_files_that_call_tensors_otherwise(case, renamed, tmp_path):
     ("model_type", "said"),
     [
         ("t5", {}),
+        ("t5", {"num_layers": 3, "scale_decoder_outputs": False}),
         ("t5", {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
         ("mt5", {"num_layers": 8, "num_decoder_layers": 3}),
         ("bart", {}),
@@ -249,10 +250,10 @@ def test_updates_are_read_by_peft(tmp_path):
 
 
 def test_what_computes_otherwise_is_not_written(tmp_path):
-    class Unscaled(T5Backbone):
+    class Doubled(T5Backbone):
         def embed_source(self, inputs):
             x, mask = super().embed_source(inputs)
-            return x * 2, mask
+            return x + x, mask
 
     class OwnBiases(T5Backbone):
         def create_attention_layer(self, inputs_shape, layer_index, causal=True):
@@ -265,7 +266,7 @@ def test_what_computes_otherwise_is_not_written(tmp_path):
 
     sizes = dict.fromkeys(("vocabulary_size", "hidden_dim", "intermediate_dim"), 8)
     for cls, found in (
-        (Unscaled, "embed_source="),
+        (Doubled, "embed_source="),
         (OwnBiases, "encoder_layer_1/self_attention/relative_position_bias: only here"),
         (Windowed, "window=3, published None"),
     ):
