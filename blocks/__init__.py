@@ -31,6 +31,8 @@ from blocks.packing import PackedDocuments
 from blocks.plots import attention_maps, attention_scores, plot_history
 from blocks.preference_tuning import PreferenceTuning
 from blocks.preprocessor import CausalLMPreprocessor
+from blocks.seq2seq_lm import Seq2SeqLM
+from blocks.seq2seq_preprocessor import Seq2SeqLMPreprocessor
 from blocks.serving import Request, Server, ServerBusy
 from blocks.swap import SwapReport
 from blocks.text_classifier import TextClassifier, TokenClassifier
@@ -69,6 +71,8 @@ __all__ = [
     "PromptLookup",
     "Request",
     "Score",
+    "Seq2SeqLM",
+    "Seq2SeqLMPreprocessor",
     "Server",
     "ServerBusy",
     "Session",

@@ -182,9 +182,8 @@ class CustomBackbone(LowRankUpdates, TokenModel, keras_hub.models.Backbone):
             self.token_embedding = run_hook(self, "create_embedding")
             name_layer(self.token_embedding, "token_embedding")
             self.position_embedding = run_hook(self, "create_position_embedding")
-            self.embeddings_dropout = keras.layers.Dropout(
-                self.dropout, name="embeddings_dropout"
-            )
+            dropout = keras.layers.Dropout(self.dropout, name="embeddings_dropout")
+            self.embeddings_dropout = dropout
         self.transformer_layers: list[CachedLayer] = []
         self._create_blocks(self.block_hook, "transformer_layer", self.num_layers)
         self.layer_norm = run_hook(self, "create_final_norm")
@@ -215,14 +214,13 @@ class CustomBackbone(LowRankUpdates, TokenModel, keras_hub.models.Backbone):
         return self.embeddings_dropout(self.add_positions(x, padding_mask, side))
 
     def add_positions(self, x: Tensor, padding_mask: Tensor, side: str = "") -> Tensor:
-        """Returns embeddings with those of their positions, if there are any, added."""
-        name = f"{side}position_embedding"
-        layer = getattr(self, name)
-        if layer is not None:
-            name_layer(layer, name)
-            positions = layer(x, padding_mask=padding_mask)
-            x = keras.layers.Add(name=f"{side}embeddings_add")((x, positions))
-        return x
+        """Returns embeddings with the positions of a side, if it has some."""
+        layer = getattr(self, f"{side}position_embedding")
+        if layer is None:
+            return x
+        name_layer(layer, f"{side}position_embedding")
+        add = keras.layers.Add(name=f"{side}embeddings_add")
+        return add((x, layer(x, padding_mask=padding_mask)))
 
     def create_embedding(self) -> keras.layers.Layer:
         """Hook: makes the layer that embeds token ids.
@@ -389,9 +387,7 @@ class CustomBackbone(LowRankUpdates, TokenModel, keras_hub.models.Backbone):
             learned_positions=self.learned_positions,
             tie_word_embeddings=self.tie_word_embeddings,
         )
-        if self.remat is not None:
-            config["remat"] = self.remat
-        return config
+        return config if self.remat is None else {**config, "remat": self.remat}
 
 
 def _run_hook(

@@ -41,6 +41,12 @@ def read_preprocessor(
         "start_token": find("bos") if start is None else start,
         "end_token": find("eos"),
         "pad_token_id": find("pad"),
+        # The second is forced in transformers.
+        "decoder_start_token": [
+            *known(generation.get("decoder_start_token_id")),
+            *known(generation.get("forced_bos_token_id")),
+        ]
+        or None,
         "add_start_token": start is not None,
         "stop_token_ids": known(generation.get("eos_token_id")) or None,
         "chat_template": _read_template(folder, config.get("chat_template")),

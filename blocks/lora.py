@@ -193,9 +193,14 @@ def _add_update(layer: Any, rank: int, alpha: float | None) -> None:
         weight.trainable = weight.name.startswith("lora_")
 
 
+def _blocks(backbone: Any) -> list[Any]:
+    """Returns the blocks of a backbone, of both sides if it has two."""
+    return [*getattr(backbone, "encoder_layers", ()), *backbone.transformer_layers]
+
+
 def projections(backbone: Any) -> dict[str, Any]:
     """Returns the layers in blocks to which LoRA applies, by path."""
-    blocks = [x for block in backbone.transformer_layers for x in all_layers(block)]
+    blocks = [x for block in _blocks(backbone) for x in all_layers(block)]
     found = {x.path or x.name: x for x in blocks if isinstance(x, _KINDS)}
     return dict(sorted(found.items()))
 
@@ -218,7 +223,7 @@ def _find(backbone: Any, target: Any) -> list[Any]:
     groups = [_GROUPS.get(word, (word,)) for word in wanted]
     if target is None:
         # Each block has to have some, and not each block all.
-        for block in backbone.transformer_layers:
+        for block in _blocks(backbone):
             inside = [x for x in all_layers(block) if isinstance(x, _KINDS)]
             if inside and not any(fits(x, wanted) for x in inside):
                 raise ValueError(_none_of(wanted, inside, f" of block '{block.name}'"))

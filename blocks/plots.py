@@ -11,10 +11,9 @@ import numpy as np
 from keras import ops
 
 from attention.contract import ScoreScope, call_sites, describe
-from blocks.causal_lm import CausalLM
 from blocks.checkpoints.packages import require
-from blocks.generation.backbone_inputs import backbone_inputs
 from blocks.generation.prompts import read_batches, read_prompts
+from blocks.language_model import LanguageModel
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -81,7 +80,7 @@ def plot_history(history: keras.callbacks.History | dict[str, list[float]]) -> F
     return figure
 
 
-def attention_scores(lm: CausalLM, text: Any) -> dict[str, np.ndarray]:
+def attention_scores(lm: LanguageModel, text: Any) -> dict[str, np.ndarray]:
     """Returns how much each token of a text attends to each other.
 
     The model is called once, without a cache, and is the same after it. Any attention
@@ -89,8 +88,9 @@ def attention_scores(lm: CausalLM, text: Any) -> dict[str, np.ndarray]:
     this for other models.
 
     Args:
-        lm: a `blocks.CausalLM`.
-        text: a string, or the token ids of one row, as for `generate`.
+        lm: a `blocks.CausalLM` or a `blocks.Seq2SeqLM`.
+        text: a string, or the token ids of one row, as for `generate`; of an
+            encoder-decoder model its source, or a dict of source and target.
 
     Returns:
         A dict from the path of each attention layer, in the order of the calls, to a
@@ -99,7 +99,7 @@ def attention_scores(lm: CausalLM, text: Any) -> dict[str, np.ndarray]:
         a layer has its number behind the path.
 
     Raises:
-        TypeError: if `lm` is no `blocks.CausalLM`, or `text` neither text nor tokens.
+        TypeError: if `lm` is no language model of `blocks`, or `text` neither text nor tokens.
         ValueError: if it is several texts, or no layer has weights.
 
     Example:
@@ -115,7 +115,7 @@ def attention_scores(lm: CausalLM, text: Any) -> dict[str, np.ndarray]:
 
 
 def attention_maps(
-    lm: CausalLM,
+    lm: LanguageModel,
     text: Any,
     layers: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
@@ -126,8 +126,9 @@ def attention_maps(
     that attends, and a column one that it attends to; all have one scale of colors.
 
     Args:
-        lm: a `blocks.CausalLM`.
-        text: a string, or the token ids of one row, as for `generate`.
+        lm: a `blocks.CausalLM` or a `blocks.Seq2SeqLM`.
+        text: a string, or the token ids of one row, as for `generate`; of an
+            encoder-decoder model its source, or a dict of source and target.
         layers: which of the layers that `attention_scores` returns; `None`: all.
         heads: which heads; `None` means all.
 
@@ -147,12 +148,12 @@ def attention_maps(
     >>> [ax.get_title() for ax in figure.axes[:2]]
     ['head 0', 'head 1']
     """
-    tokens = _read_one(lm, text)
-    names, arrays = zip(*_scores_of(lm, tokens).items())
+    inputs = _read_one(lm, text)
+    names, arrays = zip(*_scores_of(lm, inputs).items())
     rows = _choose("layers", layers, len(names))
     columns = _choose("heads", heads, max(x.shape[1] for x in arrays))
-    labels = _labels(tokens, lm.preprocessor)
-    side = min(max(0.16 * len(labels), 1.6), 4.0)
+    longest = max(max(arrays[row].shape[2:]) for row in rows)
+    side = min(max(0.16 * longest, 1.6), 4.0)
     size = (1.4 + side * len(columns), 0.8 + (side + 0.4) * len(rows))
     figure = _new_figure(*size)
     axes = figure.subplots(len(rows), len(columns), squeeze=False)
@@ -161,6 +162,7 @@ def attention_maps(
         "vmax": max(float(arrays[row].max()) for row in rows),
     }
     for row, row_axes in zip(rows, axes):
+        queries, keys = _sequences(lm, inputs, names[row])
         for i, (head, ax) in enumerate(zip(columns, row_axes)):
             if head >= arrays[row].shape[1]:
                 ax.set_axis_off()
@@ -170,33 +172,37 @@ def attention_maps(
             ax.set_title(f"head {head}", fontsize=8)
             if not i:
                 ax.set_ylabel(names[row], fontsize=7)
-            # The keys of cross-attention are not these tokens.
-            if scores.shape[1] == len(labels):
-                _label(ax.xaxis, labels, rotation=90)
-            _label(ax.yaxis, [] if i else labels)
+            # Sources may be no tokens.
+            if scores.shape[1] == len(keys):
+                _label(ax.xaxis, keys, rotation=90)
+            _label(ax.yaxis, [] if i or scores.shape[0] != len(queries) else queries)
     figure.colorbar(image, ax=axes, fraction=0.03, aspect=40, label="weight")
     return figure
 
 
-def _read_one(lm: CausalLM, text: Any) -> np.ndarray:
-    """Returns the tokens of one text, `(1, length)`."""
-    if not isinstance(lm, CausalLM):
-        raise TypeError(f"`lm` must be a `blocks.CausalLM`. Received: {describe(lm)}")
-    batches, _ = read_batches(text)
+def _read_one(lm: Any, text: Any) -> dict[str, np.ndarray]:
+    """Returns the inputs of a model for one text."""
+    if not isinstance(lm, LanguageModel):
+        raise TypeError(
+            "`lm` must be a `blocks.CausalLM` or a `blocks.Seq2SeqLM`. Received: "
+            f"{describe(lm)}"
+        )
+    batches, _ = read_batches(text, lm.split_inputs)
     # Where there is a longest sequence, the model says so itself.
-    tokens = read_prompts(batches[0], lm, None, 1, None).token_ids
+    prompts = read_prompts(batches[0], lm, None, 1, None)
+    tokens = prompts.token_ids
     if len(batches) > 1 or len(tokens) > 1:
         raise ValueError(
             "`text` must be one string, or the token ids of one row. Received: "
             f"text={describe(text)}"
         )
-    return tokens
+    targets = zip(lm.target_names, (tokens, np.ones_like(tokens)))
+    return {**(prompts.sources or {}), **dict(targets)}
 
 
-def _scores_of(lm: CausalLM, tokens: np.ndarray) -> dict[str, np.ndarray]:
-    inputs = backbone_inputs(lm.backbone, tokens, np.ones_like(tokens))
+def _scores_of(lm: Any, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     with ScoreScope() as found:
-        lm.backbone(inputs, training=False)
+        lm.compute_hidden_states(inputs, training=False)
     arrays: dict[str, np.ndarray] = {}
     calls: dict[str, int] = {}
     for layer, scores in found:
@@ -204,13 +210,23 @@ def _scores_of(lm: CausalLM, tokens: np.ndarray) -> dict[str, np.ndarray]:
         name = layer.path if count == 1 else f"{layer.path} {count}"
         arrays[name] = ops.convert_to_numpy(scores)
     if not arrays:
-        inner = [x for site in call_sites(lm.backbone) for x in _parts(site)]
+        inner = [x for site in call_sites(lm.decoder) for x in _parts(site)]
         kinds = sorted({type(x).__name__ for x in inner})
         raise ValueError(
             "No layer of the model has weights of attention, as recurrent mixers have "
             f"none. Its layers that mix tokens are {', '.join(kinds) or 'none'}."
         )
     return arrays
+
+
+def _sequences(lm: Any, inputs: dict[str, np.ndarray], name: str) -> list[list[str]]:
+    """Returns the tokens that attend in a layer, and those that are attended to."""
+    targets = _labels(inputs[lm.target_names[0]], lm.preprocessor)
+    source = inputs.get("encoder_token_ids")
+    sources = [] if source is None else _labels(source, lm.preprocessor)
+    if name.startswith("encoder"):
+        return [sources, sources]
+    return [targets, sources if "cross_attention" in name else targets]
 
 
 def _parts(site: Any) -> Sequence[Any]:

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import numbers
-import operator
 import os
 from typing import Any
 
 import keras
 import keras_hub
-from keras import ops
 
-from attention.contract import check_positive_int, describe
+from attention.contract import check_positive_int
 from blocks.chat_template import render_chats
 from blocks.conversations import conversation_samples, is_conversations
-from blocks.generation.prompts import end_token_ids, one_text, tokenizer_size
 from blocks.hugging_face_files import read_preprocessor
-from blocks.preset_files import written_aside
+from blocks.special_tokens import SpecialTokens, checked_tokenizer
 from blocks.start_packer import StartPacker
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
-class CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
+class CausalLMPreprocessor(SpecialTokens, keras_hub.models.CausalLMPreprocessor):
     """Turns strings into training samples and prompts, with any tokenizer.
 
     KerasHub's preprocessors take the tokenizer of their model, which knows its
@@ -88,45 +83,16 @@ class CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         chat_template: str | dict[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(tokenizer, keras_hub.tokenizers.Tokenizer):
-            raise TypeError(
-                "`tokenizer` must be a `keras_hub.tokenizers.Tokenizer`. "
-                f"Received: tokenizer={describe(tokenizer)}"
-            )
-        if "int" not in str(getattr(tokenizer, "compute_dtype", "int32")):
-            raise TypeError(
-                "`tokenizer` must make integers, but it makes strings. Create "
-                'it with `dtype="int32"`.'
-            )
         super().__init__(
-            tokenizer,
+            checked_tokenizer(tokenizer),
             sequence_length=check_positive_int("sequence_length", sequence_length),
             add_start_token=add_start_token,
             add_end_token=add_end_token,
             **kwargs,
         )
-        self.start_token = start_token
-        self.end_token = end_token
+        self._set_special_tokens(start_token, end_token, pad_token_id, stop_token_ids)
         self.chat_template = chat_template
-        self._given_pad_token_id = pad_token_id
-        self._given_stop_token_ids = _read_stops(stop_token_ids)
         self._check_special_tokens()
-
-    def _check_special_tokens(self) -> None:
-        size = tokenizer_size(self)
-        if size is None:
-            return
-        for name, token_id in (
-            ("start_token", self.start_token_id),
-            ("end_token", self.end_token_id),
-            ("pad_token_id", self.pad_token_id),
-            *(("stop_token_ids", token_id) for token_id in self.stop_token_ids),
-        ):
-            if token_id is not None and not 0 <= token_id < size:
-                raise ValueError(
-                    f"`{name}` must be in the tokenizer's vocabulary of {size} "
-                    f"tokens. Received: {name}={token_id}"
-                )
 
     @classmethod
     def from_hugging_face(
@@ -172,6 +138,7 @@ class CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         (2,)
         """
         arguments = read_preprocessor(folder, vocabulary_size)
+        del arguments["decoder_start_token"]
         arguments["sequence_length"] = sequence_length
         return cls(**{**arguments, **kwargs})
 
@@ -222,69 +189,6 @@ class CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
         x = {"token_ids": tokens[..., :-1], "padding_mask": mask[..., :-1]}
         y, weights = tokens[..., 1:], is_answer[..., 1:]
         return keras.utils.pack_x_y_sample_weight(x, y, weights)
-
-    @property
-    def start_token_id(self) -> int | None:
-        """Returns the id of the start token, or `None`."""
-        return self._token_id("start_token", self.start_token)
-
-    @property
-    def end_token_id(self) -> int | None:
-        """Returns the id of the end token, or `None`."""
-        return self._token_id("end_token", self.end_token)
-
-    @property
-    def pad_token_id(self) -> int:
-        """Returns the id of padding."""
-        if self._given_pad_token_id is not None:
-            return self._given_pad_token_id
-        return getattr(self.tokenizer, "pad_token_id", None) or 0
-
-    @property
-    def stop_token_ids(self) -> tuple[int, ...]:
-        """Returns the ids of the tokens at which `generate` stops."""
-        if self._given_stop_token_ids is None:
-            return end_token_ids(self)
-        return tuple(self._given_stop_token_ids)
-
-    def _token_id(self, name: str, token: str | int | None) -> int | None:
-        if token is None:
-            return getattr(self.tokenizer, f"{name}_id", None)
-        if isinstance(token, numbers.Integral):
-            return int(token)
-        token_id = None
-        with contextlib.suppress(KeyError, ValueError, TypeError):
-            token_id = self.tokenizer.token_to_id(token)
-        if token_id is None:
-            raise ValueError(
-                f"`{name}={token!r}` is not in the tokenizer's vocabulary."
-            )
-        return int(token_id)
-
-    def generate_postprocess(self, x: Any) -> list[str] | str:
-        """Turns tokens back into strings, without start, end and stop tokens.
-
-        Args:
-            x: a dict of `token_ids` and `padding_mask` of shape `(batch,
-                length)`, or `(length,)` for one text.
-
-        Returns:
-            A list of strings, or a string for one text.
-        """
-        token_ids = ops.convert_to_numpy(x["token_ids"])
-        mask = ops.convert_to_numpy(x["padding_mask"]).astype(bool)
-        if token_ids.ndim == 1:
-            one = {"token_ids": token_ids[None], "padding_mask": mask[None]}
-            return self.generate_postprocess(one)[0]
-        special = {self.start_token_id, self.end_token_id} - {None}
-        texts = []
-        for tokens, real in zip(token_ids, mask):
-            found = tokens[real].tolist()
-            if found and found[-1] in self.stop_token_ids:
-                found.pop()
-            kept = [t for t in found if t not in special]
-            texts.append(one_text(self.tokenizer.detokenize([kept])) if kept else "")
-        return texts
 
     def apply_chat_template(
         self,
@@ -354,42 +258,5 @@ class CausalLMPreprocessor(keras_hub.models.CausalLMPreprocessor):
                     texts[name] = self.tokenizer.id_to_token(token_id)
         return texts
 
-    def save_to_preset(self, preset_dir: str) -> None:
-        """Saves the preprocessor and its tokenizer to a folder, which is made if need be."""
-        with written_aside(preset_dir) as folder:
-            if self.tokenizer.file_assets:
-                super().save_to_preset(folder)
-                return
-            # KerasHub needs files of each tokenizer. One without a vocabulary (of bytes,
-            # of code points) has none: its config is all.
-            config = keras.saving.serialize_keras_object(self)
-            config.pop("build_config", None)
-            path = os.path.join(folder, self.config_file)
-            with open(path, "w", encoding="utf-8") as file:
-                json.dump(config, file, indent=4)
-
-    def load_preset_assets(self, preset: str) -> None:
-        """Loads the tokenizer's files from a folder, if it has any."""
-        if self.tokenizer.file_assets:
-            super().load_preset_assets(preset)
-
     def get_config(self) -> dict[str, Any]:
-        config = super().get_config()
-        config.update(
-            start_token=self.start_token,
-            end_token=self.end_token,
-            pad_token_id=self._given_pad_token_id,
-            stop_token_ids=self._given_stop_token_ids,
-            chat_template=self.chat_template,
-        )
-        return config
-
-
-def _read_stops(token_ids: Any) -> list[int] | None:
-    try:
-        return None if token_ids is None else [*map(operator.index, token_ids)]
-    except TypeError:
-        raise TypeError(
-            "`stop_token_ids` must be a list of token ids, or `None` for the end token. "
-            f"Received: stop_token_ids={describe(token_ids)}"
-        ) from None
+        return {**super().get_config(), "chat_template": self.chat_template}

@@ -23,7 +23,6 @@ from blocks.checkpoints.gguf_file import GgufFile
 from blocks.checkpoints.packages import require
 from blocks.gguf_tokenizer import read_gguf_preprocessor
 from blocks.hugging_face_files import read_generation_options
-from blocks.preprocessor import CausalLMPreprocessor
 from blocks.preset_files import check_files, finish_save
 
 # Of samples to train on, of published models that take longer ones.
@@ -120,21 +119,21 @@ def _load_published(
         dtype = kwargs.pop("dtype", None)
         kwargs["backbone"] = hugging_face.load_backbone(source, load_weights, dtype)
     if "preprocessor" not in kwargs:
-        kwargs["preprocessor"] = _read_preprocessor(source, kwargs["backbone"])
+        kwargs["preprocessor"] = _read_preprocessor(cls, source, kwargs["backbone"])
     options = {} if isinstance(source, GgufFile) else read_generation_options(source)
     if options:
         kwargs.setdefault("generation_options", options)
     return cls(**kwargs)
 
 
-def _read_preprocessor(source: str | GgufFile, backbone: Any) -> Any:
+def _read_preprocessor(cls: Any, source: str | GgufFile, backbone: Any) -> Any:
     length = min(backbone.max_sequence_length, _SEQUENCE_LENGTH)
     if isinstance(source, GgufFile):
         arguments = read_gguf_preprocessor(source)
-        return CausalLMPreprocessor(**arguments, sequence_length=length)
+        return cls.preprocessor_class(**arguments, sequence_length=length)
     if not os.path.exists(os.path.join(source, "tokenizer.json")):
         return None
-    return CausalLMPreprocessor.from_hugging_face(
+    return cls.preprocessor_class.from_hugging_face(
         source, length, vocabulary_size=backbone.vocabulary_size
     )
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import keras
 import keras_hub
-from keras import tree
 
 from attention.contract import check_right_padded
 
@@ -51,8 +50,10 @@ class TokenModel:
     load_weights = _counted("load_weights")
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(inputs, dict) and inputs.get("padding_mask") is not None:
-            check_right_padded(inputs["padding_mask"])
+        if isinstance(inputs, dict):
+            for name, x in inputs.items():
+                if x is not None and name.endswith("padding_mask"):
+                    check_right_padded(x)
         return super().__call__(inputs, *args, **kwargs)  # type: ignore[misc]
 
     def named_parameters(
@@ -93,7 +94,15 @@ class TokenModel:
         if format == "tf_saved_model" and backend == "jax":
             # Keras would give each input a length of its own.
             inputs = self.input  # type: ignore[attr-defined]
-            shapes = tree.map_structure(lambda _: "(batch, length)", inputs)
+            shapes = {name: _polymorphic(name, x) for name, x in inputs.items()}
             options = kwargs.get("jax2tf_kwargs", {})
             kwargs["jax2tf_kwargs"] = {"polymorphic_shapes": [shapes], **options}
         super().export(filepath, format=format, **kwargs)  # type: ignore[misc]
+
+
+def _polymorphic(name: str, x: keras.KerasTensor) -> str:
+    """Returns the shape of an input, with a length for each sequence."""
+    side = name.removesuffix("token_ids").removesuffix("padding_mask").strip("_")
+    length = f"{side}_length" if side else "length"
+    sizes = [length if size is None else str(size) for size in x.shape[1:]]
+    return f"(batch, {', '.join(sizes)})"

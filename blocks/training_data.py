@@ -36,7 +36,7 @@ def is_in_memory(x: Any) -> bool:
 def is_tokens(x: Any) -> bool:
     """Returns whether samples or batches are tokens, for which no preprocessor is needed."""
     x = x[0] if isinstance(x, tuple) and x else x
-    return isinstance(x, dict) and "token_ids" in x
+    return isinstance(x, dict) and not {"token_ids", "decoder_token_ids"}.isdisjoint(x)
 
 
 def as_dataset(x: Any) -> Any:
@@ -188,6 +188,8 @@ def _read_samples(task: Any, x: Any, y: Any) -> tuple[Any, Any]:
         preprocessor = None
     if isinstance(preprocessor, CausalLMPreprocessor) and isinstance(x, dict):
         return read_answers(x), y
+    if isinstance(preprocessor, keras_hub.models.Seq2SeqLMPreprocessor):
+        return read_pairs(x), y
     if isinstance(preprocessor, keras_hub.models.CausalLMPreprocessor):
         if isinstance(x, dict):
             return x, y  # with images, perhaps
@@ -202,9 +204,10 @@ def _read_samples(task: Any, x: Any, y: Any) -> tuple[Any, Any]:
             raise ValueError(f"`x` has no text. Received: x={describe(texts)}")
         return texts, y
     if preprocessor is None and is_tokens(x):
-        tokens, *_ = read_tokens(x["token_ids"], x.get("padding_mask"))
-        check_tokens(tokens, vocabulary_size(task))
-        x = {**x, "token_ids": tokens}
+        x = dict(x)
+        for name, mask in _token_inputs(x):
+            x[name], *_ = read_tokens(x[name], x.get(mask), name)
+            check_tokens(x[name], vocabulary_size(task))
         loss = task.loss
         if (
             isinstance(
@@ -215,6 +218,12 @@ def _read_samples(task: Any, x: Any, y: Any) -> tuple[Any, Any]:
         ):
             check_tokens(ops.convert_to_numpy(y), task.output.shape[-1], " (in `y`)")
     return x, y
+
+
+def _token_inputs(x: dict[str, Any]) -> list[tuple[str, str]]:
+    """Returns the names of inputs of tokens, and those of their masks."""
+    names = [name for name in x if name.endswith("token_ids")]
+    return [(x, x.removesuffix("token_ids") + "padding_mask") for x in names]
 
 
 def read_columns(x: Any, names: tuple[str, ...]) -> dict[str, list[str]] | None:
@@ -247,6 +256,18 @@ def read_answers(x: dict[str, Any], argument: str = "x") -> dict[str, list[str]]
     return texts
 
 
+def read_pairs(x: Any) -> dict[str, list[str]]:
+    """Returns sources and targets as lists of strings."""
+    texts = read_columns(x, ("encoder_text", "decoder_text"))
+    if texts is None or len(set(map(len, texts.values()))) > 1:
+        raise TypeError(
+            "`x` must be a dict of `encoder_text` and `decoder_text`, two lists of as many "
+            "strings: the model has a preprocessor, which makes tokens and targets of "
+            f"them. Received: x={describe(x)}"
+        )
+    return texts
+
+
 def with_checked_batches(data: tf.data.Dataset, size: int | None) -> tf.data.Dataset:
     """Returns the same batches, with an error for tokens or a mask that can't be right.
 
@@ -257,9 +278,9 @@ def with_checked_batches(data: tf.data.Dataset, size: int | None) -> tf.data.Dat
         check_tokens(read_tokens(tokens, *mask)[0], size)
 
     def check(x: Any, *targets: Any) -> Any:
-        if is_tokens(x):
-            names = [name for name in ("token_ids", "padding_mask") if name in x]
-            tf.numpy_function(check_arrays, [x[name] for name in names], [])
+        for names in _token_inputs(x) if is_tokens(x) else ():
+            given = [x[name] for name in names if name in x]
+            tf.numpy_function(check_arrays, given, [])
         return (x, *targets) if targets else x
 
     data = data.map(check)

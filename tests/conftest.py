@@ -11,7 +11,7 @@ if os.environ.get("KERAS_BACKEND", "tensorflow") == "tensorflow":
 import keras
 import pytest
 
-from blocks import CausalLM
+from blocks.language_model import LanguageModel
 from tests.models import make_backbone, make_small_lm, make_text_lm
 
 
@@ -37,7 +37,7 @@ def optimized(request):
         optimize(False)
 
 
-_compile, _xla_generation = CausalLM.compile, CausalLM.xla_generation
+_compile, _xla_generation = LanguageModel.compile, LanguageModel.xla_generation
 
 
 def _compile_for_training(lm, *args, **kwargs):
@@ -55,8 +55,8 @@ def little_xla():
     """
     asked_for = property(lambda lm: lm.__dict__.get("_generation_jit_compile") is True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CausalLM, "compile", _compile_for_training)
-        patch.setattr(CausalLM, "xla_generation", asked_for)
+        patch.setattr(LanguageModel, "compile", _compile_for_training)
+        patch.setattr(LanguageModel, "xla_generation", asked_for)
         yield
 
 
@@ -64,8 +64,8 @@ def little_xla():
 def xla(request, monkeypatch):
     """XLA as everywhere else, for the tests that ask for it by a mark."""
     if "xla" in request.keywords:
-        monkeypatch.setattr(CausalLM, "compile", _compile)
-        monkeypatch.setattr(CausalLM, "xla_generation", _xla_generation)
+        monkeypatch.setattr(LanguageModel, "compile", _compile)
+        monkeypatch.setattr(LanguageModel, "xla_generation", _xla_generation)
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ class SinusoidalPositions(PositionVectors):
     Args:
         max_wavelength: float. The wavelength towards which those of the features grow.
         interleaved: bool. Whether sines and cosines alternate, as in the paper, rather
-            than fill a half each, as in Marian, Pegasus and Whisper.
+            than fill a half each, as in Marian and Pegasus.
         **kwargs: arguments of `attention.CachedLayer`, such as `name` and `sequence`.
 
     Call arguments:

@@ -49,6 +49,8 @@ class Architecture:
             spells them.
         aliases: dict from keys that some files have to those that `config` has for the
             same. Both are written.
+        same: dict from keys of a configuration to others, of which the backbone has one
+            value for both. Both are written.
         constants: dict from keys of a configuration to the only value that the
             backbone computes, or a tuple of values that mean the same; also what a
             missing key means.
@@ -57,7 +59,13 @@ class Architecture:
             for its number.
         layer_weights: as `weights`, for each block; paths begin within the block. `{e}`
             in a name stands for each number along the weight's first axis (`Stacked`).
+        encoder_layer_prefix: as `layer_prefix`, for the blocks of an encoder, and so is
+            `encoder_layer_weights`.
         base_prefix: str. What a checkpoint of the backbone alone leaves out of names.
+        copies: dict from names of tensors to tuples of others under which files may hold
+            the same numbers, besides or instead.
+        optional: tuple of str. Names of tensors that files may lack; the weight is then
+            what its initializer makes.
         ignored: tuple of str. Ends of names of tensors that are no weights.
         classes: dict from tasks, such as `"masked_lm"`, and `"backbone"` to the names of
             transformers' classes, of models that are no causal language models.
@@ -89,11 +97,16 @@ class Architecture:
     backbone_class: ClassVar[type]
     config: ClassVar[dict[str, Any]] = {}
     aliases: ClassVar[dict[str, str]] = {}
+    same: ClassVar[dict[str, str]] = {}
     constants: ClassVar[dict[str, Any]] = {}
     weights: ClassVar[dict[str, Any]] = {}
     layer_prefix: ClassVar[str] = ""
     layer_weights: ClassVar[dict[str, Any]] = {}
+    encoder_layer_prefix: ClassVar[str] = ""
+    encoder_layer_weights: ClassVar[dict[str, Any]] = {}
     base_prefix: ClassVar[str] = ""
+    copies: ClassVar[dict[str, tuple[str, ...]]] = {}
+    optional: ClassVar[tuple[str, ...]] = ()
     ignored: ClassVar[tuple[str, ...]] = (".rotary_emb.inv_freq",)
     classes: ClassVar[dict[str, str]] = {}
     head_weights: ClassVar[dict[str, dict[str, Any]]] = {}
@@ -106,7 +119,7 @@ class Architecture:
             ValueError: if a key is missing, or has a value that the backbone does not
                 compute.
         """
-        arguments = {}
+        arguments, read = {}, {}
         values = ((key, config.get(x)) for x, key in self.aliases.items())
         named = {key: value for key, value in values if value is not None}
         spelled = with_plain_rotary({**config, **named})
@@ -118,7 +131,14 @@ class Architecture:
                     f"The configuration of model type '{self.model_type}' has no "
                     f"'{key}'. It has {sorted(config)}"
                 )
-            arguments[name] = value
+            arguments[name] = read[key] = value
+        for key, other in self.same.items():
+            if config.get(key) not in (None, read[other]):
+                raise ValueError(
+                    f"The configuration has {key}={config[key]!r} and {other}="
+                    f"{read[other]!r}, and '{self.model_type}' is computed here where "
+                    "both are the same."
+                )
         for key, only in self.constants.items():
             known = only if isinstance(only, tuple) else (only,)
             value = config.get(key, known[0])
@@ -140,14 +160,24 @@ class Architecture:
             config[key[0] if isinstance(key, tuple) else key] = getattr(backbone, name)
         if "rope_theta" in config:
             config["rope_parameters"] = _rope_parameters(config)
-        return {**config, **{x: config[key] for x, key in self.aliases.items()}}
+        others = {**self.aliases, **self.same}
+        return {**config, **{x: config[key] for x, key in others.items()}}
+
+    def table(self, backbone: Any) -> dict[str, Any]:
+        """Returns the `weights` of a backbone.
+
+        Overridden where names or layouts of tensors depend on its arguments, and so are
+        `layer_table` and `encoder_layer_table`.
+        """
+        return self.weights
 
     def layer_table(self, backbone: Any) -> dict[str, Any]:
-        """Returns the `layer_weights` of a backbone.
-
-        Overridden where names or layouts of tensors depend on its arguments.
-        """
+        """Returns the `layer_weights` of a backbone."""
         return self.layer_weights
+
+    def encoder_layer_table(self, backbone: Any) -> dict[str, Any]:
+        """Returns the `encoder_layer_weights` of a backbone."""
+        return self.encoder_layer_weights
 
     def block_prefix(self, backbone: Any, layer_index: int) -> str:
         """Returns what the names of a block's tensors begin with."""
@@ -155,8 +185,8 @@ class Architecture:
 
     def spellings(self, name: str) -> list[str]:
         """Returns the names that a tensor of the table may have in files."""
-        # A checkpoint of the backbone alone leaves out `base_prefix`.
-        return [name, name.removeprefix(self.base_prefix)]
+        known = [name, *self.copies.get(name, ())]
+        return known + [x.removeprefix(self.base_prefix) for x in known]
 
     def entries(self, model: Any) -> Iterator[Entry]:
         """Yields an `Entry` for each line of the table that a model has.
@@ -166,10 +196,14 @@ class Architecture:
         backbone = getattr(model, "backbone", model)
         shapes = {weight.path: tuple(weight.shape) for weight in model.weights}
         head = self.head_weights.get(getattr(model, "task", ""), {})
-        tables, of_block = [("", "", self.weights)], self.layer_table(backbone)
+        tables, of_block = [("", "", self.table(backbone))], self.layer_table(backbone)
         for i in range(backbone.num_layers):
             prefix = self.block_prefix(backbone, i)
             tables.append((prefix, f"transformer_layer_{i}/", of_block))
+        of_block = self.encoder_layer_table(backbone)
+        for i in range(len(getattr(backbone, "encoder_layers", ()))):
+            prefix = self.encoder_layer_prefix.format(i=i)
+            tables.append((prefix, f"encoder_layer_{i}/", of_block))
         tables.append(("", "", head))
         for prefix, block, table in tables:
             for name, value in table.items():
@@ -187,7 +221,9 @@ class Architecture:
             return True
         head = self.weights.get(name) == "token_embedding/reverse_embeddings"
         tied = backbone.tie_word_embeddings and head
-        return tied or name.endswith(self.ignored)
+        copies = {copy for names in self.copies.values() for copy in names}
+        is_copy = bool(copies & {name, self.base_prefix + name})
+        return tied or is_copy or name.endswith(self.ignored)
 
 
 def with_plain_rotary(config: dict[str, Any]) -> dict[str, Any]:

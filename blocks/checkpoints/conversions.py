@@ -165,6 +165,23 @@ class Depthwise(Conversion):
         return [weights[0].T[:, None]]
 
 
+class Convolution(Conversion):
+    """The kernel of a convolution, `(outputs, inputs, size)` in torch.
+
+    Args:
+        path: str. The path of the weight, `(size, inputs, outputs)`.
+    """
+
+    def tensor_shapes(self, shapes: Sequence[Shape], count: int) -> list[Shape]:
+        return [shapes[0][::-1]]
+
+    def load(self, tensors: Arrays, shapes: Sequence[Shape]) -> list[np.ndarray]:
+        return [next(tensors).T]
+
+    def save(self, weights: Sequence[np.ndarray], count: int) -> list[np.ndarray]:
+        return [weights[0].T]
+
+
 class Stacked(Conversion):
     """A tensor for each expert, or head, in one weight `(experts, ...)`.
 
@@ -225,23 +242,26 @@ def rows_by_group(inner: Any, groups: int, sizes: Sequence[int]) -> Conversion:
     return Changed(inner, lambda x: x[order], lambda x: x[np.argsort(order)])
 
 
-def rows_in_pairs(inner: Any, plain: int, rotary: int) -> Conversion:
+def rows_in_pairs(inner: Any, plain: int, rotary: int, rest: int = 0) -> Conversion:
     """Returns a conversion of rows that are rotated in pairs of neighbours in files.
 
     Here pairs are as far apart as half of what is rotated (`attention.RotaryPosition`).
 
     Args:
-        inner: a conversion of a matrix in which they lie as here.
+        inner: a conversion of a matrix, or bias, in which they lie as here.
         plain: int. How many rows of each head, the first ones, are not rotated.
         rotary: int. How many are.
+        rest: int. How many after these are not.
     """
 
     def swapped(x: np.ndarray, pairs: tuple[int, int]) -> np.ndarray:
         """Swaps two axes, of these sizes, of the rotated rows of each head."""
-        heads = x.reshape((-1, plain + rotary, *x.shape[1:]))
-        rotated = heads[:, plain:].reshape((len(heads), *pairs, *x.shape[1:]))
-        rotated = rotated.swapaxes(1, 2).reshape(heads[:, plain:].shape)
-        return np.concatenate([heads[:, :plain], rotated], axis=1).reshape(x.shape)
+        heads = x.reshape((-1, plain + rotary + rest, *x.shape[1:]))
+        first, rotated, last = np.split(heads, [plain, plain + rotary], axis=1)
+        shape = rotated.shape
+        rotated = rotated.reshape((len(heads), *pairs, *x.shape[1:]))
+        rotated = rotated.swapaxes(1, 2).reshape(shape)
+        return np.concatenate([first, rotated, last], axis=1).reshape(x.shape)
 
     half = rotary // 2
     return Changed(
@@ -258,6 +278,38 @@ def attention_paths(weight: str, *names: str) -> list[str]:
     """
     names = names or ("query", "key", "value")
     return [f"self_attention/{name}/{weight}" for name in names]
+
+
+def layer_lines(names: dict[str, str]) -> dict[str, str]:
+    """Returns the lines of a table for the weight and the bias of layers.
+
+    Args:
+        names: dict from layers in files to paths. One that ends with `norm` is a layer
+            norm; others are dense layers.
+    """
+    found = {}
+    for name, path in names.items():
+        norm = path.endswith("norm")
+        found[f"{name}.weight"] = f"{path}/{'gamma' if norm else 'kernel'}"
+        found[f"{name}.bias"] = f"{path}/{'beta' if norm else 'bias'}"
+    return found
+
+
+def attention_lines(
+    name: str,
+    path: str,
+    parts: Sequence[str] = ("q_proj", "k_proj", "v_proj", "out_proj"),
+) -> dict[str, str]:
+    """Returns the lines of a table for the projections of an attention layer.
+
+    Args:
+        name: str. What names in files begin with.
+        path: str. The path of the layer within a block.
+        parts: sequence of str. What files call the projections of queries, keys, values
+            and outputs.
+    """
+    ours = ("query", "key", "value", "attention_output")
+    return layer_lines({f"{name}.{x}": f"{path}/{y}" for x, y in zip(parts, ours)})
 
 
 def to_conversion(value: str | Conversion) -> Conversion:

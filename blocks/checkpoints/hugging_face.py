@@ -223,6 +223,7 @@ def _check_same_computation(
 
 # What changes no outputs, or only those of training.
 _IRRELEVANT = {"name", "dtype", "trainable", "cache_dtype", "dropout", "seed", "rate"}
+_IRRELEVANT |= {"shared_object_id"}
 
 
 def _relevant(config: dict[str, Any]) -> dict[str, Any]:
@@ -240,14 +241,25 @@ def _parts(backbone: Any) -> dict[str, dict[str, Any]]:
     """Returns the configuration of each layer within a backbone, by path."""
     found = {}
     for layer in all_layers(backbone):
-        # A layer drops outputs in training only, and is not made for a rate of 0.
-        kinds = (keras.layers.InputLayer, keras.layers.Dropout)
+        # A layer drops outputs in training only, and is not made for a rate of 0. Models
+        # are made of the layers that are found besides.
+        kinds = (keras.layers.InputLayer, keras.layers.Dropout, keras.Model)
         if layer is backbone or isinstance(layer, kinds):
             continue
         kept = _relevant(layer.get_config())
         transform = getattr(type(layer), "transform", None)
         kept["class"] = getattr(transform, "__qualname__", type(layer).__name__)
         found[layer.path or layer.name] = kept
-    transform = type(backbone).transform
-    found[""] = {"transform": transform.__qualname__}
+    methods = {name: getattr(type(backbone), name, None) for name in _CONNECTING}
+    found[""] = {name: x.__qualname__ for name, x in methods.items() if x is not None}
     return found
+
+
+# Methods of backbones that connect layers.
+_CONNECTING = (
+    "transform",
+    "embed",
+    "add_positions",
+    "transform_source",
+    "embed_source",
+)

@@ -107,8 +107,13 @@ def load_weights(
         entries = list(architecture.entries(model))
         names = _present_names(architecture, entries, shapes)
         drawn = _drawn_entries(model, entries, names, shapes)
-        entries = [entry for entry in entries if entry not in drawn]
         new = {path for entry in drawn for path in entry.paths}
+        entries = [
+            entry
+            for entry in entries
+            if entry not in drawn
+            and not _is_left_out(architecture, entry, names, shapes)
+        ]
         _check_tensors(architecture, model, entries, names, shapes, new)
         if new:
             warnings.warn(
@@ -227,8 +232,19 @@ def _present_names(
     present = {}
     for name in (name for entry in entries for name in entry.names):
         spelled = architecture.spellings(name)
-        present[name] = next((x for x in spelled if x in shapes), spelled[-1])
+        present[name] = next((x for x in spelled if x in shapes), name)
     return present
+
+
+def _is_left_out(
+    architecture: Architecture,
+    entry: Entry,
+    names: dict[str, str],
+    shapes: dict[str, Shape],
+) -> bool:
+    """Returns whether a checkpoint lacks what it may lack."""
+    missing = {name for name in entry.names if names[name] not in shapes}
+    return bool(missing) and missing <= {*architecture.optional}
 
 
 def _drawn_entries(

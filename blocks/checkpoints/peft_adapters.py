@@ -67,7 +67,9 @@ def export_lora(backbone: Any, folder: str, base_model: str | None = None) -> No
     save(tensors, path, metadata={"format": "pt"})
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_2_SEQ_LM"
+        if architecture.encoder_layer_prefix
+        else "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "r": max(ranks.values()),
         # The factors are scaled already.

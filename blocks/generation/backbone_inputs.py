@@ -16,12 +16,13 @@ NAMES = ("token_ids", "padding_mask")
 def backbone_inputs(backbone: Any, token_ids: Tensor, padding_mask: Mask) -> Any:
     """Returns inputs for a backbone, in the structure of its own inputs.
 
-    That is a dict of both, a dict of `token_ids`, or `token_ids`.
+    That is a dict of both, a dict of `token_ids`, or `token_ids`. Others, which are
+    optional, are `None`.
     """
     asked = _asked_inputs(backbone)
     if isinstance(asked, dict):
         known = {"token_ids": token_ids, "padding_mask": padding_mask}
-        return {name: known[name] for name in asked}
+        return {name: known.get(name) for name in asked}
     return tree.map_structure(lambda _: token_ids, asked)
 
 

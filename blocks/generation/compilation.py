@@ -102,6 +102,16 @@ class GenerationSizes:
             chunk *= 2
         return min(chunk, capacity)
 
+    def round_up_source(self, length: int) -> int:
+        """Returns the smallest size of a source that holds `length` positions."""
+        size = self.min_chunk
+        while size < length:
+            half = size * 3 // 2
+            if length <= half:
+                return half
+            size *= 2
+        return size
+
     def further_chunk(self, chunk: int, length: int) -> int:
         """Returns how many of `length` further tokens are processed at once.
 
@@ -125,7 +135,7 @@ class CompiledStep(NamedTuple):
     """A compiled (traced) step of generation, one of `lm.compiled_steps`.
 
     Attributes:
-        step: str. `"prefill"` reads prompts, `"process"` further tokens, `"sample"`
+        step: str. `"encode"` reads sources, `"prefill"` prompts, `"process"` further tokens, `"sample"`
             chooses the first new token, `"decode"` the others, `"verify"` checks guessed
             tokens, `"search"` is a sampler's own loop, `"decode_step"` the public method.
         batch_size: int. The number of rows.

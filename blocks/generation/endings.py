@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import bisect
+import operator
+import warnings
 from typing import Any
 
 import numpy as np
 
 from attention.contract import describe
-from blocks.generation.prompts import NO_TOKENS
+from blocks.generation.prompts import NO_TOKENS, vocabulary_size
 from blocks.generation.texts import TextPieces
 
 
@@ -139,3 +141,56 @@ def read_stop_strings(
                 f"list for each prompt. Received: stop={describe(value)}"
             )
     return tuple(tuple(x) for x in each for _ in range(times))
+
+
+def resolve_stops(stop_token_ids: Any, task: Any) -> tuple[int, ...]:
+    """Returns the tokens at which rows end.
+
+    An empty tuple means that no token ends a row. `"auto"` asks the preprocessor.
+    """
+    if stop_token_ids is None:
+        return ()
+    if isinstance(stop_token_ids, str) and stop_token_ids == "auto":
+        if task.preprocessor is None:
+            raise ValueError(
+                'With `stop_token_ids="auto"` rows end at the end token of the '
+                "preprocessor, but the model has no preprocessor. Pass "
+                "`stop_token_ids=None` to end at `max_length`, or token ids."
+            )
+        stops = getattr(task.preprocessor, "stop_token_ids", None)
+        if stops is None:
+            stops = end_token_ids(task.preprocessor)
+        if not stops:
+            warnings.warn(
+                "The preprocessor has no end token, so rows end at `max_length` or "
+                "`max_new_tokens` only. Pass `stop_token_ids=None` to say so.",
+                stacklevel=3,
+            )
+        return stops
+    several = hasattr(stop_token_ids, "__iter__")
+    given = stop_token_ids if several else [stop_token_ids]
+    try:
+        stops = tuple(map(operator.index, given))
+    except (TypeError, ValueError):
+        raise TypeError(
+            '`stop_token_ids` must be None, "auto", a token id or a list of them. '
+            f"Received: stop_token_ids={describe(stop_token_ids)}"
+        ) from None
+    size = vocabulary_size(task)
+    wrong = [x for x in stops if x < 0 or (size is not None and x >= size)]
+    if wrong:
+        raise ValueError(
+            "`stop_token_ids` must be in the model's vocabulary of "
+            f"{size} tokens. Received: {wrong[0]}"
+        )
+    return stops
+
+
+def end_token_ids(preprocessor: Any) -> tuple[int, ...]:
+    """Returns the end tokens of our preprocessors, or of KerasHub's tokenizers."""
+    tokenizer = getattr(preprocessor, "tokenizer", None)
+    ids = [getattr(preprocessor, "end_token_id", None)]
+    if getattr(preprocessor, "end_token", None) is None:
+        # Llama 3 has two: of a message and of a text.
+        ids += [getattr(tokenizer, f"end_token{i}_id", None) for i in ("", "2")]
+    return tuple(dict.fromkeys(int(x) for x in ids if x is not None))

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from keras import ops, tree
 
-from attention import CacheScope, call_sites
-from attention.contract import Cache, Index, Tensor, max_positions
+from attention import CachedLayer, CacheScope, call_sites
+from attention.contract import Cache, Index, Tensor, all_layers, max_positions
 from blocks.generation.backbone_inputs import backbone_inputs
 from blocks.generation.backends.loop_kernels import LoopKernels
 from blocks.generation.compilation import CompiledFunctions, StepKey
@@ -21,6 +21,7 @@ from blocks.generation.sampling import (
     logprobs_of,
     zero_logprobs,
 )
+from blocks.generation.sources import Sources, encode
 
 
 class Engine:
@@ -36,8 +37,11 @@ class Engine:
             task was compiled with when a generation begins.
 
     Attributes:
-        sites: the backbone's cached layers, in call order.
-        max_positions: int or `None`. How many positions the backbone knows.
+        encoder: the model that reads sources, or `None`.
+        decoder: the model that is called on tokens: the backbone, or its decoder.
+        sites: its cached layers, in call order.
+        max_positions: int or `None`. How many positions it knows.
+        max_source_positions: int or `None`. How many positions the encoder knows.
     """
 
     def __init__(self, task: Any, sampler: Any = None) -> None:
@@ -45,23 +49,32 @@ class Engine:
         self.sizes = task.generation_sizes
         self._sampler = sampler
         self.functions = CompiledFunctions(task)
-        self.sites = call_sites(task.backbone)
+        self.encoder, self.decoder = task.encoder, task.decoder
+        self.sites = call_sites(self.decoder)
         if not self.sites:
             raise ValueError(
-                f"`backbone` '{task.backbone.name}' calls no cached layer, so "
+                f"`backbone` '{self.decoder.name}' calls no cached layer, so "
                 "`generate` can't remember what it read. Make it of "
                 "`attention.CachedLayer`s, for instance as a "
                 "`blocks.CustomBackbone`."
             )
         self.max_positions = max_positions(self.sites)
+        self.max_source_positions = None
+        if self.encoder is not None:
+            layers = all_layers(self.encoder)
+            known = [x for x in layers if isinstance(x, CachedLayer)]
+            self.max_source_positions = max_positions(tuple(known))
 
     def sampling(self, options: Options = NO_OPTIONS) -> Sampling:
         """Returns how a generation that begins now chooses tokens."""
         return Sampling(self._sampler or self.task.sampler, self.task, options)
 
-    def create_cache(self, batch_size: int, capacity: int) -> Cache:
-        """Returns an empty KV cache for all of the backbone."""
-        return tuple(x.create_cache(batch_size, capacity) for x in self.sites)
+    def create_cache(
+        self, batch_size: int, capacity: int, source_length: int | None = None
+    ) -> Cache:
+        """Returns an empty KV cache for all of the decoder."""
+        sizes = (batch_size, capacity, source_length)
+        return tuple(x.create_cache(*sizes) for x in self.sites)
 
     def process(
         self,
@@ -91,16 +104,22 @@ class Engine:
             chunk = self.sizes.further_chunk(chunk, longest)
         # One width for all lengths, as each is compiled.
         width = few if chunk == few else -(-capacity // chunk) * chunk
-        padded = _widened(tokens[:, :longest], width)
+        given = _widened(tokens[:, :longest], width)
         step = "prefill" if cache is None else "process"
         return self.functions.run(
             StepKey(step, rows, capacity, chunk),
             lambda _: self._make_process(capacity, chunk),
-            (() if cache is None else cache, padded, index, lengths),
+            (() if cache is None else cache, given, index, lengths),
             donate=(0,),
         )
 
-    def score(self, tokens: np.ndarray, lengths: np.ndarray, top: int) -> Logprobs:
+    def score(
+        self,
+        tokens: np.ndarray,
+        lengths: np.ndarray,
+        top: int,
+        sources: Sources | None = None,
+    ) -> Logprobs:
         """Returns the log-probabilities of each token after the ones before it.
 
         `tokens` are of shape `(batch, width)`, of which `lengths`, `(batch,)`, count. Those
@@ -113,11 +132,11 @@ class Engine:
         # Logits of all positions of a chunk are in memory: they are short.
         chunk = max(1, self.sizes.chunk_length(rows, capacity) // 4)
         chunk = capacity if self.sites.whole_prompt else chunk
-        padded = _widened(tokens[:, : longest + 1], -(-capacity // chunk) * chunk + 1)
+        given = _widened(tokens[:, : longest + 1], -(-capacity // chunk) * chunk + 1)
         return self.functions.run(
             StepKey("score", rows, capacity, chunk, variant=top),
             lambda _: self._make_score(capacity, chunk, top),
-            (padded, lengths),
+            (encode(self, sources, capacity) or (), given, lengths),
         )
 
     def decode(
@@ -193,9 +212,8 @@ class Engine:
 
     def hidden_states(self, tokens: Tensor, padding_mask: Tensor) -> Tensor:
         """Returns the backbone's outputs, of shape `(batch, length, hidden_dim)`."""
-        backbone = self.task.backbone
         padding_mask = ops.cast(padding_mask, "int32")
-        return backbone(backbone_inputs(backbone, tokens, padding_mask))
+        return self.decoder(backbone_inputs(self.decoder, tokens, padding_mask))
 
     def _over_chunks(
         self,
@@ -264,7 +282,7 @@ class Engine:
         return step
 
     def _make_process(self, capacity: int, chunk: int) -> Callable:
-        output = self.task.backbone.output
+        output = self.decoder.output
 
         def take_last(start: Tensor, left: Tensor, hidden: Tensor, last: Any) -> Tensor:
             # Only the last token's hidden state goes to the vocabulary.
@@ -287,7 +305,7 @@ class Engine:
         return process
 
     def _make_score(self, capacity: int, chunk: int, top: int) -> Callable:
-        def score(tokens: Tensor, lengths: Tensor) -> Logprobs:
+        def score(cache: Cache, tokens: Tensor, lengths: Tensor) -> Logprobs:
             tokens, following = tokens[:, :-1], tokens[:, 1:]
             rows, width = tokens.shape
 
@@ -296,7 +314,7 @@ class Engine:
                 new = logprobs_of(self.task.compute_logits(hidden), goals, top)
                 return _put(found, new, start)
 
-            cache = self.create_cache(rows, capacity)
+            cache = cache or self.create_cache(rows, capacity)
             zeros = zero_logprobs(rows, width, top)
             return self._over_chunks(tokens, lengths, chunk, 0, cache, zeros, take)[1]
 

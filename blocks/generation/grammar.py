@@ -14,8 +14,8 @@ import numpy as np
 from keras import ops
 
 from attention.contract import Tensor, describe
+from blocks.generation.endings import end_token_ids
 from blocks.generation.processors import HostProcessor, TokensSoFar
-from blocks.generation.prompts import end_token_ids
 
 # What is made of a tokenizer takes a second.
 _tokenizers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()

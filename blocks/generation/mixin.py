@@ -11,7 +11,7 @@ import keras
 import numpy as np
 
 from attention.contract import check_positive_int, describe
-from blocks.generation.endings import NO_ENDINGS, Endings
+from blocks.generation.endings import NO_ENDINGS, Endings, resolve_stops
 from blocks.generation.options import (
     GenerationOptions,
     Options,
@@ -19,7 +19,7 @@ from blocks.generation.options import (
     read_options,
 )
 from blocks.generation.outputs import completions, joined, stream_pieces
-from blocks.generation.prompts import NO_TOKENS, Prompts, resolve_stops
+from blocks.generation.prompts import NO_TOKENS, Prompts
 from blocks.generation.running_batch import Block, RunningBatch
 from blocks.generation.samplers import check_sampler, has_own_loop
 from blocks.generation.scoring import ScoringMixin
@@ -151,7 +151,8 @@ class GenerationMixin(ScoringMixin):
             return objects.reshape(shape).tolist() if shape else outputs[0]
         width = max(batch.width for batch in prompts)
         arrays = to_arrays(outputs, pad_token_id(self.preprocessor), width)
-        return {key: x.reshape(*shape, width) for key, x in arrays.items()}
+        names = zip(self.target_names, arrays.values())
+        return {name: x.reshape(*shape, width) for name, x in names}
 
     def _finished(
         self,
@@ -261,7 +262,7 @@ class GenerationMixin(ScoringMixin):
         room = prompts.limits - prompts.lengths
         if room.max() <= 0:
             return
-        batch = RunningBatch(self._engine(), len(room))
+        batch = RunningBatch(self._engine(), len(room), prompts.sources)
         # The last token is not processed.
         batch.process(prompts.rows(), int(room.max()) - 1)
         if times > 1:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import operator
-import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +23,8 @@ class Prompts(NamedTuple):
         limits: `int32` array `(batch,)`: the lengths at which rows end.
         width: int. The length of the arrays that are returned.
         as_text: bool. Whether the user passed text.
+        sources: what an encoder reads, by name: arrays with a row for each prompt; `None` where
+            there is no encoder.
     """
 
     token_ids: np.ndarray
@@ -32,6 +32,7 @@ class Prompts(NamedTuple):
     limits: np.ndarray
     width: int
     as_text: bool
+    sources: Any = None
 
     def rows(self, times: int = 1) -> list[np.ndarray]:
         """Returns the tokens of each prompt, `times` rows for each."""
@@ -49,28 +50,47 @@ class Batch(NamedTuple):
     token_ids: Any = None
     lengths: Any = None
     has_mask: bool = False
+    sources: Any = None
 
 
-def read_batches(inputs: Any) -> tuple[list[Batch], bool]:
+def read_batches(
+    inputs: Any, split: Callable[[Any], tuple[Any, Any]] | None = None
+) -> tuple[list[Batch], bool]:
     """Reads the inputs of `generate`, in any of the forms that users pass.
 
     These are text (a string; strings in a list, an array, a tensor, a pandas Series or
     a generator), tokens (`token_ids` as for `read_tokens`, alone or in a dict with
-    `padding_mask`), or a `tf.data.Dataset` of batches of either.
+    `padding_mask`), or a `tf.data.Dataset` of batches of either. `split(inputs)` returns
+    the sources of a batch, and its prompts in one of these forms.
 
     Returns:
         A list of batches, and whether there was one string or row without a batch axis.
     """
+
+    def read(inputs: Any) -> tuple[Batch, bool]:
+        if split is None:
+            return _read_prompts(inputs)
+        sources, inputs = split(inputs)
+        batch, is_single = _read_prompts(inputs)
+        rows = len(batch.lengths if batch.texts is None else batch.texts)
+        counts = {name: len(x) for name, x in (sources or {}).items()}
+        if set(counts.values()) - {rows}:
+            raise ValueError(
+                f"There must be a source for each of the {rows} prompts. Received rows: "
+                f"{counts}"
+            )
+        return Batch(*batch[:4], sources), is_single
+
     if hasattr(inputs, "as_numpy_iterator"):
-        batches = [_read_batch(x)[0] for x in inputs.as_numpy_iterator()]
+        batches = [read(x)[0] for x in inputs.as_numpy_iterator()]
         if not batches:
             raise ValueError("`inputs` is a dataset without elements.")
         return batches, False
-    batch, is_single = _read_batch(inputs)
+    batch, is_single = read(inputs)
     return [batch], is_single
 
 
-def _read_batch(inputs: Any) -> tuple[Batch, bool]:
+def _read_prompts(inputs: Any) -> tuple[Batch, bool]:
     if isinstance(inputs, dict):
         if "token_ids" not in inputs:
             raise ValueError(
@@ -179,7 +199,7 @@ def read_prompts(
             )
         default = preprocessor.sequence_length
         given = max_length or (None if max_new_tokens else default)
-        tokens, lengths = _tokenize(batch.texts, preprocessor, given)
+        tokens, lengths = _tokenize(batch.texts, task.preprocess_prompts, given)
     else:
         tokens, lengths = batch.token_ids, batch.lengths
         # Without a `padding_mask` the width of the arrays is no default.
@@ -203,11 +223,12 @@ def read_prompts(
             "prompt, or pass a larger `max_length`."
         )
     width = max_length or max(int(limits.max()), 0 if as_text else default)
-    return Prompts(tokens[:, :longest].astype("int32"), lengths, limits, width, as_text)
+    tokens = tokens[:, :longest].astype("int32")
+    return Prompts(tokens, lengths, limits, width, as_text, batch.sources)
 
 
 def _tokenize(
-    texts: list[str], preprocessor: Any, length: int | None
+    texts: list[str], preprocess: Callable[[list[str], int], Any], length: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokenizes up to one token more than `length`, to notice longer prompts."""
     whole = length is None
@@ -215,65 +236,12 @@ def _tokenize(
         # A token is about one byte or more, besides special tokens.
         length = max(len(text.encode("utf-8")) for text in texts) + 8
     while True:
-        encoded = preprocessor.generate_preprocess(texts, sequence_length=length + 1)
+        encoded = preprocess(texts, length + 1)
         tokens, lengths, _ = read_tokens(encoded["token_ids"], encoded["padding_mask"])
         if not whole or lengths.max() < tokens.shape[1]:
             return tokens, lengths
         # A tokenizer that normalizes may make more tokens than there were bytes.
         length *= 2
-
-
-def resolve_stops(stop_token_ids: Any, task: Any) -> tuple[int, ...]:
-    """Returns the tokens at which rows end.
-
-    An empty tuple means that no token ends a row. `"auto"` asks the preprocessor.
-    """
-    if stop_token_ids is None:
-        return ()
-    if isinstance(stop_token_ids, str) and stop_token_ids == "auto":
-        if task.preprocessor is None:
-            raise ValueError(
-                'With `stop_token_ids="auto"` rows end at the end token of the '
-                "preprocessor, but the model has no preprocessor. Pass "
-                "`stop_token_ids=None` to end at `max_length`, or token ids."
-            )
-        stops = getattr(task.preprocessor, "stop_token_ids", None)
-        if stops is None:
-            stops = end_token_ids(task.preprocessor)
-        if not stops:
-            warnings.warn(
-                "The preprocessor has no end token, so rows end at `max_length` or "
-                "`max_new_tokens` only. Pass `stop_token_ids=None` to say so.",
-                stacklevel=3,
-            )
-        return stops
-    several = hasattr(stop_token_ids, "__iter__")
-    given = stop_token_ids if several else [stop_token_ids]
-    try:
-        stops = tuple(map(operator.index, given))
-    except (TypeError, ValueError):
-        raise TypeError(
-            '`stop_token_ids` must be None, "auto", a token id or a list of them. '
-            f"Received: stop_token_ids={describe(stop_token_ids)}"
-        ) from None
-    size = vocabulary_size(task)
-    wrong = [x for x in stops if x < 0 or (size is not None and x >= size)]
-    if wrong:
-        raise ValueError(
-            "`stop_token_ids` must be in the model's vocabulary of "
-            f"{size} tokens. Received: {wrong[0]}"
-        )
-    return stops
-
-
-def end_token_ids(preprocessor: Any) -> tuple[int, ...]:
-    """Returns the end tokens of our preprocessors, or of KerasHub's tokenizers."""
-    tokenizer = getattr(preprocessor, "tokenizer", None)
-    ids = [getattr(preprocessor, "end_token_id", None)]
-    if getattr(preprocessor, "end_token", None) is None:
-        # Llama 3 has two: of a message and of a text.
-        ids += [getattr(tokenizer, f"end_token{i}_id", None) for i in ("", "2")]
-    return tuple(dict.fromkeys(int(x) for x in ids if x is not None))
 
 
 # === Rows of tokens ===

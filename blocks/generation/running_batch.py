@@ -18,6 +18,7 @@ from blocks.generation.engine import Engine
 from blocks.generation.options import NO_OPTIONS, Options
 from blocks.generation.prompts import pad_rows
 from blocks.generation.sampling import Sampling
+from blocks.generation.sources import Sources, encode
 
 
 class Block(NamedTuple):
@@ -48,6 +49,11 @@ BROKEN_LOGITS = (
 class RunningBatch:
     """Rows of tokens that are continued together, each at its own position.
 
+    Args:
+        engine: compiles the steps.
+        batch_size: int. The number of rows.
+        sources: what an encoder reads, by name, with a row for each; or `None`.
+
     Attributes:
         cache: the KV cache, or `None` before anything was processed.
         capacity: int. The size of the cache.
@@ -57,8 +63,10 @@ class RunningBatch:
             has been continued since.
     """
 
-    def __init__(self, engine: Engine, batch_size: int) -> None:
-        self.engine = engine
+    def __init__(
+        self, engine: Engine, batch_size: int, sources: Sources | None = None
+    ) -> None:
+        self.engine, self.sources = engine, sources
         self.sizes = engine.sizes
         self.batch_size = batch_size
         self.cache: Cache = None
@@ -76,6 +84,8 @@ class RunningBatch:
             return 0
         ahead = min(room, self.sizes.block_steps)
         self.reserve(int((self.processed + lengths).max()) + ahead)
+        if self.cache is None:
+            self.cache = encode(self.engine, self.sources, self.capacity)
         groups = [np.arange(self.batch_size)]
         if self.cache is None:
             groups = self._groups(lengths)
@@ -158,11 +168,12 @@ class RunningBatch:
             lambda x: ops.take(x, rows, axis=0), (self.logits, self.cache)
         )
         self.processed = self.processed[rows]
+        self.sources = self.sources and {k: x[rows] for k, x in self.sources.items()}
         self.batch_size *= times
 
     def copy(self) -> RunningBatch:
         """Returns a batch in the same state, which does not affect this one."""
-        other = RunningBatch(self.engine, self.batch_size)
+        other = RunningBatch(self.engine, self.batch_size, self.sources)
         if self.cache is not None:
             # One may be donated and the other still be used.
             other.cache = tree.map_structure(ops.copy, self.cache)

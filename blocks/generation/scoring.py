@@ -12,6 +12,7 @@ from blocks.generation.options import check_top
 from blocks.generation.prompts import cut_rows, pad_rows, read_batches, read_prompts
 from blocks.generation.running_batch import BROKEN_LOGITS
 from blocks.generation.sampling import Logprobs
+from blocks.generation.sources import Sources, rows_of, stacked
 from blocks.generation.steps import GenerationSteps
 
 
@@ -72,14 +73,16 @@ class ScoringMixin(GenerationSteps):
         """
         check_positive_int("batch_size", batch_size)
         top = check_top(return_logprobs, self)
-        batches, is_single = read_batches(inputs)
+        batches, is_single = read_batches(inputs, self.split_inputs)
         rows = [row for batch in batches for row in self._rows(batch)]
+        sources = [x for batch in batches for x in rows_of(batch.sources)]
         found: list[Any] = [None] * len(rows)
         # Rows of about one length are processed together.
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         for start in range(0, len(rows), batch_size):
             group = order[start : start + batch_size]
-            for i, score in zip(group, self._score([rows[i] for i in group], top or 0)):
+            parts = [rows[i] for i in group], [sources[i] for i in group if sources]
+            for i, score in zip(group, self._score(*parts, top or 0)):
                 found[i] = score
         if top is not None:
             return found[0] if is_single else found
@@ -98,9 +101,11 @@ class ScoringMixin(GenerationSteps):
             )
         return cut_rows(prompts.token_ids, prompts.lengths)
 
-    def _score(self, rows: list[np.ndarray], top: int) -> list[Score]:
+    def _score(
+        self, rows: list[np.ndarray], sources: list[Sources], top: int
+    ) -> list[Score]:
         tokens, lengths = pad_rows(rows)
-        logprobs = self._engine().score(tokens, lengths, top)
+        logprobs = self._engine().score(tokens, lengths, top, stacked(sources))
         logprobs = tree.map_structure(ops.convert_to_numpy, logprobs)
         scores = []
         for i, row in enumerate(rows):

@@ -16,7 +16,7 @@ from attention.contract import (
     find_not_rewindable,
 )
 from blocks.generation.compilation import same_objects
-from blocks.generation.endings import Endings
+from blocks.generation.endings import Endings, resolve_stops
 from blocks.generation.options import (
     GenerationOptions,
     Options,
@@ -31,7 +31,6 @@ from blocks.generation.prompts import (
     cut_rows,
     pad_rows,
     read_batches,
-    resolve_stops,
     row_limits,
     vocabulary_size,
 )
@@ -87,7 +86,7 @@ class Session:
         self._is_single = is_single
         self._as_text = prompts.as_text
         self.tokens = prompts.rows()
-        self._batch = RunningBatch(engine, len(self.tokens))
+        self._batch = RunningBatch(engine, len(self.tokens), prompts.sources)
         # The number of the turn: an iterator of an earlier turn must not go on.
         self._turn = 0
         self._model = _model_version(task)
@@ -281,7 +280,9 @@ class Session:
             ValueError: as `trim`, if tokens of the session must be taken back; or if
                 `inputs` has another number of rows. The session stays as it was.
         """
-        (prompts,), _ = self._task._read(inputs, None, 1, one_for="rewrite")
+        (prompts,), _ = self._task._read(
+            inputs, None, 1, one_for="rewrite", has_sources=False
+        )
         rows = prompts.rows()
         if len(rows) != len(self.tokens):
             raise ValueError(

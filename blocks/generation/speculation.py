@@ -13,6 +13,7 @@ from blocks.generation.endings import NO_ENDINGS
 from blocks.generation.engine import Engine
 from blocks.generation.prompts import NO_TOKENS
 from blocks.generation.running_batch import RunningBatch
+from blocks.generation.sources import Sources
 
 
 class Speculation:
@@ -42,6 +43,10 @@ class Speculation:
     def begin(self, batch_size: int) -> Any:
         """Returns the state that `propose` keeps for one batch; `None` here."""
         return None
+
+    def begin_with(self, batch_size: int, sources: Sources | None) -> Any:
+        """Returns what `begin` does, for a batch with these sources, if any."""
+        return self.begin(batch_size)
 
     def propose(self, memory: Any, rows: list[np.ndarray]) -> list[np.ndarray]:
         """Guesses the next tokens of rows.
@@ -172,10 +177,11 @@ class DraftModel(Speculation):
                 "they need the same vocabulary."
             )
 
-    def begin(self, batch_size: int) -> _Draft:
+    def begin_with(self, batch_size: int, sources: Sources | None) -> _Draft:
         if self._engine is None:
             self._engine = Engine(self.model, keras_hub.samplers.GreedySampler())
-        return _Draft(self._engine, batch_size)
+        own = sources if self._engine.encoder is not None else None
+        return _Draft(RunningBatch(self._engine, batch_size, own))
 
     def propose(self, memory: Any, rows: list[np.ndarray]) -> list[np.ndarray]:
         return memory.propose(rows, self.num_tokens)
@@ -184,10 +190,10 @@ class DraftModel(Speculation):
 class _Draft:
     """A batch of a draft model, which follows another batch."""
 
-    def __init__(self, engine: Engine, batch_size: int) -> None:
-        self.batch = RunningBatch(engine, batch_size)
+    def __init__(self, batch: RunningBatch) -> None:
+        self.batch = batch
         # The tokens that the batch has processed, and a batch to go back to.
-        self.seen = [NO_TOKENS] * batch_size
+        self.seen = [NO_TOKENS] * batch.batch_size
         self.before: tuple[RunningBatch, list[np.ndarray]] | None = None
 
     def propose(self, rows: list[np.ndarray], num_tokens: int) -> list[np.ndarray]:

@@ -9,6 +9,7 @@ import numpy as np
 from keras import ops, tree
 
 from attention.contract import Cache, Tensor, check_positive_int, describe, is_concrete
+from blocks.generation.backbone_inputs import NAMES
 from blocks.generation.compilation import CompiledStep, GenerationSizes
 from blocks.generation.engine import Engine
 from blocks.generation.options import GenerationOptions, Options, draws, read_options
@@ -21,6 +22,7 @@ from blocks.generation.prompts import (
 )
 from blocks.generation.samplers import check_sampler
 from blocks.generation.sampling import NO_MEMORY
+from blocks.generation.sources import Sources, encode
 
 
 class GenerationState(NamedTuple):
@@ -49,10 +51,11 @@ class GenerationState(NamedTuple):
 class GenerationSteps:
     """The engine of `blocks.CausalLM`, and its steps one by one."""
 
-    backbone: Any
     preprocessor: Any
     output: Any
     generation_sizes: GenerationSizes
+    # The names of what is continued, among the inputs.
+    target_names = NAMES
     # How many times `compile` was called.
     times_compiled = 0
     # Defaults of each call, and whether they say how tokens are drawn: not where
@@ -98,15 +101,17 @@ class GenerationSteps:
         """
         check_positive_int("max_length", max_length)
         (prompts,), _ = self._read(inputs, max_length, None, one_for="prefill")
-        logits, cache = self._engine().process(
-            None, max_length, prompts.token_ids, np.int32(0), prompts.lengths
+        engine = self._engine()
+        cache = encode(engine, prompts.sources, max_length)
+        logits, cache = engine.process(
+            cache, max_length, prompts.token_ids, np.int32(0), prompts.lengths
         )
         index = ops.convert_to_tensor(prompts.lengths)
         limit = ops.convert_to_tensor(np.int32(max_length))
         memory = NO_MEMORY
         if options or self.generation_options:
             how = self._loop_options(options, len(prompts.lengths))
-            sampling = self._engine().sampling(how)
+            sampling = engine.sampling(how)
             memory = sampling.begin(prompts.rows(), max_length)
             memory = tree.map_structure(ops.convert_to_tensor, memory)
         return GenerationState(cache, index, logits, limit, memory)
@@ -260,6 +265,14 @@ class GenerationSteps:
         self._generation_jit_compile = jit_compile
         self.times_compiled += 1
 
+    def split_inputs(self, inputs: Any) -> tuple[Sources | None, Any]:
+        """Returns the sources among the inputs of `generate`, and the prompts."""
+        return None, inputs
+
+    def preprocess_prompts(self, texts: list[str], length: int) -> dict[str, Any]:
+        """Returns the `token_ids` and the `padding_mask` of prompts."""
+        return self.preprocessor.generate_preprocess(texts, sequence_length=length)
+
     def _engine(self) -> Engine:
         if self._generation_engine is None:
             self._generation_engine = Engine(self)
@@ -271,12 +284,15 @@ class GenerationSteps:
         max_length: int | None,
         max_new_tokens: int | None,
         one_for: str | None = None,
+        has_sources: bool = True,
     ) -> tuple[list[Prompts], bool]:
         """Returns batches of prompts, and whether there is one without a batch axis.
 
-        `one_for` is the name of a method that takes one batch only.
+        `one_for` is the name of a method that takes one batch only. In a session inputs
+        are prompts alone.
         """
-        batches, is_single = read_batches(inputs)
+        split = self.split_inputs if has_sources else None
+        batches, is_single = read_batches(inputs, split)
         if one_for is not None and len(batches) > 1:
             raise ValueError(
                 f"`{one_for}` takes one batch of prompts, not a dataset of them. Call "

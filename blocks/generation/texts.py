@@ -33,6 +33,8 @@ def to_arrays(
 def detokenize(rows: list[np.ndarray], preprocessor: Any) -> list[str]:
     """Returns rows of tokens as strings."""
     arrays = to_arrays(rows, pad_token_id(preprocessor))
+    # That of an encoder-decoder model looks for these names.
+    arrays |= {f"decoder_{name}": x for name, x in arrays.items()}
     texts = preprocessor.generate_postprocess(arrays)
     if hasattr(texts, "numpy"):
         texts = texts.numpy()

@@ -40,7 +40,7 @@ def speculate(
     if room.max() <= 0:
         return
     engine, guesses = batch.engine, speculation.num_tokens
-    guesser = speculation.begin(len(rows))
+    guesser = speculation.begin_with(len(rows), batch.sources)
     sampling = engine.sampling(options)
     stop_array = pad_stops(endings.stop_token_ids, batch.sizes)
     memory = sampling.begin(rows, batch.capacity)

@@ -12,11 +12,10 @@ from keras import tree
 
 from attention.contract import Tensor, check_positive_int, describe
 from blocks.generation.compilation import CompiledStep
-from blocks.generation.endings import Endings
+from blocks.generation.endings import Endings, resolve_stops
 from blocks.generation.engine import Engine
 from blocks.generation.options import GenerationOptions, Options, check_processors
 from blocks.generation.processors import LogitsProcessor
-from blocks.generation.prompts import resolve_stops
 from blocks.generation.running_batch import Block
 from blocks.generation.samplers import check_sampler
 from blocks.generation.texts import TextPieces

@@ -12,7 +12,6 @@ import keras_hub
 from keras import ops
 
 from attention.contract import SegmentScope, Tensor, Untracked
-from blocks.generation.backbone_inputs import NAMES, backbone_inputs
 from blocks.training.chunked_loss import UsedVariables, chunked_sums
 from blocks.training.gradients import sum_over_replicas
 from blocks.training.perplexity import Perplexity
@@ -38,7 +37,7 @@ class TrainingMixin:
     at a time.
     """
 
-    backbone: Any
+    target_names: tuple[str, str]
     loss: Any
     sampler: Any
     # The mean loss, and the metrics that are computed together with it.
@@ -146,12 +145,11 @@ class TrainingMixin:
         segment_ids = None
         if isinstance(inputs, dict):
             segment_ids = inputs.get("segment_ids")
-            inputs = {x: inputs[x] for x in NAMES if x in inputs}
+            inputs = {x: inputs[x] for x in self.input if x in inputs}  # type: ignore[attr-defined]
         with SegmentScope(segment_ids):
             if not self._without_logits:
                 return super().call(inputs, training=training, mask=mask)  # type: ignore[misc]
-            known = backbone_inputs(self.backbone, **inputs)
-            return self.backbone(known, training=training)
+            return self.compute_hidden_states(inputs, training=training)  # type: ignore[attr-defined]
 
     def compute_loss(
         self,
@@ -169,7 +167,7 @@ class TrainingMixin:
         else:
             sums = self._sums_of_logits(y_pred, y, weights)
         count = ops.sum(weights)
-        tokens = ops.sum(ops.cast(x["padding_mask"], "float32"))
+        tokens = ops.sum(ops.cast(x[self.target_names[1]], "float32"))
         both, replicas = sum_over_replicas(ops.stack([count, tokens]))
         added = sum(ops.sum(other) for other in self.losses)  # type: ignore[attr-defined]
         # The gradients of replicas are summed.
@@ -194,7 +192,7 @@ class TrainingMixin:
         return super().compute_metrics(x, y, y_pred, sample_weight)  # type: ignore[misc]
 
     def _token_weights(self, x: Any, y: Tensor, sample_weight: Any) -> Tensor:
-        weights = ops.cast(x["padding_mask"], "float32")
+        weights = ops.cast(x[self.target_names[1]], "float32")
         if sample_weight is not None:
             weights = weights * for_tokens(sample_weight, y)
         return leave_out(y, self.loss.ignore_class, weights)

@@ -20,6 +20,20 @@ def prompts():
     return {"token_ids": tokens, "padding_mask": mask.astype("int32")}
 
 
+def randomize(model):
+    """Gives a torch model weights large enough that tokens differ in what follows."""
+    import torch
+
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in (x for x in model.parameters() if x.requires_grad):
+            noise = torch.randn_like(parameter)
+            if parameter.ndim < 2:
+                parameter += 0.1 * noise
+            else:
+                parameter.copy_(noise / parameter.shape[-1] ** 0.5)
+
+
 def check_logits(lm, expected_logits):
     """Checks logits through padding and a cache.
 

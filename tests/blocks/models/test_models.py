@@ -20,7 +20,12 @@ from tests.blocks.models import (
     recurrent_cases,
 )
 from tests.blocks.models.cases import DECODER
-from tests.blocks.models.checks import check_greedy, check_logits, prompts
+from tests.blocks.models.checks import (
+    check_greedy,
+    check_logits,
+    prompts,
+    randomize,
+)
 from tests.helpers import to_numpy
 
 torch = pytest.importorskip("torch")
@@ -32,18 +37,6 @@ CASES = [
     *experts_cases.CASES,
     *recurrent_cases.CASES,
 ]
-
-
-def randomize(model):
-    """Gives a torch model weights large enough that tokens differ in what follows."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn_like(parameter)
-            if parameter.ndim < 2:
-                parameter += 0.1 * noise
-            else:
-                parameter.copy_(noise / parameter.shape[-1] ** 0.5)
 
 
 @pytest.fixture(params=CASES, scope="module")

@@ -1,0 +1,166 @@
+"""The methods `fit`, `evaluate` and `predict`, with data of any kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from blocks.training.callbacks import start_training
+from blocks.training_data import (
+    as_dataset,
+    as_slices,
+    batched,
+    expected_end,
+    from_epoch,
+    is_for_keras,
+    is_in_memory,
+    is_tokens,
+    preprocessed,
+    read_samples,
+)
+
+
+class FitMixin:
+    """Training on data of any kind for `blocks.CausalLM`, which it is a part of."""
+
+    preprocessor: Any
+    steps_per_execution: Any
+    changing_weights: Any
+
+    def fit(
+        self,
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        sample_weight: Any = None,
+        validation_data: Any = None,
+        validation_split: float | None = None,
+        **kwargs: Any,
+    ) -> keras.callbacks.History:
+        """Trains the model, as Keras's `fit`.
+
+        Args:
+            x: a list of strings, if the model has a preprocessor, or a dict of
+                `prompts` and `responses`, of which only the responses are learned, or of
+                `messages`, conversations as for `apply_chat_template`, of which only
+                what the assistant says and its stop tokens are; else
+                a dict of `token_ids` and `padding_mask`. Or batches of these, or of
+                tuples with targets and weights: a `tf.data.Dataset`, a torch
+                `DataLoader`, a `keras.utils.PyDataset`, a Grain dataset, a generator,
+                `blocks.PackedDocuments`. Tokens need no preprocessor, and pass it by.
+            y: the next token of each, where there is no preprocessor.
+            batch_size: int or `None`, which means 32.
+            sample_weight: the weight of each target, or `None`.
+            validation_data: what is evaluated after each epoch.
+            validation_split: float or `None`. The share of the samples, the last ones,
+                that is held out for it.
+            **kwargs: see `keras.Model.fit`. Samples in memory are shuffled in each
+                epoch, unless `shuffle=False`.
+
+        Returns:
+            A `keras.callbacks.History`. Beside the loss there is `tokens_per_second`,
+            without padding and without the first step, which compiles, if the loss is
+            the default or another `TokenCrossentropy`.
+
+        Raises:
+            FloatingPointError: if the loss of a step is NaN or infinite, before a
+                callback saves the weights. (A `keras.callbacks.TerminateOnNaN` among
+                the callbacks takes the place of this.)
+            TypeError: if `x` is no text where it must be.
+            ValueError: if `x` is empty, a token of `x` or `y` is outside of the
+                vocabulary, a row is not padded on the right, or a `beta` of the
+                optimizer is 1 in the dtype of the weights, as 0.999 in bfloat16.
+        """
+        passed, seed = start_training(self, kwargs)
+        x, validation_data = as_dataset(x), as_dataset(validation_data)
+        in_memory = is_in_memory(x)
+        x, y, sample_weight = read_samples(self, x, y, sample_weight)
+        if validation_data is not None:
+            parts = validation_data
+            parts = parts if isinstance(parts, tuple) else (parts,)
+            parts = read_samples(self, *parts)
+            validation_data = keras.utils.pack_x_y_sample_weight(*parts)
+            if is_in_memory(parts[0]):
+                size = batch_size or 32
+                validation_data, _ = batched(validation_data, size, shuffle=False)
+        if in_memory:
+            samples = keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
+            how = validation_split, seed, kwargs.pop("shuffle", True)
+            x, held_out = batched(samples, batch_size or 32, *how)
+            validation_data = held_out if validation_data is None else validation_data
+            y = batch_size = sample_weight = validation_split = None
+        if passed is not None:
+            if isinstance(x, tf.data.Dataset):
+                x = x.map(self.preprocess_samples, tf.data.AUTOTUNE)
+            x = from_epoch(x, passed, kwargs, self.steps_per_execution)
+        if is_for_keras(x):
+            if isinstance(x, Iterator):
+                kwargs.setdefault("shuffle", False)
+            held_out = self._readable_by_keras(validation_data, batch_size)
+            # Past KerasHub's `fit`, and so past the one that counts.
+            with self.changing_weights():
+                data = preprocessed(self, x)
+                return keras.Model.fit(self, data, validation_data=held_out, **kwargs)
+        kwargs.setdefault("shuffle", False)
+        data = (x, y, batch_size, sample_weight, validation_data, validation_split)
+        steps = kwargs.get("steps_per_epoch"), kwargs.get("validation_steps")
+        with expected_end((x, steps[0]), (validation_data, steps[1])):
+            return super().fit(*data, **kwargs)  # type: ignore[misc]
+
+    def preprocess_samples(
+        self, x: Any, y: Any = None, sample_weight: Any = None
+    ) -> Any:
+        """Returns training samples of texts by the preprocessor; tokens as they are."""
+        if is_tokens(x):
+            return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
+        return super().preprocess_samples(x, y, sample_weight)  # type: ignore[misc]
+
+    def evaluate(
+        self,
+        x: Any = None,
+        y: Any = None,
+        batch_size: int | None = None,
+        verbose: Any = "auto",
+        sample_weight: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        x, steps, in_memory = as_dataset(x), kwargs.get("steps"), is_in_memory(x)
+        kwargs |= {"verbose": verbose}
+        with expected_end((x, steps)):
+            if is_for_keras(x):
+                return keras.Model.evaluate(self, preprocessed(self, x), y, **kwargs)
+            x, y, sample_weight = read_samples(self, x, y, sample_weight)
+            if in_memory:
+                samples = keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
+                x, _ = batched(samples, batch_size or 32, shuffle=False)
+                y = sample_weight = batch_size = None
+            data = (x, y, batch_size)
+            return super().evaluate(*data, sample_weight=sample_weight, **kwargs)  # type: ignore[misc]
+
+    def predict(
+        self, x: Any = None, batch_size: int | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        x, steps, in_memory = as_dataset(x), kwargs.get("steps"), is_in_memory(x)
+        with expected_end((x, steps)):
+            if is_for_keras(x):
+                return keras.Model.predict(self, preprocessed(self, x), *args, **kwargs)
+            x, *_ = read_samples(self, x)
+            if in_memory:
+                x, _ = batched((x,), batch_size or 32, shuffle=False)
+                batch_size = None
+            return super().predict(x, batch_size, *args, **kwargs)  # type: ignore[misc]
+
+    def _readable_by_keras(self, data: Any, batch_size: int | None) -> Any:
+        """Returns validation data of any kind, preprocessed."""
+        if data is None:
+            return None
+        if is_for_keras(data):
+            return preprocessed(self, data)
+        if is_in_memory(data):
+            parts = data if isinstance(data, tuple) else (data,)
+            samples = keras.utils.pack_x_y_sample_weight(*parts)
+            data = as_slices(samples).batch(batch_size or 32)
+        return data.map(self.preprocess_samples)
