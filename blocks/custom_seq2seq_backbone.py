@@ -161,11 +161,6 @@ class CustomSeq2SeqBackbone(CustomBackbone):
         }
         return {**source, **target}, outputs
 
-    @property
-    def source_vocabulary_size(self) -> int | None:
-        """Returns how many tokens sources are of; a backbone of two vocabularies says it."""
-        return self.vocabulary_size
-
     def source_inputs(self) -> dict[str, Any]:
         """Hook: returns the symbolic inputs of the encoder, by their names.
 

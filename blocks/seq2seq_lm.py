@@ -11,7 +11,13 @@ from keras import ops
 
 from attention.contract import describe
 from blocks.generation.backbone_inputs import NAMES
-from blocks.generation.prompts import check_tokens, is_text, read_tokens, to_plain
+from blocks.generation.prompts import (
+    check_tokens,
+    is_text,
+    read_tokens,
+    to_plain,
+    vocabulary_size,
+)
 from blocks.generation.sources import Sources, read_sources
 from blocks.language_model import LanguageModel
 from blocks.seq2seq_preprocessor import Seq2SeqLMPreprocessor
@@ -190,7 +196,9 @@ class Seq2SeqLM(LanguageModel, keras_hub.models.Seq2SeqLM):
         limit = self._engine().max_source_positions
         sources, is_single = read_sources(inputs, self.encoder.input, limit)
         for name in (name for name in sources if name.endswith("token_ids")):
+            # A backbone may have another vocabulary for sources.
             size = getattr(self.backbone, "source_vocabulary_size", None)
+            size = size or vocabulary_size(self)
             check_tokens(sources[name], size, f" (in `{name}`)")
         return sources, is_single
 

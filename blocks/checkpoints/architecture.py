@@ -186,7 +186,8 @@ class Architecture:
     def spellings(self, name: str) -> list[str]:
         """Returns the names that a tensor of the table may have in files."""
         known = [name, *self.copies.get(name, ())]
-        return known + [x.removeprefix(self.base_prefix) for x in known]
+        # A checkpoint of the backbone alone leaves out `base_prefix`.
+        return [*known, *(x.removeprefix(self.base_prefix) for x in known)]
 
     def entries(self, model: Any) -> Iterator[Entry]:
         """Yields an `Entry` for each line of the table that a model has.

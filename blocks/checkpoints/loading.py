@@ -106,14 +106,12 @@ def load_weights(
         shapes = checkpoint.shapes()
         entries = list(architecture.entries(model))
         names = _present_names(architecture, entries, shapes)
-        drawn = _drawn_entries(model, entries, names, shapes)
-        new = {path for entry in drawn for path in entry.paths}
         entries = [
-            entry
-            for entry in entries
-            if entry not in drawn
-            and not _is_left_out(architecture, entry, names, shapes)
+            x for x in entries if not _is_left_out(architecture, x, names, shapes)
         ]
+        drawn = _drawn_entries(model, entries, names, shapes)
+        entries = [entry for entry in entries if entry not in drawn]
+        new = {path for entry in drawn for path in entry.paths}
         _check_tensors(architecture, model, entries, names, shapes, new)
         if new:
             warnings.warn(
@@ -232,7 +230,7 @@ def _present_names(
     present = {}
     for name in (name for entry in entries for name in entry.names):
         spelled = architecture.spellings(name)
-        present[name] = next((x for x in spelled if x in shapes), name)
+        present[name] = next((x for x in spelled if x in shapes), spelled[-1])
     return present
 
 
