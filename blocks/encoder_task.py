@@ -81,21 +81,21 @@ class EncoderTask(TokenTypes, TokenModel, PresetMixin):
         validation_split: float | None = None,
         **kwargs: Any,
     ) -> keras.callbacks.History:
-        """Trains the task, as KerasHub's `fit`, with samples in memory in a new order in
-        each epoch.
+        """Trains the task, as KerasHub's `fit`.
 
         Args:
             x: strings, or a tuple of two lists of strings, pairs, if the task has a
-                preprocessor; or a dict of what the task takes; or batches of these, alone or in
-                tuples with targets and weights: a `tf.data.Dataset` or a torch
-                `DataLoader`.
+                preprocessor; or a dict of what the task takes; or batches of these,
+                alone or in tuples with targets and weights: a `tf.data.Dataset` or a
+                torch `DataLoader`.
             y: what is learned, where the preprocessor doesn't make it.
             batch_size: int or `None`, which means 32.
             sample_weight: the weight of each target, or `None`.
             validation_data: what is evaluated after each epoch.
             validation_split: float or `None`. The share of the samples, the last ones,
                 that is held out for it.
-            **kwargs: see `keras.Model.fit`.
+            **kwargs: see `keras.Model.fit`. Samples in memory are shuffled in each
+                epoch, unless `shuffle=False`.
 
         Returns:
             A `keras.callbacks.History`.
