@@ -98,8 +98,11 @@ def main() -> None:
         max_logprobs=options.max_logprobs,
         grammars=options.grammars,
     )
+    # Longer than clients keep a connection that is idle: one that is closed while a client
+    # sends its next request would be an error for it.
+    how = {"host": options.host, "port": options.port, "timeout_keep_alive": 75}
     with server:
-        uvicorn.run(app, host=options.host, port=options.port)
+        uvicorn.run(app, **how)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def free_port():
 @contextlib.contextmanager
 def running(app, port):
     """Serves an application in a thread."""
-    config = uvicorn.Config(app, port=port, log_level="warning")
+    config = uvicorn.Config(app, port=port, log_level="warning", timeout_keep_alive=75)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
