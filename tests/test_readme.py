@@ -89,8 +89,9 @@ def test_links_lead_somewhere(name):
     """Also that the pages that a newcomer reads stay short."""
     path = ROOT / name
     text = path.read_text(encoding="utf-8")
-    # The first page also has the table of published architectures.
-    assert len(text.splitlines()) <= (250 if name == "README.md" else 210)
+    # The first page also has the table of published architectures, and three kinds of
+    # models.
+    assert len(text.splitlines()) <= (260 if name == "README.md" else 210)
     for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
         assert link.startswith("https://") or (path.parent / link).exists(), link
 
@@ -119,7 +120,7 @@ def lines_of(name):
 
 
 def test_published_architectures_fit_on_a_screen():
-    row = r"\[[^]]+\]\(blocks/models/(\w+)\.py\) \| (\S+) \| (\d+) \|"
+    row = r"\[[^]]+\]\(blocks/models/(\w+)\.py\) \| (\S+) \+ (\d+) \|"
     said = {
         name: (int(model.replace("–", "0")), int(table))
         for name, model, table in re.findall(row, README)
@@ -128,7 +129,8 @@ def test_published_architectures_fit_on_a_screen():
     names = {path.stem for path in (ROOT / "blocks" / "models").glob("*.py")}
     assert said.keys() == names - {"__init__", "gemma3"}
     assert said == {name: lines_of(name) for name in said}
-    assert all(model <= 80 and table <= 60 for model, table in said.values())
+    # Tables of encoders and decoders have two kinds of blocks, those of encoders heads.
+    assert all(model <= 80 and table <= 95 for model, table in said.values())
 
 
 def test_every_example_is_described():
