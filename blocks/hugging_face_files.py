@@ -11,6 +11,9 @@ from attention.contract import describe
 from blocks.checkpoints.hugging_face import write_json
 from blocks.json_tokenizer import FILE_NAME, JsonTokenizer
 
+# With what targets begin: transformers forces the second.
+_DECODER_STARTS = ("decoder_start_token_id", "forced_bos_token_id")
+
 
 def read_preprocessor(
     folder: str | os.PathLike, vocabulary_size: int | None
@@ -41,10 +44,8 @@ def read_preprocessor(
         "start_token": find("bos") if start is None else start,
         "end_token": find("eos"),
         "pad_token_id": find("pad"),
-        # The second is forced in transformers.
         "decoder_start_token": [
-            *known(generation.get("decoder_start_token_id")),
-            *known(generation.get("forced_bos_token_id")),
+            x for name in _DECODER_STARTS for x in known(generation.get(name))
         ]
         or None,
         "add_start_token": start is not None,
@@ -241,7 +242,7 @@ def write_preprocessor(
     if unknown is not None:
         names["unk_token"] = unknown
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
-    template = preprocessor.chat_template
+    template = getattr(preprocessor, "chat_template", None)
     if isinstance(template, dict):
         config["chat_template"] = [
             {"name": name, "template": text} for name, text in template.items()
@@ -251,6 +252,9 @@ def write_preprocessor(
         path.write_text(template, encoding="utf-8")
     generation = {f"{kind}_token_id": token_id for kind, token_id in ids.items()}
     generation["eos_token_id"] = list(preprocessor.stop_token_ids) or None
+    if preprocessor.target:
+        starts = zip(_DECODER_STARTS, preprocessor.target_start_token_ids)
+        generation |= dict(starts)
     generation |= _generation_config(options)
     write_json(os.fspath(folder), "tokenizer_config.json", config)
     write_json(os.fspath(folder), "generation_config.json", generation)

@@ -1,16 +1,20 @@
 """Tokens that published encoder-decoder models give here, and by transformers."""
 
+import json
+
 import keras_hub
 import numpy as np
 import pytest
 
 from blocks import Seq2SeqLM
-from tests.blocks.models.seq2seq_cases import CASES
+from tests.blocks.models.seq2seq_cases import CASES, T5
 from tests.blocks.models.test_seq2seq_models import NAMES, inputs, make_reference
+from tests.made_tokenizers import byte_level
 from tests.models import SMALL_SIZES
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
 
 NEW, BEAMS = 5, 4
 STARTS = [[0], [0, 7, 3], [0, 5]]
@@ -72,3 +76,51 @@ def test_tokens(given, tmp_path):
         ends = np.asarray(out["decoder_padding_mask"]).sum(axis=1)
         rows = [r[e - NEW : e].tolist() for r, e in zip(out["decoder_token_ids"], ends)]
         assert rows == expected_tokens(reference, x, **theirs)
+
+
+@pytest.mark.parametrize("forced", [None, 0])
+def test_texts(forced, tmp_path):
+    """A folder with a tokenizer: what targets begin with is read and written."""
+    end = {"id": "<|end|>", "ids": [1], "tokens": ["<|end|>"]}
+    made = json.loads(byte_level())
+    made["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [
+            {"Sequence": {"id": "A", "type_id": 0}},
+            {"SpecialToken": {"id": "<|end|>", "type_id": 0}},
+        ],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}],
+        "special_tokens": {"<|end|>": end},
+    }
+    theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_str(json.dumps(made)),
+        eos_token="<|end|>",
+        pad_token="<pad>",
+    )
+    reference = make_reference("T5Config", {**T5, "vocab_size": len(theirs)})
+    reference.generation_config = transformers.GenerationConfig(
+        eos_token_id=1,
+        pad_token_id=2,
+        decoder_start_token_id=2,
+        forced_bos_token_id=forced,
+    )
+    reference.save_pretrained(tmp_path / "first")
+    theirs.save_pretrained(tmp_path / "first")
+    texts = ["the if statement", "a"]
+    expected = []
+    for text in texts:
+        x = theirs(text, return_tensors="pt", return_token_type_ids=False)
+        new = reference.generate(**x, max_new_tokens=7, do_sample=False)
+        expected.append(theirs.decode(new[0], skip_special_tokens=True))
+    Seq2SeqLM.from_preset(str(tmp_path / "first")).export_to_transformers(
+        str(tmp_path / "second")
+    )
+    for folder in ("first", "second"):
+        lm = Seq2SeqLM.from_preset(str(tmp_path / folder))
+        lm.compile(sampler="greedy")
+        # What is forced is a new token there, and a part of the prompt here.
+        found = lm.generate(texts, max_new_tokens=7 - (forced is not None))
+        assert found == expected
+    config = json.loads((tmp_path / "second" / "generation_config.json").read_text())
+    assert config["decoder_start_token_id"] == 2
+    assert config.get("forced_bos_token_id") == forced
