@@ -8,6 +8,7 @@ from blocks.custom_encoder import CustomEncoder
 from blocks.custom_encoder_backbone import CustomEncoderBackbone
 from blocks.custom_seq2seq_backbone import CustomSeq2SeqBackbone
 from blocks.distribution import make_layout_map
+from blocks.embedded_prompts import EmbeddingInputs
 from blocks.generation import (
     Completion,
     DraftModel,
@@ -54,6 +55,7 @@ __all__ = [
     "CustomSeq2SeqBackbone",
     "DraftModel",
     "DynamicTanh",
+    "EmbeddingInputs",
     "FeedForward",
     "GatedFeedForward",
     "GenerationOptions",

@@ -8,11 +8,13 @@ import keras
 import keras_hub
 
 from attention.contract import describe
+from blocks.embedded_prompts import read_embeddings
 from blocks.generation.backbone_inputs import (
     backbone_inputs,
     check_backbone,
     task_inputs,
 )
+from blocks.generation.sources import Sources
 from blocks.language_model import LanguageModel
 from blocks.preprocessor import CausalLMPreprocessor
 from blocks.serving import Server
@@ -104,8 +106,14 @@ class CausalLM(LanguageModel, keras_hub.models.CausalLM):
         return self.backbone
 
     def compute_hidden_states(self, inputs: dict[str, Any], **kwargs: Any) -> Any:
-        known = backbone_inputs(self.backbone, **inputs)
+        known = backbone_inputs(self.backbone, inputs, inputs["padding_mask"])
         return self.backbone(known, **kwargs)
+
+    def split_inputs(self, inputs: Any) -> tuple[Sources | None, Any]:
+        names = self.prompt_inputs
+        if not names or not isinstance(inputs, dict) or names[0] not in inputs:
+            return None, inputs
+        return read_embeddings(inputs, self.backbone.hidden_dim)
 
     def serve(self, max_rows: int = 8, max_length: int = 1024, **kwargs: Any) -> Server:
         """Starts a thread that continues requests together, as they come.

@@ -46,6 +46,7 @@ class LanguageModel(
         # === Layers ===
         self.backbone = backbone
         self.preprocessor = preprocessor
+        self.prompt_inputs = getattr(backbone, "prompt_inputs", ())
         # === Functional model ===
         outputs = self.compute_logits(self.compute_hidden_states(inputs))
         if len(getattr(outputs, "shape", ())) != 3:

@@ -33,6 +33,8 @@ class TokenModel:
     """
 
     weights_version = 0
+    # The names of inputs beside the tokens that need not be given.
+    prompt_inputs: tuple[str, ...] = ()
 
     @contextlib.contextmanager
     def changing_weights(self) -> Iterator[None]:
@@ -51,6 +53,7 @@ class TokenModel:
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(inputs, dict):
+            inputs = {**dict.fromkeys(self.prompt_inputs), **inputs}
             for name, x in inputs.items():
                 if x is not None and name.endswith("padding_mask"):
                     check_right_padded(x)

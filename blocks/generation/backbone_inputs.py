@@ -17,11 +17,12 @@ def backbone_inputs(backbone: Any, token_ids: Tensor, padding_mask: Mask) -> Any
     """Returns inputs for a backbone, in the structure of its own inputs.
 
     That is a dict of both, a dict of `token_ids`, or `token_ids`. Others, which are
-    optional, are `None`.
+    optional, are in a dict with the `token_ids`, or `None`.
     """
     asked = _asked_inputs(backbone)
     if isinstance(asked, dict):
-        known = {"token_ids": token_ids, "padding_mask": padding_mask}
+        known = token_ids if isinstance(token_ids, dict) else {"token_ids": token_ids}
+        known = {**known, "padding_mask": padding_mask}
         return {name: known.get(name) for name in asked}
     return tree.map_structure(lambda _: token_ids, asked)
 
@@ -29,7 +30,7 @@ def backbone_inputs(backbone: Any, token_ids: Tensor, padding_mask: Mask) -> Any
 def task_inputs(backbone: Any) -> dict[str, Any]:
     """Returns the symbolic inputs of a language model, whatever the backbone's."""
     asked = _asked_inputs(backbone)
-    if isinstance(asked, dict) and set(asked) == set(NAMES):
+    if isinstance(asked, dict) and set(asked) >= set(NAMES):
         return asked
     return token_inputs()
 
@@ -58,7 +59,8 @@ def check_backbone(backbone: Any) -> None:
         )
     leaves = tree.flatten(asked)
     if isinstance(asked, dict):
-        fits = "token_ids" in asked and set(asked) <= set(NAMES)
+        known = {*NAMES, *getattr(backbone, "prompt_inputs", ())}
+        fits = "token_ids" in asked and set(asked) <= known
     else:
         fits = len(leaves) == 1
     if not fits:
@@ -67,7 +69,7 @@ def check_backbone(backbone: Any) -> None:
             "if it wants to, `padding_mask`: generation has nothing else to give. "
             f"Its inputs are {describe(asked)}"
         )
-    if any(tuple(x.shape) != (None, None) for x in leaves):
+    if any(tuple(x.shape)[:2] != (None, None) for x in leaves):
         raise ValueError(
             f"{name} must take any batch size and length, as generation feeds a "
             'prompt first and single tokens then: `keras.Input((None,), dtype="int32'

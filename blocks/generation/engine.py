@@ -21,7 +21,7 @@ from blocks.generation.sampling import (
     logprobs_of,
     zero_logprobs,
 )
-from blocks.generation.sources import Sources, encode
+from blocks.generation.sources import Sources, encode, lengthened, with_tokens
 
 
 class Engine:
@@ -80,20 +80,21 @@ class Engine:
         self,
         cache: Cache | None,
         capacity: int,
-        tokens: np.ndarray,
+        tokens: Any,
         index: Index,
         lengths: np.ndarray,
     ) -> tuple[Tensor, Cache]:
         """Processes the next tokens of each row: a prefill, or the tokens of a turn.
 
         The cache, whose memory is reused, is `None` for a new one. `tokens` are of shape
-        `(batch, width)`, of which `lengths`, `(batch,)`, count.
+        `(batch, width)`, of which `lengths`, `(batch,)`, count; or a dict of these and of
+        what else a prompt has.
 
         Returns:
             The logits after the last token of each row, `(batch, vocabulary_size)`, and
             the cache. The logits of a row without tokens are undefined.
         """
-        rows, longest = tokens.shape[0], int(lengths.max())
+        rows, longest = len(lengths), int(lengths.max())
         few = self.sizes.few_tokens
         # A layer may need the whole prompt at once.
         whole = self.sites.whole_prompt
@@ -104,10 +105,11 @@ class Engine:
             chunk = self.sizes.further_chunk(chunk, longest)
         # One width for all lengths, as each is compiled.
         width = few if chunk == few else -(-capacity // chunk) * chunk
-        given = _widened(tokens[:, :longest], width)
+        given = tree.map_structure(lambda x: _widened(x[:, :longest], width), tokens)
+        beside = tuple(tokens) if isinstance(tokens, dict) else None
         step = "prefill" if cache is None else "process"
         return self.functions.run(
-            StepKey(step, rows, capacity, chunk),
+            StepKey(step, rows, capacity, chunk, beside),
             lambda _: self._make_process(capacity, chunk),
             (() if cache is None else cache, given, index, lengths),
             donate=(0,),
@@ -127,16 +129,18 @@ class Engine:
         token is not processed.
         """
         lengths = np.maximum(lengths - 1, 1)
-        rows, longest = tokens.shape[0], int(lengths.max())
+        rows, longest = len(lengths), int(lengths.max())
         capacity = self.sizes.round_up_capacity(longest)
         # Logits of all positions of a chunk are in memory: they are short.
         chunk = max(1, self.sizes.chunk_length(rows, capacity) // 4)
         chunk = capacity if self.sites.whole_prompt else chunk
-        given = _widened(tokens[:, : longest + 1], -(-capacity // chunk) * chunk + 1)
+        width = -(-capacity // chunk) * chunk
+        following = _widened(tokens[:, 1 : longest + 1], width)
+        given = with_tokens(_widened(tokens[:, :longest], width), sources, self)
         return self.functions.run(
             StepKey("score", rows, capacity, chunk, variant=top),
             lambda _: self._make_score(capacity, chunk, top),
-            (encode(self, sources, capacity) or (), given, lengths),
+            (encode(self, sources, capacity) or (), given, following, lengths),
         )
 
     def decode(
@@ -234,13 +238,14 @@ class Engine:
         Returns:
             The cache, and what was found.
         """
-        rows, longest = tokens.shape[0], ops.max(lengths)
+        longest = ops.max(lengths)
 
         def more(start: Tensor, *_: Any) -> Tensor:
             return start < longest
 
         def process_chunk(start: Tensor, cache: Cache, found: Any) -> tuple:
-            part = ops.slice(tokens, (0, start), (rows, chunk))  # (rows, chunk)
+            # Tokens are (rows, chunk) then.
+            part = tree.map_structure(lambda x: _part(x, start, chunk), tokens)
             left = (lengths - start)[:, None]
             mask = ops.arange(chunk, dtype="int32")[None] < left
             hidden, cache = self.forward(cache, part, index + start, mask)
@@ -294,7 +299,7 @@ class Engine:
         def process(
             cache: Cache, tokens: Tensor, index: Index, lengths: Tensor
         ) -> tuple[Tensor, Cache]:
-            rows = tokens.shape[0]
+            rows = lengths.shape[0]
             cache = cache or self.create_cache(rows, capacity)
             last = ops.zeros((rows, 1, output.shape[-1]), dtype=output.dtype)
             cache, last = self._over_chunks(
@@ -305,9 +310,10 @@ class Engine:
         return process
 
     def _make_score(self, capacity: int, chunk: int, top: int) -> Callable:
-        def score(cache: Cache, tokens: Tensor, lengths: Tensor) -> Logprobs:
-            tokens, following = tokens[:, :-1], tokens[:, 1:]
-            rows, width = tokens.shape
+        def score(
+            cache: Cache, tokens: Any, following: Tensor, lengths: Tensor
+        ) -> Logprobs:
+            rows, width = following.shape
 
             def take(start: Tensor, _: Tensor, hidden: Tensor, found: Any) -> Any:
                 goals = ops.slice(following, (0, start), (rows, chunk))
@@ -369,7 +375,14 @@ class Engine:
 
 def _widened(tokens: np.ndarray, width: int) -> np.ndarray:
     """Returns tokens with zeros behind them, `(rows, width)`."""
-    return np.pad(tokens, ((0, 0), (0, width - tokens.shape[1]))).astype("int32")
+    wide = lengthened(tokens, width, axis=1)
+    return wide.astype("int32") if wide.dtype.kind in "iub" else wide
+
+
+def _part(tokens: Tensor, start: Tensor, length: int) -> Tensor:
+    """Returns so many tokens of all rows, or what there is beside them."""
+    rows, _, *sizes = tokens.shape
+    return ops.slice(tokens, (0, start, *[0] * len(sizes)), (rows, length, *sizes))
 
 
 def _put(buffers: Any, values: Any, place: Tensor) -> Any:

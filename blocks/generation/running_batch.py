@@ -18,7 +18,7 @@ from blocks.generation.engine import Engine
 from blocks.generation.options import NO_OPTIONS, Options
 from blocks.generation.prompts import pad_rows
 from blocks.generation.sampling import Sampling
-from blocks.generation.sources import Sources, encode
+from blocks.generation.sources import Sources, encode, with_tokens
 
 
 class Block(NamedTuple):
@@ -89,9 +89,10 @@ class RunningBatch:
         groups = [np.arange(self.batch_size)]
         if self.cache is None:
             groups = self._groups(lengths)
+        given = with_tokens(tokens, self.sources, self.engine, self.processed)
         old = self.logits
         with self.forgetting_if_it_fails():
-            parts = [self._process_rows(group, tokens, lengths) for group in groups]
+            parts = [self._process_rows(group, given, lengths) for group in groups]
         self.logits, self.cache = parts[0]
         if len(parts) > 1:
             order = np.argsort(np.concatenate(groups)).astype("int32")
@@ -104,11 +105,15 @@ class RunningBatch:
         return int(lengths.sum())
 
     def _process_rows(
-        self, rows: np.ndarray, tokens: np.ndarray, lengths: np.ndarray
+        self, rows: np.ndarray, tokens: Any, lengths: np.ndarray
     ) -> tuple[Tensor, Cache]:
         capacity = self._capacity_of(rows, lengths)
         logits, cache = self.engine.process(
-            self.cache, capacity, tokens[rows], self._index(), lengths[rows]
+            self.cache,
+            capacity,
+            tree.map_structure(lambda x: x[rows], tokens),
+            self._index(),
+            lengths[rows],
         )
         if capacity < self.capacity:
             cache = grow_cache(self.engine.sites, cache, self.capacity)

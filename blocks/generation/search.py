@@ -16,7 +16,7 @@ from blocks.generation.engine import Engine
 from blocks.generation.prompts import NO_TOKENS, Prompts
 from blocks.generation.running_batch import BROKEN_LOGITS
 from blocks.generation.sampling import Sampling
-from blocks.generation.sources import encode
+from blocks.generation.sources import encode, with_tokens
 
 
 def search(
@@ -40,10 +40,16 @@ def search(
         buffer[:, :length] = prompts.token_ids[rows, :length]
         sources = {name: x[rows] for name, x in (prompts.sources or {}).items()}
         cache = encode(engine, sources, limit)
+        given = with_tokens(buffer, sources, engine)
+        if isinstance(given, dict) and given["embedding_mask"][:, length - 1].any():
+            raise ValueError(
+                f"A search reads the last token of a prompt again, so it can't be an "
+                f"embedding. Received: a prompt of {length} positions"
+            )
         tokens, broken = engine.functions.run(
             StepKey("search", len(rows), limit, variant=stop_token_ids),
             lambda sampling: _make_search(engine, sampling, stop_token_ids),
-            (buffer, np.int32(length), () if cache is None else cache),
+            (given, np.int32(length), () if cache is None else cache),
             sampling=sampling,
         )
         broken = ops.convert_to_numpy(broken)
@@ -125,13 +131,14 @@ def _make_search(
         new = _SearchCache(parts.without(new), ops.maximum(cache.broken, broken))
         return sampling.mask_unknown(logits), hidden[:, 0], new
 
-    def run(token_ids: Tensor, length: Tensor, given: Cache) -> tuple[Tensor, Tensor]:
+    def run(tokens: Any, length: Tensor, given: Cache) -> tuple[Tensor, Tensor]:
+        token_ids = tokens["token_ids"] if isinstance(tokens, dict) else tokens
         batch_size, width = token_ids.shape
         positions = ops.arange(width, dtype="int32")[None]
         mask = ops.broadcast_to(positions < length, (batch_size, width))
         before = ops.broadcast_to(positions < length - 1, (batch_size, width))
         empty = given or engine.create_cache(batch_size, width)
-        hidden, filled = engine.forward(empty, token_ids, 0, before, donate=False)
+        hidden, filled = engine.forward(empty, tokens, 0, before, donate=False)
         parts = _SourceParts(engine, filled, width)
         broken = ops.zeros((batch_size,), dtype="int32")
         cache = _SearchCache(parts.without(filled), broken)

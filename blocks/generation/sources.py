@@ -103,16 +103,42 @@ def stacked(rows: list[Sources]) -> Sources | None:
     found: Sources = {}
     for name in rows[0] if rows else ():
         length = max(len(row[name]) for row in rows)
-        found[name] = np.stack([_lengthened(row[name], length) for row in rows])
+        found[name] = np.stack([lengthened(row[name], length) for row in rows])
     return found or None
+
+
+def with_tokens(
+    tokens: np.ndarray, sources: Sources | None, engine: Any, starts: Any = None
+) -> Any:
+    """Returns tokens, in a dict with what is beside them, if there is something.
+
+    Args:
+        tokens: array of shape `(rows, width)`.
+        sources: what each row has from its first position on, or what an encoder reads.
+        engine: its decoder is called on the tokens.
+        starts: array `(rows,)`: the positions of the first tokens; `None`: 0.
+    """
+    if not sources or engine.encoder is not None:
+        return tokens
+    rows, width = tokens.shape
+    starts = np.zeros((rows,), "int32") if starts is None else starts
+    found = {
+        name: np.stack(
+            [lengthened(x[n : n + width], width) for x, n in zip(array, starts)]
+        )
+        for name, array in sources.items()
+    }
+    # All of it may have been before.
+    any_left = any(x.any() for x in found.values())
+    return {"token_ids": tokens, **found} if any_left else tokens
 
 
 def encode(engine: Any, sources: Sources | None, capacity: int) -> Cache | None:
     """Runs the encoder, and returns a cache that holds the sources and no tokens.
 
-    Without sources it is `None`, for a new cache.
+    It is `None`, for a new cache, without sources, or where they are beside the tokens.
     """
-    if not sources:
+    if not sources or engine.encoder is None:
         return None
     longest = max(x.shape[1] for x in sources.values())
     length = engine.sizes.round_up_source(longest)
@@ -146,10 +172,10 @@ def _padded(sources: Sources, inputs: dict[str, Any], length: int) -> Sources:
     masked = any(map(_is_mask, inputs))
     if not masked or len(lengths) > 1 or any(x.shape[1] for x in inputs.values()):
         return sources
-    return {name: _lengthened(x, length, axis=1) for name, x in sources.items()}
+    return {name: lengthened(x, length, axis=1) for name, x in sources.items()}
 
 
-def _lengthened(array: np.ndarray, length: int, axis: int = 0) -> np.ndarray:
+def lengthened(array: np.ndarray, length: int, axis: int = 0) -> np.ndarray:
     """Returns an array with zeros at the end of an axis."""
     more = [(0, 0)] * array.ndim
     more[axis] = (0, length - array.shape[axis])

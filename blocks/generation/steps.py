@@ -22,7 +22,7 @@ from blocks.generation.prompts import (
 )
 from blocks.generation.samplers import check_sampler
 from blocks.generation.sampling import NO_MEMORY
-from blocks.generation.sources import Sources, encode
+from blocks.generation.sources import Sources, encode, with_tokens
 
 
 class GenerationState(NamedTuple):
@@ -104,7 +104,11 @@ class GenerationSteps:
         engine = self._engine()
         cache = encode(engine, prompts.sources, max_length)
         logits, cache = engine.process(
-            cache, max_length, prompts.token_ids, np.int32(0), prompts.lengths
+            cache,
+            max_length,
+            with_tokens(prompts.token_ids, prompts.sources, engine),
+            np.int32(0),
+            prompts.lengths,
         )
         index = ops.convert_to_tensor(prompts.lengths)
         limit = ops.convert_to_tensor(np.int32(max_length))
