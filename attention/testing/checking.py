@@ -172,6 +172,7 @@ def check_cached_model(
     make_model: Callable[[], Any],
     *,
     inputs: Any = None,
+    sources: dict[str, Any] | None = None,
     hidden_dim: int = 16,
     batch_size: int = 3,
     max_length: int = 24,
@@ -194,6 +195,9 @@ def check_cached_model(
             length, ...)`: like it inputs are drawn. Needed for a subclassed
             model, and for integers of unknown range; otherwise read off the
             model. An input with "mask" in its name is a padding mask.
+        sources: dict of arrays with one row, `(1, source_length, ...)`, by the names of
+            inputs that are no parts of the sequence, such as `encoder_sequence` of a
+            decoder: they are given whole at each call, and are the same for all rows.
         hidden_dim: int. The width of the inputs, for a cached layer.
         batch_size, max_length, dtype, seed, checks, tolerance: as for a layer.
 
@@ -228,6 +232,7 @@ def check_cached_model(
         own: dict[str, Any] = {"hidden_dim": hidden_dim}
         kind: type[Subject] = Subject
     else:
-        own, kind = {"example": inputs}, ModelSubject
+        own = {"example": inputs, "sources": sources}
+        kind = ModelSubject
     subject = kind(make_model, batch_size, max_length, dtype, seed, **own)
     return run_checks(subject, checks, tolerance)

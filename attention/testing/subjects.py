@@ -138,6 +138,10 @@ class Subject(Checked):
         inputs = keras.Input((self.prefill_size, self.hidden_dim))
         return keras.Model(inputs, made(inputs))
 
+    def complete(self, inputs: Any) -> Any:
+        """Returns inputs with what is given at each call besides."""
+        return inputs
+
     def takes(self, argument: str) -> bool:
         """Whether the layer's `call` has an argument."""
         return argument in inspect.signature(self.made.call).parameters
@@ -148,18 +152,24 @@ class Subject(Checked):
 
 
 class ModelSubject(Subject):
-    """Makes Keras models of cached layers, whose inputs are like an example, if any."""
+    """Makes Keras models of cached layers, whose inputs are like an example, if any.
+
+    `sources` are inputs that are given whole at each call, the same for all rows.
+    """
 
     argument, kind = "make_model", keras.Model
 
-    def __init__(self, *args: Any, example: Any = None) -> None:
+    def __init__(
+        self, *args: Any, example: Any = None, sources: dict[str, Any] | None = None
+    ) -> None:
         super().__init__(*args)
         self._example = example
+        self._sources = {k: np.asarray(x) for k, x in (sources or {}).items()}
 
     def build(self, made: Layer) -> None:
-        self._inputs = _input_specs(made, self._example)
+        self._inputs = _input_specs(made, self._example, self._sources)
         if not made.built:
-            made(self.draw(np.random.default_rng(0), 1, 2))
+            made(self.complete(self.draw(np.random.default_rng(0), 1, 2)))
 
     def draw(self, rng: np.random.Generator, batch_size: int, length: int) -> Any:
         return tree.map_structure(
@@ -167,14 +177,17 @@ class ModelSubject(Subject):
         )
 
     def _sites(self, made: Layer) -> tuple[CachedLayer, ...]:
-        return call_sites(made, self.draw(np.random.default_rng(0), 1, 1))
+        return call_sites(
+            made, self.complete(self.draw(np.random.default_rng(0), 1, 1))
+        )
 
     def sites(self) -> tuple[CachedLayer, ...]:
         return self._sites(self.made)
 
     def create_cache(self, made: Layer, batch_size: int, length: int) -> Cache:
-        example = self.draw(np.random.default_rng(0), 1, 1)
-        return create_cache(made, batch_size, length, example)
+        example = self.complete(self.draw(np.random.default_rng(0), 1, 1))
+        longest = max((x.shape[1] for x in self._sources.values()), default=None)
+        return create_cache(made, batch_size, length, example, longest)
 
     def grow_cache(self, made: Layer, cache: Cache, length: int) -> Cache:
         return grow_cache(self._sites(made), cache, length)
@@ -204,13 +217,24 @@ class ModelSubject(Subject):
 
     def _masked(self, inputs: Any, mask: Mask) -> Any:
         """Returns the inputs, with the mask in the place they have for it."""
-        if mask is None:
-            return inputs
 
         def put(spec: _InputSpec, x: Any) -> Any:
             return ops.cast(mask, x.dtype) if spec.is_mask else x
 
-        return tree.map_structure(put, self._inputs, inputs)
+        if mask is not None:
+            inputs = tree.map_structure(put, self._inputs, inputs)
+        return self.complete(inputs)
+
+    def complete(self, inputs: Any) -> Any:
+        """Returns inputs with the sources, of which each row has the same."""
+        if not self._sources:
+            return inputs
+        first = tree.flatten(inputs)[0]
+        sources = {k: np.repeat(x, len(first), 0) for k, x in self._sources.items()}
+        if not isinstance(first, np.ndarray):
+            # Arrays and tensors together are no inputs.
+            sources = tree.map_structure(ops.convert_to_tensor, sources)
+        return {**inputs, **sources}
 
 
 @dataclasses.dataclass
@@ -232,9 +256,20 @@ class _InputSpec:
         return rng.integers(self.low, self.high, size=shape).astype(self.dtype)
 
 
-def _input_specs(model: keras.Model, example: Any) -> Any:
-    """Returns what the inputs of a model look like: a pytree of `_InputSpec`s."""
+def _input_specs(model: keras.Model, example: Any, sources: dict[str, Any]) -> Any:
+    """Returns what the inputs of a model look like: a pytree of `_InputSpec`s.
+
+    `sources` are left out.
+    """
     structure = symbolic_inputs(model) if example is None else example
+    if sources:
+        missing = set(sources) - set(structure if isinstance(structure, dict) else ())
+        if missing:
+            raise ValueError(
+                f"The model has no inputs named {sorted(missing)}, of which `sources` are. "
+                f"Its inputs are {describe(structure)}"
+            )
+        structure = {k: x for k, x in structure.items() if k not in sources}
     specs = []
     for path, x in tree.flatten_with_path(structure):
         name = x.name if example is None else ""

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from attention import RotaryAttention, T5Attention, call_with_cache, create_cache
+from attention.testing import check_cached_model
 from blocks import CustomDecoder, CustomEncoder, CustomSeq2SeqBackbone
 from tests.helpers import assert_close, raises, randomize, to_numpy
 
@@ -178,3 +179,21 @@ def test_features_as_sources():
     changed = backbone({**x, "features": features * 2})
     moved = outputs["decoder_sequence_output"] - changed["decoder_sequence_output"]
     assert np.abs(to_numpy(moved)).max() > 1e-3
+
+
+def test_the_kit_takes_a_source():
+    """A source is given whole at each call: it is no part of the sequence."""
+    rng = np.random.default_rng(0)
+    source = {
+        "encoder_sequence": rng.normal(size=(1, 5, 16)).astype("float32"),
+        "encoder_padding_mask": np.array([[1, 1, 1, 1, 0]], "bool"),
+    }
+    checks = ["prefill_and_steps", "causality", "padding", "chunks", "rewind"]
+    report = check_cached_model(
+        lambda: make().decoder, sources=source, max_length=9, checks=checks
+    )
+    assert set(report) == set(checks) and max(report.values()) < 1e-3
+    with raises(ValueError, "no inputs named ['features']"):
+        check_cached_model(
+            lambda: make().decoder, sources={"features": np.ones((1, 2))}
+        )
