@@ -20,7 +20,7 @@ from tests.blocks.seq2seq.pairs import (
     one,
     rows_of,
 )
-from tests.helpers import assert_close, raises, to_numpy
+from tests.helpers import assert_close, raises, slow, to_numpy
 from tests.models import make_backbone
 from tests.models import make_lm as make_decoder
 
@@ -107,7 +107,9 @@ def test_loops_of_ones_own_and_scores(lm):
         assert_close(score, sum(likely[i, x] for i, x in enumerate(row[1:])))
 
 
-@pytest.mark.parametrize("guesser", ["lookup", "encoder and decoder", "decoder"])
+@pytest.mark.parametrize(
+    "guesser", ["lookup", slow("encoder and decoder"), slow("decoder")]
+)
 def test_speculation(lm, guesser):
     made = {
         "lookup": lambda: PromptLookup(num_tokens=3),
@@ -139,6 +141,7 @@ def test_options_and_several_continuations(lm):
     assert len(lm.compiled_steps) == steps
 
 
+@pytest.mark.slow
 def test_features(lm):
     speech = make_lm(Speech)
     x = {**features(), "decoder_token_ids": TARGETS}
@@ -172,6 +175,7 @@ def test_texts(text_lm):
     assert text_lm.generate(texts, max_new_tokens=6, stop=["\x00"]) is not None
 
 
+@pytest.mark.same_everywhere
 def test_the_encoder_runs_once(monkeypatch):
     lm = make_lm()
     lm.compile(sampler="greedy", run_eagerly=True)
@@ -190,6 +194,7 @@ def test_the_encoder_runs_once(monkeypatch):
     assert len(calls) == 3
 
 
+@pytest.mark.same_everywhere
 def test_a_failed_step_loses_no_source(lm, monkeypatch):
     session = lm.start(given())
     engine = lm._engine()

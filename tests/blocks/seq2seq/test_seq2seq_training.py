@@ -48,6 +48,7 @@ def test_the_loss_is_that_of_the_targets_alone():
     assert_close(loss, np.mean(losses))
 
 
+@pytest.mark.slow
 def test_fit_learns_what_the_source_says():
     lm = compiled(make_text_lm(num_layers=1), 2e-2)
     history = lm.fit(PAIRS, epochs=40, verbose=0).history
@@ -96,6 +97,7 @@ def test_features_are_trained_on():
     assert found["decoder_token_ids"].tolist() == targets.tolist()
 
 
+@pytest.mark.slow
 def test_presets(tmp_path):
     lm = make_text_lm()
     texts = lm.generate(PAIRS["encoder_text"], max_new_tokens=6)
@@ -109,6 +111,7 @@ def test_presets(tmp_path):
     assert loaded.generate(PAIRS["encoder_text"], max_new_tokens=6) == texts
 
 
+@pytest.mark.slow
 def test_lora_and_int8():
     lm = make_lm()
     before = greedy(lm, 7)
