@@ -27,7 +27,7 @@ def parse_arguments():
     )
     add = parser.add_argument
     add("--backend", choices=("tensorflow", "jax", "torch"), default=None)
-    add("--steps", type=int, default=None, help="training steps (default: 3000)")
+    add("--steps", type=int, default=None, help="training steps (default: 1500)")
     add("--layers", type=int, default=2, help="of the encoder, and of the decoder")
     add("--width", type=int, default=128)
     add("--length", type=int, default=48, help="bytes of a line")
@@ -38,7 +38,7 @@ def parse_arguments():
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.layers, arguments.width, arguments.length = 1, 32, 24
-    arguments.steps = arguments.steps or (20 if arguments.quick else 3000)
+    arguments.steps = arguments.steps or (20 if arguments.quick else 1500)
     return arguments
 
 
