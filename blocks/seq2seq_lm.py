@@ -16,6 +16,7 @@ from blocks.generation.prompts import (
     is_text,
     read_tokens,
     to_plain,
+    to_str,
     vocabulary_size,
 )
 from blocks.generation.sources import Sources, read_sources
@@ -175,6 +176,7 @@ class Seq2SeqLM(LanguageModel, keras_hub.models.Seq2SeqLM):
                 "`encoder_text` must be a string or a list of strings. Received: "
                 f"encoder_text={describe(texts)}"
             )
+        texts = [to_str(text) for text in texts]
         limit = self.preprocessor.encoder_sequence_length
         encoded = self.preprocessor.generate_preprocess(
             {"encoder_text": texts, "decoder_text": [""] * len(texts)},

@@ -3,6 +3,7 @@
 import keras_hub
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import ops
 
 from attention.contract import describe
@@ -171,8 +172,11 @@ def test_texts(text_lm):
     assert both[0].startswith("xy") and both[1].startswith("z")
     tokens = text_lm.generate(sources, max_new_tokens=6, stop_token_ids=None)
     assert rows_of(tokens) == expected
-    # The prompts of KerasHub's preprocessors have other tokens, and the same names.
-    assert text_lm.generate(texts, max_new_tokens=6, stop=["\x00"]) is not None
+    data = tf.data.Dataset.from_tensor_slices({"encoder_text": texts}).batch(1)
+    assert text_lm.generate(data, max_new_tokens=6) == found
+    held = found[0][1:3]
+    stopped = text_lm.generate(texts, max_new_tokens=6, stop=held)
+    assert stopped[0] == found[0][: found[0].find(held)]
 
 
 @pytest.mark.same_everywhere
