@@ -1,6 +1,6 @@
 """Train an encoder-decoder model to restore text without case, accents and punctuation.
 
-    python examples/translate.py                       # about ten minutes
+    python examples/translate.py                       # a quarter of an hour
     python examples/translate.py --picture maps.png    # where the cross-attention looks
     python examples/translate.py --quick               # a few steps of a tiny model
 
