@@ -34,6 +34,8 @@ class _Pairs(keras.Model):
     def __init__(self, lm: Any, sources: dict[str, np.ndarray]) -> None:
         super().__init__(name=lm.name)
         self.lm, self.sources = lm, sources
+        # What it is made of is, which JAX asks for.
+        self.built = True
         # The limit is that of targets.
         limit = max_length(getattr(lm.backbone, "decoder", lm.backbone))
         self.backbone = types.SimpleNamespace(max_sequence_length=limit and limit + 1)
