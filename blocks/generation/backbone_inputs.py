@@ -20,11 +20,11 @@ def backbone_inputs(backbone: Any, token_ids: Tensor, padding_mask: Mask) -> Any
     optional, are in a dict with the `token_ids`, or `None`.
     """
     asked = _asked_inputs(backbone)
+    known = token_ids if isinstance(token_ids, dict) else {"token_ids": token_ids}
+    known = {**known, "padding_mask": padding_mask}
     if isinstance(asked, dict):
-        known = token_ids if isinstance(token_ids, dict) else {"token_ids": token_ids}
-        known = {**known, "padding_mask": padding_mask}
         return {name: known.get(name) for name in asked}
-    return tree.map_structure(lambda _: token_ids, asked)
+    return tree.map_structure(lambda _: known["token_ids"], asked)
 
 
 def task_inputs(backbone: Any) -> dict[str, Any]:
