@@ -181,6 +181,7 @@ def test_features_as_sources():
     assert np.abs(to_numpy(moved)).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_the_kit_takes_a_source():
     """A source is given whole at each call: it is no part of the sequence."""
     rng = np.random.default_rng(0)

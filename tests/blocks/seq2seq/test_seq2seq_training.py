@@ -80,6 +80,7 @@ def test_kinds_of_data():
         lm({**arrays, "encoder_padding_mask": np.eye(4, 9, dtype="int32")[:, ::-1]})
 
 
+@pytest.mark.slow
 def test_features_are_trained_on():
     lm = compiled(make_lm(Speech, num_layers=1), 2e-2)
     targets = np.array([[1, 7, 8], [1, 9, 7], [1, 8, 8]])
