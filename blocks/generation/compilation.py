@@ -84,13 +84,7 @@ class GenerationSizes:
 
     def round_up_capacity(self, length: int) -> int:
         """Returns the smallest size of a KV cache that holds `length` positions."""
-        capacity = self.min_capacity
-        while capacity < length:
-            half = capacity * 3 // 2
-            if capacity >= 4 * self.min_capacity and length <= half:
-                return half
-            capacity *= 2
-        return capacity
+        return _rounded_up(length, self.min_capacity, 4 * self.min_capacity)
 
     def chunk_length(self, batch_size: int, capacity: int) -> int:
         """Returns how many tokens of each row are processed at once."""
@@ -104,13 +98,7 @@ class GenerationSizes:
 
     def round_up_source(self, length: int) -> int:
         """Returns the smallest size of a source that holds `length` positions."""
-        size = self.min_chunk
-        while size < length:
-            half = size * 3 // 2
-            if length <= half:
-                return half
-            size *= 2
-        return size
+        return _rounded_up(length, self.min_chunk, self.min_chunk)
 
     def further_chunk(self, chunk: int, length: int) -> int:
         """Returns how many of `length` further tokens are processed at once.
@@ -119,6 +107,16 @@ class GenerationSizes:
         """
         short, long = (-(-length // x) * x for x in (self.min_chunk, chunk))
         return self.min_chunk if 2 * short <= long else chunk
+
+
+def _rounded_up(length: int, size: int, halves_from: int) -> int:
+    """Returns the first of some sizes that holds `length`: doubled, later by halves."""
+    while size < length:
+        half = size * 3 // 2
+        if size >= halves_from and length <= half:
+            return half
+        size *= 2
+    return size
 
 
 class StepKey(NamedTuple):
@@ -135,9 +133,10 @@ class CompiledStep(NamedTuple):
     """A compiled (traced) step of generation, one of `lm.compiled_steps`.
 
     Attributes:
-        step: str. `"encode"` reads sources, `"prefill"` prompts, `"process"` further tokens, `"sample"`
-            chooses the first new token, `"decode"` the others, `"verify"` checks guessed
-            tokens, `"search"` is a sampler's own loop, `"decode_step"` the public method.
+        step: str. `"encode"` reads sources, `"prefill"` prompts, `"process"` further
+            tokens, `"sample"` chooses the first new token, `"decode"` the others,
+            `"verify"` checks guessed tokens, `"search"` is a sampler's own loop,
+            `"decode_step"` the public method.
         batch_size: int. The number of rows.
         capacity: int or `None`. The size of the KV cache, in positions; `None` where there
             is none, or its size was not known.

@@ -23,8 +23,8 @@ class Prompts(NamedTuple):
         limits: `int32` array `(batch,)`: the lengths at which rows end.
         width: int. The length of the arrays that are returned.
         as_text: bool. Whether the user passed text.
-        sources: what an encoder reads, by name: arrays with a row for each prompt; `None` where
-            there is no encoder.
+        sources: what an encoder reads, or what is beside the tokens, by name: arrays with
+            a row for each prompt; or `None`.
     """
 
     token_ids: np.ndarray

@@ -52,7 +52,8 @@ class RunningBatch:
     Args:
         engine: compiles the steps.
         batch_size: int. The number of rows.
-        sources: what an encoder reads, by name, with a row for each; or `None`.
+        sources: what an encoder reads, or what is beside the tokens of prompts, by name,
+            with a row for each; or `None`.
 
     Attributes:
         cache: the KV cache, or `None` before anything was processed.

@@ -79,9 +79,9 @@ class _SourceParts:
     So a search neither moves nor copies them.
     """
 
-    def __init__(self, engine: Engine, cache: Cache, capacity: int) -> None:
+    def __init__(self, engine: Engine, cache: Cache) -> None:
         shapes = [
-            [x.shape for x in tree.flatten(engine.create_cache(1, capacity, length))]
+            [x.shape for x in tree.flatten(engine.create_cache(1, 1, length))]
             for length in (1, 2)
         ]
         self._cache = cache
@@ -139,7 +139,7 @@ def _make_search(
         before = ops.broadcast_to(positions < length - 1, (batch_size, width))
         empty = given or engine.create_cache(batch_size, width)
         hidden, filled = engine.forward(empty, tokens, 0, before, donate=False)
-        parts = _SourceParts(engine, filled, width)
+        parts = _SourceParts(engine, filled)
         broken = ops.zeros((batch_size,), dtype="int32")
         cache = _SearchCache(parts.without(filled), broken)
         step = functools.partial(next_step, parts=parts, rows=batch_size)

@@ -1,4 +1,4 @@
-"""What an encoder-decoder model reads beside its prompt: tokens, or features of any kind."""
+"""What a model reads beside tokens: an encoder's sources, or embeddings of prompts."""
 
 from __future__ import annotations
 

@@ -8,8 +8,9 @@ import keras
 
 from attention.contract import Tensor, arguments_of, declare_axes
 from blocks.checkpoints.architecture import register_architecture
+from blocks.checkpoints.conversions import layer_lines
 from blocks.custom_encoder_backbone import CustomEncoderBackbone
-from blocks.models.bert import Bert, with_biases
+from blocks.models.bert import Bert
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
@@ -86,12 +87,12 @@ class Albert(Bert):
     base_prefix = "albert."
     weights = {
         **{f"al{name}": path for name, path in Bert.weights.items()},
-        **with_biases(
+        **layer_lines(
             {"albert.encoder.embedding_hidden_mapping_in": "embedding_projection"}
         ),
     }
     layer_prefix = "albert.encoder.albert_layer_groups.{i}.albert_layers.0."
-    layer_weights = with_biases(
+    layer_weights = layer_lines(
         {
             "attention.query": "self_attention/query",
             "attention.key": "self_attention/key",
@@ -105,7 +106,7 @@ class Albert(Bert):
     )
     head_weights = {
         "masked_lm": {
-            **with_biases(
+            **layer_lines(
                 {
                     "predictions.dense": "masked_lm_transform/dense",
                     "predictions.LayerNorm": "masked_lm_transform/norm",
@@ -113,7 +114,7 @@ class Albert(Bert):
             ),
             "predictions.bias": "masked_lm_bias/bias",
         },
-        "text_classifier": with_biases(
+        "text_classifier": layer_lines(
             {
                 "albert.pooler": "text_classifier_transform",
                 "classifier": "classifier",

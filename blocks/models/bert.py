@@ -5,19 +5,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 from blocks.checkpoints.architecture import Architecture, register_architecture
+from blocks.checkpoints.conversions import layer_lines
 from blocks.custom_encoder_backbone import CustomEncoderBackbone
-
-# The end of a tensor's name and that of its weight.
-PARTS = {"weight": ("kernel", "gamma"), "bias": ("bias", "beta")}
-
-
-def with_biases(table: dict[str, str]) -> dict[str, str]:
-    """Returns a table of layers as one of their weights and biases."""
-    return {
-        f"{name}.{part}": f"{path}/{ours[path.endswith('norm')]}"
-        for name, path in table.items()
-        for part, ours in PARTS.items()
-    }
 
 
 @register_architecture
@@ -62,10 +51,10 @@ class Bert(Architecture):
         "bert.embeddings.token_type_embeddings.weight": (
             "token_type_embedding/embeddings"
         ),
-        **with_biases({"bert.embeddings.LayerNorm": "embeddings_norm"}),
+        **layer_lines({"bert.embeddings.LayerNorm": "embeddings_norm"}),
     }
     layer_prefix = "bert.encoder.layer.{i}."
-    layer_weights = with_biases(
+    layer_weights = layer_lines(
         {
             "attention.self.query": "self_attention/query",
             "attention.self.key": "self_attention/key",
@@ -79,7 +68,7 @@ class Bert(Architecture):
     )
     head_weights = {
         "masked_lm": {
-            **with_biases(
+            **layer_lines(
                 {
                     "cls.predictions.transform.dense": "masked_lm_transform/dense",
                     "cls.predictions.transform.LayerNorm": "masked_lm_transform/norm",
@@ -87,13 +76,13 @@ class Bert(Architecture):
             ),
             "cls.predictions.bias": "masked_lm_bias/bias",
         },
-        "text_classifier": with_biases(
+        "text_classifier": layer_lines(
             {
                 "bert.pooler.dense": "text_classifier_transform",
                 "classifier": "classifier",
             }
         ),
-        "token_classifier": with_biases({"classifier": "classifier"}),
+        "token_classifier": layer_lines({"classifier": "classifier"}),
     }
     head_prefixes: ClassVar[tuple[str, ...]] = (
         "cls.",

@@ -9,10 +9,9 @@ import keras
 from attention import CachedLayer, RotaryAttention
 from attention.contract import Shape, arguments_of
 from blocks.checkpoints.architecture import Architecture, register_architecture
-from blocks.checkpoints.conversions import Dense, attention_paths
+from blocks.checkpoints.conversions import Dense, attention_paths, layer_lines
 from blocks.custom_encoder_backbone import CustomEncoderBackbone
 from blocks.layers.feed_forward import GatedFeedForward, published_activation
-from blocks.models.bert import with_biases
 from blocks.models.mistral import LAYER_TYPES
 
 
@@ -101,7 +100,7 @@ _HEADS: dict[str, dict[str, str]] = {
     task: {
         "head.dense.weight": f"{task}_transform/dense/kernel",
         "head.norm.weight": f"{task}_transform/norm/gamma",
-        **with_biases({"classifier": "classifier"}),
+        **layer_lines({"classifier": "classifier"}),
     }
     for task in ("text_classifier", "token_classifier", "masked_lm")
 }

@@ -7,8 +7,9 @@ from typing import Any
 import keras
 
 from blocks.checkpoints.architecture import register_architecture
+from blocks.checkpoints.conversions import layer_lines
 from blocks.custom_encoder_backbone import CustomEncoderBackbone
-from blocks.models.bert import Bert, with_biases
+from blocks.models.bert import Bert
 from blocks.models.opt import AfterTwo
 
 # How many rows of the table of positions are none: 0, and that of padding.
@@ -47,7 +48,7 @@ class Roberta(Bert):
     layer_prefix = "roberta.encoder.layer.{i}."
     head_weights = {
         "masked_lm": {
-            **with_biases(
+            **layer_lines(
                 {
                     "lm_head.dense": "masked_lm_transform/dense",
                     "lm_head.layer_norm": "masked_lm_transform/norm",
@@ -55,7 +56,7 @@ class Roberta(Bert):
             ),
             "lm_head.bias": "masked_lm_bias/bias",
         },
-        "text_classifier": with_biases(
+        "text_classifier": layer_lines(
             {
                 "classifier.dense": "text_classifier_transform",
                 "classifier.out_proj": "classifier",
