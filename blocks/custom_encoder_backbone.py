@@ -22,14 +22,12 @@ TYPES = "token_type_ids"
 class TokenTypes:
     """A model of tokens that may have types, which are 0 where none are given."""
 
-    def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        return super().__call__(self._with_types(inputs), *args, **kwargs)  # type: ignore[misc]
-
     def call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         # On JAX Keras trains and predicts by it.
-        return super().call(self._with_types(inputs), *args, **kwargs)  # type: ignore[misc]
+        return super().call(self.complete(inputs), *args, **kwargs)  # type: ignore[misc]
 
-    def _with_types(self, inputs: Any) -> Any:
+    def complete(self, inputs: Any) -> Any:
+        inputs = super().complete(inputs)  # type: ignore[misc]
         asked: Any = self.input  # type: ignore[attr-defined]
         if isinstance(inputs, dict) and set(asked) - set(inputs) == {TYPES}:
             # An array where the others are, or a tensor.

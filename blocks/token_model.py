@@ -51,9 +51,15 @@ class TokenModel:
     set_weights = _counted("set_weights")
     load_weights = _counted("load_weights")
 
+    def complete(self, inputs: Any) -> Any:
+        """Returns inputs with those that need not be given, as they are where not given."""
+        if not isinstance(inputs, dict):
+            return inputs
+        return {**dict.fromkeys(self.prompt_inputs), **inputs}
+
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        inputs = self.complete(inputs)
         if isinstance(inputs, dict):
-            inputs = {**dict.fromkeys(self.prompt_inputs), **inputs}
             for name, x in inputs.items():
                 if x is not None and name.endswith("padding_mask"):
                     check_right_padded(x)

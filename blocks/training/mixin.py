@@ -143,6 +143,8 @@ class TrainingMixin:
 
     def call(self, inputs: Any, training: Any = None, mask: Any = None) -> Tensor:
         segment_ids = None
+        # On JAX Keras trains and predicts by this method.
+        inputs = self.complete(inputs)  # type: ignore[attr-defined]
         if isinstance(inputs, dict):
             segment_ids = inputs.get("segment_ids")
             inputs = {x: inputs[x] for x in self.input if x in inputs}  # type: ignore[attr-defined]

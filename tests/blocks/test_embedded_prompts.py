@@ -65,6 +65,8 @@ def test_generation(lm):
 def test_the_model_itself(lm):
     x = given(lm)
     assert_close(lm(x), lm(prompts(ROWS)))
+    # On JAX Keras predicts past `__call__`.
+    assert_close(lm.predict(prompts(ROWS), verbose=0), lm(x))
     state = lm.prefill(x, max_length=12)
     ends = [to_numpy(lm(x))[i, len(row) - 1] for i, row in enumerate(ROWS)]
     assert_close(state.logits, np.stack(ends))
