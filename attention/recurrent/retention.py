@@ -101,7 +101,8 @@ class Retention(RecurrentMixer):
             split_heads(dense(x), self.num_heads)
             for dense in (self.query_dense, self.key_dense, self.value_dense)
         )
-        log_decay = ops.zeros_like(float32(query[..., :1])) + self._log_decays
+        log_decay = ops.zeros_like(float32(query[..., :1]))
+        log_decay = log_decay + ops.convert_to_tensor(self._log_decays)
         heads = self.recurrence(query, key * self._scale, value, log_decay)
         outputs = gate_heads(self.head_norm(heads), self.gate_dense(x))  # (b, l, h * v)
         return self.output_dense(ops.cast(outputs, self.compute_dtype))  # (b, l, w)

@@ -163,7 +163,8 @@ class CompiledFunctions:
     arguments, and which logits processors there are. They are compared at each call (the
     sampler's when a generation begins), and steps of the last eight of these are kept.
     Other attributes of layers are not looked at: after changing one, make a new
-    `CausalLM`.
+    `CausalLM`. All of this goes for torch, too, where a call of the model is not compiled
+    but recorded.
 
     Attributes:
         steps: list of `CompiledStep`: the steps compiled so far.
@@ -180,6 +181,8 @@ class CompiledFunctions:
         self._weights: list[keras.Variable] = []
         self._policies: list[str] = []
         self._how: tuple | None = None
+        # The model's own part of a step, on torch.
+        self._repeated: Callable | None = None
         self.steps: list[CompiledStep] = []
         self.layers: list[keras.layers.Layer] = []
 
@@ -228,6 +231,22 @@ class CompiledFunctions:
                 key, make(sampling), donate, _variables(sampling)
             )
         return steps[key]
+
+    def call_model(self, function: Callable, *args: Any) -> Any:
+        """Returns `function(*args)`, a call of the model within a step.
+
+        On torch, where a step is not compiled, its operations are recorded. `function` is
+        the same one each time.
+        """
+        if keras.config.backend() != "torch" or self._task.run_eagerly:
+            return function(*args)
+        if self._repeated is None:
+            from blocks.generation.backends.torch_steps import RepeatedCalls
+
+            task = self._task
+            read = [*task.trainable_variables, *task.non_trainable_variables]
+            self._repeated = RepeatedCalls(function, read)
+        return self._repeated(*args)
 
     def _sampling_steps(
         self, sampling: Sampling
@@ -287,7 +306,7 @@ class CompiledFunctions:
             return
         for steps in (self._plain, *(steps for _, steps in self._sampling)):
             self._dropped.update(dict.fromkeys(steps, reason))
-        self._plain, self._sampling = {}, []
+        self._plain, self._sampling, self._repeated = {}, [], None
         self._weights, self._how, self.layers = weights, how, all_layers(task)
         self._policies = [x.dtype_policy.name for x in self.layers]
 

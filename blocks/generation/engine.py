@@ -210,6 +210,12 @@ class Engine:
         donate: bool = True,
     ) -> tuple[Tensor, Cache]:
         """Returns the hidden states of the next tokens, and the updated cache."""
+        args = (cache, tokens, index, mask, donate)
+        return self.functions.call_model(self._forward, *args)
+
+    def _forward(
+        self, cache: Cache, tokens: Tensor, index: Index, mask: Tensor, donate: bool
+    ) -> tuple[Tensor, Cache]:
         with CacheScope(cache, index, mask, donate) as scope:
             hidden = self.hidden_states(tokens, mask)
         return hidden, scope.cache

@@ -243,7 +243,8 @@ class GenerationSteps:
         """Returns the steps of generation compiled so far, and the reason for each.
 
         Look here for the reason of a recompile (retrace), or at the INFO messages of
-        `logging.getLogger("blocks.generation")`. Empty on torch, which compiles nothing.
+        `logging.getLogger("blocks.generation")`. Empty on torch, where the operations
+        of the model's calls are recorded instead.
         """
         engine = self._generation_engine
         return () if engine is None else tuple(engine.functions.steps)

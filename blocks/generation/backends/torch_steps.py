@@ -1,0 +1,245 @@
+"""Repeating a call of the model on torch without the Python of its layers."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import numpy as np
+import torch
+from keras import tree
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_LOGGER = logging.getLogger("blocks.generation")
+
+# Functions whose result is no tensor and depends on no value in one; attributes, too.
+_METADATA = {
+    *("dim", "ndimension", "size", "stride", "numel", "nelement", "__len__"),
+    *("element_size", "is_contiguous", "is_floating_point", "is_complex", "is_signed"),
+    *("get_device", "type", "result_type", "storage_offset", "__hash__", "is_tensor"),
+    "__get__",
+}
+# Functions whose result has a shape that depends on values.
+_SHAPED_BY_VALUES = {
+    *("nonzero", "argwhere", "masked_select", "unique", "unique_consecutive"),
+    *("bincount", "repeat_interleave"),
+}
+# Functions without tensors among their arguments whose result is another each time.
+_DRAWN = {"rand", "randn", "randint", "randperm", "normal"}
+_OPERATORS = (
+    *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"),
+    *("and", "or", "xor", "lshift", "rshift"),
+)
+_WRITES = {"__setitem__", "__set__", *(f"__i{x}__" for x in _OPERATORS)}
+_CONSTANTS = (
+    *(str, type(None), type(...), torch.dtype, torch.device, torch.layout),
+    torch.memory_format,
+)
+
+
+class _NotRepeatableError(RuntimeError):
+    """What a function does depends on more than the shapes of its tensors."""
+
+
+class RepeatedCalls:
+    """Calls a function of tensors, whose operations are recorded once for each shape.
+
+    On torch nothing is compiled, and most of the time of a decode step passes in the
+    Python of layers, between operations. Here the second call with the same shapes is
+    recorded as a graph of `torch.fx`; later ones run that graph, which does the same
+    operations in the same order. A function that asks for values (as `if tensor:` does)
+    is called as it is.
+
+    Args:
+        function: takes and returns pytrees of tensors and constants.
+        variables: the `keras.Variable`s that it reads.
+    """
+
+    def __init__(self, function: Callable, variables: list[keras.Variable]) -> None:
+        self._function, self._variables = function, variables
+        # By shapes: `None` after one call, or if the call can't be recorded.
+        self._graphs: dict[Any, Callable | None] = {}
+        self._refused: set[Any] = set()
+
+    def __call__(self, *args: Any) -> Any:
+        leaves = list(_leaves(args))
+        shapes = [(x.shape, x.dtype) if _is_tensor(x) else x for x in leaves]
+        key = (torch.is_grad_enabled(), *shapes)
+        repeat = self._graphs.get(key)
+        if repeat is not None:
+            return repeat([*self._values(), *filter(_is_tensor, leaves)])
+        if key in self._graphs and key not in self._refused:
+            return self._record(key, args)
+        self._graphs[key] = None
+        return self._function(*args)
+
+    def _values(self) -> list[torch.Tensor]:
+        return [variable.value for variable in self._variables]
+
+    def _record(self, key: Any, args: tuple) -> Any:
+        # On copies, as an attempt that fails may have written to a cache.
+        copies = tree.map_structure(lambda x: x.clone() if _is_tensor(x) else x, args)
+        tensors = filter(_is_tensor, _leaves(copies))
+        recorder = _Recorder([*self._values(), *tensors])
+        try:
+            with recorder:
+                outputs = self._function(*copies)
+            self._graphs[key] = recorder.finish(outputs)
+        except _NotRepeatableError as error:
+            _LOGGER.info("Not recorded: %s", error)
+            self._refused.add(key)
+            return self._function(*args)
+        return outputs
+
+
+class _Recorder(TorchFunctionMode):
+    """Records the functions of torch that are called within it.
+
+    A tensor is an input, the result of a recorded call, or a constant: one that was made
+    of no input. Any other tensor, and any value of a tensor that is not a constant, is
+    refused.
+    """
+
+    def __init__(self, inputs: list[torch.Tensor]) -> None:
+        super().__init__()
+        self._graph, self._root = torch.fx.Graph(), torch.nn.Module()
+        self._places = itertools.count()
+        # What stands for each tensor, of the constants for those that are used.
+        self._nodes: Any = WeakTensorKeyDictionary()
+        self._constants: Any = WeakTensorKeyDictionary()
+        for i, tensor in enumerate(inputs):
+            self._nodes[tensor] = self._graph.placeholder(f"input_{i}")
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if any(isinstance(x, keras.Variable) for x in args):
+            with self:
+                values = (x.value if isinstance(x, keras.Variable) else x for x in args)
+                return function(*values, **kwargs)
+        name = getattr(function, "__name__", str(function))
+        given = [x for x in _leaves((args, kwargs)) if _is_tensor(x)]
+        constant = all(x in self._constants for x in given)
+        is_write = name in _WRITES or (name[-1] == "_" and name[-2:] != "__")
+        shaped = not constant and _is_shaped_by_values(name, args)
+        if shaped or name in _DRAWN or "out" in kwargs:
+            raise _NotRepeatableError(f"`{name}` is called")
+        if is_write and args[0] in self._constants:
+            raise _NotRepeatableError(f"`{name}` writes to a constant")
+        outputs = function(*args, **kwargs)
+        if args and outputs is args[0] and not is_write:
+            # Nothing was to do, as for `x.to("cpu")`.
+            return outputs
+        made = [outputs] if _is_tensor(outputs) else outputs
+        made = made if isinstance(made, (list, tuple)) else []
+        made = [x for x in made if _is_tensor(x)]
+        if constant:
+            for x in made:
+                self._constants[x] = True
+            return outputs
+        if not made and not is_write:
+            if name not in _METADATA:
+                raise _NotRepeatableError(f"`{name}` asks for values")
+            return outputs
+        node = self._call(function, name, args, kwargs)
+        if _is_tensor(outputs):
+            self._nodes[outputs] = node
+        elif made:
+            for i, x in enumerate(outputs):
+                self._nodes[x] = self._graph.call_function(operator.getitem, (node, i))
+        return outputs
+
+    def _call(
+        self, function: Any, name: str, args: tuple, kwargs: dict
+    ) -> torch.fx.Node:
+        args, kwargs = torch.fx.node.map_aggregate((args, kwargs), self._argument)
+        if name == "__get__":
+            attribute = function.__self__.__name__
+            return self._graph.call_function(getattr, (args[0], attribute))
+        if getattr(torch.Tensor, name, None) is function:
+            return self._graph.call_method(name, args, kwargs)
+        if getattr(torch, name, None) is not function:
+            function = _Named(function, name)
+        return self._graph.call_function(function, args, kwargs)
+
+    def _argument(self, x: Any) -> Any:
+        """Returns what stands for an argument in the graph."""
+        if _is_tensor(x):
+            if x in self._constants and x not in self._nodes:
+                place = f"constant_{next(self._places)}"
+                self._root.register_buffer(place, x.detach())
+                self._nodes[x] = self._graph.get_attr(place)
+            if x not in self._nodes:
+                raise _NotRepeatableError("a tensor comes from elsewhere")
+            return self._nodes[x]
+        if isinstance(x, np.generic):
+            x = x.item()
+        for kind in (bool, int, float, complex):
+            if isinstance(x, kind):
+                return kind(x)
+        if isinstance(x, _CONSTANTS):
+            return x
+        raise _NotRepeatableError(f"an argument is a {type(x).__name__}")
+
+    def finish(self, outputs: Any) -> Callable:
+        """Returns a function from a list of the inputs to the outputs."""
+        self._graph.output([self._argument(x) for x in _leaves(outputs)])
+        module = torch.fx.GraphModule(self._root, self._graph)
+        structure = tree.map_structure(lambda _: 0, outputs)
+        return lambda inputs: _packed(structure, iter(module(*inputs)))
+
+
+class _Named:
+    """A function of torch that a graph would look for in another place."""
+
+    def __init__(self, function: Callable, name: str) -> None:
+        self.function, self.__name__ = function, name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **kwargs)
+
+
+def _is_tensor(x: Any) -> bool:
+    return isinstance(x, torch.Tensor)
+
+
+def _leaves(x: Any) -> Iterator[Any]:
+    """Yields what is in a pytree, or in an argument of a function of torch."""
+    if isinstance(x, (list, tuple)):
+        for part in x:
+            yield from _leaves(part)
+    elif isinstance(x, dict):
+        for key in sorted(x):
+            yield from _leaves(x[key])
+    elif isinstance(x, slice):
+        yield from _leaves((x.start, x.stop, x.step))
+    else:
+        yield x
+
+
+def _packed(structure: Any, leaves: Iterator[Any]) -> Any:
+    """Returns leaves in a structure of theirs; `tree.pack_sequence_as` is slow on torch."""
+    if isinstance(structure, dict):
+        return {key: _packed(structure[key], leaves) for key in sorted(structure)}
+    if not isinstance(structure, (list, tuple)):
+        return next(leaves)
+    parts = (_packed(part, leaves) for part in structure)
+    kind = type(structure)
+    return kind(*parts) if hasattr(structure, "_fields") else kind(parts)
+
+
+def _is_shaped_by_values(name: str, args: tuple) -> bool:
+    """Returns whether the shape of a result depends on values."""
+    if name in ("__getitem__", "__setitem__"):
+        parts = args[1] if isinstance(args[1], tuple) else (args[1],)
+        slices = [x for x in parts if isinstance(x, slice)]
+        bounds = [y for x in slices for y in (x.start, x.stop, x.step)]
+        masks = [x for x in parts if _is_tensor(x) and x.dtype == torch.bool]
+        return bool(masks) or any(map(_is_tensor, bounds))
+    return name in _SHAPED_BY_VALUES or (name == "where" and len(args) == 1)
