@@ -21,7 +21,7 @@ from blocks.generation.sampling import (
     logprobs_of,
     zero_logprobs,
 )
-from blocks.generation.sources import Sources, encode, lengthened, with_tokens
+from blocks.generation.sources import Sources, encode, widened, with_tokens
 
 
 class Engine:
@@ -105,7 +105,7 @@ class Engine:
             chunk = self.sizes.further_chunk(chunk, longest)
         # One width for all lengths, as each is compiled.
         width = few if chunk == few else -(-capacity // chunk) * chunk
-        given = tree.map_structure(lambda x: _widened(x[:, :longest], width), tokens)
+        given = tree.map_structure(lambda x: widened(x[:, :longest], width), tokens)
         beside = tuple(tokens) if isinstance(tokens, dict) else None
         step = "prefill" if cache is None else "process"
         return self.functions.run(
@@ -135,8 +135,8 @@ class Engine:
         chunk = max(1, self.sizes.chunk_length(rows, capacity) // 4)
         chunk = capacity if self.sites.whole_prompt else chunk
         width = -(-capacity // chunk) * chunk
-        following = _widened(tokens[:, 1 : longest + 1], width)
-        given = with_tokens(_widened(tokens[:, :longest], width), sources, self)
+        following = widened(tokens[:, 1 : longest + 1], width)
+        given = with_tokens(widened(tokens[:, :longest], width), sources, self)
         return self.functions.run(
             StepKey("score", rows, capacity, chunk, variant=top),
             lambda _: self._make_score(capacity, chunk, top),
@@ -377,12 +377,6 @@ class Engine:
             return tuple(run_loop(more, body, model=self.task, loop_vars=loop_vars)[1:])
 
         return decode
-
-
-def _widened(tokens: np.ndarray, width: int) -> np.ndarray:
-    """Returns tokens with zeros behind them, `(rows, width)`."""
-    wide = lengthened(tokens, width, axis=1)
-    return wide.astype("int32") if wide.dtype.kind in "iub" else wide
 
 
 def _part(tokens: Tensor, start: Tensor, length: int) -> Tensor:

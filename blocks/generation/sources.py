@@ -182,6 +182,12 @@ def lengthened(array: np.ndarray, length: int, axis: int = 0) -> np.ndarray:
     return np.pad(array, more)
 
 
+def widened(tokens: np.ndarray, width: int) -> np.ndarray:
+    """Returns tokens with zeros behind them, `(rows, width)`."""
+    wide = lengthened(tokens, width, axis=1)
+    return wide.astype("int32") if wide.dtype.kind in "iub" else wide
+
+
 def _is_mask(name: str) -> bool:
     return name.endswith("padding_mask")
 
