@@ -20,6 +20,7 @@ from attention.contract import (
     declare_role,
     grow_cache,
     last_tokens,
+    write_source,
 )
 from attention.positions.alibi_bias import AlibiBias
 from attention.positions.arithmetic import token_positions
@@ -93,5 +94,6 @@ __all__ = [
     "grow_cache",
     "last_tokens",
     "token_positions",
+    "write_source",
     "write_tokens",
 ]

@@ -40,6 +40,8 @@ class CustomDecoder(TransformerBlock, CompositeCachedLayer):
 
     Attributes:
         norm_names: tuple of str. The norms, by the names that `transform` uses.
+        cross_attention_norm_names: tuple of str. Further norms, of a block that attends
+            to an encoder's outputs.
         layer_index: int or `None`. The block's depth in a `CustomBackbone`, from
             0, for the hooks to read; `None` outside of one.
 
@@ -112,6 +114,7 @@ class CustomDecoder(TransformerBlock, CompositeCachedLayer):
     - [keras-hub issue #1261](https://github.com/keras-team/keras-hub/issues/1261)
     """
 
+    cross_attention_norm_names: tuple[str, ...] = ("cross_attention_norm",)
     layer_index: int | None = None
     # Made by `build` where the block is called with an encoder's outputs.
     cross_attention: CachedLayer | None
@@ -156,18 +159,34 @@ class CustomDecoder(TransformerBlock, CompositeCachedLayer):
             )
         return super().__call__(*args, **kwargs)
 
-    def build(self, inputs_shape: Shape) -> None:
+    def build(self, inputs_shape: Shape, **source: Shape) -> None:
+        """Makes the parts.
+
+        Args:
+            inputs_shape: tuple. The shape of the block's inputs.
+            **source: `encoder_shape`, a tuple: the shape of the encoder's outputs. With
+                it the block has cross-attention. The first call with `encoder_sequence`
+                passes it by itself.
+        """
+        # Of a second named argument Keras would ask that `call` always has it.
+        encoder_shape = source.pop("encoder_shape", self._encoder_shape)
+        if source:
+            raise TypeError(
+                f"`build` takes `encoder_shape`. Received: {sorted(source)}"
+            )
         super().build(inputs_shape)
-        self.cross_attention = None
-        if self._encoder_shape is None:
+        self._encoder_shape, self.cross_attention = encoder_shape, None
+        if encoder_shape is None:
             return
-        x_shape, encoder_shape = tuple(inputs_shape), tuple(self._encoder_shape)
+        self._check_norm_names("cross_attention_norm_names")
+        x_shape, encoder_shape = tuple(inputs_shape), tuple(encoder_shape)
         hook = "create_cross_attention_layer"
         attention = self._add_part("cross_attention", hook, x_shape)
-        norm = self._add_part("cross_attention_norm", "create_norm", x_shape)
         if not attention.built:
             attention.build(x_shape, encoder_shape)
-        build_layer(norm, x_shape, self.compute_dtype)
+        for name in self.cross_attention_norm_names:
+            norm = self._add_part(name, "create_norm", x_shape)
+            build_layer(norm, x_shape, self.compute_dtype)
 
     def compute_output_spec(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         # Keras traces a layer's call to know its outputs, which takes most of the time
@@ -193,7 +212,9 @@ class CustomDecoder(TransformerBlock, CompositeCachedLayer):
         config = super().get_build_config()
         if config is None or self._encoder_shape is None:
             return config
-        return {**config, "encoder_shape": self._encoder_shape}
+        shapes = config.get("shapes_dict", config)
+        inputs_shape = next(iter(shapes.values()))
+        return {"input_shape": inputs_shape, "encoder_shape": self._encoder_shape}
 
     def build_from_config(self, config: dict[str, Any]) -> None:
         config = dict(config)

@@ -131,14 +131,14 @@ class TransformerBlock(keras.layers.Layer):
         setattr(self, name, layer)
         return layer
 
-    def _check_norm_names(self) -> None:
-        names, where = self.norm_names, f"`{type(self).__name__}.norm_names`"
+    def _check_norm_names(self, attribute: str = "norm_names") -> None:
+        names, where = getattr(self, attribute), f"`{type(self).__name__}.{attribute}`"
         if not isinstance(names, tuple) or not all(
             isinstance(name, str) and name.isidentifier() for name in names
         ):
             raise TypeError(
                 f"{where} must be a tuple of names for attributes, such as "
-                f'("attention_norm", "ffn_norm"). Received: norm_names={names!r}'
+                f'("attention_norm", "ffn_norm"). Received: {attribute}={names!r}'
             )
         # Once built, the block has its norms itself.
         attributes = {"self_attention", "ffn", *(() if self.built else dir(self))}
@@ -146,7 +146,7 @@ class TransformerBlock(keras.layers.Layer):
         if taken or len(set(names)) < len(names):
             raise ValueError(
                 f"{where} must be distinct names, of which none is an attribute of the "
-                f"block already. Received: norm_names={names!r}"
+                f"block already. Received: {attribute}={names!r}"
                 + (f", of which {taken} are taken" if taken else "")
             )
 

@@ -20,6 +20,7 @@ from attention.contract.cached_model import (
     find_not_rewindable,
     grow_cache,
     max_positions,
+    write_source,
 )
 from attention.contract.calls import Untracked
 from attention.contract.composite_cached_layer import CompositeCachedLayer
@@ -106,4 +107,5 @@ __all__ = [
     "scores_wanted",
     "segment_positions",
     "segment_starts",
+    "write_source",
 ]

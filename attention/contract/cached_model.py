@@ -335,3 +335,57 @@ def call_with_cache(
     with CacheScope(cache, cache_update_index, padding_mask) as scope:
         outputs = model(inputs)
     return outputs, scope.cache
+
+
+def write_source(model: keras.Model, sources: dict[str, Any], cache: tuple) -> tuple:
+    """Writes what cross-attention attends to into a cache, and processes no token.
+
+    Later calls need no source then. (A call on the first tokens writes it, too.)
+
+    Args:
+        model: a functional `keras.Model` whose inputs are a dict.
+        sources: dict of tensors: those inputs of the model that are of the source. The
+            others are of tokens.
+        cache: the tuple from `create_cache`.
+
+    Returns:
+        The cache. It holds no positions of the target.
+
+    Raises:
+        ValueError: if a name is not one of the model's inputs, or its inputs are no dict.
+
+    Example:
+
+    >>> import keras, numpy as np
+    >>> from attention import CrossAttention, MultiHeadAttention
+    >>> from attention import call_with_cache, create_cache, write_source
+    >>> inputs = {
+    ...     "x": keras.Input((None, 8)),
+    ...     "source": keras.Input((None, 8), optional=True),
+    ... }
+    >>> seen = MultiHeadAttention(2)(inputs["x"])
+    >>> model = keras.Model(inputs, CrossAttention(2)(seen, inputs["source"]))
+    >>> source = np.random.normal(size=(1, 5, 8)).astype("float32")
+    >>> x = np.random.normal(size=(1, 3, 8)).astype("float32")
+    >>> cache = create_cache(model, batch_size=1, max_length=4, source_length=5)
+    >>> cache = write_source(model, {"source": source}, cache)
+    >>> outputs, cache = call_with_cache(model, {"x": x, "source": None}, cache, 0)
+    >>> expected = model({"x": x, "source": source})
+    >>> bool(keras.ops.all(keras.ops.isclose(outputs, expected, atol=1e-5)))
+    True
+    """
+    specs = symbolic_inputs(model)
+    unknown = sorted(set(sources) - set(specs)) if isinstance(specs, dict) else None
+    if unknown is None or unknown:
+        raise ValueError(
+            f"`sources` must name inputs of `model` '{model.name}', which must be a dict. "
+            f"Received: sources={describe(sources)}, inputs={describe(specs)}"
+        )
+    rows = static_size(next(iter(sources.values())), 0)
+    # A token that is padding.
+    given = {
+        name: ops.zeros((rows, 1, *spec.shape[2:]), dtype=spec.dtype)
+        for name, spec in specs.items()
+    }
+    padding = ops.zeros((rows, 1), dtype="bool")
+    return call_with_cache(model, {**given, **sources}, cache, 0, padding)[1]

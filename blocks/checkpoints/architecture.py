@@ -273,13 +273,17 @@ def register_architecture(cls: type[Architecture]) -> type[Architecture]:
             "`register_architecture` takes a subclass of "
             f"`blocks.checkpoints.Architecture`. Received: {describe(cls)}"
         )
-    _REGISTERED[cls.model_type] = cls()
+    _REGISTERED[_module_name(cls.model_type)] = cls()
     return cls
 
 
 def known_model_types() -> list[str]:
     """Returns the model types that can be loaded, sorted."""
     return sorted({*_modules(), *_REGISTERED})
+
+
+def _module_name(model_type: str) -> str:
+    return model_type.replace("-", "_")
 
 
 def _modules() -> set[str]:
@@ -297,16 +301,17 @@ def find_architecture(model_type: str) -> Architecture:
     Raises:
         ValueError: if there is none; it lists the known ones.
     """
-    if model_type not in _REGISTERED and model_type in _modules():
-        importlib.import_module(f"blocks.models.{model_type}")
-    if model_type not in _REGISTERED:
+    name = _module_name(model_type)
+    if name not in _REGISTERED and name in _modules():
+        importlib.import_module(f"blocks.models.{name}")
+    if name not in _REGISTERED:
         raise ValueError(
             f"There is no architecture for model_type={model_type!r}. The known ones "
             f"are {known_model_types()}. To add one, write a subclass of "
             "`blocks.checkpoints.Architecture` and put "
             "`@blocks.checkpoints.register_architecture` above it."
         )
-    return _REGISTERED[model_type]
+    return _REGISTERED[name]
 
 
 def architecture_of(backbone: Any) -> Architecture:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from keras import ops
 
-from attention import CacheScope
+from attention import write_source
 from attention.contract import Cache, Tensor, describe
 from blocks.generation.compilation import StepKey
 from blocks.generation.prompts import read_tokens
@@ -159,11 +159,7 @@ def _write_source(engine: Any, capacity: int, sources: dict[str, Tensor]) -> Cac
     states = engine.encoder(sources)
     rows, length = states["encoder_sequence"].shape[:2]
     cache = engine.create_cache(rows, capacity, length)
-    # A token that is padding writes the source, and nothing else.
-    padding = ops.zeros((rows, 1), dtype="int32")
-    with CacheScope(cache, 0, ops.cast(padding, "bool")) as scope:
-        engine.decoder({"token_ids": padding, "padding_mask": padding, **states})
-    return scope.cache
+    return write_source(engine.decoder, states, cache)
 
 
 def _padded(sources: Sources, inputs: dict[str, Any], length: int) -> Sources:

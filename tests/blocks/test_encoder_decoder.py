@@ -114,6 +114,28 @@ def test_a_source_that_comes_too_late_is_refused():
             decoder(sample(), encoder_sequence=sample())
 
 
+def test_a_block_is_built_for_a_source():
+    class Decoder(CustomDecoder):
+        cross_attention_norm_names = ("cross_attention_norm", "post_norm")
+
+    called, _, source = decoder_and_inputs(Decoder)
+    built = Decoder(**SIZES)
+    built.build((None, None, WIDTH), encoder_shape=(None, None, source.shape[-1]))
+    assert [x.shape for x in built.weights] == [x.shape for x in called.weights]
+    assert built.post_norm.built
+    for decoder in (called, built):
+        copy = Decoder.from_config(decoder.get_config())
+        copy.build_from_config(decoder.get_build_config())
+        copy.set_weights(called.get_weights())
+        outputs = called(sample(), encoder_sequence=source)
+        assert_close(copy(sample(), encoder_sequence=source), outputs)
+    with raises(TypeError, "`encoder_shape`", "source_shape"):
+        Decoder(**SIZES).build((None, None, WIDTH), source_shape=(None, None, 6))
+    Decoder.cross_attention_norm_names = ("ffn_norm",)
+    with raises(ValueError, "Decoder.cross_attention_norm_names", "taken"):
+        decoder_and_inputs(Decoder)
+
+
 def test_padding_does_not_count_in_the_loss_of_an_encoders_experts():
     class Encoder(CustomEncoder):
         def create_ffn(self, inputs_shape):

@@ -37,7 +37,17 @@ _OPERATORS = (
 )
 _WRITES = {"__setitem__", "__set__", *(f"__i{x}__" for x in _OPERATORS)}
 _CONSTANTS = (
-    *(str, type(None), type(...), torch.dtype, torch.device, torch.layout),
+    *(
+        bool,
+        int,
+        complex,
+        str,
+        type(None),
+        type(...),
+        torch.dtype,
+        torch.device,
+        torch.layout,
+    ),
     torch.memory_format,
 )
 
@@ -180,9 +190,9 @@ class _Recorder(TorchFunctionMode):
             return self._nodes[x]
         if isinstance(x, np.generic):
             x = x.item()
-        for kind in (bool, int, float, complex):
-            if isinstance(x, kind):
-                return kind(x)
+        if isinstance(x, float):
+            # Not a subclass of it, which would be written in another way.
+            return float(x)
         if isinstance(x, _CONSTANTS):
             return x
         raise _NotRepeatableError(f"an argument is a {type(x).__name__}")

@@ -49,6 +49,7 @@ CASES = {
     },
     "Roberta": {**ENCODER, "type_vocab_size": 1},
     "Roberta-two_types": {**ENCODER, "layer_norm_eps": 1e-2},
+    "XLMRoberta": {**ENCODER, "type_vocab_size": 1},
     "Albert": ALBERT,
     "Albert-groups": {
         **ALBERT,

@@ -47,6 +47,7 @@ SAID = {
     },
     "bert": {"position_embedding_type": "absolute", "type_vocab_size": 1},
     "roberta": {"max_position_embeddings": 514, "layer_norm_eps": 1e-5},
+    "xlm-roberta": {"max_position_embeddings": 514, "layer_norm_eps": 1e-5},
     "albert": {"embedding_size": 16, "num_hidden_groups": 3},
     "modernbert": {
         "global_attn_every_n_layers": 5,

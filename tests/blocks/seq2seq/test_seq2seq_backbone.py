@@ -4,7 +4,13 @@ import keras
 import numpy as np
 import pytest
 
-from attention import RotaryAttention, T5Attention, call_with_cache, create_cache
+from attention import (
+    RotaryAttention,
+    T5Attention,
+    call_with_cache,
+    create_cache,
+    write_source,
+)
 from attention.testing import check_cached_model
 from blocks import CustomDecoder, CustomEncoder, CustomSeq2SeqBackbone
 from tests.helpers import assert_close, raises, randomize, to_numpy
@@ -103,10 +109,9 @@ def test_steps_with_a_source_that_is_given_once(kind):
     expected = to_numpy(backbone(x)["decoder_sequence_output"])
     encoded = backbone.encoder({name: v for name, v in x.items() if "encoder" in name})
     cache = create_cache(backbone.decoder, 3, 12, source_length=7)
-    # A token that is padding: it only writes the source.
-    zeros = keras.ops.zeros((3, 1), "int32")
-    inputs = {"token_ids": zeros, "padding_mask": zeros, **encoded}
-    _, cache = call_with_cache(backbone.decoder, inputs, cache, 0, zeros)
+    cache = write_source(backbone.decoder, encoded, cache)
+    with raises(ValueError, "`sources`", "encoder_sequences", "padding_mask"):
+        write_source(backbone.decoder, {"encoder_sequences": 0}, cache)
     for start, stop in ((0, 4), (4, 5), (5, 9)):
         inputs = {
             name: x[f"decoder_{name}"][:, start:stop]
