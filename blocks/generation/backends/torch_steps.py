@@ -36,6 +36,14 @@ _OPERATORS = (
     *("and", "or", "xor", "lshift", "rshift"),
 )
 _WRITES = {"__setitem__", "__set__", *(f"__i{x}__" for x in _OPERATORS)}
+# Functions that always do the same: layers of a model compute many masks and angles anew.
+_MERGED = {
+    *("__getitem__", "reshape", "view", "permute", "transpose", "movedim", "expand"),
+    *("unsqueeze", "squeeze", "cat", "where", "take", "embedding", "to", "long", "int"),
+    *("add", "sub", "rsub", "mul", "multiply", "div", "neg", "pow", "remainder", "abs"),
+    *("minimum", "maximum", "clamp", "cos", "sin", "any", "all", "logical_and"),
+    *("logical_or", "logical_not", "lt", "le", "gt", "ge", "eq", "ne"),
+}
 _CONSTANTS = (
     *(
         bool,
@@ -50,6 +58,10 @@ _CONSTANTS = (
     ),
     torch.memory_format,
 )
+
+
+# How many numbers a constant has at most that is compared with others.
+_SMALL = 1024
 
 
 class _NotRepeatableError(RuntimeError):
@@ -122,8 +134,16 @@ class _Recorder(TorchFunctionMode):
         # What stands for each tensor, of the constants for those that are used.
         self._nodes: Any = WeakTensorKeyDictionary()
         self._constants: Any = WeakTensorKeyDictionary()
+        self._constant_nodes: dict[Any, torch.fx.Node] = {}
+        # The memory of nodes, and what of it is written to.
+        self._memory: dict[torch.fx.Node, int] = {}
+        self._written: set[int] = set()
+        self._names: dict[torch.fx.Node, str] = {}
         for i, tensor in enumerate(inputs):
-            self._nodes[tensor] = self._graph.placeholder(f"input_{i}")
+            self._stands_for(self._graph.placeholder(f"input_{i}"), tensor)
+
+    def _stands_for(self, node: torch.fx.Node, tensor: torch.Tensor) -> None:
+        self._nodes[tensor], self._memory[node] = node, _memory(tensor)
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -158,11 +178,15 @@ class _Recorder(TorchFunctionMode):
                 raise _NotRepeatableError(f"`{name}` asks for values")
             return outputs
         node = self._call(function, name, args, kwargs)
+        self._names[node] = name
+        if is_write:
+            self._written.add(_memory(args[0]))
         if _is_tensor(outputs):
-            self._nodes[outputs] = node
+            self._stands_for(node, outputs)
         elif made:
             for i, x in enumerate(outputs):
-                self._nodes[x] = self._graph.call_function(operator.getitem, (node, i))
+                item = self._graph.call_function(operator.getitem, (node, i))
+                self._stands_for(item, x)
         return outputs
 
     def _call(
@@ -182,9 +206,7 @@ class _Recorder(TorchFunctionMode):
         """Returns what stands for an argument in the graph."""
         if _is_tensor(x):
             if x in self._constants and x not in self._nodes:
-                place = f"constant_{next(self._places)}"
-                self._root.register_buffer(place, x.detach())
-                self._nodes[x] = self._graph.get_attr(place)
+                self._nodes[x] = self._constant(x)
             if x not in self._nodes:
                 raise _NotRepeatableError("a tensor comes from elsewhere")
             return self._nodes[x]
@@ -197,9 +219,36 @@ class _Recorder(TorchFunctionMode):
             return x
         raise _NotRepeatableError(f"an argument is a {type(x).__name__}")
 
+    def _constant(self, x: torch.Tensor) -> torch.fx.Node:
+        """Returns the node of a constant; small ones that are equal have one."""
+        x = x.detach()
+        key: Any = id(x)
+        if x.numel() <= _SMALL:
+            key = (x.dtype, x.shape, bytes(x.reshape(-1).view(torch.uint8).tolist()))
+        if key not in self._constant_nodes:
+            place = f"constant_{next(self._places)}"
+            self._root.register_buffer(place, x)
+            self._constant_nodes[key] = self._graph.get_attr(place)
+        return self._constant_nodes[key]
+
+    def _merge(self) -> None:
+        """Leaves out calls that were made before, of what is nowhere written to."""
+        seen: dict[Any, torch.fx.Node] = {}
+        for node in list(self._graph.nodes):
+            name = self._names.get(node)
+            memory = {self._memory.get(x) for x in (node, *node.all_input_nodes)}
+            if name not in _MERGED or memory & self._written:
+                continue
+            # Nodes are represented by their names.
+            first = seen.setdefault((name, repr(node.args), repr(node.kwargs)), node)
+            if first is not node:
+                node.replace_all_uses_with(first)
+                self._graph.erase_node(node)
+
     def finish(self, outputs: Any) -> Callable:
         """Returns a function from a list of the inputs to the outputs."""
         self._graph.output([self._argument(x) for x in _leaves(outputs)])
+        self._merge()
         module = torch.fx.GraphModule(self._root, self._graph)
         structure = tree.map_structure(lambda _: 0, outputs)
         return lambda inputs: _packed(structure, iter(module(*inputs)))
@@ -217,6 +266,10 @@ class _Named:
 
 def _is_tensor(x: Any) -> bool:
     return isinstance(x, torch.Tensor)
+
+
+def _memory(x: torch.Tensor) -> int:
+    return x.untyped_storage().data_ptr()
 
 
 def _leaves(x: Any) -> Iterator[Any]:
