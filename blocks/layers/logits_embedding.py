@@ -63,7 +63,11 @@ class LogitsEmbedding(keras.layers.ReversibleEmbedding):
         if not reverse:
             return super().call(inputs)
         logits = super().call(inputs * self.logit_scale, reverse=True)
-        return ops.add(logits, self.bias) if self.logit_bias else logits
+        if not self.logit_bias:
+            return logits
+        # Not `logits + bias`: in a loop, XLA on TensorFlow fuses a sum with the product
+        # of a single token, and reads memory at a seventh of its speed then.
+        return ops.subtract(logits, ops.negative(self.bias))
 
     @property
     def variable_serialization_spec(self) -> dict[Any, list[str]]:
