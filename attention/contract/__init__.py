@@ -25,7 +25,12 @@ from attention.contract.cached_model import (
 from attention.contract.calls import Untracked
 from attention.contract.composite_cached_layer import CompositeCachedLayer
 from attention.contract.context import change_context
-from attention.contract.inner_layers import all_layers, clone_initializer
+from attention.contract.inner_layers import (
+    Dense,
+    add_bias,
+    all_layers,
+    clone_initializer,
+)
 from attention.contract.padding import check_right_padded, last_tokens
 from attention.contract.remat import (
     build_as_one,
@@ -65,6 +70,7 @@ __all__ = [
     "CachedLayer",
     "CompositeCachedLayer",
     "DType",
+    "Dense",
     "Index",
     "Initializer",
     "Mask",
@@ -76,6 +82,7 @@ __all__ = [
     "Tensor",
     "Untracked",
     "WeightAxes",
+    "add_bias",
     "all_layers",
     "arguments_of",
     "axes_of_weights",

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import keras
+from keras import ops
 
 from attention.contract.roles import ROLES, Names, declare_axes, declare_role
-from attention.contract.types import DType, Initializer
+from attention.contract.types import DType, Initializer, Tensor
 
 
 def all_layers(layer: keras.layers.Layer) -> list[keras.layers.Layer]:
@@ -49,6 +50,32 @@ def clone_initializer(initializer: Initializer, number: int = 0) -> Initializer:
     return type(initializer).from_config(config)
 
 
+def add_bias(product: Tensor, bias: Tensor) -> Tensor:
+    """Returns a matrix product plus a bias.
+
+    It is the same number as `product + bias`. But in a loop, XLA on TensorFlow fuses that
+    sum with the product of a single token, which then takes half as long again, or seven
+    times as long where the matrix is transposed.
+    """
+    return ops.subtract(product, ops.negative(bias))
+
+
+class Dense(keras.layers.Dense):
+    """Keras's dense layer, with a bias that does not slow down a single token."""
+
+    def call(self, inputs: Tensor, training: bool | None = None) -> Tensor:
+        if self.bias is None:
+            return super().call(inputs, training=training)
+        outputs = add_bias(ops.matmul(inputs, self.kernel), self.bias)
+        return outputs if self.activation is None else self.activation(outputs)
+
+    def quantize(
+        self, mode: str | None = None, type_check: bool = True, config: Any = None
+    ) -> None:
+        # Keras takes its own class only, unless it is told not to look.
+        super().quantize(mode, type_check=False, config=config)
+
+
 def make_dense(
     layer: Any,
     name: str,
@@ -65,7 +92,7 @@ def make_dense(
     `layer` has heads, an axis of heads holds so many.
     """
     bias_initializer = getattr(layer, "bias_initializer", "zeros")
-    dense = keras.layers.Dense(
+    dense = Dense(
         size,
         use_bias=use_bias,
         kernel_initializer=clone_initializer(layer.kernel_initializer),

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from attention.contract.inner_layers import add_bias
 from attention.contract.types import Tensor
 
 
@@ -29,7 +30,7 @@ class HeadsDense(keras.layers.EinsumDense):
         outputs = ops.reshape(inputs, (batch, length, width))
         outputs = ops.matmul(outputs, ops.reshape(kernel, (width, -1)))
         if self.bias is not None:
-            outputs = ops.add(outputs, ops.reshape(self.bias, (-1,)))
+            outputs = add_bias(outputs, ops.reshape(self.bias, (-1,)))
         outputs = ops.reshape(outputs, (batch, length, *kernel.shape[len(joined) :]))
         return outputs if self.activation is None else self.activation(outputs)
 

@@ -10,6 +10,7 @@ from keras import ops
 
 from attention.contract import (
     Activation,
+    Dense,
     Initializer,
     Shape,
     Tensor,
@@ -138,7 +139,7 @@ class FeedForward(keras.layers.Layer):
         self.supports_masking = True
 
     def _project(self, name: str, units: int | None, inputs_shape: Shape) -> Any:
-        dense = keras.layers.Dense(
+        dense = Dense(
             units,
             use_bias=self.use_bias,
             kernel_initializer=clone_initializer(self.kernel_initializer),
