@@ -24,13 +24,21 @@ _METADATA = {
     *("get_device", "type", "result_type", "storage_offset", "__hash__", "is_tensor"),
     "__get__",
 }
-# Functions whose result has a shape that depends on values.
+# Functions whose result has a shape that depends on values, and those that may be told a
+# size by a tensor.
 _SHAPED_BY_VALUES = {
     *("nonzero", "argwhere", "masked_select", "unique", "unique_consecutive"),
     *("bincount", "repeat_interleave"),
 }
-# Functions without tensors among their arguments whose result is another each time.
-_DRAWN = {"rand", "randn", "randint", "randperm", "normal"}
+_SIZED = {
+    *("arange", "linspace", "zeros", "ones", "full", "empty", "eye", "split"),
+    *("tensor_split", "reshape", "view", "expand", "broadcast_to", "repeat", "tile"),
+}
+# Functions whose result is another each time.
+_DRAWN = {
+    *("rand", "randn", "randint", "randperm", "normal", "rand_like", "randn_like"),
+    *("randint_like", "bernoulli", "multinomial", "poisson", "dropout"),
+}
 _OPERATORS = (
     *("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"),
     *("and", "or", "xor", "lshift", "rshift"),
@@ -44,22 +52,8 @@ _MERGED = {
     *("minimum", "maximum", "clamp", "cos", "sin", "any", "all", "logical_and"),
     *("logical_or", "logical_not", "lt", "le", "gt", "ge", "eq", "ne"),
 }
-_CONSTANTS = (
-    *(
-        bool,
-        int,
-        complex,
-        str,
-        type(None),
-        type(...),
-        torch.dtype,
-        torch.device,
-        torch.layout,
-    ),
-    torch.memory_format,
-)
-
-
+_OF_TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format)
+_CONSTANTS = (bool, int, complex, str, type(None), type(...), *_OF_TORCH)
 # How many numbers a constant has at most that is compared with others.
 _SMALL = 1024
 
@@ -158,7 +152,7 @@ class _Recorder(TorchFunctionMode):
         constant = all(x in self._constants for x in given)
         is_write = name in _WRITES or (name[-1] == "_" and name[-2:] != "__")
         shaped = not constant and _is_shaped_by_values(name, args)
-        if shaped or name in _DRAWN or "out" in kwargs:
+        if shaped or (constant and name in _DRAWN) or "out" in kwargs:
             raise _NotRepeatableError(f"`{name}` is called")
         if is_write and args[0] in self._constants:
             raise _NotRepeatableError(f"`{name}` writes to a constant")
@@ -222,12 +216,13 @@ class _Recorder(TorchFunctionMode):
     def _constant(self, x: torch.Tensor) -> torch.fx.Node:
         """Returns the node of a constant; small ones that are equal have one."""
         x = x.detach()
-        key: Any = id(x)
+        key: Any = next(self._places)
         if x.numel() <= _SMALL:
             key = (x.dtype, x.shape, bytes(x.reshape(-1).view(torch.uint8).tolist()))
         if key not in self._constant_nodes:
             place = f"constant_{next(self._places)}"
-            self._root.register_buffer(place, x)
+            # A copy, as whoever calls may get the tensor itself.
+            self._root.register_buffer(place, x.clone())
             self._constant_nodes[key] = self._graph.get_attr(place)
         return self._constant_nodes[key]
 
@@ -247,7 +242,16 @@ class _Recorder(TorchFunctionMode):
 
     def finish(self, outputs: Any) -> Callable:
         """Returns a function from a list of the inputs to the outputs."""
-        self._graph.output([self._argument(x) for x in _leaves(outputs)])
+        leaves = list(_leaves(outputs))
+        nodes = [self._argument(x) for x in leaves]
+        for i, x in enumerate(leaves):
+            if not _is_tensor(x):
+                continue
+            # Whoever has an output may write to it.
+            self._written.add(_memory(x))
+            if x in self._constants:
+                nodes[i] = self._graph.call_method("clone", (nodes[i],))
+        self._graph.output(nodes)
         self._merge()
         module = torch.fx.GraphModule(self._root, self._graph)
         structure = tree.map_structure(lambda _: 0, outputs)
@@ -305,4 +309,7 @@ def _is_shaped_by_values(name: str, args: tuple) -> bool:
         bounds = [y for x in slices for y in (x.start, x.stop, x.step)]
         masks = [x for x in parts if _is_tensor(x) and x.dtype == torch.bool]
         return bool(masks) or any(map(_is_tensor, bounds))
+    if name in _SIZED:
+        given = args if name in ("arange", "linspace") else args[1:]
+        return any(map(_is_tensor, _leaves(given)))
     return name in _SHAPED_BY_VALUES or (name == "where" and len(args) == 1)

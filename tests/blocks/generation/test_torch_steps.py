@@ -82,6 +82,10 @@ def drawn(x, y):
     return x + torch.randn(4)
 
 
+def of_a_size(x, y):
+    return y.reshape(-1)[: 0 + x.shape[0]].expand((x[0, 0] > 0).int() + 1, 3).sum()
+
+
 ELSEWHERE = [torch.ones(4)]
 
 
@@ -102,6 +106,7 @@ def test_calls_are_repeated(function):
         of_another_shape,
         into_a_constant,
         by_slices,
+        of_a_size,
         drawn,
         of_elsewhere,
     ],
@@ -124,6 +129,24 @@ def test_constants_may_be_looked_at():
         return x * count
 
     run_often(function, several((2,)), recorded=True)
+
+
+def test_outputs_may_be_written_to():
+    def function(x):
+        return x + 1, keras.ops.zeros((2,)), x * 2, x * 2
+
+    calls = repeated(function)
+    for _ in range(4):
+        x = torch.ones(2)
+        first, *others = calls(x)
+        assert first.tolist() == [2, 2]
+        zeros, *twice = others
+        assert zeros.tolist() == [0, 0]
+        assert [x.tolist() for x in twice] == [[2, 2]] * 2
+        zeros += 5
+        twice[0] += 5
+        assert twice[1].tolist() == [2, 2]
+    assert is_recorded(calls)
 
 
 def test_new_values_of_weights_count():
