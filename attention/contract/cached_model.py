@@ -360,8 +360,8 @@ def write_source(model: keras.Model, sources: dict[str, Any], cache: tuple) -> t
     >>> from attention import CrossAttention, MultiHeadAttention
     >>> from attention import call_with_cache, create_cache, write_source
     >>> inputs = {
-    ...     "x": keras.Input((None, 8)),
-    ...     "source": keras.Input((None, 8), optional=True),
+    ...     "x": keras.Input((None, 8), name="x"),
+    ...     "source": keras.Input((None, 8), name="source", optional=True),
     ... }
     >>> seen = MultiHeadAttention(2)(inputs["x"])
     >>> model = keras.Model(inputs, CrossAttention(2)(seen, inputs["source"]))
@@ -376,7 +376,7 @@ def write_source(model: keras.Model, sources: dict[str, Any], cache: tuple) -> t
     """
     specs = symbolic_inputs(model)
     unknown = sorted(set(sources) - set(specs)) if isinstance(specs, dict) else None
-    if unknown is None or unknown:
+    if unknown is None or unknown or not sources:
         raise ValueError(
             f"`sources` must name inputs of `model` '{model.name}', which must be a dict. "
             f"Received: sources={describe(sources)}, inputs={describe(specs)}"
@@ -387,5 +387,6 @@ def write_source(model: keras.Model, sources: dict[str, Any], cache: tuple) -> t
         name: ops.zeros((rows, 1, *spec.shape[2:]), dtype=spec.dtype)
         for name, spec in specs.items()
     }
+    given.update((name, ops.convert_to_tensor(x)) for name, x in sources.items())
     padding = ops.zeros((rows, 1), dtype="bool")
-    return call_with_cache(model, {**given, **sources}, cache, 0, padding)[1]
+    return call_with_cache(model, given, cache, 0, padding)[1]
