@@ -118,18 +118,20 @@ def call_sites(model: keras.Model, inputs: Any = None) -> CallSites:
     if inputs is None:
         specs = symbolic_inputs(model)
 
-        def zeros(spec: keras.KerasTensor, sizes: tuple[int, int]) -> Any:
-            shape = [sizes[0], *spec.shape[1:]]
-            if shape[1:] and shape[1] is None:
-                shape[1] = sizes[1]
-            return ops.zeros(shape, dtype=spec.dtype)
-
-        def run(*sizes: Any) -> Any:
-            return model(tree.map_structure(lambda x: zeros(x, sizes), specs))
+        def run(*sizes: int) -> Any:
+            return model(tree.map_structure(lambda x: _zeros(x, *sizes), specs))
 
         return find_call_sites(run, model.name)
     rows = {static_size(x, 0) for x in tree.flatten(inputs)}
     return _record(rows.pop() if len(rows) == 1 else None, lambda: model(inputs))
+
+
+def _zeros(spec: keras.KerasTensor, rows: int, length: int) -> Any:
+    """Returns zeros for an input; `length` counts where its axis 1 may be of any size."""
+    shape = [rows, *spec.shape[1:]]
+    if shape[1:] and shape[1] is None:
+        shape[1] = length
+    return ops.zeros(shape, dtype=spec.dtype)
 
 
 def symbolic_inputs(model: keras.Model) -> Any:
@@ -381,12 +383,13 @@ def write_source(model: keras.Model, sources: dict[str, Any], cache: tuple) -> t
             f"`sources` must name inputs of `model` '{model.name}', which must be a dict. "
             f"Received: sources={describe(sources)}, inputs={describe(specs)}"
         )
-    rows = static_size(next(iter(sources.values())), 0)
+    rows: Any = static_size(next(iter(sources.values())), 0)
     # A token that is padding.
     given = {
-        name: ops.zeros((rows, 1, *spec.shape[2:]), dtype=spec.dtype)
+        name: ops.convert_to_tensor(sources[name])
+        if name in sources
+        else _zeros(spec, rows, 1)
         for name, spec in specs.items()
     }
-    given.update((name, ops.convert_to_tensor(x)) for name, x in sources.items())
     padding = ops.zeros((rows, 1), dtype="bool")
     return call_with_cache(model, given, cache, 0, padding)[1]

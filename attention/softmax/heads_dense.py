@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import keras
 from keras import ops
 
-from attention.contract.inner_layers import add_bias
+from attention.contract.inner_layers import Quantizable, add_bias
 from attention.contract.types import Tensor
 
 
-class HeadsDense(keras.layers.EinsumDense):
+class HeadsDense(Quantizable, keras.layers.EinsumDense):
     """Projects to heads, or from heads, as one product of two matrices.
 
     On TensorFlow Keras makes a product for each row of the batch, and sums as many
@@ -33,9 +32,3 @@ class HeadsDense(keras.layers.EinsumDense):
             outputs = add_bias(outputs, ops.reshape(self.bias, (-1,)))
         outputs = ops.reshape(outputs, (batch, length, *kernel.shape[len(joined) :]))
         return outputs if self.activation is None else self.activation(outputs)
-
-    def quantize(
-        self, mode: str | None = None, type_check: bool = True, config: Any = None
-    ) -> None:
-        # Keras takes its own class only, unless it is told not to look.
-        super().quantize(mode, type_check=False, config=config)

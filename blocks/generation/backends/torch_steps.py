@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import operator
 from collections.abc import Callable, Iterator
@@ -124,7 +123,6 @@ class _Recorder(TorchFunctionMode):
     def __init__(self, inputs: list[torch.Tensor]) -> None:
         super().__init__()
         self._graph, self._root = torch.fx.Graph(), torch.nn.Module()
-        self._places = itertools.count()
         # What stands for each tensor, of the constants for those that are used.
         self._nodes: Any = WeakTensorKeyDictionary()
         self._constants: Any = WeakTensorKeyDictionary()
@@ -132,7 +130,6 @@ class _Recorder(TorchFunctionMode):
         # The memory of nodes, and what of it is written to.
         self._memory: dict[torch.fx.Node, int] = {}
         self._written: set[int] = set()
-        self._names: dict[torch.fx.Node, str] = {}
         for i, tensor in enumerate(inputs):
             self._stands_for(self._graph.placeholder(f"input_{i}"), tensor)
 
@@ -172,7 +169,6 @@ class _Recorder(TorchFunctionMode):
                 raise _NotRepeatableError(f"`{name}` asks for values")
             return outputs
         node = self._call(function, name, args, kwargs)
-        self._names[node] = name
         if is_write:
             self._written.add(_memory(args[0]))
         if _is_tensor(outputs):
@@ -216,11 +212,11 @@ class _Recorder(TorchFunctionMode):
     def _constant(self, x: torch.Tensor) -> torch.fx.Node:
         """Returns the node of a constant; small ones that are equal have one."""
         x = x.detach()
-        key: Any = next(self._places)
+        key: Any = len(self._constant_nodes)
         if x.numel() <= _SMALL:
             key = (x.dtype, x.shape, bytes(x.reshape(-1).view(torch.uint8).tolist()))
         if key not in self._constant_nodes:
-            place = f"constant_{next(self._places)}"
+            place = f"constant_{len(self._constant_nodes)}"
             # A copy, as whoever calls may get the tensor itself.
             self._root.register_buffer(place, x.clone())
             self._constant_nodes[key] = self._graph.get_attr(place)
@@ -230,12 +226,14 @@ class _Recorder(TorchFunctionMode):
         """Leaves out calls that were made before, of what is nowhere written to."""
         seen: dict[Any, torch.fx.Node] = {}
         for node in list(self._graph.nodes):
-            name = self._names.get(node)
+            target = getattr(node.target, "function", node.target)
+            # Of a method, the target is the name.
+            name = getattr(target, "__name__", target)
             memory = {self._memory.get(x) for x in (node, *node.all_input_nodes)}
             if name not in _MERGED or memory & self._written:
                 continue
             # Nodes are represented by their names.
-            first = seen.setdefault((name, repr(node.args), repr(node.kwargs)), node)
+            first = seen.setdefault((target, repr(node.args), repr(node.kwargs)), node)
             if first is not node:
                 node.replace_all_uses_with(first)
                 self._graph.erase_node(node)
