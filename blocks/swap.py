@@ -75,7 +75,7 @@ def swap_backbone(
     config.update(changes)
     # The name of a model is that of its class.
     config.pop("name", None)
-    with weights_from(lambda: value_of):
+    with weights_from(lambda weights: value_of):
         swapped = cls.from_config(config)
     there = {weight.path for weight in swapped.weights}
     report.dropped.extend(path for path in old if path not in there)

@@ -194,7 +194,9 @@ def _check_same_computation(
 ) -> None:
     """Raises an error if the architecture's backbone computes something else."""
     arguments = architecture.read_config(config)
-    with weights_from(lambda: lambda weight: ops.zeros(weight.shape, weight.dtype)):
+    with weights_from(
+        lambda weights: lambda weight: ops.zeros(weight.shape, weight.dtype)
+    ):
         published = architecture.backbone_class(**arguments, dtype="bfloat16")
     ours, theirs = _parts(backbone), _parts(published)
     differences = []

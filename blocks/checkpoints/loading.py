@@ -7,7 +7,9 @@ import math
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 
 import keras
@@ -24,6 +26,9 @@ from blocks.checkpoints.tensor_files import DTYPE_NAMES, Checkpoint
 _lock = threading.RLock()
 # A progress bar is shown for loads that take longer than these seconds.
 _PATIENCE = 3.0
+# So many threads read tensors, and so many weights are read ahead. More than these
+# wait for memory, and would hold more of it where a weight's home is another device.
+_READERS = 2
 
 Value = Callable[[Any], Any]
 
@@ -49,16 +54,17 @@ class _Later:
 
 
 @contextlib.contextmanager
-def weights_from(make_values: Callable[[], Value]) -> Iterator[None]:
+def weights_from(make_values: Callable[[list[Any]], Value]) -> Iterator[None]:
     """Makes the weights of models made within it when it ends, from given values.
 
     Keras draws random weights at once. Within this context a weight has only a path, a
     shape and a dtype.
 
     Args:
-        make_values: called at the end; returns a function from a weight, of which only
-            these are known, to its value; `None` means its own initializer. If it
-            raises an error, no value is read.
+        make_values: called at the end with the weights, of which only these are known;
+            returns a function from a weight to its value, which is asked for in their
+            order; `None` means its own initializer. If it raises an error, no value is
+            read.
     """
     layer = keras.layers.Layer
     add_weight = layer.add_weight
@@ -81,7 +87,7 @@ def weights_from(make_values: Callable[[], Value]) -> Iterator[None]:
             yield
         finally:
             layer.add_weight = add_weight
-        value_of = make_values()
+        value_of = make_values([later.variable for later in made])
         for later in made:
             later.value_of = value_of
 
@@ -101,7 +107,7 @@ def load_weights(
     """
     found: list[Any] = []
 
-    def make_values() -> Value:
+    def make_values(weights: list[Any]) -> Value:
         model = found[0]
         shapes = checkpoint.shapes()
         entries = list(architecture.entries(model))
@@ -119,42 +125,59 @@ def load_weights(
                 f"{sorted(new)} are drawn, to be trained.",
                 stacklevel=2,
             )
-        return _Values(entries, names, checkpoint, model)
+        return _Values(entries, names, checkpoint, weights, readers)
 
-    with weights_from(make_values):
+    with ThreadPoolExecutor(_READERS) as readers, weights_from(make_values):
         found.append(make())
     return found[0]
 
 
 class _Values:
-    """Reads the value of a weight, and keeps others of the same tensor for later."""
+    """Returns the value of a weight, while threads read those that come next.
+
+    What takes time is memory that is touched for the first time, and casting: both leave
+    Python free. Weights of the same tensor are read together.
+    """
 
     def __init__(
         self,
         entries: list[Entry],
         names: dict[str, str],
         checkpoint: Checkpoint,
-        model: Any,
+        weights: list[Any],
+        readers: Executor,
     ) -> None:
+        self.names, self.checkpoint, self.readers = names, checkpoint, readers
         self.entry_of = {path: entry for entry in entries for path in entry.paths}
-        self.names, self.checkpoint = names, checkpoint
-        self.shapes = {weight.path: tuple(weight.shape) for weight in model.weights}
-        self.kept: dict[str, Any] = {}
-        self.progress = _Progress(sum(np.prod(x) for x in self.shapes.values()))
+        self.weights = {weight.path: weight for weight in weights}
+        place = {path: index for index, path in enumerate(self.weights)}
+        self.unread = deque(
+            sorted(entries, key=lambda entry: min(place[path] for path in entry.paths))
+        )
+        self.reading: dict[str, Future[dict[str, np.ndarray]]] = {}
+        self.progress = _Progress(sum(math.prod(x.shape) for x in weights))
 
     def __call__(self, variable: Any) -> Tensor | None:
         path = variable.path
         if path not in self.entry_of:
             return None
-        if path not in self.kept:
-            entry = self.entry_of[path]
-            tensors = (self.checkpoint.read(self.names[name]) for name in entry.names)
-            shapes = [self.shapes[path] for path in entry.paths]
-            self.kept.update(zip(entry.paths, entry.conversion.load(tensors, shapes)))
-        array = in_order(self.kept.pop(path), variable.dtype)
+        while self.unread and (
+            path not in self.reading or len(self.reading) <= _READERS
+        ):
+            entry = self.unread.popleft()
+            future = self.readers.submit(self._read, entry)
+            self.reading.update(dict.fromkeys(entry.paths, future))
+        array = self.reading.pop(path).result().pop(path)
         self.progress.add(array.size)
         # By now nothing holds what was read, so there are at most two copies.
         return to_tensor(array, variable.dtype)
+
+    def _read(self, entry: Entry) -> dict[str, np.ndarray]:
+        tensors = (self.checkpoint.read(self.names[name]) for name in entry.names)
+        weights = [self.weights[path] for path in entry.paths]
+        shapes = [tuple(weight.shape) for weight in weights]
+        arrays = entry.conversion.load(tensors, shapes)
+        return {x.path: in_order(y, x.dtype) for x, y in zip(weights, arrays)}
 
 
 def in_order(value: np.ndarray, dtype: str) -> np.ndarray:

@@ -52,10 +52,10 @@ def test_parameters_are_as_many_as_published(name):
     # On torch's "meta" device a weight has only a shape.
     device = keras.device("meta") if ON_TORCH else contextlib.nullcontext()
 
-    def make_values():
-        return lambda weight: ops.zeros(weight.shape, weight.dtype)
+    def zeros(weight):
+        return ops.zeros(weight.shape, weight.dtype)
 
-    with device, weights_from(make_values):
+    with device, weights_from(lambda weights: zeros):
         backbone = make_backbone(name, dtype="bfloat16")
     count = sum(math.prod(weight.shape) for weight in backbone.weights)
     assert count + LEFT_OUT.get(name, 0) == SIZES[name].parameters
