@@ -61,6 +61,8 @@ class CustomBackbone(LowRankUpdates, TokenModel, keras_hub.models.Backbone):
     Attributes:
         decoder_class: subclass of `blocks.CustomDecoder`. The class of the blocks.
         block_hook: str. The hook that makes the blocks of `transformer_layers`.
+        normalize_first: bool. Whether norms come before the attention and the feed-forward
+            layer, and after the last block; or after the residual additions.
 
     Weights are found by their paths, on which checkpoints rely: those of
     `token_embedding` (`embeddings`, and `reverse_embeddings` if logits have weights of
@@ -74,16 +76,14 @@ class CustomBackbone(LowRankUpdates, TokenModel, keras_hub.models.Backbone):
         num_heads: int. The number of query heads of each block.
         hidden_dim: int. The width.
         intermediate_dim: int. The width inside the feed-forward layers.
-        num_key_value_heads: int or `None`. The number of key/value heads;
-            `None` means `num_heads`.
+        num_key_value_heads: int or `None`, which means `num_heads`.
         max_sequence_length: int. The number of learned positions.
         dropout: float. The dropout rate.
         layer_norm_epsilon: float. The epsilon of the norms.
-        learned_positions: bool. Whether there is a learned position embedding.
-            A model whose attention carries the positions (rotary, T5's bias,
-            ALiBi) passes `False`; its length then has no limit.
-        tie_word_embeddings: bool. Whether the embedding is used for the output
-            logits, too.
+        learned_positions: bool. Whether there is a learned position embedding. A model whose
+            attention carries the positions (rotary, ALiBi) passes `False`; its length then
+            has no limit.
+        tie_word_embeddings: bool. Whether the embedding is used for the logits, too.
         remat: `None` or `"block"`: training keeps what goes into each block, and computes
             a block again for its gradients: a third more time, and memory for the
             activations of one block instead of all.
@@ -91,9 +91,8 @@ class CustomBackbone(LowRankUpdates, TokenModel, keras_hub.models.Backbone):
         **kwargs: arguments of `keras_hub.models.Backbone`: `name`, `trainable`.
 
     Call arguments:
-        inputs: a dict of `token_ids`, an integer tensor of shape `(batch,
-            length)`, and `padding_mask`, an integer or boolean tensor of the
-            same shape that is true for the real tokens, padded on the right.
+        inputs: a dict of `token_ids` and `padding_mask`, integer tensors of shape `(batch,
+            length)`; the mask is true for the real tokens, padded on the right.
 
     Returns:
         A tensor of shape `(batch, length, hidden_dim)`.
@@ -133,6 +132,7 @@ class CustomBackbone(LowRankUpdates, TokenModel, keras_hub.models.Backbone):
 
     decoder_class: type[CustomDecoder] = CustomDecoder
     block_hook = "create_decoder"
+    normalize_first = True
 
     def __init__(
         self,
@@ -281,6 +281,7 @@ class CustomBackbone(LowRankUpdates, TokenModel, keras_hub.models.Backbone):
             layer_norm_epsilon=self.layer_norm_epsilon,
         )
         block._run_backbone_hook = run_hook
+        block.normalize_first = block.normalize_first and self.normalize_first
         return block
 
     def create_attention_layer(
@@ -329,8 +330,11 @@ class CustomBackbone(LowRankUpdates, TokenModel, keras_hub.models.Backbone):
         """Hook: makes the normalization after the last block.
 
         By default it is another norm of the last block if `decoder_class` overrides
-        `create_norm`, or else the backbone's for `layer_index=num_layers`.
+        `create_norm`, or else the backbone's for `layer_index=num_layers`; nothing without
+        `normalize_first`.
         """
+        if not self.normalize_first:
+            return keras.layers.Identity(name="layer_norm")
         shape = (None, None, self.hidden_dim)
         last, cls = self.transformer_layers[-1], self.decoder_class
         if type(last) is cls and cls.create_norm is not CustomDecoder.create_norm:

@@ -193,9 +193,7 @@ class CustomEncoderBackbone(TokenTypes, CustomBackbone):
             are, is used again at this depth.
         """
         run = functools.partial(_run_hook, self, layer_index)
-        block = self._make_block("encoder", CustomEncoder, run)
-        block.normalize_first = self.normalize_first
-        return block
+        return self._make_block("encoder", CustomEncoder, run)
 
     def create_attention_layer(
         self, inputs_shape: Shape, layer_index: int
@@ -223,14 +221,6 @@ class CustomEncoderBackbone(TokenTypes, CustomBackbone):
         """
         shape = (None, None, self.token_embedding.output_dim)
         return run_hook(self, "create_norm", shape, 0)
-
-    def create_final_norm(self) -> keras.layers.Layer:
-        """Hook: makes what comes after the last block: where norms come after the layers
-        anyway, as in BERT, nothing."""
-        if not self.normalize_first:
-            return keras.layers.Identity(name="layer_norm")
-        shape = (None, None, self.hidden_dim)
-        return run_hook(self, "create_norm", shape, self.num_layers)
 
     def create_head_transform(self, task: str) -> keras.layers.Layer | None:
         """Hook: makes the layer between hidden states and the outputs of a task.

@@ -114,9 +114,8 @@ class CustomSeq2SeqBackbone(CustomBackbone):
         max_source_length: int | None = None,
         **kwargs: Any,
     ) -> None:
-        self.num_encoder_layers = check_optional_positive_int(
-            "num_encoder_layers", num_encoder_layers
-        )
+        count = check_optional_positive_int("num_encoder_layers", num_encoder_layers)
+        self.num_encoder_layers = count or num_layers
         self.max_source_length = check_optional_positive_int(
             "max_source_length", max_source_length
         )
@@ -128,8 +127,8 @@ class CustomSeq2SeqBackbone(CustomBackbone):
         self.encoder_position_embedding = run_hook(
             self, "create_encoder_position_embedding"
         )
-        count = self.num_encoder_layers or self.num_layers
         self.encoder_layers: list[keras.layers.Layer] = []
+        count = self.num_encoder_layers
         self._create_blocks("create_encoder", "encoder_layer", count)
         self.encoder_norm = run_hook(self, "create_encoder_norm")
         name_layer(self.encoder_norm, "encoder_norm")
@@ -266,8 +265,10 @@ class CustomSeq2SeqBackbone(CustomBackbone):
 
     def create_encoder_norm(self) -> keras.layers.Layer:
         """Hook: makes the normalization after the last block of the encoder."""
-        count = self.num_encoder_layers or self.num_layers
-        return run_hook(self, "create_norm", (None, None, self.hidden_dim), count)
+        if not self.normalize_first:
+            return keras.layers.Identity(name="encoder_norm")
+        shape = (None, None, self.hidden_dim)
+        return run_hook(self, "create_norm", shape, self.num_encoder_layers)
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()

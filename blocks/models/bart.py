@@ -6,7 +6,6 @@ from typing import Any
 
 import keras
 
-from attention import CachedLayer
 from attention.contract import Shape, Tensor, arguments_of
 from blocks.checkpoints.architecture import Architecture, register_architecture
 from blocks.checkpoints.conversions import (
@@ -31,7 +30,6 @@ class BartBackbone(CustomSeq2SeqBackbone):
             their width.
 
     Attributes:
-        normalize_first: bool. Whether norms come before the layers, and after the last.
         normalize_embedding: bool. Whether one comes after the embeddings.
 
     Reference:
@@ -74,29 +72,9 @@ class BartBackbone(CustomSeq2SeqBackbone):
             epsilon=self.layer_norm_epsilon, name=norm
         )(x)
 
-    def create_encoder(self, layer_index: int) -> keras.layers.Layer:
-        encoder: Any = super().create_encoder(layer_index)
-        encoder.normalize_first = self.normalize_first
-        return encoder
-
-    def create_decoder(self, layer_index: int) -> CachedLayer:
-        decoder: Any = super().create_decoder(layer_index)
-        decoder.normalize_first = self.normalize_first
-        return decoder
-
     def create_ffn(self, inputs_shape: Shape, layer_index: int) -> keras.layers.Layer:
         activation = published_activation(self.activation)
         return FeedForward(self.intermediate_dim, activation)
-
-    def create_encoder_norm(self) -> keras.layers.Layer:
-        if self.normalize_first:
-            return super().create_encoder_norm()
-        return keras.layers.Identity(name="encoder_norm")
-
-    def create_final_norm(self) -> keras.layers.Layer:
-        if self.normalize_first:
-            return super().create_final_norm()
-        return keras.layers.Identity(name="layer_norm")
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), **arguments_of(BartBackbone, self)}
@@ -174,7 +152,3 @@ class Bart(Architecture):
         **attention_lines("encoder_attn", "cross_attention"),
         **layer_lines({"encoder_attn_layer_norm": "cross_attention_norm"}),
     }
-
-    def write_config(self, backbone: Any) -> dict[str, Any]:
-        config = super().write_config(backbone)
-        return {**config, "encoder_layers": len(backbone.encoder_layers)}

@@ -187,8 +187,3 @@ class Moonshine(Architecture):
 
     def layer_table(self, backbone: Any) -> dict[str, Any]:
         return _in_pairs(self.layer_weights, backbone)
-
-    def write_config(self, backbone: Any) -> dict[str, Any]:
-        count = len(backbone.encoder_layers)
-        config = super().write_config(backbone)
-        return {**config, "encoder_num_hidden_layers": count}

@@ -61,11 +61,6 @@ class OPTBackbone(CustomBackbone):
             hidden_dim=self.hidden_dim,
         )
 
-    def create_decoder(self, layer_index: int) -> CachedLayer:
-        decoder: Any = super().create_decoder(layer_index)
-        decoder.normalize_first = self.normalize_first
-        return decoder
-
     def create_attention_layer(
         self, inputs_shape: Shape, layer_index: int
     ) -> CachedLayer:
@@ -83,11 +78,6 @@ class OPTBackbone(CustomBackbone):
             center=self.scaled_norms,
             scale=self.scaled_norms,
         )
-
-    def create_final_norm(self) -> keras.layers.Layer:
-        if self.normalize_first:
-            return super().create_final_norm()
-        return keras.layers.Identity(name="layer_norm")
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), **arguments_of(OPTBackbone, self)}

@@ -172,7 +172,3 @@ class T5(Architecture):
         found = super().read_config(config)
         count = found["num_layers"] or found["num_encoder_layers"]
         return {**found, "num_layers": count}
-
-    def write_config(self, backbone: Any) -> dict[str, Any]:
-        config = super().write_config(backbone)
-        return {**config, "num_layers": len(backbone.encoder_layers)}
