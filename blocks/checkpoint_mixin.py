@@ -13,7 +13,7 @@ from blocks.checkpoints.peft_adapters import export_lora
 from blocks.hugging_face_files import write_preprocessor
 from blocks.preset_files import written_aside
 from blocks.presets import check_registered, load_task
-from blocks.swap import SwapReport, swap_backbone
+from blocks.swap import SwapReport, copy_weights_beside, swap_backbone
 
 
 class PresetMixin:
@@ -117,9 +117,10 @@ class CheckpointMixin(PresetMixin):
 
         Weights whose path and shape are the same are kept. Where only the number of
         heads differs, fewer heads are the means of those that stood side by side, and
-        more are copies. All others are as their initializers make them, to be trained.
-        Updates of LoRA are added to weights, and quantized ones become floats. This model
-        stays as it is.
+        more are copies; of another number of tokens the first are kept, and more are the
+        mean of all. Other weights are as their initializers make them, to be trained.
+        Updates of LoRA are added to weights, and quantized ones become floats. A head of a
+        subclass is kept, too. This model stays as it is.
 
         Args:
             backbone_class: a subclass of `blocks.CustomBackbone`, usually one of this
@@ -153,11 +154,12 @@ class CheckpointMixin(PresetMixin):
         ([], [])
         """
         backbone, report = swap_backbone(self.backbone, backbone_class, changes)
-        make: Any = type(self)
-        options: Any = {}
-        if self.generation_options:
-            options = {"generation_options": dict(self.generation_options)}
-        return make(backbone, self.preprocessor, **options), report
+        config = self.get_config()  # type: ignore[attr-defined]
+        parts = {"backbone": backbone, "preprocessor": self.preprocessor}
+        kept = {x: y for x, y in config.items() if x not in ("name", "trainable")}
+        task: Any = type(self)(**{**kept, **parts})
+        copy_weights_beside(self, task, report)
+        return task, report
 
     @classmethod
     def from_preset(cls, preset: str, load_weights: bool = True, **kwargs: Any) -> Any:

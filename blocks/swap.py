@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from typing import Any, NamedTuple
 
+import numpy as np
 from keras import ops
 
-from attention.contract import Tensor, all_layers, describe
+from attention.contract import Tensor, WeightAxes, all_layers, describe, known_axes
 from blocks.checkpoints.computed_weights import current_weights
 from blocks.checkpoints.loading import weights_from
 from blocks.custom_backbone import CustomBackbone
@@ -53,21 +56,9 @@ def swap_backbone(
     old = current_weights(backbone)
     report = SwapReport([], {}, [], [])
 
-    def value_of(weight: Any) -> Tensor | None:
-        path = weight.path
-        if path not in old:
-            report.new.append(path)
-            return None
-        value = ops.convert_to_tensor(old[path])
-        if tuple(value.shape) == tuple(weight.shape):
-            report.kept.append(path)
-            return ops.copy(ops.cast(value, weight.dtype))
-        value, how = _adapt(value, tuple(weight.shape))
-        if value is None:
-            report.new.append(path)
-            return None
-        report.adapted[path] = how
-        return ops.cast(value, weight.dtype)
+    def make_values(weights: Any) -> Any:
+        axes, _ = known_axes(swapped)
+        return functools.partial(_value_of, old, axes, report)
 
     config = backbone.get_config()
     if any(getattr(x, "quantization_mode", None) for x in all_layers(backbone)):
@@ -75,30 +66,87 @@ def swap_backbone(
     config.update(changes)
     # The name of a model is that of its class.
     config.pop("name", None)
-    with weights_from(lambda weights: value_of):
+    with weights_from(make_values):
         swapped = cls.from_config(config)
     there = {weight.path for weight in swapped.weights}
     report.dropped.extend(path for path in old if path not in there)
     return swapped, report
 
 
-def _adapt(value: Tensor, shape: tuple[int, ...]) -> tuple[Tensor | None, str]:
-    """Returns a weight of heads, `(..., heads, dim)`, for another number of heads.
+def copy_weights_beside(old: Any, new: Any, report: SwapReport) -> None:
+    """Gives a task the weights that another of its class has beside the backbone's.
 
-    Fewer are the means of those that stood side by side; more are copies. The second
-    result says what was done.
+    They are the same in order, not in path: Keras numbers layers without a name.
     """
-    old = tuple(value.shape)
-    same_but_heads = len(old) == len(shape) >= 2 and (
-        old[:-2] == shape[:-2] and old[-1] == shape[-1]
-    )
-    if not same_but_heads:
+    in_backbone = {weight.path for weight in old.backbone.weights}
+    values = current_weights(old).items()
+    given = [item for item in values if item[0] not in in_backbone]
+    known = {id(weight) for weight in new.backbone.weights}
+    beside = [weight for weight in new.weights if id(weight) not in known]
+    for weight, item in itertools.zip_longest(beside, given):
+        fits = weight is not None and item is not None
+        if fits and tuple(weight.shape) == tuple(item[1].shape):
+            weight.assign(item[1])
+            report.kept.append(weight.path)
+            continue
+        if weight is not None:
+            report.new.append(weight.path)
+        if item is not None:
+            report.dropped.append(item[0])
+
+
+def _value_of(
+    old: dict[str, Any], axes: dict[str, WeightAxes], report: SwapReport, weight: Any
+) -> Tensor | None:
+    """Returns the value of a new weight; `None` for what its initializer makes."""
+    path, value = weight.path, None
+    if path in old:
+        given = ops.convert_to_tensor(old[path])
+        if tuple(given.shape) == tuple(weight.shape):
+            report.kept.append(path)
+            return ops.copy(ops.cast(given, weight.dtype))
+        if path in axes:
+            value, how = _adapt(given, axes[path])
+    if value is None:
+        report.new.append(path)
+        return None
+    report.adapted[path] = how
+    return ops.cast(value, weight.dtype)
+
+
+def _adapt(value: Tensor, axes: WeightAxes) -> tuple[Tensor | None, str]:
+    """Returns a weight for another number of heads, or of tokens, and how it is made.
+
+    Fewer heads are the means of those that stood side by side; more are copies. The
+    first tokens are kept, and further ones are the mean of all.
+    """
+    old, shape = tuple(value.shape), axes.shape
+    pairs = enumerate(itertools.zip_longest(old, shape))
+    axis, *others = (i for i, (x, y) in pairs if x != y)
+    name = None if others or len(old) < len(shape) else axes.names[axis]
+    if name == "vocabulary":
+        tokens, wanted = old[axis], shape[axis]
+        kept = ops.take(value, np.arange(min(tokens, wanted)), axis=axis)
+        if wanted <= tokens:
+            return kept, f"the first {wanted} of {tokens} tokens kept"
+        mean = ops.mean(value, axis=axis, keepdims=True)
+        more = ops.repeat(mean, wanted - tokens, axis=axis)
+        how = f"{tokens} tokens kept, {wanted - tokens} more are their mean"
+        return ops.concatenate([kept, more], axis=axis), how
+    # Of inputs that are added up, a head would count more or less.
+    if name != "heads" or (axes.matrix or "")[axis : axis + 1] == "i":
         return None, ""
-    heads, wanted = old[-2], shape[-2]
+    wanted = axes.counts[axis]
+    size = shape[axis] // wanted
+    heads = old[axis] // size
+    before, after = old[:axis], old[axis + 1 :]
     if heads % wanted == 0:
-        groups = ops.reshape(value, (*old[:-2], wanted, heads // wanted, old[-1]))
-        return ops.mean(groups, axis=-2), f"{heads} heads averaged into {wanted}"
+        parts = (wanted, heads // wanted, size)
+        groups = ops.reshape(value, (*before, *parts, *after))
+        means = ops.reshape(ops.mean(groups, axis=axis + 1), shape)
+        return means, f"{heads} heads averaged into {wanted}"
     if wanted % heads == 0:
-        copies = ops.repeat(value, wanted // heads, axis=-2)
-        return copies, f"{heads} heads copied to {wanted}"
+        groups = ops.reshape(value, (*before, heads, size, *after))
+        copies = ops.repeat(groups, wanted // heads, axis=axis)
+        return ops.reshape(copies, shape), f"{heads} heads copied to {wanted}"
     return None, ""

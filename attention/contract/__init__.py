@@ -59,7 +59,7 @@ from attention.contract.types import (
     Shape,
     Tensor,
 )
-from attention.contract.weight_axes import WeightAxes, axes_of_weights
+from attention.contract.weight_axes import WeightAxes, axes_of_weights, known_axes
 
 __all__ = [
     "FEED_FORWARD_ROLES",
@@ -107,6 +107,7 @@ __all__ = [
     "is_concrete",
     "is_tensor",
     "keep_scores",
+    "known_axes",
     "last_tokens",
     "max_positions",
     "rematerialize_tensors",

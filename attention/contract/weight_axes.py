@@ -53,6 +53,27 @@ def axes_of_weights(model: Any, trainable: bool = False) -> dict[str, WeightAxes
     Raises:
         ValueError: if a weight of two axes or more has none. All are named.
     """
+    found, unknown = known_axes(model, trainable)
+    if unknown:
+        raise ValueError(
+            "Nobody says what the axes of these weights are:\n- "
+            + "\n- ".join(unknown)
+            + "\nIn the layer that makes them, declare the role of a projection, "
+            "`attention.declare_role(self.wq, 'query')`, or the axes of a weight, "
+            "`attention.declare_axes(self, {'kernels': ('experts', None, None)})`, with "
+            "`(None, 'vocabulary')` for the kernel of a head, and None for axes along "
+            "which nothing is to be divided."
+        )
+    return found
+
+
+def known_axes(
+    model: Any, trainable: bool = False
+) -> tuple[dict[str, WeightAxes], list[str]]:
+    """Returns the axes of weights by path, and what has none and two axes or more.
+
+    Its arguments are those of `axes_of_weights`.
+    """
     found: dict[str, WeightAxes] = {}
     unknown: dict[str, str] = {}
     for layer in all_layers(model):
@@ -83,18 +104,7 @@ def axes_of_weights(model: Any, trainable: bool = False) -> dict[str, WeightAxes
                 )
                 matrix = matrices.get(weight.name)
                 found[weight.path] = WeightAxes(names, tuple(counts), shape, matrix)
-    missing = [text for path, text in unknown.items() if path not in found]
-    if missing:
-        raise ValueError(
-            "Nobody says what the axes of these weights are:\n- "
-            + "\n- ".join(missing)
-            + "\nIn the layer that makes them, declare the role of a projection, "
-            "`attention.declare_role(self.wq, 'query')`, or the axes of a weight, "
-            "`attention.declare_axes(self, {'kernels': ('experts', None, None)})`, with "
-            "`(None, 'vocabulary')` for the kernel of a head, and None for axes along "
-            "which nothing is to be divided."
-        )
-    return found
+    return found, [text for path, text in unknown.items() if path not in found]
 
 
 def _own_weights(layer: Any) -> Iterator[keras.Variable]:

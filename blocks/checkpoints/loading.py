@@ -33,24 +33,47 @@ _READERS = 2
 Value = Callable[[Any], Any]
 
 
+class _Load:
+    """What the initializers of a model that is loaded share.
+
+    Attributes:
+        value_of: returns the value of a weight; `None` while the model is made.
+        error: what ended the load, or `None`.
+    """
+
+    def __init__(self) -> None:
+        self.value_of: Value | None = None
+        self.error: BaseException | None = None
+
+
 class _Later:
     """An initializer that stands for a value to come; placeholders are zeros."""
 
-    def __init__(self, given: Any) -> None:
-        self.given = given
+    def __init__(self, given: Any, load: _Load) -> None:
+        self.given, self.load = given, load
         self.variable: Any = None
-        self.value_of: Value | None = None
 
     def __call__(self, shape: Shape, dtype: DType = None) -> Tensor:
-        if self.value_of is None:
-            return ops.zeros(shape, dtype)
-        value = self.value_of(self.variable)
-        if value is None:
-            given = self.given
-            if given is None:
-                given = "glorot_uniform" if "float" in str(dtype) else "zeros"
-            value = keras.initializers.get(given)(shape, dtype=dtype)
-        return value
+        if self.load.error is None and self.load.value_of is not None:
+            # Keras would keep the weights that come after an error, of this model, and
+            # fail to make the next.
+            try:
+                return self._value(self.load.value_of, shape, dtype)
+            except BaseException as error:
+                self.load.error = error
+        if self.load.error is not None and keras.distribution.distribution() is None:
+            # Of a model that nobody gets.
+            shape = ()
+        return ops.zeros(shape, dtype)
+
+    def _value(self, value_of: Value, shape: Shape, dtype: DType) -> Tensor:
+        value = value_of(self.variable)
+        if value is not None:
+            return value
+        given = self.given
+        if given is None:
+            given = "glorot_uniform" if "float" in str(dtype) else "zeros"
+        return keras.initializers.get(given)(shape, dtype=dtype)
 
 
 @contextlib.contextmanager
@@ -58,7 +81,7 @@ def weights_from(make_values: Callable[[list[Any]], Value]) -> Iterator[None]:
     """Makes the weights of models made within it when it ends, from given values.
 
     Keras draws random weights at once. Within this context a weight has only a path, a
-    shape and a dtype.
+    shape and a dtype. Other threads notice nothing; a second load waits for this one.
 
     Args:
         make_values: called at the end with the weights, of which only these are known;
@@ -66,30 +89,42 @@ def weights_from(make_values: Callable[[list[Any]], Value]) -> Iterator[None]:
             order; `None` means its own initializer. If it raises an error, no value is
             read.
     """
-    layer = keras.layers.Layer
-    add_weight = layer.add_weight
-    made: list[_Later] = []
+    layer, owner = keras.layers.Layer, threading.get_ident()
+    load = _Load()
+    made: list[Any] = []
 
-    def add_later(self: Any, *args: Any, **kwargs: Any) -> Any:
-        # Positional: shape, initializer, dtype.
-        later = _Later(args[1] if len(args) > 1 else kwargs.get("initializer"))
-        if len(args) > 1:
-            args = (args[0], later, *args[2:])
-        else:
-            kwargs["initializer"] = later
-        later.variable = add_weight(self, *args, **kwargs)
-        made.append(later)
-        return later.variable
+    with _lock:
+        add_weight = layer.add_weight
 
-    with _lock, keras.StatelessScope():
-        layer.add_weight = add_later
-        try:
-            yield
-        finally:
-            layer.add_weight = add_weight
-        value_of = make_values([later.variable for later in made])
-        for later in made:
-            later.value_of = value_of
+        def add_later(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != owner:
+                return add_weight(self, *args, **kwargs)
+            # Positional: shape, initializer, dtype.
+            given = args[1] if len(args) > 1 else kwargs.get("initializer")
+            later = _Later(given, load)
+            if len(args) > 1:
+                args = (args[0], later, *args[2:])
+            else:
+                kwargs["initializer"] = later
+            later.variable = add_weight(self, *args, **kwargs)
+            made.append(later.variable)
+            return later.variable
+
+        with keras.StatelessScope():
+            layer.add_weight = add_later
+            try:
+                yield
+            except BaseException as error:
+                load.error = error
+            finally:
+                layer.add_weight = add_weight
+            if load.error is None:
+                try:
+                    load.value_of = make_values(made)
+                except BaseException as error:
+                    load.error = error
+        if load.error is not None:
+            raise load.error
 
 
 def load_weights(

@@ -14,7 +14,7 @@ from blocks.checkpoints import hugging_face as folders
 from blocks.checkpoints.loading import in_order
 from blocks.models.llama import LlamaBackbone
 from tests.helpers import raises, to_numpy
-from tests.models import make_backbone, prompts, randomize
+from tests.models import make_backbone, prompts
 
 pytest.importorskip("safetensors")
 from safetensors.numpy import load_file, save_file
@@ -288,29 +288,3 @@ def test_trained_updates_are_exported(published, tmp_path):
     loaded = CausalLM.from_preset(str(tmp_path))
     assert np.abs(outputs_of(loaded) - outputs_of(lm)).max() > 0.01
     np.testing.assert_allclose(outputs_of(loaded), outputs_of(tuned), atol=1e-5)
-
-
-def test_swapped_parts_keep_what_fits(published):
-    lm, _ = published
-    before = outputs_of(lm)
-    windowed, report = lm.swap(RingLlama)
-    # No prompt is longer than the window.
-    np.testing.assert_array_equal(outputs_of(windowed), before)
-    assert (report.new, report.dropped, report.adapted) == ([], [], {})
-    single, report = lm.swap(num_key_value_heads=1)
-    path = "transformer_layer_1/self_attention/value/kernel"
-    old, new = (
-        next(to_numpy(w.value) for w in x.backbone.weights if w.path == path)
-        for x in (lm, single)
-    )
-    np.testing.assert_allclose(new, old.mean(axis=1, keepdims=True), atol=1e-6)
-    assert len(report.adapted) == 4 and "averaged into 1" in report.adapted[path]
-    # Copied heads compute what the single one does.
-    back, report = single.swap(num_key_value_heads=4)
-    np.testing.assert_allclose(outputs_of(back), outputs_of(single), atol=1e-5)
-    wider, report = lm.swap(intermediate_dim=20)
-    assert sorted(report.new)[0] == "transformer_layer_0/ffn/gate/kernel"
-    randomize(wider)
-    np.testing.assert_array_equal(outputs_of(lm), before)
-    with raises(TypeError, "`backbone_class`", "LlamaBackbone"):
-        lm.swap(keras.Model)
