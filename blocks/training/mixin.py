@@ -11,7 +11,13 @@ import keras
 import keras_hub
 from keras import ops
 
-from attention.contract import SegmentScope, Tensor, Untracked
+from attention.contract import (
+    SegmentScope,
+    Tensor,
+    Untracked,
+    all_layers,
+    is_tensor,
+)
 from blocks.training.chunked_loss import UsedVariables, chunked_sums
 from blocks.training.gradients import sum_over_replicas
 from blocks.training.perplexity import Perplexity
@@ -61,17 +67,18 @@ class TrainingMixin:
             weighted_metrics = [keras.metrics.SparseCategoricalAccuracy()]
         given = {"metrics": metrics, "weighted_metrics": weighted_metrics}
         self._given_metrics = Untracked(None, given)
+        if not any(isinstance(x, dict) for x in given.values()):
+            # All of them have weights, as padding has none.
+            weighted = [*(metrics or ()), *(weighted_metrics or ())]
+            given = {"metrics": None, "weighted_metrics": weighted}
         self._step_metrics = None
         own = type(self).compute_loss is not TrainingMixin.compute_loss
         if _is_mean_of_tokens(loss) and not own:
             computed = self._computed_metrics(loss, metrics, weighted_metrics)
             all_of_them = computed is not None
             self._step_metrics = Untracked(all_of_them, [MeanLoss(), *(computed or ())])
-            # All of them have weights, as padding has none.
-            weighted = (
-                [] if all_of_them else [*(metrics or ()), *(weighted_metrics or ())]
-            )
-            given = {"metrics": None, "weighted_metrics": weighted}
+            if all_of_them:
+                given = {"metrics": None, "weighted_metrics": []}
         super().compile(optimizer, loss, **given, **kwargs)  # type: ignore[misc]
 
     def _computed_metrics(
@@ -81,6 +88,8 @@ class TrainingMixin:
         for name in ("call", "compute_metrics"):
             if getattr(type(self), name) is not getattr(TrainingMixin, name):
                 return None
+        if _changes_in_training(self):
+            return None
         computed = []
         for metric in (x for part in given for x in part or ()):
             if isinstance(metric, str) and metric in _ACCURACY:
@@ -161,9 +170,13 @@ class TrainingMixin:
         sample_weight: Any = None,
         training: bool = True,
     ) -> Tensor:
-        if self._step_metrics is None:
-            return super().compute_loss(x, y, y_pred, sample_weight, training)  # type: ignore[misc]
         weights = self._token_weights(x, y, sample_weight)
+        if self._step_metrics is None:
+            if is_tensor(y) and _divides_by_size(self.loss):
+                # As for masks of Keras, the mean is one of what is no padding.
+                real = ops.mean(ops.cast(x[self.target_names[1]], "float32"))
+                weights = ops.divide_no_nan(weights, real)
+            return super().compute_loss(x, y, y_pred, weights, training)  # type: ignore[misc]
         if self._without_logits:
             sums = self._sums_of_hidden_states(y_pred, y, weights, training)
         else:
@@ -189,15 +202,18 @@ class TrainingMixin:
     ) -> dict[str, Tensor]:
         if self._without_logits:
             return self.get_metrics_result()  # type: ignore[attr-defined]
-        if self._step_metrics is not None:
-            sample_weight = self._token_weights(x, y, sample_weight)
-        return super().compute_metrics(x, y, y_pred, sample_weight)  # type: ignore[misc]
+        weights = self._token_weights(x, y, sample_weight)
+        return super().compute_metrics(x, y, y_pred, weights)  # type: ignore[misc]
 
-    def _token_weights(self, x: Any, y: Tensor, sample_weight: Any) -> Tensor:
+    def _token_weights(self, x: Any, y: Any, sample_weight: Any) -> Any:
+        """Returns the weights of targets, of which padding has none."""
+        if not is_tensor(y):
+            # Of several outputs, or none: only the model's author knows.
+            return sample_weight
         weights = ops.cast(x[self.target_names[1]], "float32")
         if sample_weight is not None:
             weights = weights * for_tokens(sample_weight, y)
-        return leave_out(y, self.loss.ignore_class, weights)
+        return leave_out(y, getattr(self.loss, "ignore_class", None), weights)
 
     def _sums_of_logits(self, logits: Tensor, targets: Tensor, weights: Tensor) -> Any:
         """Returns the weighted sums of the loss, of cross-entropies and of hits."""
@@ -219,6 +235,25 @@ class TrainingMixin:
         return chunked_sums(
             score, sizes, used.find(), hidden, targets, weights, training
         )
+
+
+def _changes_in_training(task: Any) -> bool:
+    """Returns whether a layer of the head acts in another way in training.
+
+    It is one that draws numbers, as dropout, or that updates weights itself.
+    """
+    others = [*all_layers(task.backbone), *all_layers(task.preprocessor)]
+    known = {id(layer) for layer in (task, *others)}
+    head = [x for x in all_layers(task) if id(x) not in known]
+    return any(
+        len(x.variables) > len(x.weights) or (x.trainable and x.non_trainable_weights)
+        for x in head
+    )
+
+
+def _divides_by_size(loss: Any) -> bool:
+    # Names and functions become losses that do.
+    return getattr(loss, "reduction", "sum_over_batch_size") == "sum_over_batch_size"
 
 
 def _is_mean_of_tokens(loss: Any) -> bool:

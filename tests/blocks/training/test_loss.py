@@ -239,12 +239,43 @@ def test_what_was_compiled_is_saved(tmp_path):
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_another_loss_is_kerass_own():
+class Own(CausalLM):
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, **kwargs):
+        return super().compute_loss(x, y, y_pred, sample_weight, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("cls", "loss"),
+    [
+        (Own, TokenCrossentropy()),
+        (CausalLM, keras.losses.SparseCategoricalCrossentropy(from_logits=True)),
+    ],
+)
+def test_padding_counts_for_no_loss_of_ones_own(cls, loss):
     x, y = ragged_data()
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    lm = compiled(make_backbone(num_layers=1), loss, weighted_metrics=[])
-    mean, _ = reference(to_numpy(lm(x)), y, np.ones(y.shape))
-    assert_close(lm.evaluate(x, y, verbose=0), mean, atol=1e-5)
+    lm = cls(make_backbone(num_layers=1))
+    lm.compile("sgd", loss, metrics=[Perplexity()], weighted_metrics=["accuracy"])
+    logits, weights = to_numpy(lm(x)), x["padding_mask"]
+    mean, perplexity = reference(logits, y, weights)
+    hits = ((logits.argmax(-1) == y) * weights).sum() / weights.sum()
+    found = lm.evaluate(x, y, verbose=0, return_dict=True)
+    expected = {"loss": mean, "perplexity": perplexity, "accuracy": hits}
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+def test_dropout_in_the_head_drops():
+    class Dropping(CausalLM):
+        def compute_logits(self, hidden_states):
+            if not hasattr(self, "drop"):
+                self.drop = keras.layers.Dropout(0.9)
+            return super().compute_logits(self.drop(hidden_states))
+
+    x, y = ragged_data()
+    lm = Dropping(make_backbone(num_layers=1))
+    lm.compile(keras.optimizers.SGD(0.0))
+    plain = lm.evaluate(x, y, verbose=0)[0]
+    losses = lm.fit(x, y, epochs=2, verbose=0).history["loss"]
+    assert len({round(loss, 4) for loss in (plain, *losses)}) == 3
 
 
 @pytest.mark.parametrize(
