@@ -45,8 +45,8 @@ class EmbeddingInputs:
     length, hidden_dim)`, and `embedding_mask`, `(batch, length)`, true where the vector
     takes the place of the token's embedding (before positions are added): those of an
     image or of audio, say. They are for `fit`, and for prompts of `generate`, `stream`,
-    `start`, `prefill` and `score`. Tokens in their places have no meaning (but `score`
-    counts them).
+    `start` and turns of its sessions, `prefill` and `score`. Tokens in their places have no
+    meaning, but `score` and penalties count them.
 
     Example:
 

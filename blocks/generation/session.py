@@ -36,6 +36,7 @@ from blocks.generation.prompts import (
 )
 from blocks.generation.running_batch import Block, RunningBatch
 from blocks.generation.samplers import check_sampler
+from blocks.generation.sources import Sources, extended, same_beside
 from blocks.generation.speculation import check_speculation
 from blocks.generation.verification import speculate
 
@@ -87,6 +88,8 @@ class Session:
         self._as_text = prompts.as_text
         self.tokens = prompts.rows()
         self._batch = RunningBatch(engine, len(self.tokens), prompts.sources)
+        # Whether sources are beside the tokens, and not an encoder's.
+        self._are_beside = engine.encoder is None
         # The number of the turn: an iterator of an earlier turn must not go on.
         self._turn = 0
         self._model = _model_version(task)
@@ -105,8 +108,8 @@ class Session:
 
         Args:
             inputs: the text or tokens to add first: `None`, a string (a list of strings for
-                several rows), or a dict of `token_ids` and `padding_mask`. No
-                start token is put before it.
+                several rows), or a dict of `token_ids` and `padding_mask` (and embeddings,
+                see `blocks.EmbeddingInputs`). No start token is put before it.
             max_length: int or `None`. The length of a whole row, all turns
                 together, at which it ends.
             stop_token_ids: as for `CausalLM.generate`.
@@ -194,10 +197,14 @@ class Session:
         endings = Endings(
             resolve_stops(stop_token_ids, task), options.stop, task.preprocessor
         )
-        tokens = [np.concatenate(x) for x in zip(self.tokens, self._read(inputs))]
+        rows, beside = self._read(inputs)
+        tokens = [np.concatenate(x) for x in zip(self.tokens, rows)]
         room = self._room(tokens, max_length, max_new_tokens)
         self._check_model()
         self._turn += 1
+        if self._are_beside:
+            lengths = [len(row) for row in self.tokens]
+            self._batch.sources = extended(self._batch.sources, lengths, beside)
         self.num_prefilled += self._batch.process(tokens, int(room.max()))
         self.tokens = tokens
         blocks = self._blocks(self._turn, room, endings, options, speculation)
@@ -262,7 +269,8 @@ class Session:
                 f"num_tokens={num_tokens}, and the shortest row has "
                 f"{int(lengths.min()) + num_tokens} tokens"
             )
-        self._rewind([row[:n] for row, n in zip(self.tokens, lengths)])
+        rows = [row[:n] for row, n in zip(self.tokens, lengths)]
+        self._rewind(rows, extended(self._batch.sources, lengths.tolist()))
 
     def rewrite(self, inputs: Any) -> None:
         """Makes the tokens of the session those of other inputs.
@@ -281,7 +289,7 @@ class Session:
                 `inputs` has another number of rows. The session stays as it was.
         """
         (prompts,), _ = self._task._read(
-            inputs, None, 1, one_for="rewrite", has_sources=False
+            inputs, None, 1, one_for="rewrite", has_sources=self._are_beside
         )
         rows = prompts.rows()
         if len(rows) != len(self.tokens):
@@ -289,11 +297,15 @@ class Session:
                 f"The session has {len(self.tokens)} rows, so `inputs` must have as "
                 f"many. Received: inputs={describe(inputs)}"
             )
-        self._rewind(rows)
+        self._rewind(rows, prompts.sources)
 
-    def _rewind(self, rows: list[np.ndarray]) -> None:
-        """Replaces the tokens; what both begin with stays processed."""
+    def _rewind(self, rows: list[np.ndarray], sources: Sources | None) -> None:
+        """Replaces the tokens, and what is beside them; what both begin with stays."""
         common = np.array(list(map(common_length, self.tokens, rows)), "int32")
+        if self._are_beside:
+            old = self._batch.sources
+            both = (same_beside(old, sources, *x) for x in enumerate(common.tolist()))
+            common = np.array(list(both), "int32")
         # The last token is processed again, as its logits are needed.
         last = np.array([len(row) - 1 for row in rows], "int32")
         batch = self._batch
@@ -313,12 +325,15 @@ class Session:
         self._turn += 1
         self.tokens = rows
         batch.processed = processed
+        if self._are_beside:
+            batch.sources = sources
 
-    def _read(self, inputs: Any) -> list[np.ndarray]:
-        """Returns the tokens to add to each row."""
+    def _read(self, inputs: Any) -> tuple[list[np.ndarray], Sources | None]:
+        """Returns the tokens to add to each row, and what is beside them."""
         if inputs is None:
-            return [NO_TOKENS] * len(self.tokens)
-        batch, *others = read_batches(inputs)[0]
+            return [NO_TOKENS] * len(self.tokens), None
+        split = self._task.split_inputs if self._are_beside else None
+        batch, *others = read_batches(inputs, split)[0]
         if others or (batch.texts is not None) != self._as_text:
             raise ValueError(
                 "A session that began with "
@@ -337,7 +352,7 @@ class Session:
                 f"many. Received: inputs={describe(inputs)}"
             )
         check_tokens(pad_rows(rows)[0], vocabulary_size(self._task))
-        return [row.astype("int32") for row in rows]
+        return [row.astype("int32") for row in rows], batch.sources
 
     def _room(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -105,6 +105,43 @@ def stacked(rows: list[Sources]) -> Sources | None:
         length = max(len(row[name]) for row in rows)
         found[name] = np.stack([lengthened(row[name], length) for row in rows])
     return found or None
+
+
+def extended(
+    sources: Sources | None, lengths: Sequence[int], more: Sources | None = None
+) -> Sources | None:
+    """Returns what is beside the first tokens of rows, and more that comes after them.
+
+    Args:
+        sources: arrays `(rows, positions, ...)`, by name.
+        lengths: how many tokens of each row to keep them for.
+        more: arrays `(rows, positions, ...)`, by the same names.
+    """
+    found: Sources = {}
+    for name, like in (sources or more or {}).items():
+        old, new = (x[name] if x else like[:, :0] for x in (sources, more))
+        width = max(lengths) + new.shape[1]
+        found[name] = np.zeros((len(like), width, *like.shape[2:]), like.dtype)
+        for row, length in enumerate(lengths):
+            kept = old[row, :length]
+            found[name][row, : len(kept)] = kept
+            found[name][row, length : length + new.shape[1]] = new[row]
+    return found or None
+
+
+def same_beside(
+    sources: Sources | None, others: Sources | None, row: int, length: int
+) -> int:
+    """Returns beside how many first tokens, of `length`, two sources of a row agree."""
+    for name, like in (sources or others or {}).items():
+        pair = [
+            lengthened(x[name][row, :length] if x else like[row, :0], length)
+            for x in (sources, others)
+        ]
+        differ = pair[0] != pair[1]
+        differ = differ.any(axis=tuple(range(1, differ.ndim)))
+        length = int(differ.argmax()) if differ.any() else length
+    return length
 
 
 def with_tokens(

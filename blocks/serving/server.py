@@ -134,8 +134,8 @@ class Server:
 
         Raises:
             TypeError: if an argument has the wrong type.
-            ValueError: if the prompt is empty, is more than one row, or is longer than
-                `max_length`; or an option is not allowed.
+            ValueError: if the prompt is empty, is more than one row, has embeddings, or is
+                longer than `max_length`; or an option is not allowed.
             blocks.ServerBusy: if `max_waiting` requests are waiting.
             RuntimeError: if the server is closed.
         """
@@ -147,6 +147,11 @@ class Server:
             raise ValueError(
                 "`prompt` must be one string or one row of tokens. Submit each of several "
                 f"by itself. Received: prompt={describe(prompt)}"
+            )
+        if prompts.sources is not None:
+            raise ValueError(
+                "The server takes text and tokens, without embeddings in their place: pass "
+                f"those to `generate`. Received: prompt={describe(prompt)}"
             )
         endings_at = resolve_stops(stop_token_ids, task)
         if len(endings_at) > self._slots.num_stops:

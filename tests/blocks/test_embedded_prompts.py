@@ -85,6 +85,43 @@ def test_sessions(lm):
     assert [x.tolist() for x in new] == [x.tolist() for x in same]
 
 
+def test_turns_with_embeddings(lm):
+    """Given later, taken back, and kept where a new prompt begins with the same."""
+
+    def new(session):
+        return [x.tolist() for x in session.generate(**FREE)]
+
+    def anew(*parts):
+        rows = [np.concatenate(x).tolist() for x in zip(*parts)]
+        return new_tokens(lm.generate(prompts(rows), **FREE), rows)
+
+    first = [[1, 2], [3], [4, 3, 2]]
+    session = lm.start(first)
+    found = session.generate(given(lm), **FREE)
+    assert [x.tolist() for x in found] == anew(first, ROWS)
+    session = lm.start(given(lm))
+    session.rewrite(
+        {**given(lm), "embedding_mask": np.where(MASK, [[1] * 4 + [0] * 3], 0)}
+    )
+    session.rewrite(given(lm))
+    assert new(session) == anew(ROWS)
+    other, session = session, lm.start(given(lm))
+    for taken in (2, 1):
+        fork = session.fork()
+        fork.trim(taken)
+        fork.generate(first, max_new_tokens=1, stop_token_ids=None)
+        fork.trim(1)
+        kept = [row[:-taken] for row in ROWS]
+        assert new(fork) == anew(kept, first)
+    assert new(session) == anew(ROWS)
+    other.rewrite(first)
+    assert new(other) == anew(first)
+    with lm.serve(max_rows=1, max_length=16) as server:
+        alone = {name: x[0] for name, x in given(lm).items()}
+        with raises(ValueError, "without embeddings", "token_ids"):
+            server.submit(alone)
+
+
 def test_searches(lm):
     lm.compile(sampler=keras_hub.samplers.BeamSampler(num_beams=2))
     x = given(lm, slice(0, 2))
