@@ -135,9 +135,9 @@ class EncoderTask(TokenTypes, TokenModel, PresetMixin):
                 handle such as `"hf://user/name"`.
             load_weights: bool. Whether to load the weights.
             **kwargs: `dtype`, for the backbone; other arguments are those of the class,
-                and replace those that it was made with. Of a folder of transformers,
-                weights of the head that are missing or have another shape are drawn, to be
-                trained, with a warning.
+                and replace those that it was made with. Weights of the head that are
+                missing or have another shape in a folder of transformers, or of another
+                task's preset, are drawn, to be trained, with a warning.
 
         Returns:
             The task.
@@ -166,6 +166,22 @@ class EncoderTask(TokenTypes, TokenModel, PresetMixin):
         if compile:
             task.compile()
         return task
+
+    @classmethod
+    def adapt_preprocessor(
+        cls, preprocessor: Any, task_class: type[EncoderTask]
+    ) -> Any:
+        """Returns this class's preprocessor for one of another task.
+
+        One that is of neither is returned as it is.
+        """
+        known = task_class.preprocessor_classes.items()
+        counts = [x for x, y in known if isinstance(preprocessor, y)]
+        if not counts or type(preprocessor) in cls.preprocessor_classes.values():
+            return preprocessor
+        make = cls.preprocessor_classes[max(counts)]
+        length = preprocessor.sequence_length
+        return make(preprocessor.tokenizer, sequence_length=length)
 
     @classmethod
     def read_options(cls, folder: str) -> dict[str, Any]:

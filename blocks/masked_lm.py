@@ -11,6 +11,7 @@ from keras import ops
 from attention.contract import Shape, Tensor
 from blocks.encoder_task import EncoderTask
 from blocks.quantized_head import logits_of
+from blocks.training.token_crossentropy import TokenCrossentropy
 
 
 @keras.saving.register_keras_serializable(package="keras_transformer_blocks")
@@ -94,3 +95,14 @@ class MaskedLM(EncoderTask, keras_hub.models.MaskedLM):
         logits = logits_of(backbone.token_embedding, self.head_transform(x))
         outputs = self.output_bias(logits)
         super().__init__(inputs=inputs, outputs=outputs, **kwargs)
+
+    def compile(
+        self, optimizer: Any = "auto", loss: Any = "auto", **kwargs: Any
+    ) -> None:
+        """Configures training, as KerasHub's `compile`.
+
+        The default loss is the mean over the masked tokens, `blocks.TokenCrossentropy`.
+        """
+        if isinstance(loss, str) and loss == "auto":
+            loss = TokenCrossentropy()
+        super().compile(optimizer, loss, **kwargs)

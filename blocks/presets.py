@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -80,7 +81,11 @@ def load_task(cls: type, preset: str, load_weights: bool, **kwargs: Any) -> Any:
     task_config = _read_json(folder, "task.json")
     _find_class(folder, config)
     task_cls = _find_class(folder, task_config)
-    if not issubclass(task_cls, cls):
+    is_another = not issubclass(task_cls, cls)
+    # Tasks of encoders differ by their heads alone.
+    if is_another and not all(
+        hasattr(x, "adapt_preprocessor") for x in (cls, task_cls)
+    ):
         raise ValueError(
             f"The preset '{folder}' holds a {task_cls.__name__}, which is no "
             f"{cls.__name__}. Load it with `{task_cls.__name__}.from_preset`."
@@ -90,6 +95,16 @@ def load_task(cls: type, preset: str, load_weights: bool, **kwargs: Any) -> Any:
         kwargs["backbone"] = _load_backbone(folder, config, load_weights, dtype)
     if "preprocessor" not in kwargs:
         kwargs["preprocessor"] = _load_preprocessor(folder, task_config)
+        if is_another:
+            adapt = cls.adapt_preprocessor  # type: ignore[attr-defined]
+            kwargs["preprocessor"] = adapt(kwargs["preprocessor"], task_cls)
+    if is_another:
+        warnings.warn(
+            f"The preset '{folder}' holds a {task_cls.__name__}: weights of "
+            f"{cls.__name__}'s head are drawn, to be trained.",
+            stacklevel=3,
+        )
+        return cls(**kwargs)
     task = task_cls(**{**task_config["config"], **kwargs})
     if load_weights and task.has_task_weights():
         name = "task.weights.h5"

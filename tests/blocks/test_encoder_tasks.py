@@ -11,6 +11,7 @@ import tokenizers
 
 from attention.contract import axes_of_weights
 from blocks import (
+    CausalLM,
     CustomBackbone,
     CustomEncoderBackbone,
     JsonTokenizer,
@@ -124,6 +125,22 @@ def test_masked_positions_are_those_of_the_whole_row():
     assert_close(found, np.take_along_axis(whole, some[..., None], axis=1))
 
 
+def test_the_loss_of_masked_tokens_is_their_mean():
+    lm = randomize(make("masked_lm", text=False))
+    positions, y = np.array([[3, 1], [2, 4]]), np.array([[5, 6], [7, 8]])
+    weights = np.array([[1.0, 1.0], [1.0, 0.0]])
+    logits = to_numpy(lm({**tokens_of(TEXTS[:2]), "mask_positions": positions}))
+    logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    chosen = np.take_along_axis(logs, y[..., None], -1)[..., 0]
+    for more in (0, 5):
+        places, goals, counts = (
+            np.pad(x, ((0, 0), (0, more))) for x in (positions, y, weights)
+        )
+        x = {**tokens_of(TEXTS[:2]), "mask_positions": places}
+        loss, _ = lm.evaluate(x, goals, sample_weight=counts, verbose=0)
+        assert_close(loss, -(chosen * weights).sum() / 3, atol=1e-5)
+
+
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
 def test_text_classifier_learns(pooling):
     keras.utils.set_random_seed(1)
@@ -201,9 +218,19 @@ def test_presets(kind, tmp_path):
         assert_close(*(y.predict(TEXTS, verbose=0) for y in (restored, task)))
     untrained = cls.from_preset(folder, load_weights=False, preprocessor=None)
     assert untrained.preprocessor is None
-    other = TokenClassifier if cls is TextEmbedder else TextEmbedder
-    with raises(ValueError, f"holds a {cls.__name__}", f"no {other.__name__}"):
-        other.from_preset(folder)
+    # Another task has the same backbone and tokenizer, and a new head.
+    other, options = KINDS[
+        "masked_lm" if kind == "text_classifier" else "text_classifier"
+    ]
+    with pytest.warns(UserWarning, match=f"holds a {cls.__name__}.*{other.__name__}'s"):
+        made = other.from_preset(folder, **options)
+    x = tokens_of(TEXTS)
+    assert_close(made.backbone(x), task.backbone(x))
+    assert type(made.preprocessor) is other.preprocessor_classes[1]
+    assert made.preprocessor.sequence_length == 16
+    assert np.isfinite(made.fit(TEXTS, [0] * 8, verbose=0).history["loss"][0])
+    with raises(ValueError, f"holds a {cls.__name__}", "no CausalLM"):
+        CausalLM.from_preset(folder)
 
 
 def test_folders_of_others_with_their_tokenizers(tmp_path):
