@@ -139,10 +139,3 @@ class LanguageModel(
             # Keras asks for layers that are built: a tokenizer is by its first text.
             self.preprocessor.generate_preprocess(["a"])
         super().quantize(*args, **kwargs)  # type: ignore[misc]
-
-    def compile_from_config(self, config: dict[str, Any]) -> None:
-        # Keras's own leaves a model with an overridden `compile` uncompiled.
-        config = keras.saving.deserialize_keras_object(config)
-        self.compile(**config)
-        if self.optimizer is not None and self.built:  # type: ignore[attr-defined]
-            self.optimizer.build(self.trainable_variables)  # type: ignore[attr-defined]

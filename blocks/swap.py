@@ -120,7 +120,8 @@ def _adapt(value: Tensor, axes: WeightAxes) -> tuple[Tensor | None, str]:
     Fewer heads are the means of those that stood side by side; more are copies. The
     first tokens are kept, and further ones are the mean of all.
     """
-    old, shape = tuple(value.shape), axes.shape
+    old: Any = tuple(value.shape)
+    shape: Any = axes.shape
     pairs = enumerate(itertools.zip_longest(old, shape))
     axis, *others = (i for i, (x, y) in pairs if x != y)
     name = None if others or len(old) < len(shape) else axes.names[axis]
@@ -136,7 +137,7 @@ def _adapt(value: Tensor, axes: WeightAxes) -> tuple[Tensor | None, str]:
     # Of inputs that are added up, a head would count more or less.
     if name != "heads" or (axes.matrix or "")[axis : axis + 1] == "i":
         return None, ""
-    wanted = axes.counts[axis]
+    wanted: Any = axes.counts[axis]
     size = shape[axis] // wanted
     heads = old[axis] // size
     before, after = old[:axis], old[axis + 1 :]

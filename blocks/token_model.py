@@ -78,6 +78,13 @@ class TokenModel:
         for weight in self.weights:  # type: ignore[attr-defined]
             yield prefix + weight.path, weight.value
 
+    def compile_from_config(self, config: dict[str, Any]) -> None:
+        # Keras's own leaves a model with an overridden `compile` uncompiled.
+        config = keras.saving.deserialize_keras_object(config)
+        self.compile(**config)  # type: ignore[attr-defined]
+        if self.optimizer is not None and self.built:  # type: ignore[attr-defined]
+            self.optimizer.build(self.trainable_variables)  # type: ignore[attr-defined]
+
     def rematerialized_call(
         self, layer_call: Callable, *args: Any, **kwargs: Any
     ) -> Callable:

@@ -233,6 +233,18 @@ def test_presets(kind, tmp_path):
         CausalLM.from_preset(folder)
 
 
+def test_training_goes_on_from_a_file(tmp_path):
+    task = make("text_classifier", text=False)
+    task.compile(keras.optimizers.Adam(0.01))
+    x, y = tokens_of(TEXTS), np.arange(8) % 3
+    task.fit(x, y, verbose=0)
+    task.save(tmp_path / "task.keras")
+    loaded = keras.saving.load_model(tmp_path / "task.keras")
+    for found, expected in zip(loaded.optimizer.variables, task.optimizer.variables):
+        assert_close(found, expected)
+    assert len(loaded.optimizer.variables) > 2
+
+
 def test_folders_of_others_with_their_tokenizers(tmp_path):
     task = randomize(make("text_embedder"))
     task.export_to_transformers(str(tmp_path))
