@@ -126,13 +126,13 @@ def _adapt(value: Tensor, axes: WeightAxes) -> tuple[Tensor | None, str]:
     axis, *others = (i for i, (x, y) in pairs if x != y)
     name = None if others or len(old) < len(shape) else axes.names[axis]
     if name == "vocabulary":
-        tokens, wanted = old[axis], shape[axis]
-        kept = ops.take(value, np.arange(min(tokens, wanted)), axis=axis)
-        if wanted <= tokens:
-            return kept, f"the first {wanted} of {tokens} tokens kept"
+        tokens, count = old[axis], shape[axis]
+        kept = ops.take(value, np.arange(min(tokens, count)), axis=axis)
+        if count <= tokens:
+            return kept, f"the first {count} of {tokens} tokens kept"
         mean = ops.mean(value, axis=axis, keepdims=True)
-        more = ops.repeat(mean, wanted - tokens, axis=axis)
-        how = f"{tokens} tokens kept, {wanted - tokens} more are their mean"
+        more = ops.repeat(mean, count - tokens, axis=axis)
+        how = f"{tokens} tokens kept, {count - tokens} more are their mean"
         return ops.concatenate([kept, more], axis=axis), how
     # Of inputs that are added up, a head would count more or less.
     if name != "heads" or (axes.matrix or "")[axis : axis + 1] == "i":
