@@ -141,7 +141,9 @@ def test_the_loss_of_masked_tokens_is_their_mean():
         assert_close(loss, -(chosen * weights).sum() / 3, atol=1e-5)
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean"])
+@pytest.mark.parametrize(
+    "pooling", [pytest.param("cls", marks=pytest.mark.slow), "mean"]
+)
 def test_text_classifier_learns(pooling):
     keras.utils.set_random_seed(1)
     preprocessor = make("text_classifier").preprocessor
@@ -181,6 +183,7 @@ def test_token_classifier_learns_labels_only():
     assert abs(accuracy - right) < 1e-5
 
 
+@pytest.mark.slow
 def test_embedder_learns_and_poolings_are_what_they_say():
     backbone = randomize(CustomEncoderBackbone(**SIZES))
     preprocessor = make("text_embedder").preprocessor
@@ -245,6 +248,7 @@ def test_training_goes_on_from_a_file(tmp_path):
     assert len(loaded.optimizer.variables) > 2
 
 
+@pytest.mark.slow
 def test_folders_of_others_with_their_tokenizers(tmp_path):
     task = randomize(make("text_embedder"))
     task.export_to_transformers(str(tmp_path))

@@ -76,6 +76,7 @@ def test_scores_of_a_text():
     np.testing.assert_array_equal(again, found)
 
 
+@pytest.mark.slow
 def test_nothing_is_left_behind():
     lm = make_lm(make_variant("gqa", num_layers=1))
     x = {"token_ids": np.array([[3, 4]]), "padding_mask": np.ones((1, 2), "int32")}

@@ -175,6 +175,7 @@ class Guesses(Speculation):
         return found
 
 
+@pytest.mark.slow
 def test_grammars_with_speculation(lm):
     prompts = ["once", "upon", "a", "time"]
     schema = {"type": "object", "properties": {"key": {"type": "boolean"}}}

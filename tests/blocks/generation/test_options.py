@@ -215,6 +215,7 @@ def test_scores_are_those_of_the_model_without_a_cache(lm):
         lm.score([[1] * 66])
 
 
+@pytest.mark.slow
 def test_a_models_own_options_are_defaults(tmp_path):
     defaults = {"temperature": 0.6, "top_k": 3, "repetition_penalty": 1.4}
     lm = make_small_lm(make_backbone(num_layers=1), generation_options=defaults)

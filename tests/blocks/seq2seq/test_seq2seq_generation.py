@@ -123,6 +123,7 @@ def test_speculation(lm, guesser):
     assert rows_of(found) == greedy(lm, 7)
 
 
+@pytest.mark.slow
 def test_options_and_several_continuations(lm):
     options = {"temperature": 1.5, "seed": 3, "repetition_penalty": 1.3, **FREE}
     several = lm.generate(given(), num_return_sequences=2, **options)
@@ -157,6 +158,7 @@ def test_features(lm):
     assert len({tuple(row[-7:]) for row in found}) == 3
 
 
+@pytest.mark.slow
 def test_texts(text_lm):
     texts = ["abc", "hello"]
     found = text_lm.generate(texts, max_new_tokens=6)

@@ -92,6 +92,7 @@ class Even(LogitsProcessor):
         return ops.where(allowed, logits, -float("inf")), state
 
 
+@pytest.mark.slow
 def test_requests_may_have_a_processor_of_the_servers():
     lm = make_small_lm(make_backbone(num_layers=1))
     even = Even()
@@ -109,6 +110,7 @@ def test_requests_may_have_a_processor_of_the_servers():
         lm.serve(max_rows=2, max_length=48, processors=[3])
 
 
+@pytest.mark.slow
 def test_a_grammar_that_fails_ends_its_request_alone(monkeypatch):
     pytest.importorskip("llguidance")
     lm = make_letters_lm()
@@ -149,6 +151,7 @@ def text_server():
         yield lm, server
 
 
+@pytest.mark.slow
 def test_text_streams_and_ends_before_a_stop_string(text_server):
     lm, server = text_server
     options = {"max_new_tokens": 20, "stop_token_ids": None}
@@ -174,6 +177,7 @@ def test_text_streams_and_ends_before_a_stop_string(text_server):
     assert bytes(np.concatenate(list(tokens)).tolist()).decode() == expected
 
 
+@pytest.mark.slow
 def test_the_first_texts_come_from_several_threads(monkeypatch):
     class Slow(StartPacker):
         def __init__(self, **kwargs):
@@ -246,6 +250,7 @@ def test_bad_requests_are_errors_at_once(text_server):
             server.submit(prompt, **options)
 
 
+@pytest.mark.slow
 def test_a_row_with_nan_ends_alone():
     backbone = make_backbone(num_layers=1, tie_word_embeddings=False)
     lm = make_small_lm(backbone)

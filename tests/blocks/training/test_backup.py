@@ -185,7 +185,7 @@ def slow(*case):
     ("data", "at", "save_freq"),
     [
         ("in memory", (1, 3), 2),
-        ("dataset", (2, 1), 3),
+        slow("dataset", (2, 1), 3),
         slow("PyDataset", (2, 2), 2),
         slow("generator", (1, 2), 3),
         slow("validation", (1, "end"), 3),
@@ -280,6 +280,7 @@ def test_data_that_are_fewer_than_before(tmp_path):
     lm.fit(*data, verbose=0)
 
 
+@pytest.mark.slow
 @pytest.mark.same_everywhere
 def test_damage_and_places_that_can_not_be_written_to(tmp_path):
     stop(tmp_path)

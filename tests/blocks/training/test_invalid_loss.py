@@ -53,6 +53,7 @@ def test_the_step_is_named_and_nothing_is_saved(bad, tmp_path):
         np.testing.assert_array_equal(to_numpy(found), expected)
 
 
+@pytest.mark.slow
 def test_where_no_callback_is_given():
     """There Keras's own run beside the training, and the error comes later."""
     for cls in (WithLosses, CausalLM):
