@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
+import threading
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypedDict
 
@@ -124,6 +125,9 @@ class Options:
 
 
 NO_OPTIONS = Options()
+
+# Keras's generators read and then write their state: two threads may draw the same.
+_drawing_seeds = threading.Lock()
 
 # Options that draw, and what leaves the choice as it is.
 _DRAWING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
@@ -291,7 +295,8 @@ def _drawing(
     seeds = values.get("seed")
     if seeds is None:
         generator = getattr(sampler, "seed_generator", None)
-        drawn = keras.random.randint((rows // times,), 0, 2**31 - 1, seed=generator)
+        with _drawing_seeds:
+            drawn = keras.random.randint((rows // times,), 0, 2**31 - 1, seed=generator)
         seeds = np.repeat(keras.ops.convert_to_numpy(drawn), times)
     # The upper bits tell the continuations of a prompt apart.
     high = (seeds.astype("int64") >> 32) + np.tile(np.arange(times), rows // times)

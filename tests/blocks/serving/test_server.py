@@ -195,6 +195,19 @@ def test_the_first_texts_come_from_several_threads(monkeypatch):
     assert found == [lm.generate(x, max_new_tokens=4, strip_prompt=True) for x in texts]
 
 
+def test_threads_draw_seeds_of_their_own():
+    lm = make_small_lm(make_backbone(num_layers=1), sampler="random")
+    gate = threading.Barrier(48)
+
+    def ask(_):
+        gate.wait()
+        return server.submit([1, 2], 12, None, temperature=2.0)
+
+    with lm.serve(max_rows=8, max_length=16) as server, ThreadPoolExecutor(48) as pool:
+        requests = [*pool.map(ask, range(48))]
+        assert len({tuple(x.result(60).token_ids) for x in requests}) == 48
+
+
 def test_asyncio_clients(text_server):
     lm, server = text_server
     options = {"max_new_tokens": 12, "stop_token_ids": None}
