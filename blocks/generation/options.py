@@ -69,7 +69,7 @@ class GenerationOptions(TypedDict, total=False):
     """float in [0, 1]. Tokens at least so many times as likely as the likeliest may be."""
 
     seed: Any
-    """int. A row's tokens depend on its seed, and not on the batch that it is in. Of
+    """int of 64 bits. A row's tokens depend on its seed, and not on its batch. Of
     several continuations of a prompt each has random numbers of its own. It needs one of
     the options above, or a sampler that draws."""
 
@@ -131,16 +131,27 @@ _drawing_seeds = threading.Lock()
 
 # Options that draw, and what leaves the choice as it is.
 _DRAWING = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+_COUNTS = "from 0 to 2**31 - 1"
+
+
+def _is_count(x: np.ndarray) -> np.ndarray:
+    return (x >= 0) & (x < 2**31)
+
+
+def _is_seed(x: np.ndarray) -> np.ndarray:
+    return (x >= -(2**63)) & (x < 2**64)
+
+
 _ALLOWED: dict[str, tuple[Callable[[np.ndarray], np.ndarray], str, type]] = {
     "temperature": (lambda x: x >= 0, "at least 0", numbers.Real),
-    "top_k": (lambda x: x >= 0, "at least 0", numbers.Integral),
+    "top_k": (_is_count, _COUNTS, numbers.Integral),
     "top_p": (lambda x: (x > 0) & (x <= 1), "larger than 0, at most 1", numbers.Real),
     "min_p": (lambda x: (x >= 0) & (x <= 1), "from 0 to 1", numbers.Real),
-    "seed": (lambda x: x == x, "an integer", numbers.Integral),
+    "seed": (_is_seed, "from -2**63 to 2**64 - 1", numbers.Integral),
     "repetition_penalty": (lambda x: x > 0, "larger than 0", numbers.Real),
     "presence_penalty": (np.isfinite, "finite", numbers.Real),
     "frequency_penalty": (np.isfinite, "finite", numbers.Real),
-    "no_repeat_ngram_size": (lambda x: x >= 0, "at least 0", numbers.Integral),
+    "no_repeat_ngram_size": (_is_count, _COUNTS, numbers.Integral),
 }
 _PENALTIES: dict[str, Callable[[np.ndarray], LogitsProcessor]] = {
     "repetition_penalty": RepetitionPenalty,
@@ -316,7 +327,9 @@ def _numbers(name: str, value: Any, count: int) -> np.ndarray:
                 f"`{name}` must be {what[:-1]}, or a list of {what}. Received: "
                 f"{name}={describe(value)}"
             )
-    array = np.array([int(x) if kind is numbers.Integral else float(x) for x in given])
+    # NumPy makes floats of large integers beside negative ones, but not of objects.
+    cast, dtype = (int, object) if kind is numbers.Integral else (float, float)
+    array = np.array([*map(cast, given)], dtype)
     wrong = np.flatnonzero(~np.asarray(is_allowed(array)))
     if len(wrong):
         raise ValueError(
@@ -324,8 +337,8 @@ def _numbers(name: str, value: Any, count: int) -> np.ndarray:
             f"{f' for prompt {wrong[0]}' if count > 1 else ''}"
         )
     if name == "seed":
-        return array
-    return array.astype("int32" if kind is numbers.Integral else "float32")
+        return (array % 2**64).astype("uint64")
+    return array.astype("int32" if cast is int else "float32")
 
 
 def _each(name: str, value: Any, count: int) -> list[Any]:

@@ -119,6 +119,12 @@ def test_continuations_of_one_prompt_differ(lm):
     assert found == lm.generate(prompts(RAGGED[:1]), **options)["token_ids"][0].tolist()
 
 
+def test_large_and_negative_seeds_of_one_batch_are_exact(lm):
+    seeds = [2**63 + 5, -3, 2**64 - 1]
+    found = generated(lm, **OPTIONS, temperature=2.0, seed=seeds)
+    assert found == alone(lm, temperature=[2.0] * 3, seed=seeds)
+
+
 def test_numbers_that_are_not_given_are_the_samplers():
     lm = make_small_lm(make_backbone(num_layers=1))
     for sampler, numbers in (
@@ -248,6 +254,8 @@ def test_bad_options_are_errors(lm):
         (ValueError, ["`top_k`", "one for each of 3"], {"top_k": [1, 2]}),
         (TypeError, ["`top_k` must be integer"], {"top_k": 1.5}),
         (TypeError, ["`seed` must be integer"], {"seed": "a"}),
+        (ValueError, ["`seed`", "2**64 - 1", "prompt 1"], {"seed": [1, 2**64, 3]}),
+        (ValueError, ["`top_k`", "2**31 - 1"], {"top_k": 2**31}),
         (TypeError, ["`min_p` must be number"], {"min_p": True}),
         (
             ValueError,
