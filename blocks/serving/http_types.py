@@ -159,6 +159,17 @@ class ChatAsked(Asked):
     logprobs: bool | None = False
     top_logprobs: int | None = pydantic.Field(None, ge=0)
 
+    @pydantic.field_validator("messages")
+    @classmethod
+    def _join_parts(cls, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Returns messages whose contents are no lists of parts: templates take text."""
+        return [
+            {**x, "content": _joined(x["content"])}
+            if isinstance(x.get("content"), list)
+            else x
+            for x in messages
+        ]
+
     def options(self, limits: Limits) -> dict[str, Any]:
         wanted = self.response_format or {"type": "text"}
         if wanted.get("type") == "json_object":
@@ -221,3 +232,15 @@ class ChatAsked(Asked):
         """Returns what comes before the first piece."""
         delta = {"role": "assistant", "content": ""}
         return {"index": number, "delta": delta, "finish_reason": None}
+
+
+def _joined(parts: list[Any]) -> str:
+    """Returns the text of a message's parts."""
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise ValueError(
+                'The parts of `content` must be {"type": "text", "text": "..."}, as the '
+                f"model reads text. Received a part of type {kind!r}"
+            )
+    return "".join(part["text"] for part in parts)

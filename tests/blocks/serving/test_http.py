@@ -152,6 +152,22 @@ def test_chat(served):
     assert chunks[-1].choices[0].finish_reason == "length"
 
 
+def test_chat_content_in_parts_is_its_text(served):
+    lm, _, client, _ = served
+
+    def ask(*parts):
+        messages = [{"role": "user", "content": parts}]
+        return client.chat.completions.create(
+            model="letters", messages=messages, max_tokens=9, temperature=0
+        )
+
+    answer = ask({"type": "text", "text": "h"}, {"type": "text", "text": "i"})
+    prompt = lm.apply_chat_template([{"role": "user", "content": "hi"}])
+    assert answer.choices[0].message.content == expected(lm, prompt, 9)
+    with pytest.raises(openai.BadRequestError, match="type 'image_url'"):
+        ask({"type": "image_url", "image_url": {"url": "data:"}})
+
+
 def test_json_schema(served):
     _, server, client, _ = served
     schema = {"enum": ["yes", "no"]}
