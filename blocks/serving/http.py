@@ -257,7 +257,7 @@ class _Http:
         tasks = [asyncio.create_task(read(*x)) for x in enumerate(found)]
         timer = self._end_in_time(found)
         try:
-            answers: list[Any] = []
+            answers: dict[int, Any] = {}
             # How much text of each was sent.
             places = [0] * len(found)
             for number in range(len(found)):
@@ -269,7 +269,7 @@ class _Http:
                     yield _event({"error": {"message": str(answer)}})
                     return
                 if answer is not None:
-                    answers.append(answer)
+                    answers[number] = answer
                     self.metrics.made(answer)
                     choice = asked.chunk(number, "", _reason(answer), None)
                 elif isinstance(piece, Completion):
@@ -280,7 +280,9 @@ class _Http:
                     choice = asked.chunk(number, piece, None, None)
                 yield _event({**head, "choices": [choice]})
             if (asked.stream_options or {}).get("include_usage"):
-                usage = _usage(answers, asked.n)
+                # They end in any order.
+                whole = [answers[number] for number in range(len(found))]
+                usage = _usage(whole, asked.n)
                 yield _event({**head, "choices": [], "usage": usage})
             yield "data: [DONE]\n\n"
         finally:

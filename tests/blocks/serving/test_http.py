@@ -131,6 +131,18 @@ def test_completions_stream_and_stop(served):
     assert chunks[-1].usage.completion_tokens == len(text)
 
 
+def test_usage_of_a_stream_is_that_of_the_answer(served):
+    _, _, client, _ = served
+    usage = {"stream_options": {"include_usage": True}, "stream": True}
+    for seed in range(4):
+        options = {"prompt": ["ab", "xyz" * 5], "n": 2, "stop": ["a", "b", "c", "d"]}
+        options |= {"model": "letters", "max_tokens": 40, "seed": seed}
+        found = client.completions.create(**options, temperature=1.5)
+        *_, last = client.completions.create(**options, temperature=1.5, **usage)
+        assert last.usage == found.usage
+        assert found.usage.prompt_tokens == 17
+
+
 def test_chat(served):
     lm, _, client, _ = served
     messages = [{"role": "user", "content": "hi"}]
