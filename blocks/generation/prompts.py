@@ -132,7 +132,12 @@ def is_text(x: Any) -> bool:
 
 
 def to_str(text: Any) -> str:
-    """Returns the string that `is_text`, or raises a `TypeError`."""
+    """Returns the string that `is_text`.
+
+    Raises:
+        TypeError: if it is none.
+        ValueError: if it has half a surrogate pair, as JSON may: no tokenizer reads it.
+    """
     if hasattr(text, "numpy"):
         text = text.numpy()
     if isinstance(text, bytes):
@@ -142,6 +147,14 @@ def to_str(text: Any) -> str:
             "Inputs must be all text or all token ids. Received among strings: "
             f"{describe(text)}"
         )
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            "Text must be what UTF-8 can encode. Received half a surrogate pair, "
+            f"{text[error.start]!r}, as character {error.start} of a string of "
+            f"{len(text)}. Remove it, or pair it."
+        ) from None
     return text
 
 

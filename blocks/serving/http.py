@@ -39,13 +39,13 @@ class _Refused(Exception):
         return JSONResponse({"error": error}, self.status, headers)
 
 
-def _refusal(error: Exception) -> _Refused:
-    """Returns what clients are told of an error of the server's."""
+def _refusal(error: Exception, is_open: bool = True) -> _Refused:
+    """Returns what clients are told of an error of a server that `is_open`, or not."""
     status, kind = 400, "invalid_request_error"
     if isinstance(error, ServerBusy):
         status, kind = 429, "rate_limit_error"
     elif isinstance(error, RuntimeError):
-        status, kind = 503, "server_error"
+        status, kind = 500 if is_open else 503, "server_error"
     return _Refused(status, kind, str(error))
 
 
@@ -189,15 +189,15 @@ class _Http:
             for prompt in prompts:
                 for number in range(asked.n):
                     own = {**options, "as_text": True}
-                    if own.get("seed") is not None:
+                    if number and own.get("seed") is not None:
                         # As `num_return_sequences`: numbers of its own for each.
-                        own["seed"] += number << 32
+                        own["seed"] = (own["seed"] + (number << 32)) % 2**64
                     found.append(
                         await run_in_threadpool(self.server.submit, prompt, **own)
                     )
         except (TypeError, ValueError, RuntimeError) as error:
             _cancel(found)
-            raise _refusal(error) from error
+            raise _refusal(error, self.server.is_open) from error
         self.metrics.asked(asked.kind, len(found))
         head = {
             "id": f"{asked.prefix}-{uuid.uuid4().hex}",

@@ -102,7 +102,9 @@ class CompletionAsked(Asked):
 
     def prompts(self) -> list[Any]:
         """Returns the prompts, each a string or a list of tokens."""
-        one = isinstance(self.prompt, str) or isinstance(self.prompt[0], int)
+        one = isinstance(self.prompt, str)
+        # An empty list is a prompt that has no tokens.
+        one = one or all(isinstance(x, int) for x in self.prompt)
         return [self.prompt] if one else list(self.prompt)
 
     def most_logprobs(self) -> int | None:

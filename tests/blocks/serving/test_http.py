@@ -9,6 +9,8 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
 
 import numpy as np
 import pytest
@@ -70,8 +72,6 @@ def served():
 
 
 def get(url):
-    import urllib.request
-
     with urllib.request.urlopen(url) as response:
         return response.read().decode()
 
@@ -231,6 +231,33 @@ def test_bad_requests(served):
     other = client.with_options(api_key="wrong")
     with pytest.raises(openai.AuthenticationError):
         other.completions.create(model="letters", prompt="a")
+
+
+@pytest.mark.parametrize(
+    "status, part, path, body",
+    [
+        (400, "`inputs` is empty", "completions", b'{"prompt": []}'),
+        (400, "surrogate", "completions", rb'{"prompt": "a\ud800"}'),
+        (400, "`seed`", "completions", b'{"prompt": "a", "seed": %d}' % 2**70),
+    ],
+)
+def test_errors_have_openais_form(served, status, part, path, body):
+    headers = {"Authorization": "Bearer key", "Content-Type": "application/json"}
+    url = f"{served[-1]}/v1/{path}"
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(urllib.request.Request(url, body, headers))
+    assert error.value.code == status
+    assert part in json.loads(error.value.read())["error"]["message"]
+
+
+def test_seeds_of_several_answers_are_64_bits(served):
+    _, _, client, _ = served
+    options = {"model": "letters", "prompt": "ab", "max_tokens": 9, "temperature": 1}
+    first, second = [
+        [x.text for x in client.completions.create(**options, n=2, seed=seed).choices]
+        for seed in (-1, 2**64 - 1)
+    ]
+    assert first == second and len(set(first)) == 2
 
 
 def test_time_that_is_up_ends_an_answer(served):
