@@ -15,6 +15,7 @@ import numpy as np
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
 
 from blocks.generation import Completion
 from blocks.serving.http_metrics import Metrics
@@ -27,26 +28,26 @@ _LOOK = 0.25
 
 
 class _Refused(Exception):
-    """An error of OpenAI's interface: a status, a kind and a message."""
+    """An error of OpenAI's interface: a status, a kind, a message, and headers."""
 
-    def __init__(self, status: int, kind: str, message: str) -> None:
+    def __init__(
+        self, status: int, kind: str, message: str, headers: Any = None
+    ) -> None:
         super().__init__(message)
-        self.status, self.kind = status, kind
+        self.status, self.kind, self.headers = status, kind, headers
 
     def response(self) -> JSONResponse:
         error = {"message": str(self), "type": self.kind, "param": None, "code": None}
-        headers = {"Retry-After": "1"} if self.status == 429 else None
-        return JSONResponse({"error": error}, self.status, headers)
+        return JSONResponse({"error": error}, self.status, self.headers)
 
 
 def _refusal(error: Exception, is_open: bool = True) -> _Refused:
     """Returns what clients are told of an error of a server that `is_open`, or not."""
-    status, kind = 400, "invalid_request_error"
     if isinstance(error, ServerBusy):
-        status, kind = 429, "rate_limit_error"
-    elif isinstance(error, RuntimeError):
-        status, kind = 500 if is_open else 503, "server_error"
-    return _Refused(status, kind, str(error))
+        return _Refused(429, "rate_limit_error", str(error), {"Retry-After": "1"})
+    if isinstance(error, RuntimeError):
+        return _Refused(500 if is_open else 503, "server_error", str(error))
+    return _Refused(400, "invalid_request_error", str(error))
 
 
 def create_app(
@@ -60,7 +61,7 @@ def create_app(
     """Returns an ASGI application that answers by a running server.
 
     It has OpenAI's `/v1/completions`, `/v1/chat/completions` and `/v1/models`, `/health`,
-    and `/metrics` for Prometheus.
+    and `/metrics` for Prometheus. Errors have OpenAI's form.
 
     Args:
         server: a `blocks.Server`, of a model with a preprocessor.
@@ -74,6 +75,7 @@ def create_app(
     app = fastapi.FastAPI(title="keras-transformer-blocks")
     http = _Http(server, name, to_prompt, to_text, limits or Limits())
     app.add_middleware(_Guard, api_key=api_key, limits=http.limits)
+    model = {"id": name, "object": "model", "created": 0, "owned_by": "blocks"}
 
     @app.exception_handler(_Refused)
     async def _(_: fastapi.Request, error: _Refused) -> Response:
@@ -85,6 +87,11 @@ def create_app(
         where = ".".join(str(x) for x in first["loc"][1:])
         text = f"`{where}`: {first['msg']}"
         return _Refused(400, "invalid_request_error", text).response()
+
+    @app.exception_handler(HTTPException)
+    async def _(_: fastapi.Request, error: HTTPException) -> Response:
+        kind, text = "invalid_request_error", error.detail
+        return _Refused(error.status_code, kind, text, error.headers).response()
 
     @app.get("/health")
     async def health() -> Response:
@@ -98,8 +105,13 @@ def create_app(
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        model = {"id": name, "object": "model", "created": 0, "owned_by": "blocks"}
         return {"object": "list", "data": [model]}
+
+    @app.get("/v1/models/{wanted:path}")
+    async def one_model(wanted: str) -> dict[str, Any]:
+        if wanted != name:
+            raise HTTPException(404, f"There is no model {wanted!r}, only {name!r}.")
+        return model
 
     @app.post("/v1/completions")
     async def completions(asked: CompletionAsked, request: fastapi.Request) -> Response:
@@ -148,7 +160,7 @@ class _Guard:
             message = await receive()
             size += len(message.get("body", b""))
             if size > most:
-                raise fastapi.HTTPException(413, too_large)
+                raise HTTPException(413, too_large)
             return message
 
         await self.app(scope, counted, send)

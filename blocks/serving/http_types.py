@@ -52,6 +52,13 @@ class Asked(pydantic.BaseModel):
     repetition_penalty: float | None = None
     logit_bias: dict[int, float] | None = None
 
+    @pydantic.field_validator("n", "stream", mode="before")
+    @classmethod
+    def _default(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
+        """Returns the default for null, which is `None` for the other fields."""
+        name = str(info.field_name)
+        return cls.model_fields[name].default if value is None else value
+
     def options(self, limits: Limits) -> dict[str, Any]:
         """Returns arguments of `Server.submit`."""
         names = (

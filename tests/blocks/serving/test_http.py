@@ -101,6 +101,9 @@ def test_completions(served):
     )
     first, second = [x.text for x in tokens.choices]
     assert first == texts[1] != second
+    null = {"model": "letters", "prompt": "ab", "n": None, "stream": None, **VARIED}
+    (one,) = client.completions.create(**null, max_tokens=12).choices
+    assert one.text == first
 
 
 def test_completions_stream_and_stop(served):
@@ -205,6 +208,7 @@ def test_models_health_and_metrics(served):
     _, _, client, url = served
     client.completions.create(model="letters", prompt="a", max_tokens=3)
     assert [x.id for x in client.models.list()] == ["letters"]
+    assert client.models.retrieve("letters").object == "model"
     assert "ok" in get(url + "/health")
     text = get(url + "/metrics")
     assert 'blocks_requests_total{endpoint="completions"}' in text
@@ -239,6 +243,10 @@ def test_bad_requests(served):
         (400, "`inputs` is empty", "completions", b'{"prompt": []}'),
         (400, "surrogate", "completions", rb'{"prompt": "a\ud800"}'),
         (400, "`seed`", "completions", b'{"prompt": "a", "seed": %d}' % 2**70),
+        (404, "Not Found", "nothing", None),
+        (404, "no model 'other'", "models/other", None),
+        (405, "Method Not Allowed", "completions", None),
+        (413, "20000", "completions", [b"a" * 9000] * 3),  # in chunks
     ],
 )
 def test_errors_have_openais_form(served, status, part, path, body):
