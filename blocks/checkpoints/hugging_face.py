@@ -23,7 +23,12 @@ from blocks.checkpoints.gguf_file import GgufFile
 from blocks.checkpoints.loading import load_weights, weights_from
 from blocks.checkpoints.mxfp4 import unpacked
 from blocks.checkpoints.packages import require
-from blocks.checkpoints.tensor_files import DTYPE_NAMES, SafetensorsFolder
+from blocks.checkpoints.tensor_files import (
+    DTYPE_NAMES,
+    INDEX,
+    SINGLE,
+    SafetensorsFolder,
+)
 
 _SHARD_BYTES = 5 * 10**9
 
@@ -158,7 +163,7 @@ def _tensors(
 def _write_tensors(
     folder: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]]
 ) -> None:
-    """Writes one file, or shards and their index."""
+    """Writes one file, or shards and their index, in place of those that are there."""
     safetensors = require("safetensors.numpy", "Folders for transformers")
     shards: list[list[str]] = []
     held: dict[str, np.ndarray] = {}
@@ -177,16 +182,25 @@ def _write_tensors(
         held[name] = tensor
         sizes += tensor.nbytes
     write()
-    if len(shards) == 1:
-        (folder / "part-0").replace(folder / "model.safetensors")
-        return
-    weight_map = {}
-    for i, names in enumerate(shards):
-        file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+    files, count = [SINGLE], len(shards)
+    if count > 1:
+        files = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+        # An interruption must not leave one that names old and new shards.
+        (folder / INDEX).unlink(missing_ok=True)
+    for i, file in enumerate(files):
         (folder / f"part-{i}").replace(folder / file)
-        weight_map.update(dict.fromkeys(names, file))
-    index = {"metadata": {"total_size": sizes}, "weight_map": weight_map}
-    write_json(str(folder), "model.safetensors.index.json", index)
+    if count > 1:
+        weight_map = {
+            name: file for file, names in zip(files, shards) for name in names
+        }
+        index = {"metadata": {"total_size": sizes}, "weight_map": weight_map}
+        write_json(str(folder), INDEX, index)
+        files.append(INDEX)
+    # Those of the checkpoint that was there before.
+    others = folder.glob("model-?????-of-?????.safetensors")
+    for path in (folder / INDEX, folder / SINGLE, *others):
+        if path.name not in files:
+            path.unlink(missing_ok=True)
 
 
 def _check_same_computation(

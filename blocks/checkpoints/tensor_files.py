@@ -27,6 +27,9 @@ DTYPES: dict[str, Any] = {
 # By the names that Keras has for them.
 DTYPE_NAMES = {np.dtype(dtype).name: np.dtype(dtype) for dtype in DTYPES.values()}
 _MAX_HEADER = 100_000_000
+# The file of all tensors, or that which says in which files they are.
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 
 
 class Checkpoint(Protocol):
@@ -76,17 +79,16 @@ class SafetensorsFolder:
                 self._places[name] = place
 
     def _files(self) -> list[pathlib.Path]:
-        index = self.folder / "model.safetensors.index.json"
-        if not index.exists():
-            single = self.folder / "model.safetensors"
-            if not single.exists():
-                raise ValueError(
-                    f"'{self.folder}' has no model.safetensors and no "
-                    "model.safetensors.index.json. Only safetensors are read: pickled "
-                    "weights (pytorch_model.bin) could run code. Convert them first. "
-                    f"It has {sorted(path.name for path in self.folder.iterdir())}"
-                )
+        index, single = self.folder / INDEX, self.folder / SINGLE
+        # As transformers, of a folder that has both.
+        if single.exists():
             return [single]
+        if not index.exists():
+            raise ValueError(
+                f"'{self.folder}' has no {SINGLE} and no {INDEX}. Only safetensors are "
+                "read: pickled weights (pytorch_model.bin) could run code. Convert them "
+                f"first. It has {sorted(path.name for path in self.folder.iterdir())}"
+            )
         try:
             names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
         except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -1,5 +1,6 @@
 """Folders as a whole: tokenizers that are exported, and what handles download."""
 
+import json
 import pathlib
 import shutil
 
@@ -7,10 +8,11 @@ import numpy as np
 import pytest
 
 from blocks import CausalLM, CausalLMPreprocessor, JsonTokenizer
+from blocks.checkpoints import hugging_face
 from blocks.models.llama import LlamaBackbone
 from tests.helpers import to_numpy
 from tests.made_tokenizers import HARD_TEXTS, byte_level, metaspace
-from tests.models import make_backbone, prompts
+from tests.models import make_backbone, prompts, randomize
 
 pytestmark = pytest.mark.same_everywhere
 
@@ -26,6 +28,28 @@ CHAT = [{"role": "user", "content": "Größe? 你好 🤖"}]
 def llama(preprocessor=None):
     arguments = {"vocabulary_size": 600, "num_layers": 1, "learned_positions": False}
     return CausalLM(make_backbone(LlamaBackbone, **arguments), preprocessor)
+
+
+# === Exported weights ===
+
+
+@pytest.mark.parametrize("sizes", [(9000, 10**9), (10**9, 9000), (9000, 20000)])
+def test_an_export_replaces_the_weights_that_were_there(sizes, tmp_path, monkeypatch):
+    (tmp_path / "other.safetensors").write_bytes(b"")
+    x = prompts([[1, 2, 3, 4], [5, 6]])
+    for seed, size in enumerate(sizes):
+        lm = llama()
+        randomize(lm, seed)
+        monkeypatch.setattr(hugging_face, "_SHARD_BYTES", size)
+        lm.export_to_transformers(str(tmp_path))
+        loaded = CausalLM.from_preset(str(tmp_path))
+        np.testing.assert_array_equal(to_numpy(loaded(x)), to_numpy(lm(x)))
+    named, index = {"model.safetensors"}, tmp_path / "model.safetensors.index.json"
+    if index.exists():
+        named = {*json.loads(index.read_text("utf-8"))["weight_map"].values()}
+    files = {path.name for path in tmp_path.glob("*.safetensors")}
+    assert files == {*named, "other.safetensors"}
+    assert (len(named) > 1) == (sizes[-1] < 10**9)
 
 
 # === Exported tokenizers ===

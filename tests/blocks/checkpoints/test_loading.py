@@ -79,12 +79,20 @@ def test_shards_and_a_checkpoint_of_the_backbone_alone(published, folder):
     places = {name: file for file, part in shards.items() for name in part}
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": places}), "utf-8")
+    (folder / WEIGHTS).unlink()
     loaded = CausalLM.from_preset(str(folder))
     np.testing.assert_array_equal(outputs_of(loaded), outputs_of(lm))
     for outside in ("../a.safetensors", "/etc/passwd", 3):
         edit(index, lambda x, to=outside: x["weight_map"].update({names[0]: to}))
         with raises(ValueError, "outside of its folder"):
             CausalLM.from_preset(str(folder))
+
+
+def test_of_a_file_and_an_index_the_file_is_read(published, folder):
+    index = folder / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"a": "b.safetensors"}}', "utf-8")
+    loaded = CausalLM.from_preset(str(folder))
+    np.testing.assert_array_equal(outputs_of(loaded), outputs_of(published[0]))
 
 
 def test_all_differences_are_named_and_nothing_is_read(folder, monkeypatch):
