@@ -74,10 +74,11 @@ class CheckpointMixin(PresetMixin):
                 the dtype of the weights.
 
         Raises:
-            ValueError: if the backbone computes what no published architecture does,
-                such as another attention. It says what differs, and nothing is written.
+            ValueError: if the model computes what no published architecture does, such
+                as another attention or other logits. It says what differs, and nothing
+                is written.
         """
-        hugging_face.export_backbone(self.backbone, path, dtype)
+        hugging_face.export_backbone(self, path, dtype)
         write_preprocessor(path, self.preprocessor, self.generation_options)
 
     def export_lora_to_peft(self, path: str, base_model: str | None = None) -> None:

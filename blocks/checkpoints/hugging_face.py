@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import pathlib
@@ -29,6 +30,7 @@ from blocks.checkpoints.tensor_files import (
     SINGLE,
     SafetensorsFolder,
 )
+from blocks.transformer_block import TransformerBlock
 
 _SHARD_BYTES = 5 * 10**9
 
@@ -134,7 +136,7 @@ def export_backbone(
         )
     config = {**architecture.write_config(backbone), **config}
     config["architectures"] = [written_class]
-    _check_same_computation(architecture, backbone, config)
+    _check_same_computation(architecture, model, config)
     os.makedirs(folder, exist_ok=True)
     written = dtype or backbone.token_embedding.variable_dtype
     _write_tensors(pathlib.Path(folder), _tensors(architecture, model, dtype))
@@ -204,15 +206,21 @@ def _write_tensors(
 
 
 def _check_same_computation(
-    architecture: Architecture, backbone: Any, config: dict[str, Any]
+    architecture: Architecture, model: Any, config: dict[str, Any]
 ) -> None:
-    """Raises an error if the architecture's backbone computes something else."""
+    """Raises an error if the architecture's model computes something else."""
+    backbone = getattr(model, "backbone", model)
     arguments = architecture.read_config(config)
     with weights_from(
         lambda weights: lambda weight: ops.zeros(weight.shape, weight.dtype)
     ):
         published = architecture.backbone_class(**arguments, dtype="bfloat16")
     ours, theirs = _parts(backbone), _parts(published)
+    if model is not backbone:
+        # The class of this library that a user's task is a subclass of.
+        known = (x for x in type(model).__mro__ if x.__module__.startswith("blocks."))
+        theirs["the task"] = _methods(next(known), _OF_TASKS)
+        ours["the task"] = _methods(type(model), _OF_TASKS)
     differences = []
     for path in sorted({*ours, *theirs}):
         if ours.get(path) == theirs.get(path):
@@ -223,7 +231,7 @@ def _check_same_computation(
             differences.append(f"{path}: {where}")
             continue
         changed = [
-            f"{key}={mine.get(key)!r}, published {other.get(key)!r}"
+            f"{key}={_name(mine.get(key))}, published {_name(other.get(key))}"
             for key in sorted({*mine, *other})
             if mine.get(key) != other.get(key)
         ]
@@ -231,7 +239,7 @@ def _check_same_computation(
     if differences:
         shown = "\n".join(differences[:20])
         raise ValueError(
-            f"No architecture of transformers computes what this "
+            "No architecture of transformers computes what this model of a "
             f"{type(backbone).__name__} does, so nothing was written. Compared with "
             f"'{architecture.model_type}', {len(differences)} parts differ:\n{shown}"
         )
@@ -254,7 +262,7 @@ def _relevant(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parts(backbone: Any) -> dict[str, dict[str, Any]]:
-    """Returns the configuration of each layer within a backbone, by path."""
+    """Returns what each layer within a backbone is made of, by path."""
     found = {}
     for layer in all_layers(backbone):
         # A layer drops outputs in training only, and is not made for a rate of 0. Models
@@ -262,20 +270,41 @@ def _parts(backbone: Any) -> dict[str, dict[str, Any]]:
         kinds = (keras.layers.InputLayer, keras.layers.Dropout, keras.Model)
         if layer is backbone or isinstance(layer, kinds):
             continue
-        kept = _relevant(layer.get_config())
-        transform = getattr(type(layer), "transform", None)
-        kept["class"] = getattr(transform, "__qualname__", type(layer).__name__)
+        config = layer.get_config()
+        # In a configuration a function is a name, which another one may have, too.
+        given = {key: getattr(layer, key, None) for key in config}
+        config |= {key: x for key, x in given.items() if inspect.isfunction(x)}
+        kept = _relevant(config)
+        if isinstance(layer, TransformerBlock):
+            # The parts that its other methods make are compared themselves.
+            kept |= _methods(type(layer), _OF_BLOCKS)
+        else:
+            kept["class"] = type(layer)
         found[layer.path or layer.name] = kept
-    methods = {name: getattr(type(backbone), name, None) for name in _CONNECTING}
-    found[""] = {name: x.__qualname__ for name, x in methods.items() if x is not None}
+    found[""] = _methods(type(backbone), _OF_BACKBONES)
     return found
 
 
-# Methods of backbones that connect layers.
-_CONNECTING = (
+def _methods(cls: type, names: tuple[str, ...]) -> dict[str, Any]:
+    """Returns those methods of a class that it has."""
+    return {name: getattr(cls, name) for name in names if hasattr(cls, name)}
+
+
+def _name(value: Any) -> str:
+    """Returns a class or function by its full name, and anything else as it is."""
+    if inspect.isclass(value) or inspect.isfunction(value):
+        return f"{value.__module__}.{value.__qualname__}"
+    return repr(value)
+
+
+# The methods that connect layers.
+_OF_BACKBONES = (
+    "call",
     "transform",
     "embed",
     "add_positions",
     "transform_source",
     "embed_source",
 )
+_OF_BLOCKS = ("call", "transform", "add_residual")
+_OF_TASKS = ("call", "compute_hidden_states", "compute_logits", "classify")

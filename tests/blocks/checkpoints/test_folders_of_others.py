@@ -4,13 +4,22 @@ import json
 import pathlib
 import shutil
 
+import keras
 import numpy as np
 import pytest
 
-from blocks import CausalLM, CausalLMPreprocessor, JsonTokenizer
+import attention
+from blocks import (
+    CausalLM,
+    CausalLMPreprocessor,
+    CustomDecoder,
+    GatedFeedForward,
+    JsonTokenizer,
+)
 from blocks.checkpoints import hugging_face
 from blocks.models.llama import LlamaBackbone
-from tests.helpers import to_numpy
+from blocks.models.mamba2 import Mamba2Backbone
+from tests.helpers import raises, to_numpy
 from tests.made_tokenizers import HARD_TEXTS, byte_level, metaspace
 from tests.models import make_backbone, prompts, randomize
 
@@ -25,9 +34,9 @@ TEMPLATE = (
 CHAT = [{"role": "user", "content": "Größe? 你好 🤖"}]
 
 
-def llama(preprocessor=None):
+def llama(preprocessor=None, cls=LlamaBackbone):
     arguments = {"vocabulary_size": 600, "num_layers": 1, "learned_positions": False}
-    return CausalLM(make_backbone(LlamaBackbone, **arguments), preprocessor)
+    return CausalLM(make_backbone(cls, **arguments), preprocessor)
 
 
 # === Exported weights ===
@@ -50,6 +59,78 @@ def test_an_export_replaces_the_weights_that_were_there(sizes, tmp_path, monkeyp
     files = {path.name for path in tmp_path.glob("*.safetensors")}
     assert files == {*named, "other.safetensors"}
     assert (len(named) > 1) == (sizes[-1] < 10**9)
+
+
+# === What is exported ===
+
+
+def silu(x):
+    return keras.ops.relu(x) ** 2
+
+
+class OwnActivation(LlamaBackbone):
+    def create_ffn(self, inputs_shape, layer_index):
+        return GatedFeedForward(self.intermediate_dim, silu)
+
+
+class RotaryAttention(attention.RotaryAttention):
+    def call(self, x, *args, **kwargs):
+        return super().call(2 * x, *args, **kwargs)
+
+
+class NamesakeAttention(LlamaBackbone):
+    def create_attention_layer(self, inputs_shape, layer_index):
+        return RotaryAttention(**self.attention_options(layer_index))
+
+
+class DoubledMamba2(attention.Mamba2):
+    def call(self, x, *args, **kwargs):
+        return super().call(2 * x, *args, **kwargs)
+
+
+class OwnMamba2(Mamba2Backbone):
+    def create_attention_layer(self, inputs_shape, layer_index):
+        config = super().create_attention_layer(inputs_shape, layer_index).get_config()
+        return DoubledMamba2(**config)
+
+
+class Capped(CausalLM):
+    def compute_logits(self, hidden_states):
+        return keras.ops.tanh(super().compute_logits(hidden_states))
+
+
+@pytest.mark.parametrize(
+    "cls, task, difference",
+    [
+        (OwnActivation, CausalLM, "transformer_layer_0/ffn: activation="),
+        (NamesakeAttention, CausalLM, "transformer_layer_0/self_attention: class="),
+        (OwnMamba2, CausalLM, "transformer_layer_0/self_attention: class="),
+        (LlamaBackbone, Capped, "the task: compute_logits="),
+    ],
+)
+def test_other_code_under_a_known_name_is_not_exported(cls, task, difference, tmp_path):
+    changes = {} if cls is OwnMamba2 else {"num_key_value_heads": 2}
+    lm = task(make_backbone(cls, **changes))
+    with raises(ValueError, "nothing was written", cls.__name__, difference):
+        lm.export_to_transformers(str(tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+
+
+class SameDecoder(CustomDecoder):
+    def create_norm(self, inputs_shape):
+        return keras.layers.RMSNormalization(epsilon=1e-5)
+
+
+class SameLlama(LlamaBackbone):
+    decoder_class = SameDecoder
+
+
+def test_other_hooks_that_make_the_same_are_exported(tmp_path):
+    lm = llama(cls=SameLlama)
+    lm.export_to_transformers(str(tmp_path))
+    loaded = CausalLM.from_preset(str(tmp_path))
+    x = prompts([[1, 2, 3, 4], [5, 6]])
+    np.testing.assert_array_equal(to_numpy(loaded(x)), to_numpy(lm(x)))
 
 
 # === Exported tokenizers ===
