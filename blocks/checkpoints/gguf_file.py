@@ -31,7 +31,12 @@ _CONFIG = {
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
     "rope_theta": "rope.freq_base",
     "sliding_window": "attention.sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
 }
+# Files do not say by what attention is scaled: llama.cpp knows the models that divide the
+# width by the heads for it by how many blocks they have.
+_BLOCKS_OF_LARGEST = {"gemma2": 46, "gemma3": 62}
 # Architectures that are written as they are in transformers, except for what
 # `_restore` undoes.
 _SUPPORTED = {"llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3"}
@@ -88,6 +93,11 @@ class GgufFile:
         config["vocab_size"] = self._shape("token_embd.weight")[0]
         config["tie_word_embeddings"] = "output.weight" not in self._tensors
         config["attention_bias"] = "blk.0.attn_q.bias" in self._tensors
+        if kind in _BLOCKS_OF_LARGEST:
+            config["query_pre_attn_scalar"] = None  # The size of a head.
+            if config.get("num_hidden_layers") == _BLOCKS_OF_LARGEST[kind]:
+                size = config["hidden_size"] // config["num_attention_heads"]
+                config["query_pre_attn_scalar"] = size
         scaling = self.field(f"{kind}.rope.scaling.type")
         if scaling not in (None, "none"):
             factor = self.field(f"{kind}.rope.scaling.factor")

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from blocks import CausalLM
+from blocks.checkpoints.architecture import find_architecture
 from blocks.checkpoints.gguf_file import GgufFile
 from blocks.models.llama import LlamaBackbone
 from tests.helpers import raises, to_numpy
@@ -107,6 +108,40 @@ def test_the_model_its_tokenizer_and_its_template(quantized, llama, tmp_path):
     assert [TOKENS[i] for i in ids] == ["ab", "Ġc", "Ġ", "1", "2", "<|im|>"]
     assert (preprocessor.start_token_id, preprocessor.stop_token_ids) == (0, (1,))
     assert loaded.apply_chat_template([{"role": "user", "content": "ab"}]) == "ab</s>"
+
+
+@pytest.mark.parametrize(
+    "kind, blocks, width, heads, size, scale",
+    # As in the configurations of Gemma 2 9B and 27B, Gemma 3 4B and 27B.
+    [
+        ("gemma2", 42, 3584, 16, 256, 256),
+        ("gemma2", 46, 4608, 32, 128, 144),
+        ("gemma3", 34, 2560, 8, 256, 256),
+        ("gemma3", 62, 5376, 32, 128, 168),
+    ],
+)
+def test_scales_and_caps_of_gemma(kind, blocks, width, heads, size, scale, tmp_path):
+    writer = gguf.GGUFWriter(str(tmp_path / "model.gguf"), kind)
+    writer.add_block_count(blocks)
+    writer.add_context_length(8192)
+    writer.add_embedding_length(width)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(heads)
+    writer.add_key_length(size)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_final_logit_softcapping(7.0)
+    if kind == "gemma2":
+        writer.add_attn_logit_softcapping(5.0)
+    writer.add_tensor("token_embd.weight", np.zeros((8, 16), "float32"))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    config = GgufFile(tmp_path / "model.gguf").config()
+    arguments = find_architecture(config["model_type"]).read_config(config)
+    assert (arguments["query_scalar"] or arguments["key_dim"]) == scale
+    assert arguments["attention_soft_cap"] == (5 if kind == "gemma2" else None)
+    assert arguments["logit_soft_cap"] == 7
 
 
 def test_files_that_are_refused(llama, tmp_path):
