@@ -14,14 +14,16 @@ _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# The rules of which llama.cpp also knows that a word that is a token is not cut, and that
+# texts begin with the start token unless the file says otherwise.
+_LLAMA3_RULES = ("llama-bpe", "llama3", "llama-v3", "falcon3")
 # How text is cut before it is merged, by GGUF's names: a pattern, or "digits" for single
 # digits and GPT-2's pattern, or `None` for GPT-2's alone.
 _PATTERNS = {
     "default": None,
     "gpt-2": None,
     "smollm": "digits",
-    "llama-bpe": _LLAMA3,
-    "llama3": _LLAMA3,
+    **dict.fromkeys(_LLAMA3_RULES, _LLAMA3),
     "qwen2": _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"),
 }
 # Of GGUF's types of tokens.
@@ -55,7 +57,8 @@ def read_gguf_preprocessor(file: GgufFile) -> dict[str, Any]:
         add = backend.add_special_tokens if special else backend.add_tokens
         add(added)
     start, end = (file.field(f"tokenizer.ggml.{x}_token_id") for x in ("bos", "eos"))
-    add_start = file.field("tokenizer.ggml.add_bos_token", kind == "llama")
+    adds = kind == "llama" or file.field("tokenizer.ggml.pre") in _LLAMA3_RULES
+    add_start = file.field("tokenizer.ggml.add_bos_token", adds)
     if add_start and start is not None:
         backend.post_processor = processors.TemplateProcessing(
             single=f"{tokens[start]} $A", special_tokens=[(tokens[start], start)]
@@ -82,7 +85,8 @@ def _byte_level(file: GgufFile, tokens: list[str]) -> tokenizers.Tokenizer:
             f"'{file.path}' has a tokenizer that cuts text by the rule {name!r}; known "
             f"are {sorted(_PATTERNS)}. Pass `preprocessor=`, or `preprocessor=None`."
         )
-    backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges))
+    whole = name in _LLAMA3_RULES
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges, ignore_merges=whole))
     pattern = _PATTERNS[name]
     cut: list[Any] = []
     if pattern == "digits":

@@ -6,6 +6,7 @@ import pytest
 from blocks import CausalLM
 from blocks.checkpoints.architecture import find_architecture
 from blocks.checkpoints.gguf_file import GgufFile
+from blocks.gguf_tokenizer import read_gguf_preprocessor
 from blocks.models.llama import LlamaBackbone
 from tests.helpers import raises, to_numpy
 from tests.models import make_backbone, prompts
@@ -13,12 +14,15 @@ from tests.models import make_backbone, prompts
 pytestmark = pytest.mark.same_everywhere
 
 gguf = pytest.importorskip("gguf")
-TOKENS = ["<s>", "</s>", "<|im|>", *"abcdefghijklm", "Ġ", "ab", "Ġc", *"1234567"]
+tokenizers = pytest.importorskip("tokenizers")
+TOKENS = ["<s>", "</s>", "<|im|>", *"abcdefghijklm", "Ġ", "ab", "Ġc", *"123456", "abc"]
 MERGES = ["a b", "Ġ c"]
 TEMPLATE = "{% for m in messages %}{{ m.content }}{{ eos_token }}{% endfor %}"
 
 
-def write(path, lm, quantized=False, architecture="llama", pre="smollm"):
+def write(
+    path, lm, quantized=False, architecture="llama", pre="smollm", add_start=True
+):
     """Writes a model as llama.cpp's converter does."""
     backbone = lm.backbone
     writer = gguf.GGUFWriter(str(path), architecture)
@@ -37,7 +41,8 @@ def write(path, lm, quantized=False, architecture="llama", pre="smollm"):
     writer.add_token_merges(MERGES)
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
-    writer.add_add_bos_token(True)
+    if add_start is not None:
+        writer.add_add_bos_token(add_start)
     writer.add_chat_template(TEMPLATE)
     weights = {w.path: to_numpy(w.value) for w in backbone.weights}
 
@@ -108,6 +113,26 @@ def test_the_model_its_tokenizer_and_its_template(quantized, llama, tmp_path):
     assert [TOKENS[i] for i in ids] == ["ab", "Ġc", "Ġ", "1", "2", "<|im|>"]
     assert (preprocessor.start_token_id, preprocessor.stop_token_ids) == (0, (1,))
     assert loaded.apply_chat_template([{"role": "user", "content": "ab"}]) == "ab</s>"
+
+
+@pytest.mark.parametrize("pre", ["llama-bpe", "llama3", "llama-v3", "falcon3"])
+@pytest.mark.parametrize("said", [None, False])
+def test_words_of_llama_3_are_tokens_whole(pre, said, llama, tmp_path):
+    """As its tokenizer.json says, and as llama.cpp knows."""
+    path = write(tmp_path / "model.gguf", llama, pre=pre, add_start=said)
+    found = read_gguf_preprocessor(GgufFile(path))
+    assert found["add_start_token"] == (said is None)
+    model = tokenizers.models.BPE(
+        {token: i for i, token in enumerate(TOKENS)},
+        [tuple(pair.split()) for pair in MERGES],
+        ignore_merges=True,
+    )
+    expected = tokenizers.Tokenizer(model)
+    expected.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(False)
+    for text in ("abc ab", "abc12 c"):
+        ids = found["tokenizer"]([text])[0]
+        assert list(ids) == expected.encode(text).ids
+        assert TOKENS.index("abc") in ids
 
 
 @pytest.mark.parametrize(
