@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from attention.contract import describe
 from blocks.training.callbacks import start_training
 from blocks.training_data import (
     as_dataset,
-    as_slices,
     batched,
     expected_end,
     from_epoch,
@@ -54,9 +53,10 @@ class FitMixin:
             y: the next token of each, where there is no preprocessor.
             batch_size: int or `None`, which means 32.
             sample_weight: the weight of each target, or `None`.
-            validation_data: what is evaluated after each epoch.
+            validation_data: what is evaluated after each epoch: as `x`, or a tuple of
+                `x`, `y` and `sample_weight`, of any kind, whatever the kind of `x`.
             validation_split: float or `None`. The share of the samples, the last ones,
-                that is held out for it.
+                that is held out for it, if there is no `validation_data`.
             **kwargs: see `keras.Model.fit`. Samples in memory are shuffled in each
                 epoch, unless `shuffle=False`.
 
@@ -71,12 +71,21 @@ class FitMixin:
                 the callbacks takes the place of this.)
             TypeError: if `x` is no text where it must be.
             ValueError: if `x` is empty, a token of `x` or `y` is outside of the
-                vocabulary, a row is not padded on the right, or a `beta` of the
+                vocabulary, a row is not padded on the right, there is a
+                `validation_split` of data that are not in memory, or a `beta` of the
                 optimizer is 1 in the dtype of the weights, as 0.999 in bfloat16.
         """
         passed, seed = start_training(self, kwargs)
         x, validation_data = as_dataset(x), as_dataset(validation_data)
         in_memory = is_in_memory(x)
+        if validation_data is not None:
+            validation_split = None
+        elif validation_split and not in_memory:
+            raise ValueError(
+                "`validation_split` holds out samples in memory, and there is no telling "
+                "which batches are the last. Pass `validation_data`. Received: "
+                f"x={describe(x)}"
+            )
         x, y, sample_weight = read_samples(self, x, y, sample_weight)
         if validation_data is not None:
             parts = validation_data
@@ -96,18 +105,18 @@ class FitMixin:
             if isinstance(x, tf.data.Dataset):
                 x = x.map(self.preprocess_samples, tf.data.AUTOTUNE)
             x = from_epoch(x, passed, kwargs, self.steps_per_execution)
-        if is_for_keras(x):
-            if isinstance(x, Iterator):
-                kwargs.setdefault("shuffle", False)
-            held_out = self._readable_by_keras(validation_data, batch_size)
-            # Past KerasHub's `fit`, and so past the one that counts.
-            with self.changing_weights():
-                data = preprocessed(self, x)
-                return keras.Model.fit(self, data, validation_data=held_out, **kwargs)
-        kwargs.setdefault("shuffle", False)
-        data = (x, y, batch_size, sample_weight, validation_data, validation_split)
+        if getattr(x, "num_batches", None) is None:
+            # Keras shuffles a `PyDataset` of known length, and nothing else.
+            kwargs.setdefault("shuffle", False)
         steps = kwargs.get("steps_per_epoch"), kwargs.get("validation_steps")
         with expected_end((x, steps[0]), (validation_data, steps[1])):
+            if is_for_keras(x) or is_for_keras(validation_data):
+                # Past KerasHub's `fit`, and so past the one that counts.
+                kwargs |= {"y": y, "sample_weight": sample_weight}
+                kwargs["validation_data"] = preprocessed(self, validation_data)
+                with self.changing_weights():
+                    return keras.Model.fit(self, preprocessed(self, x), **kwargs)
+            data = (x, y, batch_size, sample_weight, validation_data, validation_split)
             return super().fit(*data, **kwargs)  # type: ignore[misc]
 
     def preprocess_samples(
@@ -131,7 +140,8 @@ class FitMixin:
         kwargs |= {"verbose": verbose}
         with expected_end((x, steps)):
             if is_for_keras(x):
-                return keras.Model.evaluate(self, preprocessed(self, x), y, **kwargs)
+                kwargs |= {"y": y, "sample_weight": sample_weight}
+                return keras.Model.evaluate(self, preprocessed(self, x), **kwargs)
             x, y, sample_weight = read_samples(self, x, y, sample_weight)
             if in_memory:
                 samples = keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
@@ -152,15 +162,3 @@ class FitMixin:
                 x, _ = batched((x,), batch_size or 32, shuffle=False)
                 batch_size = None
             return super().predict(x, batch_size, *args, **kwargs)  # type: ignore[misc]
-
-    def _readable_by_keras(self, data: Any, batch_size: int | None) -> Any:
-        """Returns validation data of any kind, preprocessed."""
-        if data is None:
-            return None
-        if is_for_keras(data):
-            return preprocessed(self, data)
-        if is_in_memory(data):
-            parts = data if isinstance(data, tuple) else (data,)
-            samples = keras.utils.pack_x_y_sample_weight(*parts)
-            data = as_slices(samples).batch(batch_size or 32)
-        return data.map(self.preprocess_samples)

@@ -106,8 +106,9 @@ class PreprocessedDataset(keras.utils.PyDataset):
         super().__init__(data.workers, max_queue_size=data.max_queue_size)
         self._data, self._preprocess = data, preprocess
 
-    def __len__(self) -> int:
-        return len(self._data)
+    @property
+    def num_batches(self) -> int | None:
+        return self._data.num_batches
 
     def __getitem__(self, index: int) -> Any:
         return self._preprocess(self._data[index])
@@ -120,7 +121,7 @@ class PreprocessedDataset(keras.utils.PyDataset):
 
 
 def preprocessed(task: Any, x: Any) -> Any:
-    """Returns data that `is_for_keras` with each batch preprocessed."""
+    """Returns data of any kind, or `None`, with each batch preprocessed, for Keras."""
 
     def preprocess(batch: Any) -> Any:
         if task.preprocessor is None or is_tokens(batch):
@@ -133,8 +134,12 @@ def preprocessed(task: Any, x: Any) -> Any:
 
     if isinstance(x, keras.utils.PyDataset):
         return PreprocessedDataset(x, preprocess)
-    # Keras asks for a generator.
-    return (preprocess(batch) for batch in x)
+    if isinstance(x, Iterator):
+        return (preprocess(batch) for batch in x)  # Keras asks for a generator.
+    if isinstance(x, tf.data.Dataset):
+        samples = x.map(task.preprocess_samples, tf.data.AUTOTUNE)
+        return samples.prefetch(tf.data.AUTOTUNE)
+    return x.map(preprocess) if hasattr(x, "map") else x
 
 
 def _texts(x: Any) -> Any:

@@ -107,12 +107,59 @@ def test_batches_of_text():
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     with raises(ValueError, "`x` has no batch"):
         lm.fit(Listed(None, 0))
-    # What is held out may be of another kind.
-    for held_out in (TEXTS, dataset):
-        lm = make_text_lm()
-        history = lm.fit(Batches(np.array(TEXTS)), validation_data=held_out, verbose=0)
+
+
+# Each makes the same texts, in batches of two.
+KINDS = {
+    "memory": lambda: TEXTS,
+    "tf.data": lambda: tf.data.Dataset.from_tensor_slices(TEXTS).batch(2),
+    "PyDataset": lambda: Batches(np.array(TEXTS)),
+    "generator": lambda: iter([TEXTS[:2], TEXTS[2:]]),
+    "iterable": lambda: Listed(lambda i: TEXTS[2 * i : 2 * i + 2]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_held_out_may_be_of_another_kind(kind, recwarn):
+    lm = make_text_lm()
+    for other in KINDS:
+        data, held_out = KINDS[kind](), KINDS[other]()
+        history = lm.fit(data, validation_data=held_out, verbose=0).history
         expected = lm.evaluate(TEXTS, verbose=0)[0]
-        np.testing.assert_allclose(history.history["val_loss"], expected, rtol=1e-5)
+        np.testing.assert_allclose(
+            history["val_loss"], expected, rtol=1e-5, err_msg=other
+        )
+    assert not [w for w in recwarn if "ran out of data" in str(w.message)]
+    if kind != "memory":
+        with raises(ValueError, "`validation_split`", "`validation_data`", "x="):
+            lm.fit(KINDS[kind](), validation_split=0.5, verbose=0)
+        with raises(ValueError, "sample_weight"):
+            lm.fit(KINDS[kind](), sample_weight=np.ones(4), verbose=0)
+
+
+def test_samples_are_held_out_once():
+    lm = make_text_lm()
+    for held_out, batches in ((None, 1), (TEXTS, 2)):
+        options = {"validation_split": 0.5, "validation_data": held_out}
+        lm.fit(TEXTS, batch_size=2, **options, verbose=0)
+        assert int(lm.optimizer.iterations) == batches
+        lm.optimizer.iterations.assign(0)
+
+
+def test_data_without_end(recwarn):
+    class Endless(Batches):
+        num_batches = None
+
+        def __getitem__(self, i):
+            return super().__getitem__(i % 2)
+
+    lm = make_text_lm()
+    options = {"steps_per_epoch": 2, "validation_steps": 2, "verbose": 0}
+    endless = Endless(np.array(TEXTS))
+    history = lm.fit(endless, validation_data=endless, **options).history
+    expected = lm.evaluate(TEXTS, verbose=0)[0]
+    np.testing.assert_allclose(history["val_loss"], expected, rtol=1e-5)
+    assert not [w for w in recwarn if "shuffle" in str(w.message)]
 
 
 def test_batches_of_torch_and_hugging_face():
