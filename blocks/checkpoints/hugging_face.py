@@ -30,7 +30,6 @@ from blocks.checkpoints.tensor_files import (
     SINGLE,
     SafetensorsFolder,
 )
-from blocks.transformer_block import TransformerBlock
 
 _SHARD_BYTES = 5 * 10**9
 
@@ -275,8 +274,8 @@ def _parts(backbone: Any) -> dict[str, dict[str, Any]]:
         given = {key: getattr(layer, key, None) for key in config}
         config |= {key: x for key, x in given.items() if inspect.isfunction(x)}
         kept = _relevant(config)
-        if isinstance(layer, TransformerBlock):
-            # The parts that its other methods make are compared themselves.
+        if hasattr(layer, "add_residual"):
+            # A block: the parts that its other methods make are compared themselves.
             kept |= _methods(type(layer), _OF_BLOCKS)
         else:
             kept["class"] = type(layer)
