@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -122,7 +123,8 @@ class Seq2SeqLM(LanguageModel, keras_hub.models.Seq2SeqLM):
     def split_inputs(self, inputs: Any) -> tuple[Sources | None, Any]:
         """Returns the sources among the inputs of `generate`, and the prompts."""
         if not isinstance(inputs, dict):
-            inputs = to_plain(inputs)
+            one_time = isinstance(inputs, Iterator)
+            inputs = list(inputs) if one_time else to_plain(inputs)
             first = inputs if is_text(inputs) else next(iter(inputs), "")
             name = "encoder_text" if is_text(first) else "encoder_token_ids"
             inputs = {name: inputs}

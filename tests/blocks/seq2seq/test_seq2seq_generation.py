@@ -169,6 +169,7 @@ def test_texts(text_lm):
     assert found == [tokenizer.detokenize([row])[0] for row in cut]
     assert text_lm.generate("abc", max_new_tokens=6) == found[0]
     assert "".join(text_lm.stream("hello", max_new_tokens=6)) == found[1]
+    assert text_lm.generate(iter(texts), max_new_tokens=6) == found
     begun = {"encoder_text": texts, "decoder_text": ["xy", "z"]}
     both = text_lm.generate(begun, max_new_tokens=6)
     assert both[0].startswith("xy") and both[1].startswith("z")
