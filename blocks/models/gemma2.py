@@ -10,7 +10,7 @@ from attention.contract import Tensor, arguments_of
 from blocks.checkpoints.architecture import register_architecture
 from blocks.custom_decoder import CustomDecoder
 from blocks.models.gemma import Gemma, GemmaBackbone
-from blocks.models.mistral import LAYER_TYPES, write_layer_types
+from blocks.models.mistral import LAYER_TYPES, without_unused_window, write_window
 
 
 class Gemma2Decoder(CustomDecoder):
@@ -108,11 +108,10 @@ class Gemma2(Gemma):
             every = config.get("sliding_window_pattern", self.full_every)
             numbers = range(1, arguments["num_layers"] + 1)
             arguments["layer_types"] = [LAYER_TYPES[i % every > 0] for i in numbers]
-        return arguments
+        return without_unused_window(arguments)
 
     def write_config(self, backbone: Any) -> dict[str, Any]:
-        kinds = write_layer_types(backbone)
         heads = backbone.attention_options(0)
         scalar = backbone.query_scalar or heads["key_dim"]
-        written = {"layer_types": kinds, "query_pre_attn_scalar": scalar}
+        written = {"query_pre_attn_scalar": scalar, **write_window(backbone)}
         return {**super().write_config(backbone), **written}

@@ -13,7 +13,7 @@ from blocks.checkpoints.architecture import register_architecture
 from blocks.checkpoints.conversions import Conversion, Plain
 from blocks.layers.mixture_of_experts import MixtureOfExperts
 from blocks.models.llama import Llama
-from blocks.models.mistral import LAYER_TYPES, write_layer_types
+from blocks.models.mistral import LAYER_TYPES, without_unused_window, write_window
 from blocks.models.mixtral import Mixtral, MixtralBackbone
 
 
@@ -141,8 +141,8 @@ class GptOss(Mixtral):
         read = super().read_config(config)
         numbers = range(read["num_layers"])
         default = [LAYER_TYPES[(i + 1) % 2] for i in numbers]
-        return {**read, "layer_types": read["layer_types"] or default}
+        read["layer_types"] = read["layer_types"] or default
+        return without_unused_window(read)
 
     def write_config(self, backbone: Any) -> dict[str, Any]:
-        kinds = write_layer_types(backbone)
-        return {**super().write_config(backbone), "layer_types": kinds}
+        return {**super().write_config(backbone), **write_window(backbone)}

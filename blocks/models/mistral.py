@@ -61,6 +61,18 @@ class MistralBackbone(LlamaBackbone):
         return {**super().get_config(), **arguments_of(MistralBackbone, self)}
 
 
+def without_unused_window(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Returns arguments of a `MistralBackbone` without a window that no block has."""
+    unused = LAYER_TYPES[1] not in arguments["layer_types"]
+    return {**arguments, "window": None} if unused else arguments
+
+
+def write_window(backbone: Any) -> dict[str, Any]:
+    """Returns a configuration's keys of windows, for models that can't be without one."""
+    window = backbone.window or backbone.max_sequence_length
+    return {"layer_types": write_layer_types(backbone), "sliding_window": window}
+
+
 def write_layer_types(backbone: Any) -> list[str]:
     """Returns the `layer_types` of a `MistralBackbone` for its configuration."""
     windows = backbone.window is not None

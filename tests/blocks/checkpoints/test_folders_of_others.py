@@ -17,6 +17,9 @@ from blocks import (
     JsonTokenizer,
 )
 from blocks.checkpoints import hugging_face
+from blocks.models.gemma2 import Gemma2Backbone
+from blocks.models.gemma3_text import Gemma3TextBackbone
+from blocks.models.gpt_oss import GptOssBackbone
 from blocks.models.llama import LlamaBackbone
 from blocks.models.mamba2 import Mamba2Backbone
 from tests.helpers import raises, to_numpy
@@ -131,6 +134,22 @@ def test_other_hooks_that_make_the_same_are_exported(tmp_path):
     loaded = CausalLM.from_preset(str(tmp_path))
     x = prompts([[1, 2, 3, 4], [5, 6]])
     np.testing.assert_array_equal(to_numpy(loaded(x)), to_numpy(lm(x)))
+
+
+@pytest.mark.parametrize("cls", [Gemma2Backbone, Gemma3TextBackbone, GptOssBackbone])
+def test_models_without_their_window_are_exported(cls, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    lm = llama(cls=cls)
+    lm.export_to_transformers(str(tmp_path))
+    assert CausalLM.from_preset(str(tmp_path)).backbone.window is None
+    exported = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="eager"
+    )
+    ids = np.random.default_rng(0).integers(600, size=(1, 60))
+    found = exported(torch.tensor(ids)).logits
+    expected = to_numpy(lm(prompts(ids.tolist())))
+    np.testing.assert_allclose(found.detach().numpy(), expected, atol=1e-4)
 
 
 # === Exported tokenizers ===
