@@ -31,7 +31,9 @@ def current_weights(backbone: Any) -> dict[str, Any]:
                 del values[weight.path]
         paths = {weight.name: weight.path for weight in layer.weights}
         computed = dequantized(layer) if quantized else _updated(layer)
-        values.update((paths[name], value) for name, value in computed.items())
+        for name, value in computed.items():
+            # A mixed policy computes in another dtype.
+            values[paths[name]] = ops.cast(value, layer.variable_dtype)
     return values
 
 

@@ -26,9 +26,10 @@ from tests.helpers import raises, to_numpy
 from tests.made_tokenizers import HARD_TEXTS, byte_level, metaspace
 from tests.models import make_backbone, prompts, randomize
 
-pytestmark = pytest.mark.same_everywhere
-
 pytest.importorskip("safetensors")
+from safetensors.numpy import load_file
+
+pytestmark = pytest.mark.same_everywhere
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ m.role }}: {{ m.content }}"
@@ -150,6 +151,19 @@ def test_models_without_their_window_are_exported(cls, tmp_path):
     found = exported(torch.tensor(ids)).logits
     expected = to_numpy(lm(prompts(ids.tolist())))
     np.testing.assert_allclose(found.detach().numpy(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["mixed_bfloat16", "bfloat16"])
+def test_tensors_of_quantized_models_have_the_dtype_of_the_configuration(
+    dtype, tmp_path
+):
+    lm = CausalLM(make_backbone(LlamaBackbone, dtype=dtype))
+    lm.quantize("int8")
+    lm.export_to_transformers(str(tmp_path))
+    config = json.loads((tmp_path / "config.json").read_text("utf-8"))
+    assert config["dtype"] == dtype.replace("mixed_bfloat16", "float32")
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert {x.dtype.name for x in tensors.values()} == {config["dtype"]}
 
 
 # === Exported tokenizers ===
