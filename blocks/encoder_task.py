@@ -16,18 +16,19 @@ from blocks.checkpoint_mixin import PresetMixin
 from blocks.checkpoints import hugging_face
 from blocks.checkpoints.architecture import architecture_of
 from blocks.custom_encoder_backbone import TYPES, CustomEncoderBackbone, TokenTypes
+from blocks.fitting import FitMixin
 from blocks.hooks import dtype_policy_scope, name_layer
 from blocks.hugging_face_files import read_encoder_tokenizer, write_encoder_tokenizer
 from blocks.presets import load_task, local_folder
 from blocks.token_model import TokenModel
-from blocks.training_data import as_dataset, batched, is_in_memory, is_tokens
+from blocks.training_data import is_tokens
 
 # Of samples, of published models that take longer ones.
 _SEQUENCE_LENGTH = 512
 POOLINGS = ("cls", "mean")
 
 
-class EncoderTask(TokenTypes, TokenModel, PresetMixin):
+class EncoderTask(FitMixin, TokenTypes, TokenModel, PresetMixin):
     """A task on a `CustomEncoderBackbone`; KerasHub's `Task` comes behind it.
 
     Attributes:
@@ -43,6 +44,7 @@ class EncoderTask(TokenTypes, TokenModel, PresetMixin):
     }
     backbone_cls = None
     preprocessor_cls = None
+    learns_tokens = False
 
     def set_parts(self, backbone: Any, preprocessor: Any) -> None:
         """Sets the backbone, which is checked, and the preprocessor."""
@@ -71,54 +73,13 @@ class EncoderTask(TokenTypes, TokenModel, PresetMixin):
                 declare_axes(part, {"kernel": (None, None)})
         return layer
 
-    def fit(
-        self,
-        x: Any = None,
-        y: Any = None,
-        batch_size: int | None = None,
-        sample_weight: Any = None,
-        validation_data: Any = None,
-        validation_split: float | None = None,
-        **kwargs: Any,
-    ) -> keras.callbacks.History:
-        """Trains the task, as KerasHub's `fit`.
-
-        Args:
-            x: strings, or a tuple of two lists of strings, pairs, if the task has a
-                preprocessor; or a dict of what the task takes; or batches of these,
-                alone or in tuples with targets and weights: a `tf.data.Dataset` or a
-                torch `DataLoader`.
-            y: what is learned, where the preprocessor doesn't make it.
-            batch_size: int or `None`, which means 32.
-            sample_weight: the weight of each target, or `None`.
-            validation_data: what is evaluated after each epoch.
-            validation_split: float or `None`. The share of the samples, the last ones,
-                that is held out for it.
-            **kwargs: see `keras.Model.fit`. Samples in memory are shuffled in each
-                epoch, unless `shuffle=False`.
-
-        Returns:
-            A `keras.callbacks.History`.
-        """
-        x, validation_data = as_dataset(x), as_dataset(validation_data)
-        if is_in_memory(x):
-            samples = keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
-            shuffle = kwargs.pop("shuffle", True)
-            size = batch_size or 32
-            x, held_out = batched(samples, size, validation_split, shuffle=shuffle)
-            validation_data = held_out if validation_data is None else validation_data
-            y = batch_size = sample_weight = None
-        kwargs.setdefault("shuffle", False)
-        kwargs["validation_data"] = validation_data
-        return super().fit(x, y, batch_size, sample_weight, **kwargs)
-
     def preprocess_samples(
         self, x: Any, y: Any = None, sample_weight: Any = None
     ) -> Any:
         """Returns samples of texts by the preprocessor; tokens as they are."""
+        data = super().preprocess_samples(x, y, sample_weight)
         if is_tokens(x):
-            return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
-        data = super().preprocess_samples(x, y, sample_weight)  # type: ignore[misc]
+            return data
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         if isinstance(x, dict):
             # KerasHub calls the types so; here they are documents of packed rows.

@@ -23,8 +23,13 @@ from blocks.training_data import (
 
 
 class FitMixin:
-    """Training on data of any kind for `blocks.CausalLM`, which it is a part of."""
+    """Training on data of any kind for language models and for tasks on encoders.
 
+    Attributes:
+        learns_tokens: bool. Whether targets are tokens of the vocabulary.
+    """
+
+    learns_tokens: bool = True
     preprocessor: Any
     steps_per_execution: Any
     changing_weights: Any
@@ -42,15 +47,17 @@ class FitMixin:
         """Trains the model, as Keras's `fit`.
 
         Args:
-            x: a list of strings, if the model has a preprocessor, or a dict of
-                `prompts` and `responses`, of which only the responses are learned, or of
-                `messages`, conversations as for `apply_chat_template`, of which only
-                what the assistant says and its stop tokens are; else
-                a dict of `token_ids` and `padding_mask`. Or batches of these, or of
-                tuples with targets and weights: a `tf.data.Dataset`, a torch
+            x: a list of strings, if the model has a preprocessor; for a `CausalLM`, or a
+                dict of `prompts` and `responses`, of which only the responses are
+                learned, or of `messages`, conversations as for `apply_chat_template`, of
+                which only what the assistant says and its stop tokens are; for a task on
+                an encoder, or a tuple of two lists of strings, pairs. Else a dict of
+                `token_ids`, `padding_mask` and what else the model takes. Or batches of
+                these, or of tuples with targets and weights: a `tf.data.Dataset`, a torch
                 `DataLoader`, a `keras.utils.PyDataset`, a Grain dataset, a generator,
                 `blocks.PackedDocuments`. Tokens need no preprocessor, and pass it by.
-            y: the next token of each, where there is no preprocessor.
+            y: what is learned, where the preprocessor doesn't make it: of a language
+                model the next token of each.
             batch_size: int or `None`, which means 32.
             sample_weight: the weight of each target, or `None`.
             validation_data: what is evaluated after each epoch: as `x`, or a tuple of
@@ -61,9 +68,9 @@ class FitMixin:
                 epoch, unless `shuffle=False`.
 
         Returns:
-            A `keras.callbacks.History`. Beside the loss there is `tokens_per_second`,
-            without padding and without the first step, which compiles, if the loss is
-            the default or another `TokenCrossentropy`.
+            A `keras.callbacks.History`. Beside the loss of a `CausalLM` or a `Seq2SeqLM`
+            there is `tokens_per_second`, without padding and without the first step,
+            which compiles, if the loss is the default or another `TokenCrossentropy`.
 
         Raises:
             FloatingPointError: if the loss of a step is NaN or infinite, before a

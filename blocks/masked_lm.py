@@ -77,6 +77,7 @@ class MaskedLM(EncoderTask, keras_hub.models.MaskedLM):
     """
 
     task = "masked_lm"
+    learns_tokens = True
     preprocessor_classes: ClassVar[dict[int, Any]] = {
         1: keras_hub.models.MaskedLMPreprocessor,
         2: keras_hub.models.RobertaMaskedLMPreprocessor,

@@ -128,8 +128,9 @@ def preprocessed(task: Any, x: Any) -> Any:
             return batch
         if is_conversations(batch):
             return read_samples(task, batch)
-        texts = batch if isinstance(batch, tuple) else (batch,)
-        samples = task.preprocess_samples(*map(_texts, texts))
+        x, *targets = batch if isinstance(batch, tuple) else (batch,)
+        targets = [y if y is None else _as_batch(y) for y in targets]
+        samples = task.preprocess_samples(_texts(x), *targets)
         return tree.map_structure(ops.convert_to_numpy, samples)
 
     if isinstance(x, keras.utils.PyDataset):
@@ -143,7 +144,9 @@ def preprocessed(task: Any, x: Any) -> Any:
 
 
 def _texts(x: Any) -> Any:
-    """Returns text, or a dict of texts, as a string or lists."""
+    """Returns text, or a dict or a tuple of texts, as a string or lists."""
+    if isinstance(x, tuple):
+        return tuple(map(to_plain, x))
     if isinstance(x, dict):
         return {name: to_plain(value) for name, value in x.items()}
     return to_plain(x)
@@ -208,6 +211,8 @@ def _read_samples(task: Any, x: Any, y: Any) -> tuple[Any, Any]:
         if not any(texts):
             raise ValueError(f"`x` has no text. Received: x={describe(texts)}")
         return texts, y
+    if isinstance(x, (str, bytes)):
+        raise TypeError(f"`x` must be a list of strings. Received: x={describe(x)}")
     if preprocessor is None and is_tokens(x):
         x = dict(x)
         for name, mask in _token_inputs(x):
@@ -218,6 +223,7 @@ def _read_samples(task: Any, x: Any, y: Any) -> tuple[Any, Any]:
             isinstance(
                 loss, (TokenCrossentropy, keras.losses.SparseCategoricalCrossentropy)
             )
+            and task.learns_tokens
             and loss.ignore_class is None
             and hasattr(y, "shape")
         ):

@@ -298,13 +298,53 @@ def test_weights_declare_their_axes(kind):
     axes_of_weights(make(kind))
 
 
-def test_batches_of_others():
-    torch = pytest.importorskip("torch")
+class Batches(keras.utils.PyDataset):
+    def __init__(self, batches):
+        super().__init__()
+        self.batches = batches
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __getitem__(self, i):
+        return self.batches[i]
+
+
+def loader_of(batches):
+    return pytest.importorskip("torch").utils.data.DataLoader(batches, batch_size=None)
+
+
+@pytest.mark.parametrize("kind", [Batches, loader_of, iter])
+@pytest.mark.parametrize("text", [True, False])
+def test_batches_of_any_kind(kind, text):
     x, labels = tokens_of(TEXTS), np.arange(8) % 3
-    rows = [({k: v[i] for k, v in x.items()}, labels[i]) for i in range(8)]
-    task = make("text_classifier")
-    loader = torch.utils.data.DataLoader(rows, batch_size=3)
-    assert np.isfinite(task.fit(loader, verbose=0).history["loss"][0])
+    preprocessor = make("text_classifier").preprocessor
+    task = TextClassifier(CustomEncoderBackbone(**SIZES), 3, preprocessor, dropout=0.0)
+    task.compile("sgd", run_eagerly=True)
+    batches = []
+    for rows in (slice(0, 3), slice(3, 6), slice(6, 8)):
+        some = TEXTS[rows] if text else {k: v[rows] for k, v in x.items()}
+        batches.append((some, labels[rows]))
+    expected = task.evaluate(x, labels, verbose=0)
+    assert_close(task.evaluate(kind(batches), verbose=0), expected)
+    assert_close(task.predict(kind(batches), verbose=0), task.predict(x, verbose=0))
+    other = keras.models.clone_model(task)
+    other.set_weights(task.get_weights())
+    other.compile("sgd", run_eagerly=True)
+    options = {"shuffle": False, "verbose": 0}
+    task.fit(kind(batches), validation_data=kind(batches), **options)
+    other.fit(x, labels, batch_size=3, validation_data=(x, labels), **options)
+    for name, values in task.history.history.items():
+        assert_close(values, other.history.history[name], atol=1e-5)
+    for a, b in zip(task.weights, other.weights, strict=True):
+        assert_close(a, b, atol=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_the_training():
+    task = make("text_embedder")
+    task.compile("sgd", "mse")
+    with raises(FloatingPointError, "The loss is nan at step 1 of epoch 1"):
+        task.fit(TEXTS, np.full((8, 16), np.nan), epochs=2, verbose=0)
 
 
 def test_dtypes():
@@ -326,6 +366,9 @@ def test_errors(tmp_path):
         TextClassifier(CustomEncoderBackbone(**SIZES), num_classes=0)
     with raises(ValueError, "needs a preprocessor"):
         make("text_embedder", text=False).embed("a")
+    for call in (lambda x: make("masked_lm").fit(x), make("text_embedder").predict):
+        with raises(TypeError, "`x` must be a list of strings", "'a'"):
+            call("a")
     with raises(TypeError, "`texts`"):
         make("text_embedder").embed([1])
     with raises(ValueError, "'mean'", "Nothing was written"):
