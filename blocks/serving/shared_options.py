@@ -65,7 +65,8 @@ def shared_options(
         options = {**options, "grammar": [options.get("grammar")] * rows}
     elif options.get("grammar") is not None:
         raise ValueError(
-            "The server takes no `grammar`. Make it with `lm.serve(grammars=True)`."
+            "The server takes no `grammar`. Make it with `lm.serve(grammars=True)`, or "
+            "`python -m blocks.serve --grammars`."
         )
     given = with_all(options, task, sampler)
     how = read_options(given, task, sampler, rows, biases=_BIASES)
