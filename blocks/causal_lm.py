@@ -59,8 +59,8 @@ class CausalLM(LanguageModel, keras_hub.models.CausalLM):
         Logits of shape `(batch, length, vocabulary_size)`.
 
     Raises:
-        TypeError: if `backbone` is no functional model of tokens, or there is
-            no way from its outputs to logits.
+        TypeError: if `backbone` is no functional model of tokens, there is no way from
+            its outputs to logits, or an argument is not known.
         ValueError: if its batch size or length is fixed, or the tokenizer has more
             tokens than it.
 

@@ -98,7 +98,8 @@ class CustomBackbone(LowRankUpdates, TokenModel, keras_hub.models.Backbone):
         A tensor of shape `(batch, length, hidden_dim)`.
 
     Raises:
-        TypeError: if a hook returns something that is no fitting layer.
+        TypeError: if a hook returns something that is no fitting layer, or an argument is
+            not known.
         ValueError: if an argument is out of range, or heads do not divide.
         AttributeError: if a hook reads an attribute that is not yet set.
 
@@ -151,6 +152,7 @@ class CustomBackbone(LowRankUpdates, TokenModel, keras_hub.models.Backbone):
         dtype: DType = None,
         **kwargs: Any,
     ) -> None:
+        self.check_rest(kwargs)
         # === Config: hooks read it ===
         self.vocabulary_size = check_positive_int("vocabulary_size", vocabulary_size)
         self.num_layers = check_positive_int("num_layers", num_layers)
@@ -303,10 +305,7 @@ class CustomBackbone(LowRankUpdates, TokenModel, keras_hub.models.Backbone):
     def create_cross_attention_layer(
         self, inputs_shape: Shape, layer_index: int
     ) -> CachedLayer:
-        """Hook: makes the layer of a block that attends to an encoder's outputs.
-
-        Its arguments are those of `create_attention_layer`.
-        """
+        """Hook: makes the layer that attends to an encoder; as `create_attention_layer`."""
         return CrossAttention(
             self.num_heads,
             self.num_key_value_heads,

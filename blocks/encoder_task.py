@@ -46,8 +46,9 @@ class EncoderTask(FitMixin, TokenTypes, TokenModel, PresetMixin):
     preprocessor_cls = None
     learns_tokens = False
 
-    def set_parts(self, backbone: Any, preprocessor: Any) -> None:
-        """Sets the backbone, which is checked, and the preprocessor."""
+    def set_parts(self, backbone: Any, preprocessor: Any, rest: dict[str, Any]) -> None:
+        """Sets the backbone and the preprocessor; all arguments are checked."""
+        self.check_rest(rest)
         if not isinstance(backbone, CustomEncoderBackbone):
             raise TypeError(
                 "`backbone` must be a `blocks.CustomEncoderBackbone`. Received: "

@@ -38,6 +38,7 @@ class LanguageModel(
         generation_sizes: GenerationSizes | None = None,
         **kwargs: Any,
     ) -> None:
+        self.check_rest(kwargs)
         self.generation_options = check_defaults(generation_options or {})
         inputs = self._symbolic_inputs(backbone)
         if type(self).compute_logits is LanguageModel.compute_logits:

@@ -85,7 +85,7 @@ class MaskedLM(EncoderTask, keras_hub.models.MaskedLM):
 
     def __init__(self, backbone: Any, preprocessor: Any = None, **kwargs: Any) -> None:
         # === Layers ===
-        self.set_parts(backbone, preprocessor)
+        self.set_parts(backbone, preprocessor, kwargs)
         self.head_transform = self.make_transform()
         self.output_bias = TokenBias(dtype=backbone.dtype_policy, name="masked_lm_bias")
         # === Functional model ===

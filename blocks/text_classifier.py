@@ -128,7 +128,7 @@ class TextClassifier(Classifier, keras_hub.models.TextClassifier):
         pooling: str | None = None,
         **kwargs: Any,
     ) -> None:
-        self.set_parts(backbone, preprocessor)
+        self.set_parts(backbone, preprocessor, kwargs)
         self.set_head(num_classes, activation, dropout)
         published = getattr(backbone, "classifier_pooling", "cls")
         self.pooling = check_pooling(published if pooling is None else pooling)
@@ -219,7 +219,7 @@ class TokenClassifier(Classifier, keras_hub.models.TextClassifier):
         dropout: float = 0.1,
         **kwargs: Any,
     ) -> None:
-        self.set_parts(backbone, preprocessor)
+        self.set_parts(backbone, preprocessor, kwargs)
         self.set_head(num_classes, activation, dropout)
         inputs = backbone.input
         outputs = self.classify(backbone(inputs))

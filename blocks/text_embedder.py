@@ -70,7 +70,7 @@ class TextEmbedder(EncoderTask, keras_hub.models.TextEmbedder):
         normalize: bool = True,
         **kwargs: Any,
     ) -> None:
-        self.set_parts(backbone, preprocessor)
+        self.set_parts(backbone, preprocessor, kwargs)
         self.pooling = check_pooling(pooling)
         self.normalize = bool(normalize)
         inputs = backbone.input

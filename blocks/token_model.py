@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 import keras_hub
 
-from attention.contract import check_right_padded
+from attention.contract import check_right_padded, describe
 
 
 def _counted(name: str) -> Callable:
@@ -35,6 +36,30 @@ class TokenModel:
     weights_version = 0
     # The names of inputs beside the tokens that need not be given.
     prompt_inputs: tuple[str, ...] = ()
+
+    def check_rest(self, rest: dict[str, Any]) -> None:
+        """Raises a `TypeError` if a constructor is given what no other one takes.
+
+        Keras drops arguments of functional models that it does not know.
+
+        Args:
+            rest: dict. What goes to the constructor of KerasHub's class.
+        """
+        taken = {"name", "trainable"}
+        if isinstance(self, keras_hub.models.Task):
+            taken.add("compile")
+        unknown = sorted(rest.keys() - taken)
+        if not unknown:
+            return
+        classes = type(self).__mro__
+        for cls in classes[: classes.index(TokenModel)]:
+            if "__init__" in vars(cls):
+                taken |= inspect.signature(cls).parameters.keys()
+        name, taken = unknown[0], taken - {"args", "kwargs"}
+        raise TypeError(
+            f"`{type(self).__name__}` takes no argument `{name}`. It takes "
+            f"{sorted(taken)}. Received: {name}={describe(rest[name])}"
+        )
 
     @contextlib.contextmanager
     def changing_weights(self) -> Iterator[None]:

@@ -1,5 +1,7 @@
 """Bad input to blocks, backbones and `generate`: clear errors, nothing lost."""
 
+import functools
+
 import keras
 import keras_hub
 import numpy as np
@@ -10,9 +12,12 @@ from blocks import (
     CausalLM,
     CustomBackbone,
     CustomDecoder,
+    CustomEncoderBackbone,
     FeedForward,
     GatedFeedForward,
+    TextClassifier,
 )
+from blocks.models.llama import LlamaBackbone
 from tests.helpers import raises
 from tests.models import (
     RAGGED,
@@ -122,6 +127,27 @@ def backbone_of_a_plain_embedding():
 def test_models_that_can_not_be_made(make, kind, words):
     with raises(kind, words):
         make()
+
+
+TINY = (9, 1, 2, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "known"),
+    [
+        (functools.partial(LlamaBackbone, *TINY), "LlamaBackbone", "'rope_theta'"),
+        (lambda **x: CausalLM(CustomBackbone(*TINY), **x), "CausalLM", "'compile'"),
+        (
+            lambda **x: TextClassifier(CustomEncoderBackbone(*TINY), 2, **x),
+            "TextClassifier",
+            "'pooling'",
+        ),
+    ],
+)
+def test_arguments_that_are_not_known(make, name, known):
+    with raises(TypeError, f"`{name}` takes no argument `nonsense`", known, "'name'"):
+        make(nonsense=3)
+    make(name="named", trainable=False)
 
 
 # === Generation ===
