@@ -27,7 +27,7 @@ from attention.contract import (
 )
 from blocks.custom_decoder import CustomDecoder
 from blocks.generation.backbone_inputs import token_inputs
-from blocks.hooks import dtype_policy_scope, name_layer, run_hook
+from blocks.hooks import dtype_policy_scope, float_policy, name_layer, run_hook
 from blocks.layers.feed_forward import FeedForward, gelu_approximate
 from blocks.lora import LowRankUpdates
 from blocks.preset_files import written_aside
@@ -173,7 +173,7 @@ class CustomBackbone(LowRankUpdates, TokenModel, keras_hub.models.Backbone):
             raise ValueError(f"`remat` must be 'block' or None. Received: {remat!r}")
         self.remat = remat
 
-        with dtype_policy_scope(keras.dtype_policies.get(dtype)):
+        with dtype_policy_scope(float_policy(dtype)):
             self._create_layers()
             inputs, outputs = self._connect()
         super().__init__(inputs=inputs, outputs=outputs, dtype=dtype, **kwargs)

@@ -9,7 +9,7 @@ from typing import Any
 import keras
 
 from attention import CachedLayer
-from attention.contract import DType, Shape
+from attention.contract import DType, Shape, describe
 
 
 @contextlib.contextmanager
@@ -24,6 +24,22 @@ def dtype_policy_scope(policy: DType) -> Iterator[None]:
         yield
     finally:
         keras.config.set_dtype_policy(before)
+
+
+def float_policy(dtype: DType) -> Any:
+    """Returns the dtype policy of a backbone that is to be made.
+
+    Raises:
+        ValueError: if it is not one of floats: `quantize` is for models that are made.
+    """
+    policy = keras.dtype_policies.get(dtype)
+    if policy.quantization_mode is not None or "float" not in policy.compute_dtype:
+        raise ValueError(
+            "`dtype` must be a dtype or policy of floats, such as 'bfloat16' or "
+            "'mixed_bfloat16'. Quantize the model that was made with one, by "
+            f"`quantize`. Received: dtype={describe(dtype)}"
+        )
+    return policy
 
 
 # Hooks of which generation keeps a cache.

@@ -180,7 +180,7 @@ def _read_json(folder: str | os.PathLike, *names: str) -> dict[str, Any]:
         try:
             with open(path, encoding="utf-8") as file:
                 content = json.load(file)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"'{path}' is damaged or truncated ({error}). Download it again."
             ) from error

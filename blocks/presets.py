@@ -191,7 +191,7 @@ def _read_json(folder: str, name: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             content = json.load(file)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{name} of the preset '{folder}' is damaged or truncated ({error}). "
             "Save the preset again."
@@ -199,7 +199,8 @@ def _read_json(folder: str, name: str) -> dict[str, Any]:
     if not isinstance(content, dict) or "registered_name" not in content:
         raise ValueError(
             f"{name} of the preset '{folder}' is no configuration written by "
-            "`save_to_preset`. Save the preset again."
+            "`save_to_preset`, as it has no `registered_name`, and none of transformers, "
+            "whose config.json has a `model_type`. Save or download the folder again."
         )
     return content
 

@@ -301,7 +301,8 @@ def find_architecture(model_type: str) -> Architecture:
     Raises:
         ValueError: if there is none; it lists the known ones.
     """
-    name = _module_name(model_type)
+    # Files may hold anything.
+    name = _module_name(str(model_type))
     if name not in _REGISTERED and name in _modules():
         importlib.import_module(f"blocks.models.{name}")
     if name not in _REGISTERED:

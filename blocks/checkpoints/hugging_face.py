@@ -32,6 +32,8 @@ from blocks.checkpoints.tensor_files import (
 )
 
 _SHARD_BYTES = 5 * 10**9
+# Keys of configurations whose values have keys themselves.
+_OBJECTS = ("quantization_config", "rope_parameters", "rope_scaling", "text_config")
 
 
 def is_published(folder: str) -> bool:
@@ -46,7 +48,7 @@ def _read_config(folder: str) -> dict[str, Any]:
     path = pathlib.Path(folder, "config.json")
     try:
         config = json.loads(path.read_text(encoding="utf-8"), object_hook=_as_number)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"'{path}' is missing or damaged: {error}") from error
     return config if isinstance(config, dict) else {}
 
@@ -80,6 +82,12 @@ def load_backbone(
     else:
         config = _read_config(source)
     architecture = find_architecture(config["model_type"])
+    for key in _OBJECTS:
+        if not isinstance(config.get(key) or {}, dict):
+            raise ValueError(
+                f"The configuration of '{source}' is damaged: '{key}' must be an object "
+                f"or null. Received: {key}={describe(config[key])}"
+            )
     quantized = config.get("quantization_config")
     if with_weights and quantized and quantized.get("quant_method") != "mxfp4":
         raise ValueError(

@@ -27,6 +27,8 @@ DTYPES: dict[str, Any] = {
 # By the names that Keras has for them.
 DTYPE_NAMES = {np.dtype(dtype).name: np.dtype(dtype) for dtype in DTYPES.values()}
 _MAX_HEADER = 100_000_000
+# What reading JSON raises that is none, or nests too deeply, or holds something else.
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 # The file of all tensors, or that which says in which files they are.
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -91,7 +93,7 @@ class SafetensorsFolder:
             )
         try:
             names = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except _DAMAGE as error:
             raise ValueError(
                 f"'{index}' is no index of safetensors files, or is damaged ({error})."
             ) from error
@@ -133,8 +135,10 @@ def _read_header(path: pathlib.Path) -> dict[str, _Place]:
         header.pop("__metadata__", None)
         found = {}
         for name, item in header.items():
-            shape = tuple(int(axis) for axis in item["shape"])
-            start, end = item["data_offsets"]
+            numbers = item["shape"] + item["data_offsets"]
+            if not all(type(x) is int for x in numbers):
+                raise ValueError(f"tensor '{name}' has sizes that are no integers")
+            shape, (start, end) = tuple(item["shape"]), item["data_offsets"]
             if item["dtype"] not in DTYPES:
                 raise ValueError(
                     f"tensor '{name}' has dtype {item['dtype']}; known are "
@@ -153,7 +157,7 @@ def _read_header(path: pathlib.Path) -> dict[str, _Place]:
                     f"tensor '{name}' ends at byte {first + end} of a file of {size}"
                 )
             found[name] = _Place(path, first + start, dtype, shape)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, *_DAMAGE) as error:
         raise ValueError(
             f"'{path}' is missing, damaged or truncated: {error}"
         ) from error

@@ -112,6 +112,8 @@ def backbone_of_a_plain_embedding():
         (lambda: make_backbone(vocabulary_size=0), ValueError, "vocabulary_size=0"),
         (lambda: make_backbone(num_layers=0), ValueError, "num_layers=0"),
         (lambda: make_backbone(hidden_dim=0), ValueError, "hidden_dim=0"),
+        (lambda: make_backbone(dtype="int8_from_float32"), ValueError, "`quantize`"),
+        (lambda: make_backbone(dtype="int32"), ValueError, "dtype='int32'"),
         (lambda: FeedForward(0), ValueError, "`intermediate_dim`"),
         (lambda: GatedFeedForward(None), TypeError, "`intermediate_dim`"),
         (

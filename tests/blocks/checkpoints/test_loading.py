@@ -136,6 +136,15 @@ def pickled(folder):
     (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
 
 
+def deep_header(folder):
+    text = b"[" * 200_000
+    (folder / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text)
+
+
+def without_type(folder):
+    edit(folder / "config.json", lambda config: config.pop("model_type"))
+
+
 def huge_header(folder):
     (folder / WEIGHTS).write_bytes((1 << 62).to_bytes(8, "little") + b"{}")
 
@@ -145,6 +154,10 @@ CONFIG = {
     "path": ({"model_type": "../gpt2"}, ["'../gpt2'"]),
     "activation": ({"hidden_act": "relu"}, ["hidden_act='relu'", "'silu'"]),
     "quantized": ({"quantization_config": {"quant_method": "gptq"}}, ["'gptq'"]),
+    "number": ({"model_type": 5}, ["model_type=5", "'llama'"]),
+    "null": ({"model_type": None}, ["model_type=None", "'llama'"]),
+    "text": ({"quantization_config": "x"}, ["quantization_config='x'", "an object"]),
+    "list": ({"rope_parameters": [1]}, ["rope_parameters=list(1)", "an object"]),
     "scaling": ({"rope_parameters": {"rope_type": "odd"}}, ["rope_type", "linear"]),
 }
 DAMAGE = {
@@ -155,6 +168,12 @@ DAMAGE = {
     ),
     "bytes of another": (lambda x: promise(x, shape=[3]), ["needs 12 bytes"]),
     "negative": (lambda x: promise(x, data_offsets=[-64, 0]), ["from -64 to 0"]),
+    "infinite": (lambda x: promise(x, shape=[float("inf")]), ["no integers"]),
+    "fraction": (lambda x: promise(x, shape=[16.0]), ["no integers"]),
+    "bool": (lambda x: promise(x, data_offsets=[False, 64]), ["no integers"]),
+    "digits": (lambda x: promise(x, shape=["16"]), ["no integers"]),
+    "deep header": (deep_header, ["damaged or truncated", "recursion"]),
+    "no model type": (without_type, ["`model_type`", "download the folder again"]),
     "half a file": (lambda x: cut(x, 4000), ["ends at byte", "of a file of 4000"]),
     "no header": (lambda x: cut(x, 6), ["damaged or truncated"]),
     "huge header": (huge_header, ["a header of"]),
