@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -77,13 +78,20 @@ class FitMixin:
                 callback saves the weights. (A `keras.callbacks.TerminateOnNaN` among
                 the callbacks takes the place of this.)
             TypeError: if `x` is no text where it must be.
-            ValueError: if `x` is empty, a token of `x` or `y` is outside of the
-                vocabulary, a row is not padded on the right, there is a
-                `validation_split` of data that are not in memory, or a `beta` of the
-                optimizer is 1 in the dtype of the weights, as 0.999 in bfloat16.
+            ValueError: if `x` is empty, also in a later epoch, a token of `x` or `y` is
+                outside of the vocabulary, a row is not padded on the right, or a `beta`
+                of the optimizer is 1 in the dtype of the weights, as 0.999 in bfloat16.
+                If there is a `validation_split` of data that are not in memory, or data
+                that can be read only once are to be read in several epochs, without
+                `steps_per_epoch` or `validation_steps`.
         """
         passed, seed = start_training(self, kwargs)
-        x, validation_data = as_dataset(x), as_dataset(validation_data)
+        x = as_dataset(x)
+        validation_data = as_dataset(validation_data, "validation_data")
+        _check_epochs("x", x, "steps_per_epoch", kwargs)
+        if kwargs.get("validation_freq", 1) == 1:
+            steps = "validation_steps"
+            _check_epochs("validation_data", validation_data, steps, kwargs)
         in_memory = is_in_memory(x)
         if validation_data is not None:
             validation_split = None
@@ -115,8 +123,8 @@ class FitMixin:
         if getattr(x, "num_batches", None) is None:
             # Keras shuffles a `PyDataset` of known length, and nothing else.
             kwargs.setdefault("shuffle", False)
-        steps = kwargs.get("steps_per_epoch"), kwargs.get("validation_steps")
-        with expected_end((x, steps[0]), (validation_data, steps[1])):
+        asked = kwargs.get("steps_per_epoch"), kwargs.get("validation_steps")
+        with expected_end((x, asked[0]), (validation_data, asked[1])):
             if is_for_keras(x) or is_for_keras(validation_data):
                 # Past KerasHub's `fit`, and so past the one that counts.
                 kwargs |= {"y": y, "sample_weight": sample_weight}
@@ -169,3 +177,23 @@ class FitMixin:
                 x, _ = batched((x,), batch_size or 32, shuffle=False)
                 batch_size = None
             return super().predict(x, batch_size, *args, **kwargs)  # type: ignore[misc]
+
+
+def _check_epochs(name: str, data: Any, steps: str, options: dict[str, Any]) -> None:
+    """Raises a `ValueError` if data are to be read in several epochs, and can't be.
+
+    Keras would begin each later epoch with the first batches again, and end it there.
+
+    Args:
+        name: the argument of `fit`.
+        data: its value.
+        steps: the argument that says how many batches an epoch has.
+        options: other arguments of `fit`.
+    """
+    epochs = options.get("epochs", 1) - options.get("initial_epoch", 0)
+    if isinstance(data, Iterator) and epochs > 1 and options.get(steps) is None:
+        raise ValueError(
+            f"`{name}` can be read only once, and not for {epochs} epochs. Pass what can "
+            f"be read again, such as a list or a `keras.utils.PyDataset`, or `{steps}`. "
+            f"Received: {name}={describe(data)}"
+        )

@@ -37,13 +37,13 @@ class PackedDocuments:
     target is lost. No token is trained to predict the start of another document.
 
     It is read anew in each epoch, and always gives the same batches for the same
-    documents.
+    documents. An iterator of documents is read once, in one epoch of `fit`, or, with
+    `steps_per_epoch`, in several.
 
     Args:
         documents: an iterable of strings, or of lists of token ids; a
             `tf.data.Dataset` of strings; or a dict of `prompts` and `responses`, or of
-            `messages`, of which only what `CausalLM.fit` learns are targets. It must be
-            possible to read it more than once, for more than one epoch.
+            `messages`, of which only what `CausalLM.fit` learns are targets.
         preprocessor: `None`, or a `blocks.CausalLMPreprocessor`, whose tokenizer reads
             strings, and which has the tokens before and after them. Lists of token
             ids are taken as they are.
@@ -120,7 +120,18 @@ class PackedDocuments:
                 yield self._to_arrays(batch)
 
     def as_dataset(self) -> tf.data.Dataset:
-        """Returns a `tf.data.Dataset` of the same batches."""
+        """Returns a `tf.data.Dataset` of the same batches.
+
+        Raises:
+            ValueError: if the documents are an iterator: a dataset is read several times,
+                also by Keras before the first epoch.
+        """
+        if isinstance(self.documents, Iterator):
+            raise ValueError(
+                "`documents` can be read only once, and a dataset is read several times. "
+                "Pass a list, or the `PackedDocuments` themselves to `fit`. Received: "
+                f"documents={describe(self.documents)}"
+            )
         return as_dataset(self)
 
     def _pieces(self) -> Iterator[_Piece]:

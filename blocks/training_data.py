@@ -39,15 +39,21 @@ def is_tokens(x: Any) -> bool:
     return isinstance(x, dict) and not {"token_ids", "decoder_token_ids"}.isdisjoint(x)
 
 
-def as_dataset(x: Any) -> Any:
+def as_dataset(x: Any, argument: str = "x") -> Any:
     """Returns a `tf.data.Dataset` of an iterable of batches, such as a `DataLoader`.
 
     A table of Hugging Face's `datasets` is read into memory. Datasets of
     TensorFlow are not tuned while they are read. Samples in memory, `None`, datasets of
-    Grain, and what `is_for_keras` are returned as they are.
+    Grain, and what `is_for_keras` are returned as they are; of `PackedDocuments` of an
+    iterator, which can be read only once, an iterator.
     """
+    nothing = f"`{argument}` has no batch. Received: {argument}={describe(x)}"
     if isinstance(x, tf.data.Dataset):
+        if int(x.cardinality()) == 0:
+            raise ValueError(nothing)
         return ends_at_once(x)
+    if isinstance(getattr(x, "documents", None), Iterator):
+        return iter(x)
     if hasattr(x, "column_names") and hasattr(x, "features"):
         columns = {name: list(x[name]) for name in x.column_names}
         return columns["text"] if list(columns) == ["text"] else columns
@@ -61,13 +67,13 @@ def as_dataset(x: Any) -> Any:
 
     first = next(iter(x), None)
     if first is None:
-        raise ValueError(f"`x` has no batch. Received: x={describe(x)}")
+        raise ValueError(nothing)
     if is_conversations(first):
         raise TypeError(
             "Batches of conversations must come from a generator or a "
             "`keras.utils.PyDataset`. From other data, pass batches of what the model's "
             "`preprocessor` makes of them, or `blocks.PackedDocuments`. Received: "
-            f"x={describe(x)}"
+            f"{argument}={describe(x)}"
         )
     data = tf.data.Dataset.from_generator(
         lambda: map(_as_batch, x),
@@ -296,7 +302,8 @@ def with_checked_batches(data: tf.data.Dataset, size: int | None) -> tf.data.Dat
 
     data = data.map(check)
     # Where the first is wrong, it is said before the training on JAX takes the weights.
-    next(iter(data.take(1)), None)
+    if next(iter(data.take(1)), None) is None:
+        raise ValueError(f"The dataset has no batch. Received: {describe(data)}")
     return data
 
 

@@ -1,4 +1,4 @@
-"""Stops training at a loss that is not finite, before anything is saved."""
+"""Stops training without a finite loss, before anything is saved."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ class StopOnInvalidLoss(keras.callbacks.Callback):
     """Raises a `FloatingPointError` that names the step whose loss is not finite.
 
     `CausalLM.fit` puts it before all other callbacks, so that none of them saves what
-    such a step made of the weights. It reads what Keras has read for the others.
+    such a step made of the weights. It reads what Keras has read for the others. An epoch
+    without a step, whose loss Keras says is 0, is a `ValueError`.
     """
 
     # Keras runs callbacks beside the training, where all of them say that they may be:
@@ -30,6 +31,7 @@ class StopOnInvalidLoss(keras.callbacks.Callback):
         super().__init__()
         self._one_at_a_time = threading.Lock()
         self._epoch, self._next, self._at_once = 0, 0, 1
+        self._is_empty = True
         self._waiting: dict[int, float] = {}
 
     def on_train_begin(self, logs: Any = None) -> None:
@@ -38,9 +40,11 @@ class StopOnInvalidLoss(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         self._epoch, self._next = epoch + 1, self._at_once - 1
         self._waiting.clear()
+        self._is_empty = True
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         with self._one_at_a_time:
+            self._is_empty = False
             self._waiting[batch] = (logs or {}).get("loss", 0.0)
             while self._next in self._waiting:
                 self._check(self._next, self._waiting.pop(self._next))
@@ -59,6 +63,11 @@ class StopOnInvalidLoss(keras.callbacks.Callback):
         )
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        if self._is_empty:
+            raise ValueError(
+                f"`x` has no batch in epoch {epoch + 1}. If it can be read only once, it "
+                "has too few for so many epochs."
+            )
         # A finite loss may have gradients that are not, which shows in the next one only:
         # too late for what is saved at the end of an epoch.
         for weight in self.model.trainable_variables:

@@ -113,6 +113,35 @@ def test_a_dataset():
             np.testing.assert_array_equal(a, b)
 
 
+def test_an_iterator_of_documents_is_read_once():
+    documents = [[3] * 9] * 40
+
+    def pack(some):
+        # Three documents in each of 14 rows.
+        return PackedDocuments(some, sequence_length=24, batch_size=4)
+
+    found = []
+    for some in (documents, iter(documents)):
+        lm = make_lm(24)
+        loss = lm.fit(pack(some), verbose=0).history["loss"]
+        found.append([int(lm.optimizer.iterations), *loss])
+    assert found[0][0] == 4
+    assert_close(*found, atol=1e-5)
+    expected = lm.evaluate(pack(documents), verbose=0)
+    assert_close(lm.evaluate(pack(iter(documents)), verbose=0), expected)
+    history = lm.fit(pack(iter(documents)), epochs=2, steps_per_epoch=2, verbose=0)
+    assert len(history.history["loss"]) == 2
+    once = pack(iter(documents))
+    with raises(ValueError, "`x` can be read only once", "`steps_per_epoch`"):
+        lm.fit(once, epochs=2, verbose=0)
+    with raises(ValueError, "`validation_data` can be read only once"):
+        lm.fit(pack(documents), validation_data=once, epochs=2, verbose=0)
+    with raises(ValueError, "`documents` can be read only once", "`fit`"):
+        once.as_dataset()
+    # None of these errors has read any.
+    assert sum(len(y) for _, y, _ in once) == 14
+
+
 def test_wrong_documents():
     with raises(TypeError, "documents", "iterable"):
         PackedDocuments("abc", sequence_length=4)

@@ -137,6 +137,20 @@ def test_what_is_held_out_may_be_of_another_kind(kind, recwarn):
             lm.fit(KINDS[kind](), sample_weight=np.ones(4), verbose=0)
 
 
+def test_data_without_a_batch():
+    lm = make_text_lm()
+    empty = KINDS["tf.data"]().take(0)
+    with raises(ValueError, "`x` has no batch"):
+        lm.fit(empty, verbose=0)
+    with raises(ValueError, "`validation_data` has no batch"):
+        lm.fit(TEXTS, validation_data=empty, verbose=0)
+    tokens = tf.data.Dataset.from_tensors(lm.preprocessor(TEXTS))
+    with raises(ValueError, "has no batch"):
+        lm.fit(tokens.filter(lambda *batch: False), verbose=0)
+    with raises(ValueError, "`x` has no batch in epoch 2", "only once"):
+        lm.fit(KINDS["generator"](), epochs=2, steps_per_epoch=2, verbose=0)
+
+
 def test_samples_are_held_out_once():
     lm = make_text_lm()
     for held_out, batches in ((None, 1), (TEXTS, 2)):
