@@ -9,6 +9,7 @@ import keras
 import tensorflow as tf
 
 from attention.contract import describe
+from blocks.row_weights import pack_samples, weight_rows
 from blocks.training.callbacks import start_training
 from blocks.training_data import (
     as_dataset,
@@ -60,7 +61,8 @@ class FitMixin:
             y: what is learned, where the preprocessor doesn't make it: of a language
                 model the next token of each.
             batch_size: int or `None`, which means 32.
-            sample_weight: the weight of each target, or `None`.
+            sample_weight: the weight of each target, or `None`. Where the preprocessor
+                makes the targets, one for each text, of shape `(batch,)`.
             validation_data: what is evaluated after each epoch: as `x`, or a tuple of
                 `x`, `y` and `sample_weight`, of any kind, whatever the kind of `x`.
             validation_split: float or `None`. The share of the samples, the last ones,
@@ -106,12 +108,12 @@ class FitMixin:
             parts = validation_data
             parts = parts if isinstance(parts, tuple) else (parts,)
             parts = read_samples(self, *parts)
-            validation_data = keras.utils.pack_x_y_sample_weight(*parts)
+            validation_data = pack_samples(*parts)
             if is_in_memory(parts[0]):
                 size = batch_size or 32
                 validation_data, _ = batched(validation_data, size, shuffle=False)
         if in_memory:
-            samples = keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
+            samples = pack_samples(x, y, sample_weight)
             how = validation_split, seed, kwargs.pop("shuffle", True)
             x, held_out = batched(samples, batch_size or 32, *how)
             validation_data = held_out if validation_data is None else validation_data
@@ -140,7 +142,8 @@ class FitMixin:
         """Returns training samples of texts by the preprocessor; tokens as they are."""
         if is_tokens(x):
             return keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
-        return super().preprocess_samples(x, y, sample_weight)  # type: ignore[misc]
+        # KerasHub's preprocessors drop the weights where they make their own.
+        return weight_rows(super().preprocess_samples(x, y), sample_weight)  # type: ignore[misc]
 
     def evaluate(
         self,
@@ -159,7 +162,7 @@ class FitMixin:
                 return keras.Model.evaluate(self, preprocessed(self, x), **kwargs)
             x, y, sample_weight = read_samples(self, x, y, sample_weight)
             if in_memory:
-                samples = keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
+                samples = pack_samples(x, y, sample_weight)
                 x, _ = batched(samples, batch_size or 32, shuffle=False)
                 y = sample_weight = batch_size = None
             data = (x, y, batch_size)

@@ -13,6 +13,7 @@ from attention.contract import check_positive_int
 from blocks.chat_template import render_chats
 from blocks.conversations import conversation_samples, is_conversations
 from blocks.hugging_face_files import read_preprocessor
+from blocks.row_weights import weight_rows
 from blocks.special_tokens import SpecialTokens, checked_tokenizer
 from blocks.start_packer import StartPacker
 
@@ -153,7 +154,7 @@ class CausalLMPreprocessor(SpecialTokens, keras_hub.models.CausalLMPreprocessor)
         )
         self.built = True
 
-    def call(
+    def call(  # type: ignore[override]
         self,
         x: Any,
         y: Any = None,
@@ -166,16 +167,22 @@ class CausalLMPreprocessor(SpecialTokens, keras_hub.models.CausalLMPreprocessor)
             x: strings; a dict of `prompts` and `responses`, both strings, of which
                 prompts are no targets; or a dict of `messages`, a list of conversations
                 as for `apply_chat_template`.
-            y, sample_weight: not used.
+            y: not used.
+            sample_weight: `None`, or an array or a list of shape `(batch,)`, by which the
+                weights of each row are multiplied.
             sequence_length: int or `None`. The length, if not the preprocessor's.
 
         Returns:
             `(x, y, sample_weight)`, all of shape `(batch, sequence_length)`.
+
+        Raises:
+            ValueError: if `sample_weight` has another shape.
         """
         if not isinstance(x, dict):
-            return super().call(x, y, sample_weight, sequence_length)
+            return super().call(x, y, sample_weight, sequence_length=sequence_length)
         if is_conversations(x):
-            return conversation_samples(self, x, sequence_length)
+            samples = conversation_samples(self, x, sequence_length)
+            return weight_rows(samples, sample_weight)
         if not self.built:
             self.build(None)
         prompts, responses = (self.tokenizer(x[k]) for k in ("prompts", "responses"))
@@ -188,7 +195,7 @@ class CausalLMPreprocessor(SpecialTokens, keras_hub.models.CausalLMPreprocessor)
         )
         x = {"token_ids": tokens[..., :-1], "padding_mask": mask[..., :-1]}
         y, weights = tokens[..., 1:], is_answer[..., 1:]
-        return keras.utils.pack_x_y_sample_weight(x, y, weights)
+        return weight_rows((x, y, weights), sample_weight)
 
     def apply_chat_template(
         self,

@@ -17,6 +17,7 @@ from attention.contract import describe
 from blocks.generation.endings import end_token_ids
 from blocks.generation.prompts import one_text, tokenizer_size
 from blocks.preset_files import written_aside
+from blocks.row_weights import weight_rows
 
 
 class SpecialTokens:
@@ -98,6 +99,26 @@ class SpecialTokens:
                 f"`{name}={token!r}` is not in the tokenizer's vocabulary."
             )
         return int(token_id)
+
+    def call(
+        self, x: Any, y: Any = None, sample_weight: Any = None, **kwargs: Any
+    ) -> Any:
+        """Turns texts into training samples, as KerasHub's.
+
+        Args:
+            x: what the preprocessor takes.
+            y: not used.
+            sample_weight: `None`, or an array or a list of shape `(batch,)`, by which the
+                weights of each row are multiplied.
+            **kwargs: see KerasHub's.
+
+        Returns:
+            `(x, y, sample_weight)`.
+
+        Raises:
+            ValueError: if `sample_weight` has another shape.
+        """
+        return weight_rows(super().call(x, **kwargs), sample_weight)  # type: ignore[misc]
 
     def generate_postprocess(self, x: Any) -> list[str] | str:
         """Turns tokens back into strings, without start, end and stop tokens.

@@ -25,6 +25,7 @@ from blocks.generation.prompts import (
     vocabulary_size,
 )
 from blocks.preprocessor import CausalLMPreprocessor
+from blocks.row_weights import check_row_weights, weight_rows
 from blocks.training.token_crossentropy import TokenCrossentropy
 
 
@@ -186,8 +187,15 @@ def read_samples(
                 f"template. The model's preprocessor is {describe(task.preprocessor)}"
             )
         # Past Keras, whose error would show all of them.
-        return conversation_samples(task.preprocessor, x)
-    return (*_read_samples(task, x, y), sample_weight)
+        samples = conversation_samples(task.preprocessor, x)
+        return weight_rows(samples, sample_weight)
+    x, y = _read_samples(task, x, y)
+    makes_targets = isinstance(task.preprocessor, keras_hub.models.Preprocessor)
+    if makes_targets and task.learns_tokens and is_in_memory(x) and not is_tokens(x):
+        columns = list(x.values()) if isinstance(x, dict) else x
+        rows = len(columns[0] if isinstance(x, (dict, tuple)) else columns)
+        check_row_weights(sample_weight, (rows,))
+    return x, y, sample_weight
 
 
 def _read_samples(task: Any, x: Any, y: Any) -> tuple[Any, Any]:

@@ -166,6 +166,11 @@ def test_the_loss_is_that_of_tokens_with_weights():
     by_chats, by_tokens = chat_lm(), chat_lm()
     expected = by_tokens.evaluate(x, y, sample_weight=weights, verbose=0)
     assert_close(by_chats.evaluate({"messages": CHATS}, verbose=0), expected)
+    one = by_chats.evaluate({"messages": CHATS[:1]}, verbose=0)
+    rows = {"sample_weight": [1, 0, 0], "verbose": 0}
+    assert_close(by_chats.evaluate({"messages": CHATS}, **rows), one)
+    with raises(ValueError, "`sample_weight`", "(3,)", "Received"):
+        by_chats.fit({"messages": CHATS}, sample_weight=weights, verbose=0)
     # By the log-probabilities of what was learned.
     logits = to_numpy(by_tokens(x)).astype("float64")
     logits -= logits.max(axis=-1, keepdims=True)

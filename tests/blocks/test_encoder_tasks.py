@@ -113,6 +113,8 @@ def test_masked_lm_learns_texts():
     assert weights.sum() > 0
     assert np.array_equal(there[weights > 0], to_numpy(y)[weights > 0])
     assert (there[weights > 0] > 4).all()
+    without = lm.evaluate(TEXTS, sample_weight=np.zeros(8), verbose=0)
+    assert without[0] == 0
 
 
 def test_masked_positions_are_those_of_the_whole_row():

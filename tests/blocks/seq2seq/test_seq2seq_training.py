@@ -70,6 +70,10 @@ def test_kinds_of_data():
         arrays, to_numpy(y), sample_weight=to_numpy(weights), verbose=0
     )
     assert_close(tokens, expected)
+    one = lm.evaluate({k: v[:1] for k, v in PAIRS.items()}, verbose=0)
+    rows = np.array([1, 0, 0, 0])
+    assert_close(lm.evaluate(PAIRS, sample_weight=rows, verbose=0), one)
+    assert to_numpy(lm.preprocessor(PAIRS, sample_weight=rows)[2]).sum(axis=1)[1] == 0
     lm.fit(arrays, to_numpy(y), verbose=0)
     with raises(TypeError, "`encoder_text` and `decoder_text`"):
         lm.fit(["only", "sources"], verbose=0)

@@ -218,3 +218,46 @@ def test_prompts_are_no_targets():
     ):
         with raises(error, "`x` must", "Received"):
             lm.fit(texts, verbose=0)
+
+
+@pytest.mark.parametrize(
+    "x", [TEXTS, {"prompts": ["a", "bc", "d", "e"], "responses": TEXTS}]
+)
+def test_texts_have_weights(x):
+    """Those of the targets of a row are multiplied by it."""
+    lm, weights = make_text_lm(), np.array([2.0, 0.0, 0.5, 1.0])
+    tokens, y, mask = keras.tree.map_structure(to_numpy, lm.preprocessor(x))
+    by_target = tokens, y, mask * weights[:, None].astype("float32")
+    found = lm.preprocessor(x, sample_weight=weights)
+    np.testing.assert_array_equal(to_numpy(found[2]), by_target[2])
+    expected = lm.evaluate(*by_target[:2], sample_weight=by_target[2], verbose=0)
+    halves = [
+        (
+            {k: v[i : i + 2] for k, v in x.items()}
+            if isinstance(x, dict)
+            else x[i : i + 2]
+        )
+        for i in (0, 2)
+    ]
+    batches = [(half, None, weights[i : i + 2]) for half, i in zip(halves, (0, 2))]
+    dataset = tf.data.Dataset.from_tensor_slices((x, weights, weights)).batch(2)
+    for kind in (iter(batches), dataset, dataset.map(lm.preprocessor)):
+        np.testing.assert_allclose(lm.evaluate(kind, verbose=0), expected, rtol=1e-5)
+    found = lm.evaluate(x, sample_weight=weights, verbose=0)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    options = {"epochs": 2, "shuffle": False, "verbose": 0}
+    histories = []
+    for samples in ((x, None, weights), by_target):
+        other = make_text_lm()
+        other.set_weights(lm.get_weights())
+        data, y, w = samples
+        options["validation_data"] = samples
+        history = other.fit(data, y, sample_weight=w, **options).history
+        histories.append([*history["loss"], *history["val_loss"]])
+    np.testing.assert_allclose(*histories, rtol=1e-4)
+    for wrong in (weights[:3], np.ones((4, 8)), 1.0):
+        for call in (lm.fit, lm.evaluate):
+            with raises(ValueError, "`sample_weight`", "(4,)", "Received"):
+                call(x, sample_weight=wrong, verbose=0)
+    with raises(ValueError, "`sample_weight`", "(2,)", "Received"):
+        lm.fit(iter([(halves[0], None, np.ones((2, 8)))]), verbose=0)
