@@ -31,6 +31,11 @@ class PresetMixin:
         the process is killed or the disk is full. `from_preset` notices files that were
         damaged later.
 
+        Keras merges LoRA's updates into what it saves. So the loaded model has none to
+        train on, and where the weights are int8 or int4, they are quantized again with
+        the updates in them, which changes outputs. To keep LoRA as it is, save the base
+        before `enable_lora`, and the updates by `save_lora_weights`.
+
         Args:
             preset_dir: str. The folder; it is made if need be.
             max_shard_size: number or `None`. The largest size of a weights file
