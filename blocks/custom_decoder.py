@@ -190,15 +190,13 @@ class CustomDecoder(TransformerBlock, CompositeCachedLayer):
 
     def compute_output_spec(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         # Keras traces a layer's call to know its outputs, which takes most of the time
-        # that making a deep model takes. Blocks of one kind are traced once.
-        plain = all(kwargs.get(name) is None for name in _NEEDS_TRACING) and not args
+        # that making a deep model takes. Blocks of one kind are traced once; those with
+        # a `transform` of their own may do something else at each depth.
+        plain = type(self).transform is CustomDecoder.transform and not args
+        plain = plain and all(kwargs.get(name) is None for name in _NEEDS_TRACING)
         parts = ("self_attention", "ffn", *self.norm_names)
         kinds = tuple(type(getattr(self, name)) for name in parts)
         kind = (type(self), *kinds, tuple(x.shape), self.compute_dtype)
-        own = inspect.signature(CustomDecoder.transform).parameters
-        plain = (
-            plain and inspect.signature(self.transform).parameters.keys() <= own.keys()
-        )
         if plain and kind in _TRACED:
             return keras.KerasTensor(x.shape, dtype=self.compute_dtype)
         outputs = super().compute_output_spec(x, *args, **kwargs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import keras
 from keras import ops
 
 from attention.contract import Tensor
@@ -17,7 +18,9 @@ def logits_of(embedding: Any, hidden_states: Tensor) -> Tensor:
     gradient: nothing before the head would be trained. As Keras's own dense layers do,
     inputs get the gradient that they have without being rounded.
     """
-    if getattr(embedding, "quantization_mode", None) != "int8":
+    quantized = getattr(embedding, "quantization_mode", None) == "int8"
+    # A model that is loaded is connected when it is quantized already.
+    if not quantized or isinstance(hidden_states, keras.KerasTensor):
         return embedding(hidden_states, reverse=True)
 
     @ops.custom_gradient

@@ -96,7 +96,8 @@ class TokenModel:
         """Yields the paths and parameters of all weights, on torch.
 
         So a torch optimizer takes `lm.parameters()`, and `DistributedDataParallel` takes
-        `lm`, in loops of one's own. `fit` needs neither. (Of KerasHub's models torch
+        `lm`, in loops of one's own; the wrapper itself lists no parameters, and
+        `lm.save_weights` saves them. `fit` needs neither. (Of KerasHub's models torch
         finds none.)
         """
         prefix = f"{prefix}." if prefix else ""

@@ -196,3 +196,32 @@ def test_a_clone_is_made_by_the_same_hooks():
         clone.set_weights(model.get_weights())
         x = prompts(RAGGED)
         assert_close(clone(x), model(x))
+
+
+def test_each_block_with_a_way_of_its_own_is_traced():
+    """Also the second of its kind: its sublayers are built, and it may return more."""
+
+    class Mixing(CustomDecoder):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.mix = keras.layers.Dense(16)
+
+        def transform(self, x, padding_mask=None, training=None):
+            attended = self.self_attention(self.attention_norm(x))
+            x = super().transform(x + self.mix(attended), padding_mask)
+            return (x, attended) if self.layer_index else x
+
+    class Both(CustomBackbone):
+        decoder_class = Mixing
+
+        def transform(self, x, padding_mask):
+            first, second = self.transformer_layers
+            x, attended = second(first(x, padding_mask=padding_mask))
+            return x + attended
+
+    counts = set()
+    for _ in range(2):
+        backbone = make_backbone(Both)
+        assert all(x.mix.built for x in backbone.transformer_layers)
+        counts.add(backbone.count_params())
+    assert len(counts) == 1

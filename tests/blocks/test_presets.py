@@ -149,7 +149,6 @@ def test_a_preset_of_another_class(preset):
         SoftCappedLM.from_preset(preset)
 
 
-@pytest.mark.slow
 def test_quantized_presets(tmp_path):
     lm = make_lm(make_backbone(num_layers=1), bpe_preprocessor())
     # Before its tokenizer has seen any text, which is no part of the model.
