@@ -18,6 +18,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from blocks.generation import Completion
+from blocks.generation.texts import TextPieces
 from blocks.serving.http_metrics import Metrics
 from blocks.serving.http_types import ChatAsked, CompletionAsked, Limits
 from blocks.serving.request import Request, ServerBusy
@@ -270,8 +271,7 @@ class _Http:
         timer = self._end_in_time(found)
         try:
             answers: dict[int, Any] = {}
-            # How much text of each was sent.
-            places = [0] * len(found)
+            texts = [self._pieces() for _ in found]
             for number in range(len(found)):
                 if choice := asked.first_chunk(number):
                     yield _event({**head, "choices": [choice]})
@@ -285,8 +285,7 @@ class _Http:
                     self.metrics.made(answer)
                     choice = asked.chunk(number, "", _reason(answer), None)
                 elif isinstance(piece, Completion):
-                    logprobs = asked.logprobs_of(piece, self.to_text, places[number])
-                    places[number] += len(piece.text or "")
+                    logprobs = asked.logprobs_of(piece, self.to_text, texts[number])
                     choice = asked.chunk(number, piece.text or "", None, logprobs)
                 else:
                     choice = asked.chunk(number, piece, None, None)
@@ -306,8 +305,12 @@ class _Http:
     def _choice(
         self, asked: CompletionAsked | ChatAsked, number: int, answer: Any
     ) -> dict[str, Any]:
-        logprobs = asked.logprobs_of(answer, self.to_text)
+        logprobs = asked.logprobs_of(answer, self.to_text, self._pieces())
         return asked.choice(number, answer.text, _reason(answer), logprobs)
+
+    def _pieces(self) -> TextPieces:
+        """Returns what makes text of an answer's tokens."""
+        return TextPieces(1, self.server.preprocessor)
 
 
 def _cancel(found: list[Request]) -> None:

@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import pydantic
+
+from blocks.generation.texts import TextPieces
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,9 +119,13 @@ class CompletionAsked(Asked):
         return self.logprobs
 
     def logprobs_of(
-        self, answer: Any, to_text: Callable[[int], str], start: int = 0
+        self, answer: Any, to_text: Callable[[int], str], pieces: TextPieces
     ) -> Any:
-        """Returns the log-probabilities of tokens whose text begins at `start`."""
+        """Returns the log-probabilities of tokens, which are added to `pieces`.
+
+        The `text_offset` of a token is how long the text before it is. Where several make
+        up a character, it begins where that does.
+        """
         if self.logprobs is None or answer.logprobs is None:
             return None
         tokens = [to_text(x) for x in answer.token_ids]
@@ -131,12 +136,15 @@ class CompletionAsked(Asked):
                 {to_text(token): float(x) for x, token in zip(*pair)}
                 for pair in numbers
             ]
-        ends = np.cumsum([start, *map(len, tokens)]).tolist()
+        places = []
+        for i in range(len(tokens)):
+            places.append(len(pieces.given[0]))
+            pieces.add([answer.token_ids[i : i + 1]])
         return {
             "tokens": tokens,
             "token_logprobs": answer.logprobs.chosen.tolist(),
             "top_logprobs": best,
-            "text_offset": ends[:-1],
+            "text_offset": places,
         }
 
     def choice(self, number: int, text: str, reason: Any, logprobs: Any) -> dict:
@@ -204,7 +212,7 @@ class ChatAsked(Asked):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def logprobs_of(
-        self, answer: Any, to_text: Callable[[int], str], start: int = 0
+        self, answer: Any, to_text: Callable[[int], str], pieces: TextPieces
     ) -> Any:
         """Returns the log-probabilities of an answer's tokens."""
         if not self.logprobs or answer.logprobs is None:

@@ -83,7 +83,7 @@ class Server:
         self.max_length = check_positive_int("max_length", max_length)
         self.max_waiting = check_positive_int("max_waiting", max_waiting)
         self.block_steps = check_positive_int("block_steps", block_steps)
-        self._task = task
+        self._task, self.preprocessor = task, task.preprocessor
         self._sampler = check_sampler(task, "`serve`")
         self._engine = Engine(task)
         limit = self._engine.max_positions

@@ -15,10 +15,12 @@ import urllib.request
 import numpy as np
 import pytest
 
+from blocks import Completion, Logprobs
+from blocks.generation.texts import TextPieces
 from blocks.serve import make_app
 from blocks.serving.http import create_app
-from blocks.serving.http_types import Limits
-from tests.models import make_letters_lm
+from blocks.serving.http_types import CompletionAsked, Limits
+from tests.models import byte_preprocessor, make_letters_lm
 
 openai = pytest.importorskip("openai")
 uvicorn = pytest.importorskip("uvicorn")
@@ -132,6 +134,23 @@ def test_completions_stream_and_stop(served):
     assert all(len(y) == 2 for x in numbers if x for y in x.top_logprobs)
     assert chunks[-2].choices[0].finish_reason == "stop"
     assert chunks[-1].usage.completion_tokens == len(text)
+
+
+def test_text_offsets_are_those_of_whole_characters():
+    raw = "añ€b𝄞".encode()
+    asked = CompletionAsked(prompt="", logprobs=0)
+
+    def offsets(*lengths):
+        pieces, tokens, found = TextPieces(1, byte_preprocessor()), [*raw], []
+        for length in lengths:
+            new, tokens = np.array(tokens[:length]), tokens[length:]
+            numbers = Logprobs(np.zeros(length), (), ())
+            answer = Completion(None, new, None, 0, numbers)
+            found += asked.logprobs_of(answer, chr, pieces)["text_offset"]
+        return found
+
+    expected = [len(raw[:i].decode(errors="ignore")) for i in range(len(raw))]
+    assert offsets(len(raw)) == offsets(2, 3, 3, 3) == expected
 
 
 def test_usage_of_a_stream_is_that_of_the_answer(served):
