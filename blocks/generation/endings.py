@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import operator
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ class Endings:
         stop_token_ids: tuple of the tokens at which a row ends.
         stop: for each row the strings before which its text ends, or empty.
         preprocessor: makes text of tokens; needed for `stop`.
+        prompts: for each row the tokens before its new ones; needed for `stop`.
 
     Attributes:
         kept: by row, for those that have reached a stop string, how many of its new tokens
@@ -34,6 +36,7 @@ class Endings:
         stop_token_ids: tuple[int, ...] = (),
         stop: tuple[tuple[str, ...], ...] = (),
         preprocessor: Any = None,
+        prompts: Sequence[np.ndarray] = (),
     ) -> None:
         self.stop_token_ids = stop_token_ids
         self.stop = stop
@@ -41,9 +44,10 @@ class Endings:
         self.seen: dict[int, int] = {}
         self.completed: set[int] = set()
         self._preprocessor = preprocessor
+        self._prompts = prompts if stop else ()
         self._new = [NO_TOKENS] * len(stop)
         self._counted = [0] * len(stop)
-        self._pieces = TextPieces(len(stop), preprocessor, stop)
+        self._pieces = TextPieces(len(stop), preprocessor, stop, self._prompts)
 
     def reached(self, new: list[np.ndarray]) -> np.ndarray:
         """Returns which rows have reached a stop string with their new tokens."""
@@ -80,9 +84,10 @@ class Endings:
 
     def _count_with_stop(self, row: int) -> int:
         new, stop = self._new[row], (self.stop[row],)
+        prompt = self._prompts[row : row + 1]
 
         def is_stopped(count: int) -> bool:
-            pieces = TextPieces(1, self._preprocessor, stop)
+            pieces = TextPieces(1, self._preprocessor, stop, prompt)
             pieces.add([new[:count]])
             return pieces.stopped[0]
 
@@ -90,10 +95,10 @@ class Endings:
 
     def _count(self, row: int) -> int:
         """Returns how many new tokens make up the text of a row so far."""
-        new = self._new[row]
+        new, prompt = self._new[row], self._prompts[row : row + 1]
 
         def length(count: int) -> int:
-            pieces = TextPieces(1, self._preprocessor)
+            pieces = TextPieces(1, self._preprocessor, (), prompt)
             return len(pieces.add([new[:count]])[0])
 
         def first(wanted: int) -> int:

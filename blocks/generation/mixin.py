@@ -19,14 +19,20 @@ from blocks.generation.options import (
     read_options,
 )
 from blocks.generation.outputs import completions, joined, stream_pieces
-from blocks.generation.prompts import NO_TOKENS, Prompts
+from blocks.generation.prompts import Prompts
 from blocks.generation.running_batch import Block, RunningBatch
 from blocks.generation.samplers import check_sampler, has_own_loop
 from blocks.generation.scoring import ScoringMixin
 from blocks.generation.search import search
 from blocks.generation.session import Session
 from blocks.generation.speculation import Speculation, check_speculation
-from blocks.generation.texts import detokenize, find_stop, pad_token_id, to_arrays
+from blocks.generation.texts import (
+    TextPieces,
+    detokenize,
+    find_stop,
+    pad_token_id,
+    to_arrays,
+)
 from blocks.generation.verification import speculate
 
 
@@ -135,7 +141,8 @@ class GenerationMixin(ScoringMixin):
                 rows = search(self._engine(), batch, stops)
                 outputs += self._finished(batch, rows, strip_prompt)
                 continue
-            endings = Endings(stops, how.stop, self.preprocessor)
+            rows = batch.rows(times)
+            endings = Endings(stops, how.stop, self.preprocessor, rows)
             blocks = list(self._blocks(batch, endings, how, times, speculation))
             whole = joined(blocks, len(batch.lengths) * times)
             found = self._finished(batch, whole.rows(), strip_prompt, endings)
@@ -164,18 +171,19 @@ class GenerationMixin(ScoringMixin):
         """Returns the text or the tokens of rows, which end before a stop string."""
         times = len(new) // len(prompts.lengths)
         befores = prompts.rows(times)
-        if strip_prompt:
-            befores = [NO_TOKENS] * len(new)
         if not prompts.as_text:
             new = [endings.cut(*pair) for pair in enumerate(new)]
+            if strip_prompt:
+                return new
             return [np.concatenate(pair) for pair in zip(befores, new)]
         new = [row[: endings.seen.get(i)] for i, row in enumerate(new)]
+        if strip_prompt:
+            pieces = TextPieces(len(new), self.preprocessor, endings.stop, befores)
+            return pieces.add(new, finished=True)
         rows = [np.concatenate(pair) for pair in zip(befores, new)]
         texts = detokenize(rows, self.preprocessor)
         for row in endings.kept:
-            start = 0
-            if not strip_prompt:
-                start = len(detokenize([befores[row]], self.preprocessor)[0])
+            start = len(detokenize([befores[row]], self.preprocessor)[0])
             place = find_stop(texts[row], endings.stop[row], start)
             texts[row] = texts[row][:place]
         return texts
@@ -226,11 +234,12 @@ class GenerationMixin(ScoringMixin):
         )
         rows = prompts.rows()
         how = read_options(options, self, sampler, len(rows))
-        endings = Endings(stops, how.stop, self.preprocessor)
+        endings = Endings(stops, how.stop, self.preprocessor, rows)
         blocks = self._blocks(prompts, endings, how, 1, speculation, block_steps=1)
-        before = [NO_TOKENS] * len(rows) if strip_prompt else rows
         preprocessor = self.preprocessor if prompts.as_text else None
-        return stream_pieces(blocks, before, preprocessor, is_single, endings)
+        return stream_pieces(
+            blocks, rows, preprocessor, is_single, endings, strip_prompt
+        )
 
     def start(self, inputs: Any) -> Session:
         """Starts a session, which is continued turn by turn.

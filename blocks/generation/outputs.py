@@ -79,21 +79,26 @@ def stream_pieces(
     preprocessor: Any,
     is_single: bool,
     endings: Endings,
+    strip_prompt: bool = True,
 ) -> Iterator[Any]:
     """Yields text, or tokens if there is no preprocessor, as they are generated.
 
-    `prompts`, which are yielded first, are empty where only what is new is wanted. A
-    single row is yielded without a list.
+    The prompts are yielded first, unless `strip_prompt`. A single row is yielded without
+    a list.
     """
     make = _tokens if preprocessor is None else _texts
-    for rows in make(blocks, prompts, preprocessor, endings):
+    for rows in make(blocks, prompts, preprocessor, endings, strip_prompt):
         yield rows[0] if is_single else rows
 
 
 def _tokens(
-    blocks: Iterable[Block], prompts: list[np.ndarray], _: Any, endings: Endings
+    blocks: Iterable[Block],
+    prompts: list[np.ndarray],
+    _: Any,
+    endings: Endings,
+    strip_prompt: bool,
 ) -> Iterator[list]:
-    if any(map(len, prompts)):
+    if not strip_prompt:
         yield prompts
     rows = [row[:0] for row in prompts]
     for block in blocks:
@@ -114,9 +119,11 @@ def _texts(
     prompts: list[np.ndarray],
     preprocessor: Any,
     endings: Endings,
+    strip_prompt: bool,
 ) -> Iterator[list]:
-    pieces = TextPieces(len(prompts), preprocessor, endings.stop)
-    if any(map(len, prompts)):
+    before = prompts if strip_prompt else ()
+    pieces = TextPieces(len(prompts), preprocessor, endings.stop, before)
+    if not strip_prompt:
         texts = pieces.add_prompts(prompts)
         if any(texts):
             yield texts

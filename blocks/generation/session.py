@@ -132,12 +132,12 @@ class Session:
         """
         turn = inputs, max_length, stop_token_ids, max_new_tokens, speculation
         found, endings, how = self._begin(*turn, **options)
-        lengths = [len(row) for row in self.tokens]
+        prompts = self.tokens
+        lengths = [len(row) for row in prompts]
         blocks = list(found)
         count = len(lengths)
-        none = [NO_TOKENS] * count
-        texts: list[Any] = [[""] * count if self._as_text else none]
-        texts += stream_pieces(blocks, none, self._preprocessor, False, endings)
+        texts: list[Any] = [[""] * count if self._as_text else [NO_TOKENS] * count]
+        texts += stream_pieces(blocks, prompts, self._preprocessor, False, endings)
         join: Any = "".join if self._as_text else np.concatenate
         rows = [join(pieces) for pieces in zip(*texts)]
         if how.top is not None:
@@ -172,8 +172,8 @@ class Session:
         check_no_logprobs(options)
         turn = inputs, max_length, stop_token_ids, max_new_tokens, speculation
         blocks, endings, _ = self._begin(*turn, **options)
-        none = [NO_TOKENS] * len(self.tokens)
-        return stream_pieces(blocks, none, self._preprocessor, self._is_single, endings)
+        how = self._preprocessor, self._is_single, endings
+        return stream_pieces(blocks, self.tokens, *how)
 
     @property
     def _preprocessor(self) -> Any:
@@ -194,11 +194,10 @@ class Session:
         sampler = check_sampler(task, "a session")
         check_speculation(speculation, task)
         options = read_options(given, task, sampler, len(self.tokens))
-        endings = Endings(
-            resolve_stops(stop_token_ids, task), options.stop, task.preprocessor
-        )
+        stops = resolve_stops(stop_token_ids, task)
         rows, beside = self._read(inputs)
         tokens = [np.concatenate(x) for x in zip(self.tokens, rows)]
+        endings = Endings(stops, options.stop, task.preprocessor, tokens)
         room = self._room(tokens, max_length, max_new_tokens)
         self._check_model()
         self._turn += 1

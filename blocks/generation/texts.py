@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from blocks.generation.prompts import NO_TOKENS, pad_rows, to_str
+from blocks.generation.prompts import NO_TOKENS, pad_rows, to_str, tokenizer_size
 
 # The replacement for bytes that are no character, or not yet one.
 _REPLACEMENT = "\ufffd"
@@ -52,6 +54,9 @@ class TextPieces:
         batch_size: int. The number of rows.
         preprocessor: makes text of tokens.
         stop: for each row its stop strings, or empty.
+        prompts: for each row the tokens that its new ones follow, or empty. Their text is
+            in no piece, but decides on what follows: a decoder may begin each text
+            without a space.
 
     Attributes:
         given: the text of each row so far.
@@ -59,10 +64,15 @@ class TextPieces:
     """
 
     def __init__(
-        self, batch_size: int, preprocessor: Any, stop: tuple[tuple[str, ...], ...] = ()
+        self,
+        batch_size: int,
+        preprocessor: Any,
+        stop: tuple[tuple[str, ...], ...] = (),
+        prompts: Sequence[np.ndarray] = (),
     ) -> None:
         self._preprocessor = preprocessor
         self._rows = [NO_TOKENS] * batch_size
+        self._before = [""] * batch_size
         self.given = [""] * batch_size
         self._stop = stop or ((),) * batch_size
         self._starts = [0] * batch_size
@@ -73,6 +83,22 @@ class TextPieces:
         if isinstance(own, int):
             # `ByteTokenizer` has a replacement of its own.
             self._replacements += chr(own)
+        if prompts:
+            self._read_ends(prompts)
+
+    def _read_ends(self, prompts: Sequence[np.ndarray]) -> None:
+        """Keeps as many last tokens of prompts as have text of whole characters."""
+        size = tokenizer_size(self._preprocessor)
+        # Other tokens of the model have no text.
+        known = [row if size is None else row[row < size] for row in prompts]
+        count, longest = 4, max(map(len, known))
+        while True:
+            self._rows = [row[-count:] for row in known]
+            self._before = self._decode(self._rows, [""] * len(prompts))
+            broken = any(x in text for text in self._before for x in self._replacements)
+            if count >= longest or (all(self._before) and not broken):
+                return
+            count *= 2
 
     def add_prompts(self, rows: list[np.ndarray]) -> list[str]:
         """Returns the text of the prompts, in which stop strings may be."""
@@ -87,14 +113,19 @@ class TextPieces:
             row if stopped else np.concatenate([row, x])
             for row, x, stopped in zip(self._rows, new, self.stopped)
         ]
-        try:
+        if finished and not any(self.stopped):
             texts = detokenize(self._rows, self._preprocessor)
+        else:
+            given = [a + b for a, b in zip(self._before, self.given)]
+            texts = self._decode(self._rows, given)
+        return [self._piece(row, text, finished) for row, text in enumerate(texts)]
+
+    def _decode(self, rows: list[np.ndarray], given: list[str]) -> list[str]:
+        try:
+            return detokenize(rows, self._preprocessor)
         except UnicodeDecodeError:
             # A strict decoder refuses parts of a character; the rest may follow.
-            if finished and not any(self.stopped):
-                raise
-            texts = [self._text(*pair) for pair in zip(self._rows, self.given)]
-        return [self._piece(row, text, finished) for row, text in enumerate(texts)]
+            return [self._text(*pair) for pair in zip(rows, given)]
 
     def _text(self, row: np.ndarray, given: str) -> str:
         try:
@@ -106,6 +137,10 @@ class TextPieces:
         given, stop, start = self.given[row], self._stop[row], self._starts[row]
         if self.stopped[row]:
             return ""
+        # New tokens may complete the last character of the prompt.
+        pairs = zip(text, self._before[row])
+        same = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
+        text = text[len(list(same)) :]
         if not finished:
             text = text.rstrip(self._replacements)
         if stop:

@@ -221,7 +221,8 @@ class _Http:
             events = self._stream_events(asked, found, head)
             return StreamingResponse(events, media_type="text/event-stream")
         answers = await self._wait(found, request)
-        choices = [self._choice(asked, i, x) for i, x in enumerate(answers)]
+        pairs = enumerate(zip(found, answers))
+        choices = [self._choice(asked, i, *pair) for i, pair in pairs]
         usage = _usage(answers, asked.n)
         head["object"] = asked.object_name
         return JSONResponse({**head, "choices": choices, "usage": usage})
@@ -271,7 +272,7 @@ class _Http:
         timer = self._end_in_time(found)
         try:
             answers: dict[int, Any] = {}
-            texts = [self._pieces() for _ in found]
+            texts = [self._pieces(x) for x in found]
             for number in range(len(found)):
                 if choice := asked.first_chunk(number):
                     yield _event({**head, "choices": [choice]})
@@ -303,14 +304,18 @@ class _Http:
                 task.cancel()
 
     def _choice(
-        self, asked: CompletionAsked | ChatAsked, number: int, answer: Any
+        self,
+        asked: CompletionAsked | ChatAsked,
+        number: int,
+        one: Request,
+        answer: Any,
     ) -> dict[str, Any]:
-        logprobs = asked.logprobs_of(answer, self.to_text, self._pieces())
+        logprobs = asked.logprobs_of(answer, self.to_text, self._pieces(one))
         return asked.choice(number, answer.text, _reason(answer), logprobs)
 
-    def _pieces(self) -> TextPieces:
+    def _pieces(self, one: Request) -> TextPieces:
         """Returns what makes text of an answer's tokens."""
-        return TextPieces(1, self.server.preprocessor)
+        return TextPieces(1, self.server.preprocessor, (), [one.prompt])
 
 
 def _cancel(found: list[Request]) -> None:

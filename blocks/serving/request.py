@@ -10,6 +10,8 @@ import threading
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from typing import Any
 
+import numpy as np
+
 from blocks.generation.outputs import Completion
 
 # What is at the end of the pieces.
@@ -28,10 +30,14 @@ class Request:
     it yields `Completion`s of these, without a `finish_reason`. In `asyncio`, `await
     request` and `async for piece in request` do the same. All may be used at once, from
     any thread.
+
+    Attributes:
+        prompt: `int32` array: the tokens of the prompt.
     """
 
-    def __init__(self, cancel: Callable[[Request], None]) -> None:
+    def __init__(self, cancel: Callable[[Request], None], prompt: np.ndarray) -> None:
         self._cancel = cancel
+        self.prompt = prompt
         self._future: concurrent.futures.Future = concurrent.futures.Future()
         # Whoever stops waiting for it, as a task of `asyncio`, does not cancel it.
         self._future.set_running_or_notify_cancel()

@@ -160,11 +160,12 @@ class Server:
                 f"stop_token_ids={describe(stop_token_ids)}"
             )
         how = self._options(options, 1)
-        endings = Endings(endings_at, how.stop, task.preprocessor)
+        before = prompts.rows()
+        (tokens,) = before
+        endings = Endings(endings_at, how.stop, task.preprocessor, before)
         pieces = None
         if prompts.as_text if as_text is None else as_text:
-            pieces = TextPieces(1, task.preprocessor, how.stop)
-        (tokens,) = prompts.rows()
+            pieces = TextPieces(1, task.preprocessor, how.stop, before)
         room = int(prompts.limits[0]) - len(tokens)
         if room < 1:
             raise ValueError(
@@ -253,7 +254,7 @@ class Server:
         sampling = self._engine.sampling(options)
         # What processors make of a prompt is made here, in the thread of whoever asks.
         memory = sampling.begin([tokens], self.max_length)
-        request = Request(self._cancel)
+        request = Request(self._cancel, tokens)
         return Job(request, tokens, room, sampling, memory, endings, pieces)
 
     # === The loop, in the server's own thread ===

@@ -10,7 +10,7 @@ import tensorflow as tf
 from blocks import CausalLM, CausalLMPreprocessor, JsonTokenizer
 from blocks.generation.outputs import TextPieces
 from tests.helpers import raises, to_numpy
-from tests.made_tokenizers import HARD_TEXTS, byte_level, metaspace
+from tests.made_tokenizers import HARD_TEXTS, byte_level, metaspace, word_piece
 from tests.models import EagerLM, make_backbone, make_lm
 
 pytestmark = pytest.mark.same_everywhere
@@ -135,6 +135,28 @@ def test_pieces_of_a_stream_are_whole_characters(make):
     pieces = [stream.add([np.array([token])])[0] for token in ids]
     assert "".join(pieces) == text
     assert not any("\ufffd" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("make, end", [(metaspace, "<|end|>"), (word_piece, "[SEP]")])
+def test_new_text_has_the_space_before_it(make, end):
+    # These decoders write none where a text begins.
+    preprocessor = CausalLMPreprocessor(JsonTokenizer(make()), 16, end_token=end)
+    lm = make_lm(make_backbone(num_layers=1, vocabulary_size=600), preprocessor)
+    *_, word = preprocessor.tokenizer(["is the"])[0]
+    options = {"max_new_tokens": 3, "logit_bias": {word: 1e4}}
+    assert lm.generate("this is", **options) == "this is the the the"
+    with lm.serve(max_rows=1, max_length=32) as server:
+        for new, stop in ((" the the the", None), ("", " the")):
+            options["stop"] = stop
+            found = [
+                lm.generate("this is", strip_prompt=True, **options),
+                "".join(lm.stream("this is", strip_prompt=True, **options)),
+                lm.start("this is").generate(**options),
+                server.submit("this is", **options).result().text,
+            ]
+            assert found == [new] * 4
+    answer = lm.generate("this is", return_logprobs=0, **options)
+    assert answer[:3] == ("this is", pytest.approx([]), "stop")
 
 
 @pytest.mark.slow
