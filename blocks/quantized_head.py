@@ -14,13 +14,14 @@ from blocks.checkpoints.computed_weights import dequantized
 def logits_of(embedding: Any, hidden_states: Tensor) -> Tensor:
     """Returns an embedding's logits, `(batch, length, vocabulary_size)`.
 
-    Keras (3.15) rounds the inputs of an embedding in 8 bits, and a rounded number has no
+    Keras (3.15) rounds the inputs of an embedding in 8 bits, where its weights are int8, or
+    int4 and were loaded (not by `quantize("int4")`), and a rounded number has no
     gradient: nothing before the head would be trained. As Keras's own dense layers do,
     inputs get the gradient that they have without being rounded.
     """
-    quantized = getattr(embedding, "quantization_mode", None) == "int8"
-    # A model that is loaded is connected when it is quantized already.
-    if not quantized or isinstance(hidden_states, keras.KerasTensor):
+    rounds = getattr(embedding, "inputs_quantizer", None) is not None
+    # While a functional model is made, there is nothing to differentiate.
+    if not rounds or isinstance(hidden_states, keras.KerasTensor):
         return embedding(hidden_states, reverse=True)
 
     @ops.custom_gradient

@@ -223,6 +223,26 @@ def test_a_quantized_base(mode, tmp_path):
     assert tokens["token_ids"].shape == (1, 8)
 
 
+@pytest.mark.parametrize("mode", ["int8", "int4"])
+def test_a_quantized_base_is_loaded_and_trained(mode, tmp_path):
+    lm = make(LlamaBackbone)
+    lm.quantize(mode)
+    lm.save_to_preset(str(tmp_path))
+    loaded = CausalLM.from_preset(str(tmp_path))
+    # Of int4 Keras rounds the inputs of the head only when it is loaded.
+    atol = 1e-5 if mode == "int8" else 0.02
+    assert_close(loaded.predict(X, verbose=0), lm.predict(X, verbose=0), atol=atol)
+    found = []
+    for x in (lm, loaded):
+        keras.utils.set_random_seed(0)
+        x.enable_lora(2, "all")
+        x.compile(keras.optimizers.Adam(0.05))
+        losses = x.fit(X, np.roll(TOKENS, -1), epochs=4, verbose=0).history["loss"]
+        found.append(losses)
+    assert found[0][-1] < found[0][0] - 0.05
+    assert_close(*found, atol=atol)
+
+
 @pytest.mark.skipif(keras.config.backend() != "torch", reason="transformers' is torch")
 @pytest.mark.parametrize("cls", [LlamaBackbone, CustomBackbone, Phi3Backbone])
 @pytest.mark.parametrize("target", [None, "all"])
