@@ -128,8 +128,7 @@ class CustomSeq2SeqBackbone(CustomBackbone):
             self, "create_encoder_position_embedding"
         )
         self.encoder_layers: list[keras.layers.Layer] = []
-        count = self.num_encoder_layers
-        self._create_blocks("create_encoder", "encoder_layer", count)
+        self._create_blocks("create_encoder", "encoder_layer", self.num_encoder_layers)
         self.encoder_norm = run_hook(self, "create_encoder_norm")
         name_layer(self.encoder_norm, "encoder_norm")
 

@@ -113,16 +113,13 @@ def weights_from(make_values: Callable[[list[Any]], Value]) -> Iterator[None]:
         with keras.StatelessScope():
             layer.add_weight = add_later
             try:
-                yield
+                try:
+                    yield
+                finally:
+                    layer.add_weight = add_weight
+                load.value_of = make_values(made)
             except BaseException as error:
                 load.error = error
-            finally:
-                layer.add_weight = add_weight
-            if load.error is None:
-                try:
-                    load.value_of = make_values(made)
-                except BaseException as error:
-                    load.error = error
         if load.error is not None:
             raise load.error
 

@@ -272,7 +272,7 @@ class _Http:
         timer = self._end_in_time(found)
         try:
             answers: dict[int, Any] = {}
-            texts = [self._pieces(x) for x in found]
+            texts = [self._pieces(asked, x) for x in found]
             for number in range(len(found)):
                 if choice := asked.first_chunk(number):
                     yield _event({**head, "choices": [choice]})
@@ -310,11 +310,16 @@ class _Http:
         one: Request,
         answer: Any,
     ) -> dict[str, Any]:
-        logprobs = asked.logprobs_of(answer, self.to_text, self._pieces(one))
+        logprobs = asked.logprobs_of(answer, self.to_text, self._pieces(asked, one))
         return asked.choice(number, answer.text, _reason(answer), logprobs)
 
-    def _pieces(self, one: Request) -> TextPieces:
-        """Returns what makes text of an answer's tokens."""
+    def _pieces(
+        self, asked: CompletionAsked | ChatAsked, one: Request
+    ) -> TextPieces | None:
+        """Returns what makes text of an answer's tokens, if their places are asked for."""
+        if asked.most_logprobs() is None:
+            # It reads the prompt's end.
+            return None
         return TextPieces(1, self.server.preprocessor, (), [one.prompt])
 
 

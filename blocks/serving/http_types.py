@@ -119,14 +119,16 @@ class CompletionAsked(Asked):
         return self.logprobs
 
     def logprobs_of(
-        self, answer: Any, to_text: Callable[[int], str], pieces: TextPieces
+        self, answer: Any, to_text: Callable[[int], str], pieces: TextPieces | None
     ) -> Any:
         """Returns the log-probabilities of tokens, which are added to `pieces`.
+
+        `pieces` is `None` where they were not asked for.
 
         The `text_offset` of a token is how long the text before it is. Where several make
         up a character, it begins where that does.
         """
-        if self.logprobs is None or answer.logprobs is None:
+        if pieces is None or answer.logprobs is None:
             return None
         tokens = [to_text(x) for x in answer.token_ids]
         best: list[Any] = [{}] * len(tokens)
@@ -212,7 +214,7 @@ class ChatAsked(Asked):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def logprobs_of(
-        self, answer: Any, to_text: Callable[[int], str], pieces: TextPieces
+        self, answer: Any, to_text: Callable[[int], str], pieces: TextPieces | None
     ) -> Any:
         """Returns the log-probabilities of an answer's tokens."""
         if not self.logprobs or answer.logprobs is None:
